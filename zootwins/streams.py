@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['ROUNDS', 'WORD', 'MULTIPLIERS', 'WEYL', 'philox', 'stream_keys', 'random_words', 'to_uniform', 'to_normal',
-           'random_normal', 'epoch_order', 'dropout_keep']
+           'random_normal', 'epoch_order', 'dropout_keep', 'Draws']
 
-# %% ../nbs/01_streams.ipynb #7cbcd821
+# %% ../nbs/01_streams.ipynb #4cbe59ee
 import hashlib
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -117,3 +118,12 @@ def dropout_keep(
 ) -> Tensor:                     # bool [..., n], True where an element stays
     "Which elements dropout keeps."
     return random_words(n, key, site, position, epoch) >= math.floor(probability * 2**32)
+
+# %% ../nbs/01_streams.ipynb #f3a34f73
+@dataclass(frozen=True)
+class Draws:
+    "The stream of one model, and where it stands for the images of one batch."
+
+    key: Tensor       # int64 [2] or [images, 2]
+    position: Tensor  # int64 [images], place of each image in the epoch
+    epoch: Tensor     # int64 scalar, training epoch from 1
