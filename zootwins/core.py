@@ -37,8 +37,8 @@ def check_name(
     if name in valid:
         return name
     near = get_close_matches(str(name), valid, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise UserError(f"There is no {what} {name!r}: {hint}Valid: {', '.join(valid)}.")
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    raise UserError(f"There is no {what} {name!r}{hint}. Valid: {', '.join(valid)}.")
 
 # %% ../nbs/00_core.ipynb #4d62e977
 def project_root(

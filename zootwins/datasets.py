@@ -6,8 +6,8 @@
 __all__ = ['RECONSTRUCT', 'ARRAY_NAMES', 'DATA_SETS', 'Images', 'subset', 'read_idx', 'decode_idx', 'decode_svhn', 'decode_usps',
            'ArrayUnpickler', 'decode_cifar', 'decode_stl', 'decode_digits', 'ImageFile', 'DataSet', 'find_file',
            'check_md5', 'fetch_file', 'read_archive', 'read_files', 'check_arrays', 'decode_half', 'decode_files',
-           'read_decoded', 'data_folders', 'decoded', 'to_grey', 'resize', 'prepare', 'normalise', 'split_order',
-           'load_images']
+           'read_decoded', 'data_folders', 'cached', 'decoded', 'to_grey', 'resize', 'prepare', 'prepared', 'normalise',
+           'split_order', 'load_images']
 
 # %% ../nbs/02_datasets.ipynb #00d6275a
 import bz2
@@ -18,12 +18,12 @@ import io
 import os
 import pickle
 import tarfile
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import pooch
 import torch
 from PIL import Image
 from scipy.io import loadmat
@@ -75,7 +75,7 @@ def read_idx(
     shape = np.frombuffer(content, ">u4", axes, offset=4)
     return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape)
 
-
+# %% ../nbs/02_datasets.ipynb #f84a9ca0
 def decode_idx(
     images: bytes,                    # the images' IDX file
     labels: bytes,                    # the labels' IDX file
@@ -234,7 +234,7 @@ def find_file(
     candidates = (folder / place / name for folder in folders for place in data_set.places for name in names)
     return next((path for path in candidates if path.is_file()), None)
 
-
+# %% ../nbs/02_datasets.ipynb #87f12e11
 def check_md5(
     path: Path,          # a file
     file: ImageFile,     # what it should be
@@ -256,10 +256,12 @@ def fetch_file(
     folder: Path,        # the data folder to write to
 ) -> Path:               # where the file lies now
     "Download a file and verify its MD5 sum; raises `UserError` if it cannot be had."
-    place = folder / data_set.places[0]
+    with warnings.catch_warnings(action="ignore"):
+        import pooch
     pooch.get_logger().setLevel("WARNING")
+    place = folder / data_set.places[0]
     try:
-        with tqdm(desc=file.name, unit="B", unit_scale=True, delay=1) as bar:
+        with tqdm(desc=file.name, total=1, unit="B", unit_scale=True, delay=1) as bar:
             return Path(pooch.retrieve(file.url, f"md5:{file.md5}", file.name, place, downloader=pooch.HTTPDownloader(progressbar=bar)))
     except ValueError as error:
         raise UserError(f"{file.url} did not deliver the official file of {data_set.title}, whose MD5 sum is {file.md5}: "
@@ -345,7 +347,7 @@ def decode_half(
     check_arrays(images, labels, data_set, count, source)
     return images, labels
 
-
+# %% ../nbs/02_datasets.ipynb #b8b7f8c5
 def decode_files(
     data_set: DataSet,            # any data set
     folders: tuple[Path, ...],    # data folders
@@ -366,7 +368,7 @@ def read_decoded(
 ) -> dict[str, np.ndarray]:   # x_train, y_train, x_test, y_test
     "Read decoded arrays; raises `UserError` if the file is damaged or holds something else."
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
             arrays = {key: stored[key] for key in ("x_train", "y_train", "x_test", "y_test")}
     except Exception as error:
         raise UserError(f"{path} cannot be read as decoded images ({error}): delete it and run again.") from error
@@ -387,23 +389,32 @@ def data_folders(
         return (folder,)
     return (folder, cache_folder() / "data")
 
-# %% ../nbs/02_datasets.ipynb #6ec09aa7
-def decoded(
-    data_set: DataSet,                  # any data set
-    folder: Path | str | None = None,   # the data folder; none: the one named by ZOOTWINS_DATA, or the user's
-) -> dict[str, np.ndarray]:             # uint8 arrays x_train, y_train, x_test, y_test
-    "Read a data set from its cache, or decode it and write the cache; what is bundled needs none."
-    if not data_set.train:
-        return decode_files(data_set, ())
-    folders = data_folders(folder)
+# %% ../nbs/02_datasets.ipynb #96b67382
+def cached(
+    data_set: DataSet,                            # names the cache and says what it must hold
+    folders: tuple[Path, ...],                    # data folders; the cache is written to the last
+    make: Callable[[], dict[str, np.ndarray]],    # makes the arrays if there is no cache yet
+) -> dict[str, np.ndarray]:                       # x_train, y_train, x_test, y_test; uint8
+    "Read `<name>.npz` from one of the folders, or make the arrays and write it; raises `UserError` on a full disk."
     name = f"{data_set.name}.npz"
     path = next((folder / name for folder in folders if (folder / name).is_file()), None)
     if path:
         return read_decoded(path, data_set)
-    arrays = decode_files(data_set, folders)
+    arrays = make()
     with atomic_path(folders[-1] / name) as temporary:
         np.savez(temporary, **arrays)
     return arrays
+
+# %% ../nbs/02_datasets.ipynb #6ec09aa7
+def decoded(
+    data_set: DataSet,                  # any data set
+    folder: Path | str | None = None,   # the data folder; none: the one named by ZOOTWINS_DATA, or the user's
+) -> dict[str, np.ndarray]:             # x_train, y_train and, if there is an official test set, x_test, y_test; uint8
+    "Read a data set from its cache or decode it from its files; what is bundled needs no cache."
+    if not data_set.train:
+        return decode_files(data_set, ())
+    folders = data_folders(folder)
+    return cached(data_set, folders, lambda: decode_files(data_set, folders))
 
 # %% ../nbs/02_datasets.ipynb #99d515f1
 def to_grey(
@@ -446,6 +457,22 @@ def prepare(
     edge = (data_set.side - size) // 2
     return images[:, edge:edge + size, edge:edge + size]
 
+# %% ../nbs/02_datasets.ipynb #2496da47
+def prepared(
+    data_set: DataSet,                  # any data set
+    size: int,                          # height and width in pixels
+    folder: Path | str | None = None,   # the data folder; none: the one named by ZOOTWINS_DATA, or the user's
+) -> dict[str, np.ndarray]:             # as `decoded`, with prepared images
+    "Decode and prepare a data set, or read it from its caches."
+    def make() -> dict[str, np.ndarray]:
+        arrays = decoded(data_set, folder)
+        return {key: prepare(values, data_set, size) if key.startswith("x") else values for key, values in arrays.items()}
+
+    if not data_set.colour or size == data_set.side:
+        return make()
+    entry = replace(data_set, name=f"{data_set.name}-{size}", side=size, colour=data_set.channels == 3)
+    return cached(entry, data_folders(folder), make)
+
 # %% ../nbs/02_datasets.ipynb #4958247d
 def normalise(
     images: np.ndarray,   # uint8 (N, H, W) or (N, H, W, 3)
@@ -453,7 +480,7 @@ def normalise(
     std: float,           # of pixels in [0, 1]
 ) -> Tensor:              # float32 [N, C, H, W]
     "Scale pixels to [0, 1], subtract the mean and divide by the standard deviation."
-    pixels = torch.from_numpy(np.ascontiguousarray(images))
+    pixels = torch.from_numpy(np.require(images, requirements=["C", "W"]))
     pixels = pixels.permute(0, 3, 1, 2) if pixels.ndim == 4 else pixels.unsqueeze(1)
     result = torch.empty(pixels.shape)
     for part, target in zip(pixels.split(200), result.split(200), strict=True):
@@ -479,7 +506,7 @@ def load_images(
     data_set = DATA_SETS[check_name(name, DATA_SETS, "data set")]
     if size not in data_set.sizes:
         raise UserError(f"{data_set.title} cannot be had at a size of {size!r} pixels. Valid: {', '.join(map(str, data_set.sizes))}.")
-    arrays = decoded(data_set, folder)
+    arrays = prepared(data_set, size, folder)
     x, y = arrays["x_train"], arrays["y_train"]
     sizes = [data_set.n_train, data_set.n_val] + ([] if data_set.test else [data_set.n_test])
     parts = [(x[indices], y[indices]) for indices in split_order(len(y), *sizes)]
@@ -487,5 +514,5 @@ def load_images(
         parts.append((arrays["x_test"], arrays["y_test"]))
     tensors = []
     for images, labels in parts:
-        tensors += [normalise(prepare(images, data_set, size), data_set.mean, data_set.std), torch.from_numpy(labels.astype(np.int64))]
+        tensors += [normalise(images, data_set.mean, data_set.std), torch.from_numpy(labels.astype(np.int64))]
     return Images(name, *tensors)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.nn import functional as F
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .architectures import build
 from .core import UserError
@@ -31,8 +31,8 @@ from .variational import SparseConv2d, SparseLinear, deterministic, kl_weight, s
 class Recipe:
     "How a population is trained in one stage."
 
-    zoo: str                 # names the random streams, with the stage
-    stage: str               # "original", "mp", "vd", ...
+    zoo: str                 # names the random streams, together with the stage
+    stage: str               # "original", "mp_50", "vd", ...
     epochs: int              # how many
     lr: float | None = None  # learning rate for all; none: each model's own
     batch_size: int = 10
@@ -55,16 +55,16 @@ class State:
 
 def begin(
     population: Population,                   # models to start from; they are not changed
-    recipe: Recipe,                           # how they will move
+    keys: Tensor,                             # int64 [models, 2], from streams.stream_keys
     masks: dict[str, Tensor] | None = None,   # of pruned models
     device: str = "cpu",                      # "cpu" or "cuda"
 ) -> State:                                   # before the first step
-    "Set up the state of a population before training: moments at zero, one random stream per model."
+    "Set up the state of a population before training, with all moments at zero."
     weights = {name: tensor.detach().clone().to(device) for name, tensor in population.weights.items()}
     adam = (population.models["optimizer"] == "adam").any()
     return State(
         Population(weights, population.models, population.architecture),
-        stream_keys(recipe.zoo, recipe.stage, population.models["seed"].tolist(), recipe.run_seed).to(device),
+        keys.to(device),
         {name: mask.to(device) for name, mask in (masks or {}).items()},
         {name: torch.zeros_like(tensor) for name, tensor in weights.items()},
         {name: torch.zeros_like(tensor) for name, tensor in weights.items()} if adam else {},
@@ -339,7 +339,8 @@ def train(
     total = recipe.epochs * len(population) * len(images.x_train)
     with tqdm(total=total, desc=f"{recipe.stage}, {len(population)} models", unit=" model-samples", unit_scale=True, disable=not progress) as bar:
         for rows in alike(population.models):
-            state = begin(population[rows], recipe, {name: mask[rows] for name, mask in masks.items()}, device)
+            keys = stream_keys(recipe.zoo, recipe.stage, population.models["seed"].iloc[rows], recipe.run_seed)
+            state = begin(population[rows], keys, {name: mask[rows] for name, mask in masks.items()}, device)
             for measured in epochs(state, images, recipe, engine):
                 frames.append(_rows(measured, state.population.models))
                 if measured.epoch in kept:

@@ -1,0 +1,49 @@
+# Two commands: `make run` makes a zoo and its twins, `make test` checks everything.
+PYTHON ?= python3
+ZOO ?= digits_seed
+N ?= None
+FIGURES ?= $(or $(ZOOTWINS_FIGURES),figures)
+VENV := .venv
+BIN := $(VENV)/bin
+RUNS := runs
+
+export MPLBACKEND := Agg
+export SOURCE_DATE_EPOCH := 0
+
+.PHONY: run test lab readme clean-check export-check readme-check notebooks lint pytest
+
+$(VENV)/ready: setup.py settings.ini constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+# The executed notebook replaces an earlier one only when the run ended well.
+run: $(VENV)/ready
+	@mkdir -p $(RUNS)
+	@rm -f $(FIGURES)/$(ZOO)/run.json
+	$(BIN)/python -m papermill nbs/run_zoo.ipynb $(RUNS)/$(ZOO).unfinished.ipynb -p zoo $(ZOO) -p n_models $(N) --kernel python3 --no-log-output
+	@test -f $(FIGURES)/$(ZOO)/run.json || { echo "The run of $(ZOO) ended without its record run.json: see $(RUNS)/$(ZOO).unfinished.ipynb" >&2; exit 1; }
+	@mv $(RUNS)/$(ZOO).unfinished.ipynb $(RUNS)/$(ZOO).ipynb
+	@echo "Tables and figures of $(ZOO) lie in $(FIGURES)/$(ZOO)/, the executed notebook is $(RUNS)/$(ZOO).ipynb"
+
+test: clean-check export-check readme-check notebooks lint pytest
+
+clean-check export-check readme-check: $(VENV)/ready
+	$(BIN)/python tests/fresh.py $@
+
+# The notebooks run for real; what they make goes to a folder of its own.
+notebooks: $(VENV)/ready
+	scratch=$$(mktemp -d) && trap 'rm -rf $$scratch' EXIT && \
+	ZOOTWINS_STORE=$$scratch/zoos ZOOTWINS_FIGURES=$$scratch/figures OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check zootwins tests
+
+pytest: $(VENV)/ready
+	$(BIN)/python -m pytest -q tests
+
+readme: $(VENV)/ready
+	$(BIN)/python tests/fresh.py readme
+
+lab: $(VENV)/ready
+	$(BIN)/jupyter lab --notebook-dir=nbs

@@ -1,0 +1,60 @@
+"""Is what is generated up to date? `fresh.py clean-check | export-check | readme-check` compare, `fresh.py readme` writes README.md.
+
+The checks work on a copy in a temporary folder, so that they neither change the checkout nor depend on what is committed."""
+import filecmp
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def copy_of_project() -> Path:
+    "Copy notebooks, package and settings to a temporary folder."
+    copy = Path(tempfile.mkdtemp())
+    for name in ("nbs", "zootwins"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    for name in ("settings.ini", "setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, copy / name)
+    return copy
+
+
+def differing(copy: Path, folder: str, pattern: str) -> list[str]:
+    "Names of files that differ between the checkout and the copy, or are in one only."
+    names = {p.relative_to(base) for base in (ROOT, copy) for p in (base / folder).rglob(pattern) if ".ipynb_checkpoints" not in p.parts and "__pycache__" not in p.parts}
+    same = lambda name: (ROOT / name).exists() and (copy / name).exists() and filecmp.cmp(ROOT / name, copy / name, shallow=False)
+    return sorted(str(name) for name in names if not same(name))
+
+
+def readme() -> str:
+    "The README that nbs/index.ipynb gives: hidden cells left out, links made relative to the root."
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([sys.executable, "-m", "nbconvert", "--to", "markdown", "--log-level", "ERROR", r"--RegexRemovePreprocessor.patterns=^#\|\s*hide",
+                        "--output-dir", folder, "--output", "README", str(ROOT / "nbs" / "index.ipynb")], check=True)
+        text = (Path(folder) / "README.md").read_text(encoding="utf-8")
+    return re.sub(r"\]\(\.\./", "](", text).strip() + "\n"
+
+
+def stale(task: str) -> tuple[list[str], str]:
+    "What is out of date, and the command that mends it."
+    if task == "readme-check":
+        return (["README.md"] if (ROOT / "README.md").read_text(encoding="utf-8") != readme() else []), "make readme"
+    copy = copy_of_project()
+    try:
+        command, folder, pattern = ("nbdev_clean", "nbs", "*.ipynb") if task == "clean-check" else ("nbdev_export", "zootwins", "*.py")
+        subprocess.run([Path(sys.executable).parent / command], cwd=copy, check=True)
+        return differing(copy, folder, pattern), f".venv/bin/{command}"
+    finally:
+        shutil.rmtree(copy)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "readme":
+        (ROOT / "README.md").write_text(readme(), encoding="utf-8")
+    else:
+        names, remedy = stale(sys.argv[1])
+        print(f"{sys.argv[1]}: " + (f"not up to date: {', '.join(names)}; run {remedy}" if names else "ok"))
+        sys.exit(bool(names))

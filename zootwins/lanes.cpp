@@ -1,0 +1,905 @@
+// Models as SIMD lanes: training and evaluation of populations of the paper's small CNNs on a CPU.
+//
+// A register holds one number of L different models (L = 16 with AVX-512). Every weight, activation and gradient below is
+// such a register-wide value `V`: element l belongs to the l-th model of the block. What a scalar program would do for one
+// model, this program does for L models in the same number of instructions, with no padding, no remainder loops and no
+// layout changes inside a layer. No operation ever crosses lanes, hence a model's bits depend on nothing but itself.
+//
+// The file reads bottom-up: vectors, elementary functions, random numbers, layers, the network, one epoch, the C interface.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <vector>
+#if defined(__x86_64__) || defined(__i386__)
+#include <immintrin.h>
+#endif
+
+// ---------------------------------------------------------------------------------------------------------------- vectors
+
+#if defined(__AVX512F__)
+constexpr int L = 16;
+#elif defined(__AVX2__)
+constexpr int L = 8;
+#else
+constexpr int L = 4;
+#endif
+
+#ifndef LANES_SCALAR  // the tests build the same templates in double precision to compare gradients with autograd
+#define LANES_SCALAR float
+#define LANES_FLOAT 1
+#endif
+
+#if defined(__clang__)
+#define UNROLL _Pragma("unroll")
+#else
+#define UNROLL _Pragma("GCC unroll 64")
+#endif
+
+using Scalar = LANES_SCALAR;
+template <class T, int bytes> struct Vector { typedef T type __attribute__((vector_size(bytes))); };
+using V = Vector<Scalar, L * sizeof(Scalar)>::type;    // one number per model
+using F = Vector<float, L * 4>::type;                  // the same in single precision (random numbers)
+using D = Vector<double, L * 8>::type;                 // sums over an epoch
+using I = Vector<int32_t, L * 4>::type;                // small integers: labels, predictions
+using U = Vector<uint32_t, L * 4>::type;               // random words
+using W = Vector<uint64_t, L * 4>::type;               // random words of every other lane, in the low halves
+using Byte = Vector<int8_t, L>::type;                  // positions within a pooling window, masks
+
+static inline V splat(Scalar s) { return s - V{}; }
+static inline V load(const V* p) { return *p; }
+static inline V load(const Scalar* p) { return splat(*p); }  // a number that all models share (evaluation)
+template <class T, class S> static inline T as(S s) { T t; static_assert(sizeof t == sizeof s); std::memcpy(&t, &s, sizeof t); return t; }
+template <class T, class S> static inline T to(S s) { return __builtin_convertvector(s, T); }
+template <class T> static inline T largest(T a, T b) { return a > b ? a : b; }  // b where a is NaN
+
+// ---------------------------------------------------------------------------------------------------- elementary functions
+// Near-minimax polynomials fitted for this file; errors are a few units in the last place. NaN comes out as NaN.
+
+#if defined(__AVX512F__)  // an estimate to 14 bits, and one Newton step
+static inline F reciprocal(F x) { F y = (F)_mm512_rcp14_ps((__m512)x); return y + y * (1.0f - x * y); }
+static inline F inverse_root(F x) { F y = (F)_mm512_rsqrt14_ps((__m512)x); return y + 0.5f * y * (1.0f - x * y * y); }
+#else
+static inline F reciprocal(F x) { return 1.0f / x; }
+static inline F inverse_root(F x) { UNROLL for (int l = 0; l < L; ++l) x[l] = std::sqrt(x[l]); return 1.0f / x; }
+#endif
+
+static inline F root(F x) {  // right for 0, denormals and infinity too, where the estimate is not
+    F y = x > 1e-37f ? x : 1e-37f - F{};
+    return x * inverse_root(y < 3e38f ? y : 3e38f - F{});
+}
+
+static inline F exponential(F x) {  // saturates at exp(-87) and exp(88)
+    x = x < -87.0f ? -87.0f - F{} : x;
+    x = x > 88.0f ? 88.0f - F{} : x;
+    const F magic = 12582912.0f - F{};  // adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits
+    F shifted = x * 1.44269504f + magic;
+    F n = shifted - magic;
+    F r = x - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    F p = 0.00138142198f - F{};
+    p = p * r + 0.00836889887f;
+    p = p * r + 0.0416684058f;
+    p = p * r + 0.166665191f;
+    p = p * r + 0.499999933f;
+    p = p * r * r + r + 1.0f;
+    return p * as<F>((as<I>(shifted) - as<I>(magic) + 127) << 23);
+}
+
+static inline F logarithm(F x) {  // of normal positive numbers
+    I bits = as<I>(x);
+    I e = (bits - 0x3f3504f3) >> 23;  // so that the mantissa lies in [sqrt(1/2), sqrt(2))
+    F n = to<F>(e);
+    F f = as<F>(bits - (e << 23)) - 1.0f;
+    F p = -0.0763442991f - F{};
+    p = p * f + 0.127615504f;
+    p = p * f - 0.131601951f;
+    p = p * f + 0.142017625f;
+    p = p * f - 0.166233565f;
+    p = p * f + 0.200012267f;
+    p = p * f - 0.250008211f;
+    p = p * f + 0.333333317f;
+    F square = f * f;
+    F low = p * f * square - 0.5f * square - n * 2.12194440e-4f;
+    F result = n * 0.693359375f + (low + f);
+    return x == x ? result : x;
+}
+
+static inline F hyperbolic_tangent(F x) {  // x p(x^2) / q(x^2), saturates at tanh(9) = 1 - 3e-8
+    x = x < -9.0f ? -9.0f - F{} : x;
+    x = x > 9.0f ? 9.0f - F{} : x;
+    F s = x * x;
+    F p = 1.33543029e-08f * s + 2.0608818e-05f;
+    p = p * s + 0.00349557204f;
+    p = p * s + 0.133810122f;
+    p = p * s + 0.99999998f;
+    F q = 7.77640963e-07f * s + 0.000328560847f;
+    q = q * s + 0.0258769213f;
+    q = q * s + 0.467143278f;
+    q = q * s + 1.0f;
+    return x * p * reciprocal(q);
+}
+
+static inline F logistic(F x) { return reciprocal(1.0f + exponential(-x)); }
+
+static inline F error_function(F x) {
+    F a = x < 0.0f ? -x : x;
+    F s = x * x;
+    F p = -0.000595388361f * s + 0.00498597462f;
+    p = p * s - 0.0267617496f;
+    p = p * s + 0.112816837f;
+    p = p * s - 0.376124813f;
+    p = p * s + 1.12837915f;
+    F near = x * p;
+    F b = a > 4.0f ? 4.0f - F{} : a;  // erf(4) = 1 - 1.5e-8
+    F q = -2.10950512e-05f * b + 0.000434462627f;
+    q = q * b - 0.00417106308f;
+    q = q * b + 0.0251194275f;
+    q = q * b - 0.10828009f;
+    q = q * b - 0.633346906f;
+    q = q * b - 1.12951493f;
+    q = q * b + 0.000174684443f;
+    F far = 1.0f - exponential(q);
+    return a < 0.92f ? near : (x < 0.0f ? -far : far);
+}
+
+static inline void sine_cosine(F turns, F& sine, F& cosine) {  // of 2 pi turns, 0 <= turns <= 1
+    const F magic = 12582912.0f - F{};
+    F shifted = turns * 4.0f + magic;
+    I quarter = as<I>(shifted);
+    F f = turns - (shifted - magic) * 0.25f;  // exact, within an eighth of a turn
+    F s = f * f;
+    F a = -75.3916494f * s + 81.5923172f;
+    a = a * s - 41.3416613f;
+    a = (a * s + 6.28318529f) * f;
+    F b = 59.2443807f * s - 85.4437001f;
+    b = b * s + 64.9393261f;
+    b = b * s - 19.7392087f;
+    b = b * s + 1.0f;
+    I odd = -(quarter & 1);
+    F sin0 = odd ? b : a, cos0 = odd ? a : b;
+    sine = as<F>(as<I>(sin0) ^ ((quarter & 2) << 30));
+    cosine = as<F>(as<I>(cos0) ^ (((quarter + 1) & 2) << 30));
+}
+
+// In double precision (tests only) the standard library does the work, lane by lane.
+template <class G> static inline D each(D x, G g) { for (int l = 0; l < L; ++l) x[l] = g(x[l]); return x; }
+static inline D reciprocal(D x) { return 1.0 / x; }
+static inline D inverse_root(D x) { return 1.0 / each(x, [](double v) { return std::sqrt(v); }); }
+static inline D root(D x) { return each(x, [](double v) { return std::sqrt(v); }); }
+static inline D exponential(D x) { return each(x, [](double v) { return std::exp(v); }); }
+static inline D logarithm(D x) { return each(x, [](double v) { return std::log(v); }); }
+static inline D hyperbolic_tangent(D x) { return each(x, [](double v) { return std::tanh(v); }); }
+static inline D logistic(D x) { return each(x, [](double v) { return 1 / (1 + std::exp(-v)); }); }
+static inline D error_function(D x) { return each(x, [](double v) { return std::erf(v); }); }
+
+// ---------------------------------------------------------------------------------------------------------- random numbers
+// Philox4x32 with 7 rounds: word = f(key of the model, counter). Even and odd lanes live in the low halves of 64-bit
+// elements, because processors multiply 32 x 32 -> 64 bits there; the high halves hold rubbish that nothing reads.
+
+constexpr int ROUNDS = 7;
+constexpr uint32_t M0 = 0xD2511F53u, M1 = 0xCD9E8D57u, W0 = 0x9E3779B9u, W1 = 0xBB67AE85u;
+
+static inline W multiply(W a, uint32_t m) {
+#if defined(__AVX512F__)
+    return (W)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi32((int)m));
+#elif defined(__AVX2__)
+    return (W)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi32((int)m));
+#else
+    return (a & 0xffffffffu) * (uint64_t)m;
+#endif
+}
+
+struct Philox {
+    W k0[ROUNDS][2], k1[ROUNDS][2];  // round keys of the even [0] and odd [1] lanes
+
+    void seed(const uint32_t keys[L][2]) {
+        U a, b;
+        for (int l = 0; l < L; ++l) a[l] = keys[l][0], b[l] = keys[l][1];
+        for (int r = 0; r < ROUNDS; ++r, a += W0, b += W1) {
+            k0[r][0] = as<W>(a), k0[r][1] = as<W>(a) >> 32;
+            k1[r][0] = as<W>(b), k1[r][1] = as<W>(b) >> 32;
+        }
+    }
+
+    void draw(uint32_t block, uint32_t site, uint32_t position, uint32_t epoch, U word[4]) const {
+        W half[2][4];
+        UNROLL for (int h = 0; h < 2; ++h) {
+            W c0 = (uint64_t)block + W{}, c1 = (uint64_t)site + W{}, c2 = (uint64_t)position + W{}, c3 = (uint64_t)epoch + W{};
+            UNROLL for (int r = 0; r < ROUNDS; ++r) {
+                W p0 = multiply(c0, M0), p1 = multiply(c2, M1);
+                c0 = (p1 >> 32) ^ c1 ^ k0[r][h], c1 = p1;
+                c2 = (p0 >> 32) ^ c3 ^ k1[r][h], c3 = p0;
+            }
+            half[h][0] = c0, half[h][1] = c1, half[h][2] = c2, half[h][3] = c3;
+        }
+        UNROLL for (int i = 0; i < 4; ++i) word[i] = as<U>((half[0][i] & 0xffffffffu) | (half[1][i] << 32));
+    }
+};
+
+static inline F uniform(U x) { return to<F>(x) * 0x1p-32f + 0x1p-33f; }
+
+// Box-Muller: two words give two independent standard normal numbers.
+static inline void normal_pair(U a, U b, F& first, F& second) {
+    F radius = root(-2.0f * logarithm(uniform(a)));
+    F sine, cosine;
+    sine_cosine(uniform(b), sine, cosine);
+    first = radius * cosine, second = radius * sine;
+}
+
+static void normals(const Philox& stream, uint32_t site, uint32_t position, uint32_t epoch, int count, V* out) {
+    for (int i = 0; i < count; i += 4) {
+        U word[4];
+        F n[4];
+        stream.draw(i / 4, site, position, epoch, word);
+        normal_pair(word[0], word[1], n[0], n[1]);
+        normal_pair(word[2], word[3], n[2], n[3]);
+        for (int j = 0; j < 4 && i + j < count; ++j) out[i + j] = to<V>(n[j]);
+    }
+}
+
+// Dropout as a factor on values and slopes: 1/(1-p) for what is kept, else 0.
+static void dropout(const Philox& stream, uint32_t site, uint32_t position, uint32_t epoch, double p, int count, V* y, V* slope) {
+    const U threshold = (uint32_t)std::floor(p * 4294967296.0) + U{};
+    const F scale = (float)(1.0 / (1.0 - p)) - F{};
+    for (int i = 0; i < count; i += 4) {
+        U word[4];
+        stream.draw(i / 4, site, position, epoch, word);
+        for (int j = 0; j < 4 && i + j < count; ++j) {
+            V factor = to<V>(word[j] >= threshold ? scale : F{});
+            y[i + j] *= factor, slope[i + j] *= factor;
+        }
+    }
+}
+
+// The order of an epoch: sample numbers sorted by their random words, ties by number (a stable radix sort, 11 bits a pass).
+static void shuffled(const std::vector<uint32_t>& words, std::vector<uint32_t>& order) {
+    size_t n = words.size();
+    std::vector<uint32_t> other(n);
+    order.resize(n);
+    for (size_t i = 0; i < n; ++i) order[i] = (uint32_t)i;
+    for (int shift = 0; shift < 32; shift += 11) {
+        std::vector<size_t> start(2049, 0);
+        for (size_t i = 0; i < n; ++i) ++start[1 + ((words[i] >> shift) & 2047)];
+        for (int d = 0; d < 2048; ++d) start[d + 1] += start[d];
+        for (uint32_t i : order) other[start[(words[i] >> shift) & 2047]++] = i;
+        order.swap(other);
+    }
+}
+
+// ------------------------------------------------------------------------------------------------------------- activations
+
+enum Activation { TANH, RELU, SIGMOID, GELU };
+
+// y <- activation(y), and its slope there, which is all the backward pass needs.
+template <class G> static inline void map(V* y, V* slope, int n, G g) { for (int i = 0; i < n; ++i) g(y[i], slope[i]); }
+
+static void activate(int activation, V* y, V* slope, int n) {
+    switch (activation) {
+    case TANH: map(y, slope, n, [](V& v, V& d) { v = hyperbolic_tangent(v), d = 1 - v * v; }); break;
+    case RELU: map(y, slope, n, [](V& v, V& d) { d = v > 0 ? splat(1) : V{}, v = v <= 0 ? V{} : v; }); break;
+    case SIGMOID: map(y, slope, n, [](V& v, V& d) { v = logistic(v), d = v * (1 - v); }); break;
+    default: map(y, slope, n, [](V& v, V& d) {
+        V phi = Scalar(0.5) + Scalar(0.5) * error_function(v * Scalar(0.70710678118654752));
+        d = phi + v * Scalar(0.39894228040143268) * exponential(Scalar(-0.5) * v * v), v = v * phi; });
+    }
+}
+
+// ------------------------------------------------------------------------------------------------------------------ layers
+
+constexpr int divisor(int n, int most) { int d = n; while (d > most || n % d) --d; return d < 1 ? 1 : d; }
+
+// What a layer keeps of its forward pass for its backward pass.
+struct Trace {
+    V *x, *squares;     // input, and its squares (variational)
+    V *y, *slope;       // output after pooling, activation and dropout; its derivative
+    V *ratio;           // d output / d variance (variational)
+    V *g, *gv;          // gradient with respect to mean and variance, before pooling
+    V *noise;
+    Byte* where;        // winner of each pooling window
+};
+
+// Convolution of size K without padding, then max-pooling of P x P windows (P = 1: none).
+template <int CI_, int H_, int W_, int CO_, int K_, int P_> struct Convolution {
+    static constexpr int CI = CI_, H = H_, WIDTH = W_, CO = CO_, K = K_, P = P_, Q = P * P, KK = K * K;
+    static constexpr int OH = H - K + 1, OW = WIDTH - K + 1, PH = OH / P, PW = OW / P;    // before and after pooling
+    static constexpr int UH = PH * P, UW = PW * P;                                        // rows and columns the pooling uses
+    static constexpr int INPUTS = CI * H * WIDTH, BEFORE = CO * OH * OW, USED = CO * UH * UW, OUTPUTS = CO * PH * PW;
+    static constexpr int WEIGHTS = CO * CI * KK, BIASES = CO;
+    static constexpr bool NOISY_BIAS = true;
+
+    // One window of `channels` output channels at a time stays in registers; `finish` receives it.
+    // SETS = 2 convolves two inputs with two kernels side by side: mean and variance of a variational layer.
+    template <int SETS, class X, class Finish>
+    static inline void convolve(const X* const (&x)[SETS], const V* const (&w)[SETS], const V* const (&bias)[SETS], Finish finish) {
+        constexpr int channels = divisor(CO, 24 / (SETS * Q));
+        constexpr int inputs = divisor(CI, std::max(1, 320 / (SETS * channels * KK)));  // their kernels stay in the first cache
+        V row[inputs == CI ? 1 : PW][SETS][channels][Q];
+        for (int o = 0; o < CO; o += channels)
+            for (int py = 0; py < PH; ++py)
+                for (int i0 = 0; i0 < CI; i0 += inputs)
+                    for (int px = 0; px < PW; ++px) {
+                        V sum[SETS][channels][Q];
+                        UNROLL for (int s = 0; s < SETS; ++s) UNROLL for (int c = 0; c < channels; ++c) UNROLL for (int q = 0; q < Q; ++q)
+                            sum[s][c][q] = i0 == 0 ? bias[s][o + c] : row[inputs == CI ? 0 : px][s][c][q];
+                        for (int i = i0; i < i0 + inputs; ++i)
+                            for (int ky = 0; ky < K; ++ky)
+                                UNROLL for (int kx = 0; kx < K; ++kx) UNROLL for (int s = 0; s < SETS; ++s) {
+                                    const X* corner = x[s] + (i * H + P * py + ky) * WIDTH + P * px + kx;
+                                    V value[Q];
+                                    UNROLL for (int q = 0; q < Q; ++q) value[q] = load(corner + (q / P) * WIDTH + q % P);
+                                    UNROLL for (int c = 0; c < channels; ++c) {
+                                        V weight = w[s][((o + c) * CI + i) * KK + ky * K + kx];
+                                        UNROLL for (int q = 0; q < Q; ++q) sum[s][c][q] += weight * value[q];
+                                    }
+                                }
+                        if (i0 + inputs == CI)
+                            UNROLL for (int c = 0; c < channels; ++c) finish(o + c, py, px, [&](int s, int q) -> V { return sum[s][c][q]; });
+                        else
+                            UNROLL for (int s = 0; s < SETS; ++s) UNROLL for (int c = 0; c < channels; ++c) UNROLL for (int q = 0; q < Q; ++q)
+                                row[inputs == CI ? 0 : px][s][c][q] = sum[s][c][q];
+                    }
+    }
+
+    // The first largest value of a window wins; NaN wins always, as in PyTorch.
+    template <class G> static inline V pool(G value, Byte& where) {
+        V best = value(0);
+        auto winner = best < best;
+        UNROLL for (int q = 1; q < Q; ++q) {
+            V v = value(q);
+            auto better = (v > best) | (v != v);
+            best = better ? v : best;
+            winner = better ? winner - winner + q : winner;
+        }
+        where = to<Byte>(winner);
+        return best;
+    }
+
+    template <class X> static void forward(const X* x, const V* w, const V* bias, Trace& t) {
+        const X* const inputs[1] = {x};
+        const V* const kernels[1] = {w};
+        const V* const biases[1] = {bias};
+        convolve<1>(inputs, kernels, biases, [&](int o, int py, int px, auto value) {
+            int at = (o * PH + py) * PW + px;
+            t.y[at] = pool([&](int q) { return value(0, q); }, t.where[at]);
+        });
+    }
+
+    // out = mean + sqrt(variance + 1e-15) noise, for every output before pooling.
+    static void forward_noisy(const V* w, const V* bias, const V* variance, const V* bias_variance, Trace& t) {
+        const V* const inputs[2] = {t.x, t.squares};
+        const V* const kernels[2] = {w, variance};
+        const V* const biases[2] = {bias, bias_variance};
+        convolve<2>(inputs, kernels, biases, [&](int o, int py, int px, auto value) {
+            int at = (o * PH + py) * PW + px;
+            const V* noise = t.noise + (o * OH + P * py) * OW + P * px;
+            V z[Q], slope[Q];
+            UNROLL for (int q = 0; q < Q; ++q) {
+                V total = value(1, q) + Scalar(1e-15), inverse = inverse_root(total), eps = noise[(q / P) * OW + q % P];
+                z[q] = value(0, q) + total * inverse * eps;
+                slope[q] = Scalar(0.5) * inverse * eps;
+            }
+            Byte where;
+            t.y[at] = pool([&](int q) { return z[q]; }, where);
+            auto winner = to<decltype(z[0] < z[0])>(where);
+            V chosen = slope[0];
+            UNROLL for (int q = 1; q < Q; ++q) chosen = winner == q ? slope[q] : chosen;
+            t.where[at] = where, t.ratio[at] = chosen;
+        });
+    }
+
+    // Three quarters of the gradients before a 2 x 2 pooling are zero; which ones differs from lane to lane.
+    static inline void unpool(const V* g, const Byte* where, V* before) {  // one window; `before` points at its corner
+        if constexpr (P == 1) *before = *g;
+        else {
+            auto winner = to<decltype(*g < *g)>(*where);
+            UNROLL for (int q = 0; q < Q; ++q) before[(q / P) * UW + q % P] = winner == q ? *g : V{};
+        }
+    }
+
+    static void unpool_all(const V* g, const Byte* where, V* before) {
+        for (int o = 0; o < CO; ++o)
+            for (int py = 0; py < PH; ++py)
+                for (int px = 0; px < PW; ++px) unpool(g + (o * PH + py) * PW + px, where + (o * PH + py) * PW + px, before + (o * UH + P * py) * UW + P * px);
+    }
+
+    // d loss / d weight: a row of the kernel for a few channels stays in registers while a strip of the image passes.
+    static void weight_gradient(const V* x, const V* g, const Byte* where, V* gw) {
+        constexpr int channels = divisor(CO, 24 / K);
+        constexpr int strip = std::min(PH, std::max(1, 224 / (channels * P * UW)));  // rows of windows
+        V before[channels][strip * P][UW];
+        for (int o = 0; o < CO; o += channels)
+            for (int top = 0; top < PH; top += strip) {
+                int rows = std::min(strip, PH - top);
+                for (int c = 0; c < channels; ++c)
+                    for (int r = 0; r < rows; ++r)
+                        for (int px = 0; px < PW; ++px) {
+                            int at = ((o + c) * PH + top + r) * PW + px;
+                            unpool(g + at, where + at, &before[c][P * r][P * px]);
+                        }
+                for (int i = 0; i < CI; ++i)
+                    for (int ky = 0; ky < K; ++ky) {
+                        V* kernel = gw + (o * CI + i) * KK + ky * K;
+                        V sum[channels][K];
+                        UNROLL for (int c = 0; c < channels; ++c) UNROLL for (int kx = 0; kx < K; ++kx) sum[c][kx] = kernel[c * CI * KK + kx];
+                        for (int r = 0; r < rows * P; ++r) {
+                            const V* in = x + (i * H + top * P + r + ky) * WIDTH;
+                            for (int c0 = 0; c0 < UW; ++c0) {
+                                V value[K];
+                                UNROLL for (int kx = 0; kx < K; ++kx) value[kx] = in[c0 + kx];
+                                UNROLL for (int c = 0; c < channels; ++c) UNROLL for (int kx = 0; kx < K; ++kx) sum[c][kx] += before[c][r][c0] * value[kx];
+                            }
+                        }
+                        UNROLL for (int c = 0; c < channels; ++c) UNROLL for (int kx = 0; kx < K; ++kx) kernel[c * CI * KK + kx] = sum[c][kx];
+                    }
+            }
+    }
+
+    static void bias_gradient(const V* g, V* gb) {
+        for (int o = 0; o < CO; ++o) {
+            V sum = gb[o];
+            for (int i = 0; i < PH * PW; ++i) sum += g[o * PH * PW + i];
+            gb[o] = sum;
+        }
+    }
+
+    // d loss / d input: a row of the input for a few channels stays in registers.
+    static void input_gradient(const V* before, const V* w, V* dx) {
+        constexpr int inputs = divisor(CI, std::max(1, 16 / WIDTH));
+        for (int i = 0; i < CI; i += inputs)
+            for (int y = 0; y < H; ++y) {
+                V sum[inputs][WIDTH] = {};
+                int first = std::max(0, y - UH + 1), last = std::min(K - 1, y);
+                for (int o = 0; o < CO; ++o)
+                    for (int ky = first; ky <= last; ++ky) {
+                        const V* g = before + (o * UH + y - ky) * UW;
+                        V value[UW];
+                        UNROLL for (int c = 0; c < UW; ++c) value[c] = g[c];
+                        UNROLL for (int kx = 0; kx < K; ++kx) UNROLL for (int j = 0; j < inputs; ++j) {
+                            V weight = w[(o * CI + i + j) * KK + ky * K + kx];
+                            UNROLL for (int c = 0; c < UW; ++c) sum[j][c + kx] += value[c] * weight;
+                        }
+                    }
+                UNROLL for (int j = 0; j < inputs; ++j) UNROLL for (int c = 0; c < WIDTH; ++c) dx[((i + j) * H + y) * WIDTH + c] = sum[j][c];
+            }
+    }
+};
+
+// A fully connected layer, the same interface.
+template <int CI_, int CO_> struct Linear {
+    static constexpr int CI = CI_, CO = CO_;
+    static constexpr int INPUTS = CI, BEFORE = CO, USED = CO, OUTPUTS = CO, WEIGHTS = CI * CO, BIASES = CO;
+    static constexpr bool NOISY_BIAS = false;
+
+    static inline void multiply(const V* x, const V* w, const V* bias, V* y) {
+        constexpr int outputs = 10;
+        static_assert(CO % outputs == 0);
+        for (int o = 0; o < CO; o += outputs) {
+            V sum[outputs];
+            UNROLL for (int c = 0; c < outputs; ++c) sum[c] = bias ? bias[o + c] : V{};
+            for (int i = 0; i < CI; ++i) UNROLL for (int c = 0; c < outputs; ++c) sum[c] += w[(o + c) * CI + i] * x[i];
+            UNROLL for (int c = 0; c < outputs; ++c) y[o + c] = sum[c];
+        }
+    }
+
+    static void forward(const V* x, const V* w, const V* bias, Trace& t) { multiply(x, w, bias, t.y); }
+
+    static void forward_noisy(const V* w, const V* bias, const V* variance, const V*, Trace& t) {
+        V total[CO];
+        multiply(t.x, w, bias, t.y);
+        multiply(t.squares, variance, nullptr, total);
+        for (int o = 0; o < CO; ++o) {
+            V sum = total[o] + Scalar(1e-15), inverse = inverse_root(sum);
+            t.y[o] += sum * inverse * t.noise[o];
+            t.ratio[o] = Scalar(0.5) * inverse * t.noise[o];
+        }
+    }
+
+    static void unpool_all(const V* g, const Byte*, V* before) { std::copy(g, g + CO, before); }
+
+    static void weight_gradient(const V* x, const V* g, const Byte*, V* gw) {
+        for (int o = 0; o < CO; ++o) for (int i = 0; i < CI; ++i) gw[o * CI + i] += g[o] * x[i];
+    }
+
+    static void bias_gradient(const V* g, V* gb) { for (int o = 0; o < CO; ++o) gb[o] += g[o]; }
+
+    static void input_gradient(const V* before, const V* w, V* dx) {
+        for (int i = 0; i < CI; ++i) dx[i] = V{};
+        for (int o = 0; o < CO; ++o) for (int i = 0; i < CI; ++i) dx[i] += before[o] * w[o * CI + i];
+    }
+};
+
+// -------------------------------------------------------------------------------------------------------- the C interface
+// One job moves (or evaluates) a population; Python fills it in and calls it once per block of L models, from any thread.
+
+struct Job {
+    int64_t architecture, activation, sgd, variational;      // architecture: 0 small 1ch, 1 small 3ch, 2 large
+    int64_t models, samples, batch, epoch, steps;
+    double dropout, kl_weight;
+    int64_t dropout_site[4], noise_site[5];                  // 0: that layer draws nothing
+    const Scalar* images;                                    // [samples, inputs]
+    const int64_t* labels;                                   // [samples]
+    const uint32_t* keys;                                    // [models, 2]
+    const double *rate, *decay;                              // [models]
+    Scalar *weights[18], *first[18], *second[18];            // each [models, size], moved in place; second: Adam only
+    const uint8_t* masks[18];                                // each [models, size] or null
+    double *loss, *accuracy;                                 // [models]
+    uint8_t* predictions;                                    // [models, samples], evaluation only
+};
+
+// ------------------------------------------------------------------------------------------------------------- the network
+
+template <class T> struct Buffer {  // zeroed, aligned memory
+    T* data;
+    explicit Buffer(size_t n) {
+        size_t bytes = (n * sizeof(T) + 127) / 128 * 128 + 128;
+        data = static_cast<T*>(std::aligned_alloc(128, bytes));
+        if (!data) throw std::bad_alloc();
+        std::memset((void*)data, 0, bytes);
+    }
+    ~Buffer() { std::free(data); }
+    Buffer(const Buffer&) = delete;
+    operator T*() const { return data; }
+};
+
+// L images become lanes: an L x L transposition is log2(L) rounds of interleaving the upper with the lower half of the rows.
+static inline V interleave(V a, V b, bool upper) {
+    V r;
+    UNROLL for (int l = 0; l < L; ++l) r[l] = (l % 2 ? b : a)[l / 2 + (upper ? L / 2 : 0)];
+    return r;
+}
+
+static void gather(const Scalar* const image[L], const Scalar* const next[L], int inputs, V* x) {
+    for (int p = 0; p < inputs; p += L) {
+        V row[L], other[L];
+        UNROLL for (int l = 0; l < L; ++l) {
+            std::memcpy(&row[l], image[l] + p, sizeof(V));
+            __builtin_prefetch(next[l] + p);
+        }
+        UNROLL for (int half = 1; half < L; half *= 2) {
+            UNROLL for (int i = 0; i < L; ++i) other[i] = interleave(row[i / 2], row[i / 2 + L / 2], i % 2);
+            UNROLL for (int i = 0; i < L; ++i) row[i] = other[i];
+        }
+        UNROLL for (int l = 0; l < L; ++l) x[p + l] = row[l];
+    }
+}
+
+// Cross-entropy of L models; gradient = (softmax - target) * scale. The first largest logit wins, NaN above all.
+static inline V cross_entropy(const V* z, V label, Scalar scale, V* gradient, V& winner) {
+    V best = z[0], own = z[0];
+    winner = V{};
+    for (int c = 1; c < 10; ++c) {
+        auto better = (z[c] > best) | ((z[c] != z[c]) & (best == best));
+        best = better ? z[c] : best, winner = better ? splat(c) : winner;
+        own = label == Scalar(c) ? z[c] : own;
+    }
+    V power[10], sum = V{};
+    for (int c = 0; c < 10; ++c) sum += power[c] = exponential(z[c] - best);
+    if (gradient)
+        for (int c = 0; c < 10; ++c) gradient[c] = (power[c] / sum - (label == Scalar(c) ? splat(1) : V{})) * scale;
+    return logarithm(sum) - (own - best);
+}
+
+// log alpha = log sigma^2 - 2 ln(|w| + 1e-15), clamped; the clamp stops gradients strictly outside.
+template <class Mask> static inline V log_alpha(V w, V log_sigma2, Scalar bound, Mask& inside) {
+    V raw = log_sigma2 - 2 * logarithm((w < 0 ? -w : w) + Scalar(1e-15));
+    inside = (raw >= -bound) & (raw <= bound);
+    return raw < -bound ? splat(-bound) : (raw > bound ? splat(bound) : raw);
+}
+
+template <class A, class B, class C, class Fc1, class Fc2> struct Network {
+    template <int n> using Layer = std::conditional_t<n == 0, A, std::conditional_t<n == 1, B, std::conditional_t<n == 2, C, std::conditional_t<n == 3, Fc1, Fc2>>>>;
+
+    // Tensors: weight and bias of the five layers, then log sigma^2 of the five weights and of the three convolutions' biases.
+    static constexpr int SIZE[18] = {A::WEIGHTS, A::BIASES, B::WEIGHTS, B::BIASES, C::WEIGHTS, C::BIASES, Fc1::WEIGHTS, Fc1::BIASES, Fc2::WEIGHTS, Fc2::BIASES,
+                                     A::WEIGHTS, B::WEIGHTS, C::WEIGHTS, Fc1::WEIGHTS, Fc2::WEIGHTS, A::BIASES, B::BIASES, C::BIASES};
+    static constexpr int offset(int tensor) { int sum = 0; for (int t = 0; t < tensor; ++t) sum += SIZE[t]; return sum; }
+    static constexpr int LARGEST = std::max({A::OUTPUTS, B::INPUTS, B::USED, C::USED, 64});
+
+    const Job& job;
+    const bool noisy;
+    const int tensors, parameters;
+    Buffer<V> weights, gradient, first, second, variance, image, dx, dx_variance, before;
+    Buffer<V> space;
+    Buffer<Byte> masks, winners;
+    Philox stream;
+    Trace trace[5];
+
+    explicit Network(const Job& j)
+        : job(j), noisy(j.variational), tensors(noisy ? 18 : 10), parameters(offset(tensors)), weights(parameters), gradient(parameters), first(parameters),
+          second(parameters), variance(offset(10)), image(A::INPUTS), dx(LARGEST), dx_variance(LARGEST), before(LARGEST), space(trace_size()), masks(parameters),
+          winners(A::OUTPUTS + B::OUTPUTS + C::OUTPUTS + 64) {
+        V* next = space;
+        Byte* winner = winners;
+        lay_out<0>(next, winner);
+    }
+
+    template <int n> static constexpr size_t layer_size() { return 6 * (size_t)Layer<n>::OUTPUTS + Layer<n>::INPUTS + Layer<n>::BEFORE; }
+    static constexpr size_t trace_size() { return layer_size<0>() + layer_size<1>() + layer_size<2>() + layer_size<3>() + layer_size<4>(); }
+
+    template <int n> void lay_out(V*& next, Byte*& winner) {
+        using T = Layer<n>;
+        auto take = [&](int size) { V* p = next; next += size; return p; };
+        Trace& t = trace[n];
+        t.y = take(T::OUTPUTS), t.slope = take(T::OUTPUTS), t.g = take(T::OUTPUTS);
+        if (noisy) t.ratio = take(T::OUTPUTS), t.gv = take(T::OUTPUTS), t.squares = take(T::INPUTS), t.noise = take(T::BEFORE);
+        t.where = winner, winner += T::OUTPUTS;
+        if constexpr (n == 0) t.x = image; else t.x = trace[n - 1].y;
+        if constexpr (n < 4) lay_out<n + 1>(next, winner);
+    }
+
+    template <int n> V* weight(V* base) const { return base + offset(2 * n); }
+    template <int n> V* bias(V* base) const { return base + offset(2 * n + 1); }
+
+    // ------------------------------------------------------------------------------------------------ forward and backward
+
+    template <int n> void forward(uint32_t position) {
+        using T = Layer<n>;
+        Trace& t = trace[n];
+        if (noisy) {
+            for (int i = 0; i < T::INPUTS; ++i) t.squares[i] = t.x[i] * t.x[i];
+            normals(stream, job.noise_site[n], position, job.epoch, T::BEFORE, t.noise);
+            T::forward_noisy(weight<n>(weights), bias<n>(weights), weight<n>(variance), bias<n>(variance), t);
+        } else
+            T::forward(t.x, weight<n>(weights), bias<n>(weights), t);
+        if constexpr (n < 4) {
+            activate(job.activation, t.y, t.slope, T::OUTPUTS);
+            if (job.dropout_site[n]) dropout(stream, job.dropout_site[n], position, job.epoch, job.dropout, T::OUTPUTS, t.y, t.slope);
+            forward<n + 1>(position);
+        }
+    }
+
+    template <int n> void backward() {  // trace[n].g holds the gradient with respect to the pooled outputs
+        using T = Layer<n>;
+        Trace& t = trace[n];
+        T::weight_gradient(t.x, t.g, t.where, weight<n>(gradient));
+        T::bias_gradient(t.g, bias<n>(gradient));
+        if (noisy) {
+            for (int i = 0; i < T::OUTPUTS; ++i) t.gv[i] = t.g[i] * t.ratio[i];
+            T::weight_gradient(t.squares, t.gv, t.where, gradient + offset(10 + n));
+            if constexpr (T::NOISY_BIAS) T::bias_gradient(t.gv, gradient + offset(15 + n));
+        }
+        if constexpr (n > 0) {
+            T::unpool_all(t.g, t.where, before);
+            T::input_gradient(before, weight<n>(weights), dx);
+            if (noisy) {
+                T::unpool_all(t.gv, t.where, before);
+                T::input_gradient(before, weight<n>(variance), dx_variance);
+                for (int i = 0; i < T::INPUTS; ++i) dx[i] += 2 * t.x[i] * dx_variance[i];
+            }
+            Trace& below = trace[n - 1];
+            for (int i = 0; i < T::INPUTS; ++i) below.g[i] = dx[i] * below.slope[i];
+            backward<n - 1>();
+        }
+    }
+
+    // -------------------------------------------------------------------------------------------------- variational weights
+
+    template <class G> void for_each_noisy(G g) const {  // g(weight, variance, log sigma^2, gradients are at the same places; bound)
+        auto tensor = [&](int plain, int log_sigma2, Scalar bound) {
+            for (int i = 0; i < SIZE[plain]; ++i) g(offset(plain) + i, offset(log_sigma2) + i, bound);
+        };
+        for (int n = 0; n < 5; ++n) tensor(2 * n, 10 + n, n < 3 ? 8 : 10);
+        for (int n = 0; n < 3; ++n) tensor(2 * n + 1, 15 + n, 8);
+    }
+
+    void compute_variances() {
+        for_each_noisy([&](int plain, int log_sigma2, Scalar bound) {
+            V w = weights[plain];
+            auto inside = w < w;
+            variance[plain] = exponential(log_alpha(w, weights[log_sigma2], bound, inside)) * w * w;
+        });
+    }
+
+    // From d loss / d variance to weights and log sigma^2, through variance = exp(log alpha) w^2, with the gradient of
+    // kl_weight * KL, KL = -sum[k1 sigmoid(k2 + k3 log alpha) - ln(1 + exp(-log alpha)) / 2 - k1].
+    void chain_variances() {
+        constexpr Scalar k1 = 0.63576, k2 = 1.8732, k3 = 1.48695;
+        for_each_noisy([&](int plain, int log_sigma2, Scalar bound) {
+            V w = weights[plain], size = (w < 0 ? -w : w) + Scalar(1e-15), sign = w > 0 ? splat(1) : (w < 0 ? splat(-1) : V{});
+            auto inside = w < w;
+            V la = log_alpha(w, weights[log_sigma2], bound, inside), alpha = exponential(la), by_variance = gradient[log_sigma2];
+            V s = logistic(k2 + k3 * la);
+            V kl = -k1 * k3 * s * (1 - s) - Scalar(0.5) * logistic(-la);
+            V by_log_alpha = by_variance * (alpha * w * w) + Scalar(job.kl_weight) * kl;
+            by_log_alpha = inside ? by_log_alpha : V{};
+            gradient[plain] += by_variance * alpha * 2 * w - by_log_alpha * 2 * sign / size;
+            gradient[log_sigma2] = by_log_alpha;
+        });
+    }
+
+    // ------------------------------------------------------------------------------------------------------------ optimizers
+
+    void update(const double* rate, V decay, int64_t step) {
+        V pace;
+        const double bias1 = job.sgd ? 1 : 1 - std::pow(0.9, (double)step);
+        const Scalar bias2 = (Scalar)(1 / std::sqrt(1 - std::pow(0.999, (double)step)));
+        for (int l = 0; l < L; ++l) pace[l] = (Scalar)(rate[l] / bias1);
+        for (int t = 0; t < tensors; ++t) {
+            const bool masked = job.masks[t];
+            for (int i = offset(t); i < offset(t) + SIZE[t]; ++i) {
+                V w = weights[i], g = gradient[i] + decay * w;
+                if (masked) g *= to<V>(masks[i]);
+                if (job.sgd) {
+                    V m = Scalar(0.9) * first[i] + g;
+                    first[i] = m, weights[i] = w - pace * m;
+                } else {
+                    V m = Scalar(0.9) * first[i] + Scalar(0.1) * g, v = Scalar(0.999) * second[i] + Scalar(0.001) * (g * g);
+                    first[i] = m, second[i] = v, weights[i] = w - pace * m / (root(v) * bias2 + Scalar(1e-8));
+                }
+            }
+        }
+    }
+
+    // ------------------------------------------------------------------------------------------- between torch and the lanes
+
+    template <class T, class S> void pack(T* lanes, S* const* stacked, int64_t start) const {
+        for (int t = 0; t < tensors; ++t)
+            for (int l = 0; l < L && stacked[t]; ++l) {
+                const S* model = stacked[t] + std::min(start + l, job.models - 1) * SIZE[t];  // spare lanes repeat the last model
+                for (int i = 0; i < SIZE[t]; ++i) lanes[offset(t) + i][l] = model[i];
+            }
+    }
+
+    void unpack(const V* lanes, Scalar* const* stacked, int64_t start) const {
+        for (int t = 0; t < tensors; ++t)
+            for (int l = 0; l < L && start + l < job.models && stacked[t]; ++l)
+                for (int i = 0; i < SIZE[t]; ++i) stacked[t][(start + l) * SIZE[t] + i] = lanes[offset(t) + i][l];
+    }
+
+    // -------------------------------------------------------------------------------------------------------------- one epoch
+
+    void shuffle(std::vector<uint32_t>& order) const {  // [samples, L]
+        const size_t n = job.samples;
+        std::vector<uint32_t> words(n * L), column(n), sorted;
+        for (size_t i = 0; i < n; i += 4) {
+            U word[4];
+            stream.draw(i / 4, 0, 0, job.epoch, word);
+            for (size_t j = i; j < std::min(i + 4, n); ++j)
+                for (int l = 0; l < L; ++l) words[l * n + j] = word[j - i][l];
+        }
+        order.resize(n * L);
+        for (int l = 0; l < L; ++l) {
+            std::copy(&words[l * n], &words[l * n] + n, column.begin());
+            shuffled(column, sorted);
+            for (size_t i = 0; i < n; ++i) order[i * L + l] = sorted[i];
+        }
+    }
+
+    bool train(int64_t start, const volatile int* stop) {
+        uint32_t keys[L][2];
+        double rate[L];
+        V decay;
+        for (int l = 0; l < L; ++l) {
+            int64_t m = std::min(start + l, job.models - 1);
+            keys[l][0] = job.keys[2 * m], keys[l][1] = job.keys[2 * m + 1];
+            rate[l] = job.rate[m], decay[l] = (Scalar)job.decay[m];
+        }
+        stream.seed(keys);
+        pack<V, Scalar>(weights, job.weights, start);
+        pack<V, Scalar>(first, job.first, start);
+        pack<V, Scalar>(second, job.second, start);
+        pack<Byte, const uint8_t>(masks, job.masks, start);
+        std::vector<uint32_t> order;
+        shuffle(order);
+
+        D loss = {}, right = {};
+        int64_t step = job.steps;
+        for (int64_t from = 0; from < job.samples; from += job.batch) {
+            if (*stop) return false;
+            const int64_t until = std::min(from + job.batch, job.samples);
+            std::memset((void*)gradient.data, 0, parameters * sizeof(V));
+            if (noisy) compute_variances();
+            for (int64_t position = from; position < until; ++position) {
+                const Scalar *sample[L], *next[L];
+                V label, winner;
+                for (int l = 0; l < L; ++l) {
+                    uint32_t now = order[position * L + l], then = order[std::min(position + 1, job.samples - 1) * L + l];
+                    sample[l] = job.images + (size_t)now * A::INPUTS, next[l] = job.images + (size_t)then * A::INPUTS;
+                    label[l] = (Scalar)job.labels[now];
+                }
+                gather(sample, next, A::INPUTS, image);
+                forward<0>((uint32_t)position);
+                loss += to<D>(cross_entropy(trace[4].y, label, Scalar(1) / Scalar(until - from), trace[4].g, winner));
+                right += to<D>(winner == label ? splat(1) : V{});
+                backward<4>();
+            }
+            if (noisy) chain_variances();
+            update(rate, decay, ++step);
+        }
+        unpack(weights, job.weights, start);
+        unpack(first, job.first, start);
+        unpack(second, job.second, start);
+        report(start, loss, right);
+        return true;
+    }
+
+    void report(int64_t start, D loss, D right) const {
+        for (int l = 0; l < L && start + l < job.models; ++l)
+            job.loss[start + l] = loss[l] / job.samples, job.accuracy[start + l] = right[l] / job.samples;
+    }
+
+    // ------------------------------------------------------------------------------------------------------------- evaluation
+    // All lanes look at the same image, so the first layer reads single numbers instead of registers.
+
+    template <int n> void forward_plain(const Scalar* shared) {
+        using T = Layer<n>;
+        Trace& t = trace[n];
+        if constexpr (n == 0) T::forward(shared, weight<n>(weights), bias<n>(weights), t);
+        else T::forward(t.x, weight<n>(weights), bias<n>(weights), t);
+        if constexpr (n < 4) {
+            activate(job.activation, t.y, t.slope, T::OUTPUTS);
+            forward_plain<n + 1>(nullptr);
+        }
+    }
+
+    bool evaluate(int64_t start, const volatile int* stop) {
+        pack<V, Scalar>(weights, job.weights, start);
+        D loss = {}, right = {};
+        for (int64_t i = 0; i < job.samples; ++i) {
+            if (i % 16 == 0 && *stop) return false;
+            forward_plain<0>(job.images + i * A::INPUTS);
+            V winner, label = splat((Scalar)job.labels[i]);
+            loss += to<D>(cross_entropy(trace[4].y, label, 1, nullptr, winner));
+            right += to<D>(winner == label ? splat(1) : V{});
+            for (int l = 0; l < L && start + l < job.models; ++l) job.predictions[(start + l) * job.samples + i] = (uint8_t)winner[l];
+        }
+        report(start, loss, right);
+        return true;
+    }
+};
+
+using Small1 = Network<Convolution<1, 28, 28, 8, 5, 2>, Convolution<8, 12, 12, 6, 5, 2>, Convolution<6, 4, 4, 4, 2, 1>, Linear<36, 20>, Linear<20, 10>>;
+using Small3 = Network<Convolution<3, 28, 28, 8, 5, 2>, Convolution<8, 12, 12, 6, 5, 2>, Convolution<6, 4, 4, 4, 2, 1>, Linear<36, 20>, Linear<20, 10>>;
+using Large = Network<Convolution<3, 32, 32, 16, 3, 2>, Convolution<16, 15, 15, 32, 3, 2>, Convolution<32, 6, 6, 15, 3, 2>, Linear<60, 20>, Linear<20, 10>>;
+
+// Denormal numbers (below 1e-38) cost hundreds of cycles each and mean nothing here: they count as zero while a block runs.
+struct FlushDenormals {
+#if defined(__SSE__) || defined(__x86_64__)
+    unsigned before = _mm_getcsr();
+    FlushDenormals() { _mm_setcsr(before | 0x8040); }
+    ~FlushDenormals() { _mm_setcsr(before); }
+#elif defined(__aarch64__)
+    uint64_t before;
+    FlushDenormals() { asm volatile("mrs %0, fpcr" : "=r"(before)); asm volatile("msr fpcr, %0" : : "r"(before | (1ull << 24))); }
+    ~FlushDenormals() { asm volatile("msr fpcr, %0" : : "r"(before)); }
+#endif
+};
+
+enum Result { DONE, STOPPED, UNKNOWN_ARCHITECTURE, OUT_OF_MEMORY };
+
+template <class G> static int with_network(const Job& job, G go) {
+    FlushDenormals flush;
+    auto run = [&](auto* network) { bool done = go(*network); delete network; return done ? DONE : STOPPED; };
+    try {
+        switch (job.architecture) {
+        case 0: return run(new Small1(job));
+        case 1: return run(new Small3(job));
+        case 2: return run(new Large(job));
+        }
+    } catch (const std::bad_alloc&) { return OUT_OF_MEMORY; }
+    return UNKNOWN_ARCHITECTURE;
+}
+
+extern "C" {
+int lanes_width() { return L; }
+int64_t lanes_job_size() { return sizeof(Job); }
+int lanes_train(const Job* job, int64_t start, const volatile int* stop) {
+    return with_network(*job, [&](auto& network) { return network.train(start, stop); });
+}
+int lanes_evaluate(const Job* job, int64_t start, const volatile int* stop) {
+    return with_network(*job, [&](auto& network) { return network.evaluate(start, stop); });
+}
+void lanes_normals(const uint32_t* key, uint32_t site, uint32_t position, uint32_t epoch, int count, Scalar* out) {
+    uint32_t keys[L][2];
+    for (int l = 0; l < L; ++l) keys[l][0] = key[0], keys[l][1] = key[1];
+    Philox stream;
+    stream.seed(keys);
+    Buffer<V> lanes(count);
+    normals(stream, site, position, epoch, count, lanes);
+    for (int i = 0; i < count; ++i) out[i] = lanes[i][0];
+}
+}
