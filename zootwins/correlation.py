@@ -20,12 +20,13 @@ def pearson_of_resamples(
     counts: np.ndarray,  # [resamples, n]: how often each resample holds each model
 ) -> np.ndarray:         # [resamples]; NaN where x or y is constant
     "Pearson's r of every resample."
-    x, y = x - x.mean(), y - y.mean()
+    x, y = ((v - v.mean()) / (v.std() or 1) for v in (x, y))
     share = counts / counts.sum(axis=1, keepdims=True)
     mean_x, mean_y = share @ x, share @ y
-    covariance = share @ (x * y) - mean_x * mean_y
-    variances = (share @ x**2 - mean_x**2) * (share @ y**2 - mean_y**2)
-    return np.divide(covariance, np.sqrt(variances.clip(0)), out=np.full(len(counts), np.nan), where=variances > 1e-24)
+    variance_x, variance_y = share @ x**2 - mean_x**2, share @ y**2 - mean_y**2
+    varied = np.minimum(variance_x, variance_y) > 1e-12
+    scale = np.sqrt((variance_x * variance_y).clip(0))
+    return np.divide(share @ (x * y) - mean_x * mean_y, scale, out=np.full(len(counts), np.nan), where=varied)
 
 # %% ../nbs/22_correlation.ipynb #d8f527e8
 def kendall_of_resamples(
@@ -43,7 +44,7 @@ def kendall_of_resamples(
 # %% ../nbs/22_correlation.ipynb #4af0a941
 COEFFICIENTS = {"pearson": (stats.pearsonr, pearson_of_resamples), "kendall": (stats.kendalltau, kendall_of_resamples)}
 
-
+# %% ../nbs/22_correlation.ipynb #b780ccd4
 def bootstrap_interval(
     resampled: Callable,       # gives the coefficient of every resample, as the two functions above
     x: np.ndarray,             # [n]
@@ -91,7 +92,7 @@ def paired_accuracy(
     after = twins[["zoo", "model", "test_acc", "sparsity"]].rename(columns={"test_acc": "after"})
     return before.merge(after, on=["zoo", "model"])
 
-
+# %% ../nbs/22_correlation.ipynb #0ad796ef
 def correlation(
     metrics: pd.DataFrame,       # tidy metrics of one or more zoos
     method: str,                 # "mp" or "vd"

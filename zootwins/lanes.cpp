@@ -108,19 +108,15 @@ static inline F logarithm(F x) {  // of normal positive numbers
     return x == x ? result : x;
 }
 
-static inline F hyperbolic_tangent(F x) {  // x p(x^2) / q(x^2), saturates at tanh(9) = 1 - 3e-8
-    x = x < -9.0f ? -9.0f - F{} : x;
-    x = x > 9.0f ? 9.0f - F{} : x;
-    F s = x * x;
-    F p = 1.33543029e-08f * s + 2.0608818e-05f;
-    p = p * s + 0.00349557204f;
-    p = p * s + 0.133810122f;
-    p = p * s + 0.99999998f;
-    F q = 7.77640963e-07f * s + 0.000328560847f;
-    q = q * s + 0.0258769213f;
-    q = q * s + 0.467143278f;
-    q = q * s + 1.0f;
-    return x * p * reciprocal(q);
+// Far from zero 1 - 2 / (exp(2 |x|) + 1), rounded once: Adam sees the slope 1 - tanh^2 of saturated units, however small.
+static inline F hyperbolic_tangent(F x) {
+    F a = x < 0.0f ? -x : x, s = x * x;
+    F far = 1.0f - 2.0f * reciprocal(1.0f + exponential(2.0f * a));
+    F p = -0.00551516718f * s + 0.0204694235f;
+    p = p * s - 0.0536880245f;
+    p = p * s + 0.133308304f;
+    p = p * s - 0.333332598f;
+    return a < 0.65f ? p * s * x + x : (x < 0.0f ? -far : far);
 }
 
 static inline F logistic(F x) { return reciprocal(1.0f + exponential(-x)); }

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SOURCE', 'TENSORS', 'LAYERS', 'IMAGE_SHAPES', 'LANES', 'compiler', 'library', 'available', 'Job', 'parameter_names',
-           'sites', 'threads_available', 'supports', 'train_epoch', 'evaluate']
+           'noise_sites', 'supports', 'processors', 'train_epoch', 'evaluate']
 
 # %% ../nbs/13_lanes.ipynb #5849d5e3
 import ctypes
@@ -14,7 +14,6 @@ import platform
 import shutil
 import subprocess
 import threading
-from collections.abc import Callable
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
@@ -22,28 +21,28 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .architectures import ACTIVATIONS, ARCHITECTURES, build, layer_names
+from .architectures import ACTIVATIONS, build, layer_names
 from .core import UserError, atomic_path, cache_folder
-from .training import Engine, Recipe, State, StreamDropout, training_module
+from .training import Engine, Recipe, State, StreamDropout, alike, training_module
 from .variational import kl_weight
 
 # %% ../nbs/13_lanes.ipynb #ced639e1
 SOURCE = Path(str(files("zootwins"))) / "lanes.cpp"
 
 
-def compiler() -> str | None:  # path, or none
-    "Find a C++ compiler: the one named by the environment variable CXX, else c++, g++ or clang++."
+def compiler() -> str | None:  # path, or none if there is none
+    "Find a C++ compiler: the one that the environment variable CXX names, else c++, g++ or clang++."
     named = os.environ.get("CXX")
     return next(filter(None, map(shutil.which, [named] if named else ["c++", "g++", "clang++"])), None)
 
-# %% ../nbs/13_lanes.ipynb #98ceb1ea
+# %% ../nbs/13_lanes.ipynb #f70d2030
 def _flags() -> list[str]:  # for the compiler
-    "Compile for this very machine, with fused multiply-add and vectors as wide as it has."
+    "Give the compiler's flags for this machine."
     native = "-mcpu=native" if platform.machine().lower() in ("arm64", "aarch64") else "-march=native"
     return ["-std=c++17", "-O3", native, "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-w"]
 
 
-def _processor() -> str:  # something that differs between kinds of processors
+def _processor() -> str:  # model and instruction sets
     "Describe the processor, because a library built for one may not run on another."
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
@@ -68,7 +67,7 @@ def _compile(
     path: Path,    # where the library shall be
 ) -> None:
     "Build the library; raises `UserError` if the compiler fails."
-    define = [f"-DLANES_SCALAR={scalar}"] if scalar != "float" else []
+    define = [f"-DLANES_SCALAR={scalar}", "-O1"] if scalar != "float" else []
     with atomic_path(path) as temporary:
         result = subprocess.run([command, *_flags(), *define, "-o", str(temporary), str(SOURCE)], capture_output=True, text=True)
         if result.returncode:
@@ -78,12 +77,12 @@ def _compile(
 
 @lru_cache
 def library(
-    scalar: str = "float",  # "float" to train; "double" for gradient checks
+    scalar: str = "float",  # "float" to train, "double" to check gradients
 ) -> ctypes.CDLL:           # the compiled engine
     "Load the engine, building it first if need be; raises `UserError` without a working compiler."
     command = compiler()
     if command is None:
-        raise UserError("No C++ compiler was found: install g++ or clang++ (on Debian: apt install g++; on macOS: xcode-select --install) for the fast engine, or use engine='torch'.")
+        raise UserError("No C++ compiler was found: install g++ or clang++ for the fast engine (Debian: apt install g++; macOS: xcode-select --install), or use engine='torch'.")
     path = _library_path(command, scalar)
     if not path.exists():
         _compile(command, scalar, path)
@@ -104,175 +103,195 @@ IMAGE_SHAPES = {"cnn_small_1ch": (1, 28, 28), "cnn_small_3ch": (3, 28, 28), "cnn
 
 
 class Job(ctypes.Structure):
-    "What the C++ side needs to know, field by field as in lanes.cpp."
+    "What to do with a population, field by field as in lanes.cpp."
 
     _fields_ = [
         *[(name, ctypes.c_int64) for name in ("architecture", "activation", "sgd", "variational", "models", "samples", "batch", "epoch", "steps")],
         ("dropout", ctypes.c_double), ("kl_weight", ctypes.c_double),
-        ("dropout_site", ctypes.c_int64 * 4), ("noise_site", ctypes.c_int64 * LAYERS),
+        ("dropout_site", ctypes.c_int64 * (LAYERS - 1)), ("noise_site", ctypes.c_int64 * LAYERS),
         *[(name, ctypes.c_void_p) for name in ("images", "labels", "keys", "rate", "decay")],
         *[(name, ctypes.c_void_p * TENSORS) for name in ("weights", "first", "second", "masks")],
         *[(name, ctypes.c_void_p) for name in ("loss", "accuracy", "predictions")],
     ]
 
-# %% ../nbs/13_lanes.ipynb #3878d192
+    def hold(
+        self,
+        field: str,      # one that is a pointer
+        tensor: Tensor,  # on the CPU, contiguous
+    ) -> Tensor:         # the same
+        "Point a field to a tensor, and keep the tensor alive as long as the job."
+        setattr(self, field, tensor.data_ptr())
+        self.__dict__.setdefault("held", []).append(tensor)
+        return tensor
+
+    def hold_all(
+        self,
+        field: str,                  # one that is an array of pointers
+        tensors: dict[str, Tensor],  # parameter name -> stacked tensor
+        names: list[str],            # all parameters, in order
+    ) -> None:
+        "Point an array of pointers to stacked tensors; what is missing is null."
+        setattr(self, field, (ctypes.c_void_p * TENSORS)(*[tensors[name].data_ptr() if name in tensors else None for name in names]))
+        self.__dict__.setdefault("held", []).extend(tensors.values())
+
+# %% ../nbs/13_lanes.ipynb #3d016fc1
 def parameter_names(
-    architecture: str,  # a key of ARCHITECTURES
+    architecture: str,  # a key of IMAGE_SHAPES
 ) -> list[str]:         # 18 names; the last 8 exist in variational populations only
-    "The order of parameters in lanes.cpp: weights and biases, then the log variances of weights and of convolutions' biases."
+    "The order of the parameters in lanes.cpp: weights and biases, then the log variances of weights and of the convolutions' biases."
     layers = list(layer_names(build(architecture)).values())
     plain = [f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")]
     return plain + [f"{layer}.log_sigma2" for layer in layers] + [f"{layer}.log_sigma2_bias" for layer in layers[:3]]
 
 
-def sites(
-    module: nn.Module,       # a plain module
-    variational: bool,       # whether it will carry noise
-) -> tuple[list[int], list[int]]:  # of dropout after the first four layers, of noise in the five layers; 0: none
-    "Number the stochastic layers as the reference engine does."
+def noise_sites(
+    module: nn.Module,   # a plain module
+    variational: bool,   # whether its layers will carry noise
+) -> tuple[list[int], list[int]]:  # of dropout after the first four layers, and of noise in all five; 0: none
+    "Number the stochastic layers."
     _, noisy = training_module(module, variational)
-    drops = [layer.site for layer in noisy if isinstance(layer, StreamDropout)]
+    dropout = [layer.site for layer in noisy if isinstance(layer, StreamDropout)]
     noise = [layer.site for layer in noisy if not isinstance(layer, StreamDropout)]
-    if len(drops) == 3:  # CNN small has none after its third convolution
-        drops.insert(2, 0)
-    return drops or [0] * 4, noise or [0] * LAYERS
+    if len(dropout) == 3:  # CNN small: none after the third convolution
+        dropout.insert(2, 0)
+    return dropout or [0] * (LAYERS - 1), noise or [0] * LAYERS
 
-# %% ../nbs/13_lanes.ipynb #f141d9a6
-def _pointers(
-    tensors: dict[str, Tensor],  # some of the parameters
-    names: list[str],            # all of them, in order
-) -> ctypes.Array:               # addresses; none where a parameter is missing
-    "Collect the addresses of stacked tensors."
-    return (ctypes.c_void_p * TENSORS)(*[tensors[name].data_ptr() if name in tensors else None for name in names])
-
-
-def _contiguous(
-    tensors: dict[str, Tensor],  # stacked
-    dtype: torch.dtype,          # of the numbers
-) -> dict[str, Tensor]:          # fresh copies in ordinary layout
-    "Copy tensors so that the engine may write to them."
-    return {name: tensor.detach().to("cpu", dtype, copy=True).contiguous() for name, tensor in tensors.items()}
+# %% ../nbs/13_lanes.ipynb #bbc4176a
+def supports(
+    architecture: str,        # name of an architecture
+    activation: str,          # name of an activation
+    optimizer: str = "adam",  # name of an optimizer
+) -> bool:                    # True for everything in the paper's zoos
+    "Say whether the engine can train such models."
+    return architecture in IMAGE_SHAPES and activation in ACTIVATIONS and optimizer in ("adam", "sgd")
 
 
-def threads_available() -> int:  # processors that this process may use
-    "Count the processors."
+def _common_job(
+    weights: dict[str, Tensor],  # on the CPU, contiguous
+    architecture: str,           # name of the architecture
+    activation: str,             # of all models
+    x: Tensor,                   # [N, C, H, W]
+    y: Tensor,                   # int64 [N]
+) -> Job:                        # still without what only training needs
+    "Describe what training and evaluation have in common; raises `UserError` for what the engine cannot do."
+    if not supports(architecture, activation):
+        raise UserError(f"The fast engine does not know {architecture} with {activation}: use engine='torch', which trains any module of standard layers.")
+    if tuple(x.shape[1:]) != IMAGE_SHAPES[architecture]:
+        raise UserError(f"{architecture} takes images of shape {IMAGE_SHAPES[architecture]}, not {tuple(x.shape[1:])}: load them with the architecture's size.")
+    stack = next(iter(weights.values()))
+    job = Job(architecture=list(IMAGE_SHAPES).index(architecture), activation=list(ACTIVATIONS).index(activation), models=len(stack), samples=len(x))
+    job.hold("images", x.detach().to("cpu", stack.dtype).contiguous())
+    job.hold("labels", y.cpu().contiguous())
+    job.hold_all("weights", weights, parameter_names(architecture))
+    for field in ("loss", "accuracy"):
+        setattr(job, f"{field}_tensor", job.hold(field, torch.zeros(len(stack), dtype=torch.float64)))
+    return job
+
+# %% ../nbs/13_lanes.ipynb #4dfa725c
+def processors() -> int:  # at least 1
+    "Count the processors that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-# %% ../nbs/13_lanes.ipynb #3494703a
-def _run_blocks(
-    function: Callable,    # lanes_train or lanes_evaluate
-    job: Job,              # complete
-    width: int,            # models per block
-    threads: int | None,   # at most so many; none: one per processor
+
+def _run(
+    function: str,        # "lanes_train" or "lanes_evaluate"
+    job: Job,             # complete
+    dtype: torch.dtype,   # of the weights
+    threads: int | None,  # at most so many; none: one per processor
 ) -> None:
-    "Work through all blocks of models on several threads; Ctrl-C stops them at their next batch."
-    stop, failed = ctypes.c_int(0), []
-    blocks, lock = iter(range(0, job.models, width)), threading.Lock()
+    "Work through all blocks of models; raises `MemoryError` when memory runs out."
+    engine = library("double" if dtype == torch.float64 else "float")
+    width, stop, codes = engine.lanes_width(), ctypes.c_int(0), []
+    starts, lock = iter(range(0, job.models, width)), threading.Lock()
 
     def work():
         while not stop.value:
             with lock:
-                start = next(blocks, None)
+                start = next(starts, None)
             if start is None:
                 return
-            if code := function(ctypes.byref(job), ctypes.c_int64(start), ctypes.byref(stop)):
-                failed.append(code)
-                stop.value = 1
+            codes.append(getattr(engine, function)(ctypes.byref(job), ctypes.c_int64(start), ctypes.byref(stop)))
 
-    workers = [threading.Thread(target=work, daemon=True) for _ in range(min(threads or threads_available(), -(-job.models // width)))]
+    workers = [threading.Thread(target=work) for _ in range(min(threads or processors(), -(-job.models // width)))]
     try:
         for worker in workers:
             worker.start()
-        for worker in workers:
-            while worker.is_alive():
-                worker.join(0.1)
+        while any(worker.is_alive() for worker in workers):
+            workers[-1].join(0.05) if workers[-1].is_alive() else workers[0].join(0.05)
     finally:
         stop.value = 1
         for worker in workers:
             worker.join()
-    if failed:
-        raise MemoryError("The lane engine ran out of memory.")
+    if any(codes):
+        raise MemoryError("The fast engine ran out of memory: train fewer models at a time, or on fewer threads.")
 
-# %% ../nbs/13_lanes.ipynb #bbc4176a
-def supports(
-    architecture: str,  # name of an architecture
-    activation: str,    # name of an activation
-    optimizer: str = "adam",  # name of an optimizer
-) -> bool:              # True for all that the paper's zoos use
-    "Say whether the engine can train such models."
-    return architecture in ARCHITECTURES and activation in ACTIVATIONS and optimizer in ("adam", "sgd")
+# %% ../nbs/13_lanes.ipynb #f9437dd3
+def _copies(
+    tensors: dict[str, Tensor],         # stacked
+    dtype: torch.dtype | None = None,   # none: as they are
+) -> dict[str, Tensor]:                 # fresh, on the CPU, contiguous
+    "Copy tensors so that the library may write to them."
+    return {name: tensor.detach().to("cpu", dtype, copy=True).contiguous() for name, tensor in tensors.items()}
 
 
-def _job(
-    weights: dict[str, Tensor],  # on the CPU, contiguous
-    architecture: str,           # a key of ARCHITECTURES
-    activation: str,             # a key of ACTIVATIONS
-    x: Tensor,                   # [N, C, H, W], like the weights
-    y: Tensor,                   # int64 [N]
-) -> tuple[Job, Tensor, Tensor]:  # the job, and where its loss and accuracy (or predictions) will be
-    "Fill in what training and evaluation have in common; the caller keeps the tensors alive."
-    if not supports(architecture, activation):
-        raise UserError(f"The fast engine does not know {architecture} with {activation}: use engine='torch', which trains any module of standard layers.")
-    if tuple(x.shape[1:]) != IMAGE_SHAPES[architecture]:
-        raise UserError(f"{architecture} takes images of shape {IMAGE_SHAPES[architecture]}, not {tuple(x.shape[1:])}.")
-    models = len(next(iter(weights.values())))
-    loss, accuracy = torch.zeros(2, models, dtype=torch.float64)
-    return Job(
-        architecture=list(IMAGE_SHAPES).index(architecture), activation=list(ACTIVATIONS).index(activation), models=models, samples=len(x),
-        images=x.data_ptr(), labels=y.data_ptr(), weights=_pointers(weights, parameter_names(architecture)),
-        loss=loss.data_ptr(), accuracy=accuracy.data_ptr(),
-    ), loss, accuracy
+def _training_job(
+    state: State,                  # alike models
+    moving: list[dict[str, Tensor]],  # copies of weights, first and second moments
+    x: Tensor,                     # [N, C, H, W]
+    y: Tensor,                     # int64 [N]
+    recipe: Recipe,                # how to move
+) -> Job:                          # complete
+    "Describe one epoch of training."
+    models, factors = state.population.models, state.population.models.iloc[0]
+    architecture, activation, dropout = state.population.architecture, factors["activation"], float(factors["dropout"])
+    job = _common_job(moving[0], architecture, activation, x, y)
+    rates = models["lr"] if recipe.lr is None else [recipe.lr] * len(models)
+    job.hold("rate", torch.tensor(list(rates), dtype=torch.float64))
+    job.hold("decay", torch.tensor(list(models["wd"]), dtype=torch.float64))
+    job.hold("keys", state.keys.cpu().to(torch.uint32).contiguous())
+    for field, tensors in (("first", moving[1]), ("second", moving[2]), ("masks", _copies(state.masks, torch.uint8))):
+        job.hold_all(field, tensors, parameter_names(architecture))
+    job.sgd, job.variational, job.batch = not moving[2], recipe.variational, recipe.batch_size
+    job.epoch, job.steps, job.dropout, job.kl_weight = state.epoch + 1, state.steps, dropout, kl_weight(state.epoch + 1)
+    job.dropout_site[:], job.noise_site[:] = noise_sites(build(architecture, activation, dropout), recipe.variational)
+    return job
 
-# %% ../nbs/13_lanes.ipynb #4ae55993
+# %% ../nbs/13_lanes.ipynb #284d179e
 def train_epoch(
-    state: State,    # alike models on the CPU; moved by one epoch, or left as it is when interrupted
-    x: Tensor,       # [N, C, H, W], of the weights' dtype
+    state: State,    # alike models; moved in place by one epoch
+    x: Tensor,       # float32 [N, C, H, W]
     y: Tensor,       # int64 [N]
     recipe: Recipe,  # how to move
     threads: int | None = None,  # at most so many; none: one per processor
 ) -> tuple[Tensor, Tensor]:      # float64 [models] each: running mean cross-entropy and accuracy in train mode
-    "Train all models for one epoch, exactly as `training.train_epoch` does."
+    "Train all models for one epoch; raises `UserError` for models that are not alike or not known to the engine."
     population = state.population
-    factors, names = population.models.iloc[0], parameter_names(population.architecture)
-    dtype = next(iter(population.weights.values())).dtype
-    engine = library("double" if dtype == torch.float64 else "float")
-    weights, first, second = (_contiguous(part, dtype) for part in (population.weights, state.first, state.second))
-    masks = _contiguous(state.masks, torch.uint8)
-    x, y, keys = x.to("cpu", dtype).contiguous(), y.cpu().contiguous(), state.keys.cpu().to(torch.uint32).contiguous()
-    rates = population.models["lr"] if recipe.lr is None else [recipe.lr] * len(population)
-    rate, decay = (torch.tensor(list(column), dtype=torch.float64) for column in (rates, population.models["wd"]))
-    job, loss, accuracy = _job(weights, population.architecture, factors["activation"], x, y)
-    dropout_sites, noise_sites = sites(build(population.architecture, factors["activation"], float(factors["dropout"])), recipe.variational)
-    job.sgd, job.variational, job.batch, job.epoch, job.steps = not second, recipe.variational, recipe.batch_size, state.epoch + 1, state.steps
-    job.dropout, job.kl_weight = float(factors["dropout"]), kl_weight(state.epoch + 1)
-    job.dropout_site[:], job.noise_site[:] = dropout_sites, noise_sites
-    job.keys, job.rate, job.decay = keys.data_ptr(), rate.data_ptr(), decay.data_ptr()
-    job.first, job.second, job.masks = (_pointers(part, names) for part in (first, second, masks))
-    _run_blocks(engine.lanes_train, job, engine.lanes_width(), threads)
-    for old, new in ((population.weights, weights), (state.first, first), (state.second, second)):
-        old.update(new)
+    if len(alike(population.models)) != 1:
+        raise UserError("These models differ in activation, optimizer or dropout: train them through zootwins.training.train, which groups them.")
+    parts = [population.weights, state.first, state.second]
+    moving = [_copies(part) for part in parts]
+    job = _training_job(state, moving, x, y, recipe)
+    _run("lanes_train", job, next(iter(moving[0].values())).dtype, threads)
+    for part, moved in zip(parts, moving):
+        part.update(moved)
     state.epoch, state.steps = state.epoch + 1, state.steps + -(-len(x) // recipe.batch_size)
-    return loss, accuracy
+    return job.loss_tensor, job.accuracy_tensor
 
-# %% ../nbs/13_lanes.ipynb #55ebca2d
+
 def evaluate(
     weights: dict[str, Tensor],  # plain stacked parameters: pruned or `variational.deterministic` where need be
-    architecture: str,           # a key of ARCHITECTURES
+    architecture: str,           # name of the architecture
     activation: str,             # of all these models
-    x: Tensor,                   # [N, C, H, W], of the weights' dtype
+    x: Tensor,                   # float32 [N, C, H, W]
     y: Tensor,                   # int64 [N]
     threads: int | None = None,  # at most so many; none: one per processor
 ) -> tuple[Tensor, Tensor]:      # mean cross-entropy float64 [models], predicted classes uint8 [models, N]
-    "Judge all models on the same images, as `training.evaluate` does."
-    dtype = next(iter(weights.values())).dtype
-    engine = library("double" if dtype == torch.float64 else "float")
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    x, y = x.to("cpu", dtype).contiguous(), y.cpu().contiguous()
-    job, loss, _ = _job(weights, architecture, activation, x, y)
-    predictions = torch.zeros(job.models, len(x), dtype=torch.uint8)
-    job.predictions = predictions.data_ptr()
-    _run_blocks(engine.lanes_evaluate, job, engine.lanes_width(), threads)
-    return loss, predictions
+    "Judge all models on the same images."
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    job = _common_job(plain, architecture, activation, x, y)
+    predictions = job.hold("predictions", torch.zeros(job.models, len(x), dtype=torch.uint8))
+    _run("lanes_evaluate", job, next(iter(plain.values())).dtype, threads)
+    return job.loss_tensor, predictions
 
 # %% ../nbs/13_lanes.ipynb #a105ce09
 LANES = Engine("lanes", train_epoch, evaluate)

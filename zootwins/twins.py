@@ -6,14 +6,18 @@
 __all__ = ['METHODS', 'BLOCK', 'SAVE_EVERY', 'PARTS', 'Plan', 'check_parameters', 'parse_levels', 'choose_engine', 'why_no_lanes',
            'make_plan', 'fingerprint', 'open_store', 'Stage', 'make_stages', 'row_keys', 'start_of', 'measure',
            'blocks', 'block_name', 'save_state', 'resume_state', 'run_block', 'predictions_of', 'Report',
-           'missing_rows', 'join_stage', 'make_stage', 'make_twins', 'load_metrics']
+           'missing_rows', 'join_stage', 'make_stage', 'make_twins', 'load_metrics', 'run_record', 'begin_figures']
 
-# %% ../nbs/40_twins.ipynb #4920ea5d
+# %% ../nbs/40_twins.ipynb #2ee3b14b
 import hashlib
 import os
+import platform
+import shutil
+import subprocess
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +32,7 @@ from .agreement import agreement
 from .architectures import build, layer_names
 from .core import UserError, atomic_path, check_name, project_root, read_json, write_json
 from .datasets import Images
-from .lanes import IMAGE_SHAPES, LANES, available
+from .lanes import IMAGE_SHAPES, LANES, available, processors
 from .magnitude import check_level, prune
 from .metrics import KEYS, read_metrics, sparsity, tidy
 from .population import Population, concatenate, load_population, sample_population, save_population
@@ -55,7 +59,7 @@ class Plan:
     folder: Path                # of this zoo in the store
     figures: Path               # of this zoo's tables and figures
 
-
+# %% ../nbs/40_twins.ipynb #a9cdf572
 def check_parameters(
     given: Mapping[str, object],  # globals() of a notebook right after its parameters
 ) -> None:
@@ -66,7 +70,7 @@ def check_parameters(
         if not name.startswith("_") and name not in shell:
             check_name(name, known, "parameter of run_zoo")
 
-
+# %% ../nbs/40_twins.ipynb #208c8b43
 def _words(
     text: object,  # such as "mp,vd" or 50
 ) -> list[str]:    # ["mp", "vd"] or ["50"]
@@ -83,7 +87,7 @@ def parse_levels(
     except ValueError as error:
         raise UserError(f"{text!r} are not levels of pruning: give percentages of at least 0 and below 100, separated by commas, such as 0,50,90.") from error
 
-
+# %% ../nbs/40_twins.ipynb #b886566a
 def choose_engine(
     name: str,          # "auto", "lanes" or "torch"
     device: str,        # "cpu" or "cuda"
@@ -117,7 +121,7 @@ def why_no_lanes(
         return f"they know {', '.join(IMAGE_SHAPES)} and not {architecture}"
     return "" if available() else "no working C++ compiler was found; install g++ or clang++"
 
-
+# %% ../nbs/40_twins.ipynb #510118f2
 def _folder(
     given: str | None,  # by the user
     variable: str,      # environment variable that names another default
@@ -287,7 +291,7 @@ def block_name(
     "Name a block's files by what is in it."
     return f"{stage.name}-{hashlib.blake2b(rows.to_csv().encode(), digest_size=4).hexdigest()}"
 
-
+# %% ../nbs/40_twins.ipynb #3419b4cd
 PARTS = ("masks", "first", "second")
 
 
@@ -325,7 +329,7 @@ def resume_state(
         raise UserError(f"The unfinished work in {file} cannot be read ({error}): delete it and run again.") from error
     return [metrics[metrics["epoch"] <= state.epoch]]
 
-
+# %% ../nbs/40_twins.ipynb #8af20430
 def run_block(
     plan: Plan,                    # the zoo and who trains
     stage: Stage,                  # which stage
@@ -390,7 +394,7 @@ def missing_rows(
     key = lambda frame: pd.MultiIndex.from_arrays([frame["model"], frame["level"].fillna(-1.0).round(9)])
     return present, stage.rows[~key(stage.rows).isin(key(present.models))].reset_index(drop=True)
 
-
+# %% ../nbs/40_twins.ipynb #181d193a
 def join_stage(
     plan: Plan,                                      # where to write
     stage: Stage,                                    # which stage
@@ -410,7 +414,7 @@ def join_stage(
         file.unlink()
     return whole
 
-
+# %% ../nbs/40_twins.ipynb #d81e03da
 def make_stage(
     plan: Plan,                           # what to make
     stage: Stage,                         # which stage of it
@@ -455,3 +459,33 @@ def load_metrics(
     levels = [round(level, 9) for level in plan.levels]
     wanted = metrics["method"].isin(["original", *plan.methods]) & (metrics["model"] < plan.n_models)
     return metrics[wanted & (metrics["level"].isna() | metrics["level"].round(9).isin(levels))].reset_index(drop=True)
+
+# %% ../nbs/40_twins.ipynb #50b480d5
+def run_record(
+    plan: Plan,              # what was asked
+    reports: list[Report],   # what it cost
+    images: Images,          # what it was made from
+) -> dict[str, object]:      # JSON types
+    "Describe a run."
+    stages = [asdict(r) | {"model_samples_per_second": round(r.model_samples / r.seconds) if r.made else None} for r in reports]
+    return {
+        "zoo": plan.zoo.name, "n_models": plan.n_models, "methods": list(plan.methods), "levels": list(plan.levels), "seed": plan.run_seed,
+        "engine": plan.engine.name, "device": plan.device, "threads": processors(),
+        "images": {"name": images.name, "train": len(images.x_train), "test": len(images.x_test)},
+        "stages": stages, "seconds": round(sum(r.seconds for r in reports), 1),
+        "commit": _commit(), "python": platform.python_version(), "machine": platform.machine(),
+        "versions": {name: version(name) for name in ("zootwins", "torch", "numpy", "pandas", "scipy")},
+    }
+
+
+def _commit() -> str | None:  # none outside of a git checkout
+    "The checkout's commit."
+    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=project_root(), capture_output=True, text=True) if shutil.which("git") else None
+    return found.stdout.strip() if found and found.returncode == 0 else None
+
+
+def begin_figures(
+    plan: Plan,  # whose folder of figures
+) -> None:
+    "Take an earlier record away, so that an unfinished run cannot be mistaken for a finished one."
+    (plan.figures / "run.json").unlink(missing_ok=True)

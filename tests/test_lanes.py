@@ -1,0 +1,285 @@
+"""The lane engine means the same as the reference engine, model by model and bit by bit."""
+
+import _thread
+import ctypes
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from zootwins import lanes, training, variational
+from zootwins.architectures import ACTIVATIONS, build
+from zootwins.core import UserError
+from zootwins.population import from_modules, plain_models, sample_population
+from zootwins.streams import random_normal, stream_keys
+from zootwins.training import Recipe, begin
+from zootwins.zoos import ZOOS
+
+pytestmark = pytest.mark.skipif(lanes.compiler() is None, reason="no C++ compiler")
+
+ARCHITECTURES = list(lanes.IMAGE_SHAPES)
+SLOW = settings(deadline=None, derandomize=True, max_examples=15, phases=[Phase.explicit, Phase.generate])
+
+
+def recipe(noisy=False, batch=3):
+    return Recipe("zoo", "stage", epochs=99, batch_size=batch, variational=noisy)
+
+
+def make(architecture, activation="tanh", optimizer="adam", dropout=0.0, masked=False, noisy=False, models=2, dtype=torch.float32, seed=0):
+    """A population in the middle of its training: rates, decay and noise differ from model to model."""
+    torch.manual_seed(seed)
+    factors = plain_models(models, activation=activation, optimizer=optimizer, dropout=dropout)
+    factors["lr"] = [2.0 ** -(7 + i % 3) for i in range(models)]  # exact in single precision
+    factors["wd"] = [2.0 ** -(6 + i % 4) for i in range(models)]
+    population = from_modules([build(architecture, activation, dropout) for _ in range(models)], architecture, factors)
+    if noisy:
+        population = variational.begin_variational(population)
+    weights = population.weights
+    for name, tensor in weights.items():  # log variances within, at and beyond the clamp
+        weights[name] = (torch.randn_like(tensor) * 4 - 2 if "log_sigma2" in name else tensor).to(dtype)
+    masks = {name: torch.rand(tensor.shape) < 0.5 for name, tensor in weights.items() if name.endswith("weight")} if masked else {}
+    for name, mask in masks.items():
+        weights[name] = weights[name] * mask
+    state = begin(population, stream_keys("zoo", "stage", list(range(models))), masks)
+    state.epoch, state.steps = 5, 7
+    return state
+
+
+def images(architecture, n, dtype=torch.float32, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, *lanes.IMAGE_SHAPES[architecture], generator=generator).to(dtype), torch.randint(10, (n,), generator=generator)
+
+
+def compare(a, b, before, tolerance, rounding=0.0):
+    """All that training moves, relative to the largest number of each tensor; Adam makes large steps even of gradients that are mere rounding."""
+    assert (a.epoch, a.steps) == (b.epoch, b.steps)
+    for part in ("first", "second"):
+        one, other = getattr(a, part), getattr(b, part)
+        assert one.keys() == other.keys()
+        for name in one:
+            scale = one[name].abs().amax() + 1e-9
+            assert ((one[name] - other[name]).abs().amax() / scale).item() < tolerance, (part, name)
+    for name, tensor in a.population.weights.items():
+        scale = (tensor - before.population.weights[name]).abs().amax().item() + 1e-6
+        difference = (tensor - b.population.weights[name]).abs()
+        assert difference.mean().item() < (tolerance + rounding) * scale and difference.amax().item() < (20 * tolerance + rounding) * scale, name
+
+
+configurations = st.fixed_dictionaries({
+    "architecture": st.sampled_from(ARCHITECTURES), "activation": st.sampled_from(list(ACTIVATIONS)), "optimizer": st.sampled_from(["adam", "sgd"]),
+    "dropout": st.sampled_from([0.0, 0.3, 0.5]), "masked": st.booleans(), "noisy": st.booleans(), "models": st.integers(1, 3), "seed": st.integers(0, 9),
+})
+
+
+@SLOW
+@given(configurations, st.integers(1, 6))
+def test_steps_equal_the_reference(configuration, n):
+    x, y = images(configuration["architecture"], n)
+    slow, fast = make(**configuration), make(**configuration)
+    expected, found = (engine.train_epoch(state, x, y, recipe(configuration["noisy"])) for engine, state in ((training.TORCH, slow), (lanes.LANES, fast)))
+    compare(slow, fast, make(**configuration), 5e-3)
+    assert torch.allclose(expected[0], found[0], rtol=1e-4, atol=1e-5) and torch.equal(expected[1], found[1])
+
+
+@SLOW
+@given(configurations, st.integers(1, 6))
+def test_steps_equal_the_reference_in_double_precision(configuration, n):
+    configuration |= {"noisy": False, "dtype": torch.float64}
+    x, y = images(configuration["architecture"], n, torch.float64)
+    slow, fast = make(**configuration), make(**configuration)
+    expected, found = (engine.train_epoch(state, x, y, recipe()) for engine, state in ((training.TORCH, slow), (lanes.LANES, fast)))
+    compare(slow, fast, make(**configuration), 1e-9, rounding=3e-7)  # the reference keeps learning rates in single precision
+    assert torch.allclose(expected[0], found[0], atol=1e-12) and torch.equal(expected[1], found[1])
+
+
+def lane_normals(n, key, site, position, epoch, scalar="double"):
+    """The library's own normal numbers, for one image."""
+    words = (ctypes.c_uint32 * 2)(*key.tolist())
+    out = torch.zeros(n, dtype=torch.float64 if scalar == "double" else torch.float32)
+    lanes.library(scalar).lanes_normals(words, int(site), int(position), int(epoch), n, ctypes.c_void_p(out.data_ptr()))
+    return out
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("activation, dropout", [("gelu", 0.0), ("tanh", 0.5)])
+def test_variational_gradient_in_double_precision(architecture, activation, dropout, monkeypatch):
+    def same_noise(n, key, site, position, epoch):
+        return torch.stack([lane_normals(n, key, site, place, epoch) for place in position])
+
+    monkeypatch.setattr(variational, "random_normal", same_noise)
+    state = make(architecture, activation, "sgd", dropout, noisy=True, models=1, dtype=torch.float64)
+    state.population.models["wd"] = 0.0
+    weights = {name: tensor[0].clone() for name, tensor in state.population.weights.items()}
+    x, y = images(architecture, 3, torch.float64)
+    order = torch.argsort(lanes_order(3, state.keys[0], 6), stable=True)
+    loss = training.loss_function(*training.training_module(build(architecture, activation, dropout).double(), True))
+    expected = torch.func.grad(lambda w: loss(w, x[order], y[order], state.keys[0], torch.arange(3), torch.tensor(6), variational.kl_weight(6))[0])(weights)
+    lanes.train_epoch(state, x, y, recipe(True))
+    for name, gradient in expected.items():  # momentum starts at zero, so after one step it is the gradient
+        assert torch.allclose(state.first[name][0], gradient, rtol=1e-7, atol=1e-9 * gradient.abs().max().item()), name
+
+
+def lanes_order(n, key, epoch):
+    from zootwins.streams import random_words
+    return random_words(n, key, site=0, epoch=epoch)
+
+
+@pytest.mark.parametrize("options", [{"dropout": 0.5}, {"noisy": True}, {"masked": True, "optimizer": "sgd", "activation": "gelu"}], ids=str)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_model_does_not_depend_on_its_company(architecture, options):
+    x, y = images(architecture, 11)
+    whole, threaded = make(architecture, models=19, **options), make(architecture, models=19, **options)
+    lanes.train_epoch(whole, x, y, recipe("noisy" in options), threads=1)
+    lanes.train_epoch(threaded, x, y, recipe("noisy" in options), threads=2)
+    state = make(architecture, models=19, **options)
+    rows = [17, 3, 16, 0]
+    part = begin(state.population[rows], state.keys[rows], {name: mask[rows] for name, mask in state.masks.items()})
+    part.epoch, part.steps = state.epoch, state.steps
+    lanes.train_epoch(part, x, y, recipe("noisy" in options))
+    for name, tensor in whole.population.weights.items():
+        assert torch.equal(tensor, threaded.population.weights[name])
+        assert torch.equal(tensor[rows], part.population.weights[name])
+        assert torch.equal(whole.first[name][rows], part.first[name])
+
+
+def test_resuming_changes_nothing():
+    x, y = images("cnn_small_1ch", 12)
+    straight = make("cnn_small_1ch", models=3)
+    for _ in range(3):
+        lanes.train_epoch(straight, x, y, recipe())
+    resumed = make("cnn_small_1ch", models=3)
+    for _ in range(3):
+        copies = [{name: tensor.clone() for name, tensor in part.items()} for part in (resumed.population.weights, resumed.first, resumed.second)]
+        resumed.population.weights, resumed.first, resumed.second = copies
+        lanes.train_epoch(resumed, x, y, recipe())
+    assert all(torch.equal(tensor, resumed.population.weights[name]) for name, tensor in straight.population.weights.items())
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), 1e30])
+def test_broken_models_harm_nobody(broken):
+    x, y = images("cnn_small_1ch", 12)
+    healthy, state = make("cnn_small_1ch", models=4), make("cnn_small_1ch", models=4)
+    for tensor in state.population.weights.values():
+        tensor[1] = broken
+    loss, _ = lanes.train_epoch(state, x, y, recipe())
+    expected, _ = lanes.train_epoch(healthy, x, y, recipe())
+    others = [0, 2, 3]
+    assert torch.equal(loss[others], expected[others]) and loss[1].isfinite().item() == (broken == 1e30)
+    assert all(torch.equal(tensor[others], state.population.weights[name][others]) for name, tensor in healthy.population.weights.items())
+
+
+def test_saturated_units_move_as_in_the_reference():
+    """Weights drawn from U(0, 1) saturate tanh; Adam makes steps out of the smallest slopes."""
+    population = sample_population(ZOOS["mnist_seed"], 4)
+    x, y = images("cnn_small_1ch", 40)
+    keys = stream_keys("zoo", "stage", [1, 2, 3, 4])
+    slow, fast = begin(population, keys), begin(population, keys)
+    training.train_epoch(slow, x, y, recipe(batch=10))
+    lanes.train_epoch(fast, x, y, recipe(batch=10))
+    for name, tensor in slow.population.weights.items():
+        assert (tensor - fast.population.weights[name]).abs().quantile(0.99) < 1e-6
+
+
+@pytest.mark.parametrize("noisy, dropout", [(False, 0.0), (False, 0.5), (True, 0.0)])
+def test_populations_learn_alike(noisy, dropout):
+    """Ten easy classes: after two epochs both engines have taught the same."""
+    generator = torch.Generator().manual_seed(2)
+    y = torch.arange(200) % 10
+    x = 2 * torch.randn(10, 1, 28, 28, generator=generator)[y] + torch.randn(200, 1, 28, 28, generator=generator)
+    results = []
+    for engine in (training.TORCH, lanes.LANES):
+        state = make("cnn_small_1ch", dropout=dropout, noisy=noisy, models=3)
+        state.epoch = state.steps = 0
+        state.population.models = state.population.models.assign(lr=5e-3, wd=0.0)
+        for name in [name for name in state.population.weights if "log_sigma2" in name]:
+            state.population.weights[name].fill_(-10)
+        for _ in range(2):
+            loss, accuracy = engine.train_epoch(state, x, y, recipe(noisy, batch=10))
+        weights = variational.deterministic(state.population.weights) if noisy else state.population.weights
+        _, predictions = engine.evaluate(weights, "cnn_small_1ch", "tanh", x, y)
+        results.append((loss, accuracy, training.accuracy(predictions, y)))
+    for expected, found in zip(*results):
+        assert torch.allclose(expected, found, atol=0.05)
+    assert results[1][2].mean() > 0.3  # and it is more than chance
+
+
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_evaluation_equals_the_reference(architecture, activation):
+    x, y = images(architecture, 70)
+    weights = make(architecture, activation, models=18).population.weights
+    weights["module_list.0.weight"][2] *= 30  # saturated
+    weights["module_list.0.bias"][4] = float("nan")
+    expected, predicted = training.evaluate(weights, architecture, activation, x, y)
+    found, classes = lanes.evaluate(weights, architecture, activation, x, y)
+    assert torch.allclose(expected, found, rtol=1e-5, atol=1e-6, equal_nan=True)
+    assert classes.dtype == torch.uint8 and (classes != predicted).float().mean() < 1e-3
+    alone, own = lanes.evaluate({name: tensor[[17]] for name, tensor in weights.items()}, architecture, activation, x, y)
+    assert torch.equal(alone, found[[17]]) and torch.equal(own, classes[[17]])
+
+
+def test_normal_numbers():
+    key = stream_keys("zoo", "stage", [3])[0]
+    found = lane_normals(400_000, key, 2, 5, 9, "float")
+    assert torch.allclose(found, random_normal(400_000, key, 2, 5, 9), rtol=1e-5, atol=3e-6)
+    z = found.double().numpy()
+    for power, expected in ((1, 0), (2, 1), (3, 0), (4, 3), (6, 15)):  # within five standard errors
+        values = z**power
+        assert abs(values.mean() - expected) < 5 * values.std() / len(z) ** 0.5
+    for limit, share in ((1, 0.3173105), (2, 0.0455003), (3, 0.0026998), (4, 6.3342e-5)):
+        count = (np.abs(z) > limit).sum()
+        assert abs(count - share * len(z)) < 5 * (share * len(z)) ** 0.5
+    assert abs(np.corrcoef(z[:-1], z[1:])[0, 1]) < 5 / len(z) ** 0.5
+
+
+def test_an_interrupted_epoch_changes_nothing():
+    x, y = images("cnn_large", 20_000)
+    state = make("cnn_large", models=4)
+    before = {name: tensor.clone() for name, tensor in state.population.weights.items()}
+    threading.Timer(0.3, _thread.interrupt_main).start()
+    with pytest.raises(KeyboardInterrupt):
+        lanes.train_epoch(state, x, y, recipe())
+    assert (state.epoch, state.steps) == (5, 7)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state.population.weights.items())
+
+
+def test_what_the_engine_cannot_do_is_said():
+    x, y = images("cnn_small_1ch", 4)
+    state = make("cnn_small_1ch", models=2)
+    assert not lanes.supports("cnn_huge", "tanh") and not lanes.supports("cnn_large", "tanh", "lion")
+    with pytest.raises(UserError, match="engine='torch'"):
+        lanes.evaluate(state.population.weights, "cnn_huge", "tanh", x, y)
+    state.population.models["activation"] = ["tanh", "relu"]
+    with pytest.raises(UserError, match="groups them"):
+        lanes.train_epoch(state, x, y, recipe())
+
+
+def test_without_a_compiler(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", str(tmp_path / "none"))
+    lanes.library.cache_clear()
+    assert lanes.compiler() is None and not lanes.available()
+    with pytest.raises(UserError, match="install g"):
+        lanes.library()
+    monkeypatch.undo()
+    lanes.library.cache_clear()
+    assert lanes.available()
+
+
+def test_building(monkeypatch, tmp_path):
+    """Two builders at once leave one whole library; a broken source is told in one line."""
+    source, path = tmp_path / "tiny.cpp", tmp_path / "cache" / "tiny.so"
+    source.write_text('extern "C" int answer() { return 42; }\n')
+    monkeypatch.setattr(lanes, "SOURCE", source)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: lanes._compile(lanes.compiler(), "float", path), range(2)))
+    assert [file.name for file in path.parent.iterdir()] == ["tiny.so"] and ctypes.CDLL(str(path)).answer() == 42
+    first = lanes._library_path(lanes.compiler(), "float")
+    source.write_text("this is not C++\n")
+    assert lanes._library_path(lanes.compiler(), "float") != first
+    with pytest.raises(UserError, match="could not build tiny.cpp") as failure:
+        lanes._compile(lanes.compiler(), "float", tmp_path / "broken.so")
+    assert "\n" not in str(failure.value) and not (tmp_path / "broken.so").exists()

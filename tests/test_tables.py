@@ -1,0 +1,107 @@
+"""Tables of a small run whose numbers are known by hand."""
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from zootwins.metrics import LAYERS, tidy
+from zootwins.tables import TABLE_1_STATES, TABLES, choose_states, mean_std, save_table, table_1, table_2, table_5, table_6, table_7, table_8
+
+
+def rows(zoo, method, level, epoch, test_acc, sparsity=0.0, gap=0.01, agreement=None):
+    n = len(test_acc)
+    test_acc = torch.tensor(test_acc, dtype=torch.float64)
+    parts = {"sparsity": torch.full((n,), sparsity)} | {f"sparsity_{layer}": torch.full((n,), sparsity * (i + 1) / 5) for i, layer in enumerate(LAYERS)}
+    agreement = None if agreement is None else torch.tensor(agreement)
+    return tidy(zoo, method, level, epoch, range(n), (test_acc, test_acc + gap), (test_acc, test_acc), parts, agreement)
+
+
+def run(zoo="usps_seed", levels=(0.0, 0.5, 0.9), mp_epochs=15, vd_epochs=25):
+    before = [0.90, 0.80, 0.85]
+    parts = [rows(zoo, "original", None, epoch, [acc * epoch / 50 for acc in before]) for epoch in (0, 50)]
+    for level in levels:
+        after = [[acc - level * drop for acc in before] for drop in (0.6, *[0.3] * mp_epochs)]
+        parts += [rows(zoo, "mp", level, epoch, accuracies, level, agreement=[0.7, 0.8, 0.9]) for epoch, accuracies in enumerate(after)]
+    parts += [rows(zoo, "vd", None, epoch, [acc - 0.01 * epoch for acc in before], 0.04 * epoch, -0.05, [0.6, 0.7, 0.8]) for epoch in range(vd_epochs + 1)]
+    return pd.concat(parts, ignore_index=True)
+
+
+@pytest.fixture(scope="module")
+def metrics():
+    return run()
+
+
+def test_table_5_has_the_papers_layout(metrics):
+    layout = table_5(metrics).layout
+    assert layout.index.tolist() == [("All", "Spar"), ("USPS (s) Seed", "Acc"), ("USPS (s) Seed", "GGap")]
+    assert layout.columns.tolist() == [(level, epoch) for level in ("0%", "50%", "90%") for epoch in (0, 15)]
+    assert layout.loc[("USPS (s) Seed", "Acc"), ("50%", 0)] == "55.0 (5.0)" and layout.loc[("USPS (s) Seed", "Acc"), ("50%", 15)] == "70.0 (5.0)"
+    assert layout.loc[("All", "Spar"), ("90%", 15)] == "90.0 (0.0)" and layout.loc[("USPS (s) Seed", "GGap"), ("0%", 0)] == "1.0 (0.0)"
+
+
+def test_table_6_shows_the_papers_epochs(metrics):
+    layout = table_6(metrics).layout
+    assert layout.columns.tolist() == [0, 2, 4, 6, 8, 10, 13, 16, 19, 22, 25]
+    assert layout[10].tolist() == ["75.0 (5.0)", "40.0 (0.0)", "-5.0 (0.0)"]
+    assert layout.index.get_level_values("Metric").tolist() == ["Acc", "Spar", "GGap"]
+
+
+def test_tables_7_and_8_go_by_layer(metrics):
+    seven, eight = table_7(metrics).layout, table_8(metrics).layout
+    headings = ["Conv 1", "Conv 2", "Conv 3", "FC 1", "FC 2", "Accuracy", "GGAP"]
+    assert seven.columns.tolist() == eight.columns.tolist() == headings
+    assert seven.index.get_level_values("Epoch").tolist() == [0, 5, 10, 15, 20, 25]
+    assert eight.index.get_level_values("Spars").tolist() == ["50%", "90%"]
+    assert seven.loc[("USPS (s) Seed", 10)].tolist() == ["8.0 (0.0)", "16.0 (0.0)", "24.0 (0.0)", "32.0 (0.0)", "40.0 (0.0)", "75.0 (5.0)", "-5.0 (0.0)"]
+    assert eight.loc[("USPS (s) Seed", "90%"), "Accuracy"] == "58.0 (5.0)"
+
+
+def test_states_are_the_printed_ones_or_the_nearest(metrics):
+    assert choose_states(metrics)[["level", "epoch"]].fillna(-1).to_numpy().tolist() == [[0.9, 15], [-1, 22]]
+    assert TABLE_1_STATES["usps_seed"] == (0.9, 0.885)
+    assert choose_states(metrics, level=0.6)["target"].tolist() == [0.6, 0.5] and choose_states(metrics, level=0.6)["epoch"][1] in (12, 13)
+    assert choose_states(metrics, level=0.6, target=0.2)["epoch"].tolist() == [15, 5]
+    assert choose_states(metrics.assign(zoo="my_zoo"))["target"].tolist() == [0.8, 0.9]
+
+
+def test_table_1_and_2_put_the_methods_side_by_side(metrics):
+    one, two = table_1(metrics).layout, table_2(metrics).layout
+    assert one.loc["USPS (s) Seed"].tolist() == ["15", "58.0 (5.0)", "90.0 (0.0)", "80.0 (10.0)", "22", "63.0 (5.0)", "88.0 (0.0)", "70.0 (10.0)"]
+    assert one.columns.get_level_values("Method").unique().tolist() == ["Magnitude pruning", "Variational dropout"]
+    assert two.loc["USPS (s) Seed", ("Variational dropout", "Pearson's r")] == "100.0 [100.0, 100.0]"
+    assert two.loc["USPS (s) Seed", ("Magnitude pruning", "Sparsity")] == "90.0"
+
+
+def test_zoos_with_different_runs_share_a_table(metrics):
+    both = pd.concat([metrics, run("mnist_seed", levels=(0.5,), mp_epochs=3, vd_epochs=3)], ignore_index=True)
+    five, six = table_5(both).layout, table_6(both).layout
+    assert five.loc[("MNIST (s) Seed", "Acc"), ("50%", 3)] == "70.0 (5.0)" and five.loc[("MNIST (s) Seed", "Acc"), ("50%", 15)] == ""
+    assert six.columns.tolist() == [0, 2, 3, 4, 6, 8, 10, 13, 16, 19, 22, 25]
+    assert table_1(both).layout.index.tolist() == ["USPS (s) Seed", "MNIST (s) Seed"]
+    assert "USPS (s) Seed: 3 models; MNIST (s) Seed: 3 models." in table_6(both).caption
+
+
+@pytest.mark.parametrize("methods", [(), ("original",), ("original", "mp"), ("original", "vd"), ("mp", "vd")])
+def test_what_a_run_lacks_is_left_out(metrics, methods):
+    part = metrics[metrics["method"].isin(methods)]
+    for name, table in TABLES.items():
+        made = table(part)
+        needs = {"table_5": "mp", "table_6": "vd", "table_7": "vd", "table_8": "mp"}.get(name)
+        assert made.name == name and made.caption and "<table" in made._repr_html_()
+        assert needs is None or (len(made.layout) > 0) == (needs in methods)
+
+
+def test_one_model_has_no_spread(metrics):
+    alone = metrics[metrics["model"] == 0]
+    assert table_6(alone).layout[0].tolist() == ["90.0 (-)", "0.0 (-)", "-5.0 (-)"]
+    assert table_2(alone).layout.loc["USPS (s) Seed", ("Magnitude pruning", "Kendall's tau")] == "-"
+    assert mean_std(float("nan"), float("nan")) == ""
+
+
+def test_tables_on_disk_are_numbers(metrics, tmp_path):
+    for name, table in TABLES.items():
+        save_table(table(metrics), tmp_path / f"{name}.csv")
+        again = pd.read_csv(tmp_path / f"{name}.csv")
+        values = again["value" if name == "table_2" else "mean"]
+        assert np.issubdtype(values.dtype, np.number) and set(again["zoo"]) <= {"usps_seed", "All"} and len(again) == len(table(metrics).numbers)
+    assert len(list(tmp_path.iterdir())) == len(TABLES)
