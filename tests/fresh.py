@@ -30,9 +30,10 @@ def differing(copy: Path, folder: str, pattern: str) -> list[str]:
 
 
 def readme() -> str:
-    "The README that nbs/index.ipynb gives: hidden cells left out, links made relative to the root."
+    "The README that nbs/index.ipynb gives: hidden cells and inputs left out, links made relative to the root."
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, "-m", "nbconvert", "--to", "markdown", "--log-level", "ERROR", r"--RegexRemovePreprocessor.patterns=^#\|\s*hide",
+                        "--TagRemovePreprocessor.enabled=True", "--TagRemovePreprocessor.remove_input_tags=hide_input",
                         "--output-dir", folder, "--output", "README", str(ROOT / "nbs" / "index.ipynb")], check=True)
         text = (Path(folder) / "README.md").read_text(encoding="utf-8")
     return re.sub(r"\]\(\.\./", "](", text).strip() + "\n"

@@ -15,7 +15,7 @@ from zootwins import lanes, training, variational
 from zootwins.architectures import ACTIVATIONS, build
 from zootwins.core import UserError
 from zootwins.population import from_modules, plain_models, sample_population
-from zootwins.streams import random_normal, stream_keys
+from zootwins.streams import epoch_order, random_normal, stream_keys
 from zootwins.training import Recipe, begin
 from zootwins.zoos import ZOOS
 
@@ -54,7 +54,7 @@ def images(architecture, n, dtype=torch.float32, seed=1):
     return torch.randn(n, *lanes.IMAGE_SHAPES[architecture], generator=generator).to(dtype), torch.randint(10, (n,), generator=generator)
 
 
-def compare(a, b, before, tolerance, rounding=0.0):
+def compare(a, b, before, tolerance):
     """All that training moves, relative to the largest number of each tensor; Adam makes large steps even of gradients that are mere rounding."""
     assert (a.epoch, a.steps) == (b.epoch, b.steps)
     for part in ("first", "second"):
@@ -66,7 +66,7 @@ def compare(a, b, before, tolerance, rounding=0.0):
     for name, tensor in a.population.weights.items():
         scale = (tensor - before.population.weights[name]).abs().amax().item() + 1e-6
         difference = (tensor - b.population.weights[name]).abs()
-        assert difference.mean().item() < (tolerance + rounding) * scale and difference.amax().item() < (20 * tolerance + rounding) * scale, name
+        assert difference.mean().item() < tolerance * scale and difference.amax().item() < 20 * tolerance * scale, name
 
 
 configurations = st.fixed_dictionaries({
@@ -92,7 +92,7 @@ def test_steps_equal_the_reference_in_double_precision(configuration, n):
     x, y = images(configuration["architecture"], n, torch.float64)
     slow, fast = make(**configuration), make(**configuration)
     expected, found = (engine.train_epoch(state, x, y, recipe()) for engine, state in ((training.TORCH, slow), (lanes.LANES, fast)))
-    compare(slow, fast, make(**configuration), 1e-9, rounding=3e-7)  # the reference keeps learning rates in single precision
+    compare(slow, fast, make(**configuration), 1e-7)  # the reference keeps learning rates in single precision
     assert torch.allclose(expected[0], found[0], atol=1e-12) and torch.equal(expected[1], found[1])
 
 
@@ -113,19 +113,15 @@ def test_variational_gradient_in_double_precision(architecture, activation, drop
     monkeypatch.setattr(variational, "random_normal", same_noise)
     state = make(architecture, activation, "sgd", dropout, noisy=True, models=1, dtype=torch.float64)
     state.population.models["wd"] = 0.0
-    weights = {name: tensor[0].clone() for name, tensor in state.population.weights.items()}
+    weights = {name: tensor[0].clone().requires_grad_() for name, tensor in state.population.weights.items()}
     x, y = images(architecture, 3, torch.float64)
-    order = torch.argsort(lanes_order(3, state.keys[0], 6), stable=True)
+    order = epoch_order(3, state.keys[0], 6)
     loss = training.loss_function(*training.training_module(build(architecture, activation, dropout).double(), True))
-    expected = torch.func.grad(lambda w: loss(w, x[order], y[order], state.keys[0], torch.arange(3), torch.tensor(6), variational.kl_weight(6))[0])(weights)
+    value, _ = loss(weights, x[order], y[order], state.keys[0], torch.arange(3), torch.tensor(6), variational.kl_weight(6))
+    expected = torch.autograd.grad(value, list(weights.values()))
     lanes.train_epoch(state, x, y, recipe(True))
-    for name, gradient in expected.items():  # momentum starts at zero, so after one step it is the gradient
+    for name, gradient in zip(weights, expected):  # momentum starts at zero, so after one step it is the gradient
         assert torch.allclose(state.first[name][0], gradient, rtol=1e-7, atol=1e-9 * gradient.abs().max().item()), name
-
-
-def lanes_order(n, key, epoch):
-    from zootwins.streams import random_words
-    return random_words(n, key, site=0, epoch=epoch)
 
 
 @pytest.mark.parametrize("options", [{"dropout": 0.5}, {"noisy": True}, {"masked": True, "optimizer": "sgd", "activation": "gelu"}], ids=str)
@@ -188,23 +184,23 @@ def test_saturated_units_move_as_in_the_reference():
 def test_populations_learn_alike(noisy, dropout):
     """Ten easy classes: after two epochs both engines have taught the same."""
     generator = torch.Generator().manual_seed(2)
-    y = torch.arange(200) % 10
-    x = 2 * torch.randn(10, 1, 28, 28, generator=generator)[y] + torch.randn(200, 1, 28, 28, generator=generator)
+    y = torch.arange(80) % 10
+    x = 2 * torch.randn(10, 1, 28, 28, generator=generator)[y] + 0.5 * torch.randn(80, 1, 28, 28, generator=generator)
     results = []
     for engine in (training.TORCH, lanes.LANES):
-        state = make("cnn_small_1ch", dropout=dropout, noisy=noisy, models=3)
+        state = make("cnn_small_1ch", "gelu", dropout=dropout, noisy=noisy, models=2)
         state.epoch = state.steps = 0
-        state.population.models = state.population.models.assign(lr=5e-3, wd=0.0)
+        state.population.models = state.population.models.assign(lr=1e-2, wd=0.0)
         for name in [name for name in state.population.weights if "log_sigma2" in name]:
             state.population.weights[name].fill_(-10)
         for _ in range(2):
             loss, accuracy = engine.train_epoch(state, x, y, recipe(noisy, batch=10))
         weights = variational.deterministic(state.population.weights) if noisy else state.population.weights
-        _, predictions = engine.evaluate(weights, "cnn_small_1ch", "tanh", x, y)
+        _, predictions = engine.evaluate(weights, "cnn_small_1ch", "gelu", x, y)
         results.append((loss, accuracy, training.accuracy(predictions, y)))
     for expected, found in zip(*results):
         assert torch.allclose(expected, found, atol=0.05)
-    assert results[1][2].mean() > 0.3  # and it is more than chance
+    assert dropout or results[1][2].min() > 0.5  # and it is more than chance
 
 
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))

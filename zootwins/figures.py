@@ -22,7 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from .core import UserError, atomic_path
 from .correlation import correlate, paired_accuracy
@@ -71,11 +71,10 @@ def styled(
 
 # %% ../nbs/31_figures.ipynb #af45068f
 def percent_axis(
-    axis: Axis,                   # an axis whose data are fractions
-    decimals: int | None = None,  # of the labels; none: as many as the range needs
+    axis: Axis,  # an axis whose data are fractions
 ) -> None:
-    "Label an axis in percent."
-    axis.set_major_formatter(PercentFormatter(xmax=1, decimals=decimals))
+    "Label an axis in percent, with as many decimals as its ticks need."
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{round(100 * value, 3):g}%"))
     axis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
 
 # %% ../nbs/31_figures.ipynb #b3a8035e
@@ -151,7 +150,7 @@ def figure_2(
             draw_spread(ax, rows.rename(columns={column: "y"}), label, **look)
         if rows.empty:
             no_data(ax, title.lower())
-    percent_axis(left.yaxis, decimals=0)
+    percent_axis(left.yaxis)
     handles = [Line2D([], [], label=label, **look) for label, _, look in (accuracy, sparsity)]
     fig.legend(handles=handles, ncols=2, loc="outside upper center", title=f"{zoo_title(zoo)}: {spread_note(metrics['model'].nunique())}")
     return fig
@@ -211,8 +210,8 @@ def figure_5(
         ax.legend(loc="lower left")
     count = f"{metrics['model'].nunique():,} models of {zoo_title(zoos[0])}" if len(zoos) == 1 else f"{len(zoos)} zoos"
     ax.set(xlabel="Mean sparsity", ylabel="Mean test accuracy", xlim=(-0.02, 1.02), ylim=(0, 1.02), title=f"Accuracy over sparsity: {count}")
-    percent_axis(ax.xaxis, decimals=0)
-    percent_axis(ax.yaxis, decimals=0)
+    percent_axis(ax.xaxis)
+    percent_axis(ax.yaxis)
     return fig
 
 # %% ../nbs/31_figures.ipynb #10088241
@@ -307,8 +306,8 @@ def figure_layers(
     axes[0].set_ylabel("Sparsity of the layer")
     axes[0].xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes[1].set_xlim(-0.02, 1.02)
-    percent_axis(axes[0].yaxis, decimals=0)
-    percent_axis(axes[1].xaxis, decimals=0)
+    percent_axis(axes[0].yaxis)
+    percent_axis(axes[1].xaxis)
     drawn = next((ax for ax in axes if ax.get_legend_handles_labels()[0]), axes[0])
     fig.legend(*drawn.get_legend_handles_labels(), loc="outside right center", title=zoo_title(zoo), alignment="left")
     return fig

@@ -56,6 +56,26 @@ template <class T, class S> static inline T as(S s) { T t; static_assert(sizeof 
 template <class T, class S> static inline T to(S s) { return __builtin_convertvector(s, T); }
 template <class T> static inline T largest(T a, T b) { return a > b ? a : b; }  // b where a is NaN
 
+using Mask = decltype(V{} < V{});                      // what a comparison gives: integers as wide as Scalar, 0 or -1
+
+static inline Mask widen(Byte b) {  // GCC would convert bytes one by one
+#if defined(__AVX512F__) && defined(LANES_FLOAT)
+    return (Mask)_mm512_cvtepi8_epi32((__m128i)b);
+#elif defined(__AVX2__) && defined(LANES_FLOAT)
+    return (Mask)_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(as<int64_t>(b)));
+#else
+    return to<Mask>(b);
+#endif
+}
+
+static inline Byte narrow(Mask m) {
+#if defined(__AVX512F__) && defined(LANES_FLOAT)
+    return (Byte)_mm512_cvtepi32_epi8((__m512i)m);
+#else
+    return to<Byte>(m);
+#endif
+}
+
 // ---------------------------------------------------------------------------------------------------- elementary functions
 // Near-minimax polynomials fitted for this file; errors are a few units in the last place. NaN comes out as NaN.
 
@@ -72,9 +92,7 @@ static inline F root(F x) {  // right for 0, denormals and infinity too, where t
     return x * inverse_root(y < 3e38f ? y : 3e38f - F{});
 }
 
-static inline F exponential(F x) {  // saturates at exp(-87) and exp(88)
-    x = x < -87.0f ? -87.0f - F{} : x;
-    x = x > 88.0f ? 88.0f - F{} : x;
+static inline F exponential_within(F x) {  // |x| at most 87
     const F magic = 12582912.0f - F{};  // adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits
     F shifted = x * 1.44269504f + magic;
     F n = shifted - magic;
@@ -86,7 +104,12 @@ static inline F exponential(F x) {  // saturates at exp(-87) and exp(88)
     p = p * r + 0.166665191f;
     p = p * r + 0.499999933f;
     p = p * r * r + r + 1.0f;
-    return p * as<F>((as<I>(shifted) - as<I>(magic) + 127) << 23);
+    return p * as<F>((as<I>(shifted) << 23) + 0x3f800000);
+}
+
+static inline F exponential(F x) {  // saturates at exp(-87) and exp(87)
+    x = x < -87.0f ? -87.0f - F{} : x;
+    return exponential_within(x > 87.0f ? 87.0f - F{} : x);
 }
 
 static inline F logarithm(F x) {  // of normal positive numbers
@@ -110,13 +133,14 @@ static inline F logarithm(F x) {  // of normal positive numbers
 
 // Far from zero 1 - 2 / (exp(2 |x|) + 1), rounded once: Adam sees the slope 1 - tanh^2 of saturated units, however small.
 static inline F hyperbolic_tangent(F x) {
-    F a = x < 0.0f ? -x : x, s = x * x;
-    F far = 1.0f - 2.0f * reciprocal(1.0f + exponential(2.0f * a));
+    const I sign = as<I>(x) & INT32_MIN;
+    F a = as<F>(as<I>(x) ^ sign), s = x * x;
+    F far = 1.0f - 2.0f * reciprocal(1.0f + exponential_within(2.0f * (a > 10.0f ? 10.0f - F{} : a)));
     F p = -0.00551516718f * s + 0.0204694235f;
     p = p * s - 0.0536880245f;
     p = p * s + 0.133308304f;
     p = p * s - 0.333332598f;
-    return a < 0.65f ? p * s * x + x : (x < 0.0f ? -far : far);
+    return a < 0.65f ? p * s * x + x : as<F>(as<I>(far) | sign);
 }
 
 static inline F logistic(F x) { return reciprocal(1.0f + exponential(-x)); }
@@ -240,12 +264,12 @@ static void normals(const Philox& stream, uint32_t site, uint32_t position, uint
 // Dropout as a factor on values and slopes: 1/(1-p) for what is kept, else 0.
 static void dropout(const Philox& stream, uint32_t site, uint32_t position, uint32_t epoch, double p, int count, V* y, V* slope) {
     const U threshold = (uint32_t)std::floor(p * 4294967296.0) + U{};
-    const F scale = (float)(1.0 / (1.0 - p)) - F{};
+    const V scale = splat((Scalar)(1.0 / (1.0 - p)));
     for (int i = 0; i < count; i += 4) {
         U word[4];
         stream.draw(i / 4, site, position, epoch, word);
         for (int j = 0; j < 4 && i + j < count; ++j) {
-            V factor = to<V>(word[j] >= threshold ? scale : F{});
+            V factor = to<V>(word[j] >= threshold) * -scale;  // a true comparison is -1
             y[i + j] *= factor, slope[i + j] *= factor;
         }
     }
@@ -343,14 +367,14 @@ template <int CI_, int H_, int W_, int CO_, int K_, int P_> struct Convolution {
     // The first largest value of a window wins; NaN wins always, as in PyTorch.
     template <class G> static inline V pool(G value, Byte& where) {
         V best = value(0);
-        auto winner = best < best;
+        Mask winner = {};
         UNROLL for (int q = 1; q < Q; ++q) {
             V v = value(q);
-            auto better = (v > best) | (v != v);
+            Mask better = (v > best) | (v != v);
             best = better ? v : best;
-            winner = better ? winner - winner + q : winner;
+            winner = better ? Mask{} + q : winner;
         }
-        where = to<Byte>(winner);
+        where = narrow(winner);
         return best;
     }
 
@@ -380,7 +404,7 @@ template <int CI_, int H_, int W_, int CO_, int K_, int P_> struct Convolution {
             }
             Byte where;
             t.y[at] = pool([&](int q) { return z[q]; }, where);
-            auto winner = to<decltype(z[0] < z[0])>(where);
+            Mask winner = widen(where);
             V chosen = slope[0];
             UNROLL for (int q = 1; q < Q; ++q) chosen = winner == q ? slope[q] : chosen;
             t.where[at] = where, t.ratio[at] = chosen;
@@ -391,7 +415,7 @@ template <int CI_, int H_, int W_, int CO_, int K_, int P_> struct Convolution {
     static inline void unpool(const V* g, const Byte* where, V* before) {  // one window; `before` points at its corner
         if constexpr (P == 1) *before = *g;
         else {
-            auto winner = to<decltype(*g < *g)>(*where);
+            Mask winner = widen(*where);
             UNROLL for (int q = 0; q < Q; ++q) before[(q / P) * UW + q % P] = winner == q ? *g : V{};
         }
     }
@@ -568,7 +592,7 @@ static inline V cross_entropy(const V* z, V label, Scalar scale, V* gradient, V&
     V best = z[0], own = z[0];
     winner = V{};
     for (int c = 1; c < 10; ++c) {
-        auto better = (z[c] > best) | ((z[c] != z[c]) & (best == best));
+        Mask better = (z[c] > best) | ((z[c] != z[c]) & (best == best));
         best = better ? z[c] : best, winner = better ? splat(c) : winner;
         own = label == Scalar(c) ? z[c] : own;
     }
@@ -580,7 +604,7 @@ static inline V cross_entropy(const V* z, V label, Scalar scale, V* gradient, V&
 }
 
 // log alpha = log sigma^2 - 2 ln(|w| + 1e-15), clamped; the clamp stops gradients strictly outside.
-template <class Mask> static inline V log_alpha(V w, V log_sigma2, Scalar bound, Mask& inside) {
+static inline V log_alpha(V w, V log_sigma2, Scalar bound, Mask& inside) {
     V raw = log_sigma2 - 2 * logarithm((w < 0 ? -w : w) + Scalar(1e-15));
     inside = (raw >= -bound) & (raw <= bound);
     return raw < -bound ? splat(-bound) : (raw > bound ? splat(bound) : raw);
@@ -685,7 +709,7 @@ template <class A, class B, class C, class Fc1, class Fc2> struct Network {
     void compute_variances() {
         for_each_noisy([&](int plain, int log_sigma2, Scalar bound) {
             V w = weights[plain];
-            auto inside = w < w;
+            Mask inside;
             variance[plain] = exponential(log_alpha(w, weights[log_sigma2], bound, inside)) * w * w;
         });
     }
@@ -696,7 +720,7 @@ template <class A, class B, class C, class Fc1, class Fc2> struct Network {
         constexpr Scalar k1 = 0.63576, k2 = 1.8732, k3 = 1.48695;
         for_each_noisy([&](int plain, int log_sigma2, Scalar bound) {
             V w = weights[plain], size = (w < 0 ? -w : w) + Scalar(1e-15), sign = w > 0 ? splat(1) : (w < 0 ? splat(-1) : V{});
-            auto inside = w < w;
+            Mask inside;
             V la = log_alpha(w, weights[log_sigma2], bound, inside), alpha = exponential(la), by_variance = gradient[log_sigma2];
             V s = logistic(k2 + k3 * la);
             V kl = -k1 * k3 * s * (1 - s) - Scalar(0.5) * logistic(-la);
@@ -718,7 +742,7 @@ template <class A, class B, class C, class Fc1, class Fc2> struct Network {
             const bool masked = job.masks[t];
             for (int i = offset(t); i < offset(t) + SIZE[t]; ++i) {
                 V w = weights[i], g = gradient[i] + decay * w;
-                if (masked) g *= to<V>(masks[i]);
+                if (masked) g *= to<V>(widen(masks[i]));
                 if (job.sgd) {
                     V m = Scalar(0.9) * first[i] + g;
                     first[i] = m, weights[i] = w - pace * m;

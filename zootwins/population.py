@@ -157,7 +157,8 @@ def load_population(
             weights = {name: file.get_tensor(name) for name in file.keys()}
         models = pd.read_parquet(path.with_name(f"{path.name}.parquet"))
     except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(f"{path} is not a readable population ({error}): it needs {path.name}.safetensors and {path.name}.parquet; delete what is left of it and make it again.") from error
+        raise UserError(f"{path} is not a readable population ({error}): it needs {path.name}.safetensors and {path.name}.parquet; "
+                        "delete what is left of it and make it again.") from error
     if architecture not in ARCHITECTURES:
         raise UserError(f"{path} holds models of the architecture {architecture!r}, which is not known here: add it to zootwins.architectures.ARCHITECTURES first.")
     return Population(weights, models, architecture)

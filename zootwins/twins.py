@@ -6,7 +6,8 @@
 __all__ = ['METHODS', 'BLOCK', 'SAVE_EVERY', 'PARTS', 'Plan', 'check_parameters', 'parse_levels', 'choose_engine', 'why_no_lanes',
            'make_plan', 'fingerprint', 'open_store', 'Stage', 'make_stages', 'row_keys', 'start_of', 'measure',
            'blocks', 'block_name', 'save_state', 'resume_state', 'run_block', 'predictions_of', 'Report',
-           'missing_rows', 'join_stage', 'make_stage', 'make_twins', 'load_metrics', 'run_record', 'begin_figures']
+           'missing_rows', 'save_metrics', 'join_stage', 'make_stage', 'make_twins', 'load_metrics', 'run_record',
+           'begin_figures']
 
 # %% ../nbs/40_twins.ipynb #2ee3b14b
 import hashlib
@@ -63,11 +64,11 @@ class Plan:
 def check_parameters(
     given: Mapping[str, object],  # globals() of a notebook right after its parameters
 ) -> None:
-    "Raise `UserError` for a parameter that run_zoo does not have, which papermill would accept without a word."
+    "Raise `UserError` for a parameter that run_zoo does not have."
     known = ("zoo", "n_models", "methods", "levels", "device", "engine", "seed", "store", "figures")
     shell = given["get_ipython"]().user_ns_hidden if "get_ipython" in given else {}
-    for name in given:
-        if not name.startswith("_") and name not in shell:
+    for name, value in given.items():
+        if not name.startswith("_") and name not in shell and not callable(value):
             check_name(name, known, "parameter of run_zoo")
 
 # %% ../nbs/40_twins.ipynb #208c8b43
@@ -182,7 +183,8 @@ def open_store(
     found = read_json(path)
     for name, value in wanted.items():
         if found.get(name) != value:
-            raise UserError(f"The store {plan.folder} was written with another {name} ({_difference(found.get(name), value)}): choose another store, or delete that folder to begin anew.")
+            raise UserError(f"The store {plan.folder} was written with another {name} ({_difference(found.get(name), value)}): "
+                            "choose another store, or delete that folder to begin anew.")
 
 
 def _difference(
@@ -301,8 +303,7 @@ def save_state(
     metrics: pd.DataFrame,  # tidy rows so far
 ) -> None:
     "Save a block's progress; the weights' file is written last and decides."
-    with atomic_path(path.with_name(f"{path.name}.parquet")) as temporary:
-        metrics.to_parquet(temporary, index=False)
+    save_metrics(metrics, path.with_name(f"{path.name}.parquet"))
     tensors = {f"weights/{name}": t for name, t in state.population.weights.items()}
     tensors |= {f"{part}/{name}": t for part in PARTS for name, t in getattr(state, part).items()}
     metadata = {"epoch": str(state.epoch), "steps": str(state.steps)}
@@ -394,7 +395,16 @@ def missing_rows(
     key = lambda frame: pd.MultiIndex.from_arrays([frame["model"], frame["level"].fillna(-1.0).round(9)])
     return present, stage.rows[~key(stage.rows).isin(key(present.models))].reset_index(drop=True)
 
-# %% ../nbs/40_twins.ipynb #181d193a
+# %% ../nbs/40_twins.ipynb #ecd96dbb
+def save_metrics(
+    metrics: pd.DataFrame,  # tidy
+    path: Path,             # such as "figures/usps_seed/metrics.parquet"
+) -> None:
+    "Write tidy metrics, whole or not at all."
+    with atomic_path(path) as temporary:
+        metrics.to_parquet(temporary, index=False, compression="zstd")
+
+
 def join_stage(
     plan: Plan,                                      # where to write
     stage: Stage,                                    # which stage
@@ -405,8 +415,7 @@ def join_stage(
     path = plan.folder / "metrics.parquet"
     frames = [pd.read_parquet(path)] if path.exists() else []
     metrics = pd.concat(frames + [frame for _, frame in made], ignore_index=True).drop_duplicates(KEYS, keep="last")
-    with atomic_path(path) as temporary:
-        metrics.sort_values(KEYS, ignore_index=True).to_parquet(temporary, index=False)
+    save_metrics(metrics.sort_values(KEYS, ignore_index=True), path)
     whole = concatenate([p for p in (present, *(population for population, _ in made)) if p is not None])
     whole = whole[whole.models.sort_values(["level", "model"], na_position="first").index.to_numpy()]
     save_population(whole, plan.folder / stage.name)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .population import Population
-from .streams import Draws, random_normal
+from .streams import random_normal
 
 # %% ../nbs/11_variational.ipynb #c84298cc
 THRESHOLD = 3.0
@@ -72,7 +72,7 @@ class SparseConv2d(nn.Conv2d):
         variance = self._conv_forward(x * x, relative.exp() * self.weight**2, relative_bias.exp() * self.bias**2 if has_bias else None)
         return add_noise(mean, variance, self)
 
-
+# %% ../nbs/11_variational.ipynb #8105f6a5
 class SparseLinear(nn.Linear):
     "A fully connected layer whose weights (not biases) carry learned noise while it trains and are pruned when it is evaluated."
 
@@ -143,7 +143,7 @@ def sparsify(
             setattr(module.get_submodule(parent), name, new)
     return module
 
-
+# %% ../nbs/11_variational.ipynb #6b49d53d
 def total_divergence(
     module: nn.Module,  # with variational layers
 ) -> Tensor:            # scalar: the divergence summed over weights, and over biases of convolutions
@@ -193,7 +193,7 @@ def sparse_masks(
     "Which weights are below the threshold and stay."
     return {name: relative < THRESHOLD for name, relative in log_alphas(weights).items() if name.endswith("weight")}
 
-
+# %% ../nbs/11_variational.ipynb #6cca6012
 def deterministic(
     weights: dict[str, Tensor],  # stacked parameters with log variances
 ) -> dict[str, Tensor]:          # stacked plain parameters, pruned at the threshold

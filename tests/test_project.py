@@ -1,0 +1,40 @@
+"""The project as a whole: every module has its notebook, and the package can be built and used elsewhere."""
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def default_exports():
+    "Module -> notebook."
+    found = {}
+    for path in sorted((ROOT / "nbs").rglob("*.ipynb")):
+        for cell in nbformat.read(path, 4).cells:
+            for line in cell.source.splitlines():
+                if cell.cell_type == "code" and line.startswith("#| default_exp"):
+                    found[line.split()[-1]] = path.name
+    return found
+
+
+def test_every_module_has_its_notebook_and_every_notebook_its_module():
+    modules = {p.stem for p in (ROOT / "zootwins").glob("*.py")} - {"__init__", "_modidx"}
+    assert modules == set(default_exports())
+
+
+@pytest.mark.parametrize("name", ["nbdev", "fastcore", "IPython"])
+def test_the_package_does_not_need_the_tools_it_is_written_with(name):
+    code = f"import sys, importlib, pkgutil, zootwins\nsys.modules[{name!r}] = None\n"
+    code += "[importlib.import_module(f'zootwins.{m.name}') for m in pkgutil.iter_modules(zootwins.__path__) if m.name != '_modidx']"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
+
+
+def test_the_wheel_holds_every_module_and_the_engines_source(tmp_path):
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(ROOT)], check=True)
+    names = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
+    assert {f"zootwins/{module}.py" for module in default_exports()} | {"zootwins/lanes.cpp"} <= names
+    assert not any(name.startswith(("tests", "nbs")) for name in names)

@@ -1,0 +1,62 @@
+"""The run notebook through papermill, as a user would call it."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOK = ROOT / "nbs" / "run_zoo.ipynb"
+
+
+def papermill(folder, cwd=ROOT, **parameters):
+    "Run the notebook; give the finished process."
+    parameters = {"store": folder / "zoos", "figures": folder / "figures", **parameters}
+    options = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
+    return subprocess.run([sys.executable, "-m", "papermill", str(NOTEBOOK), str(folder / "out.ipynb"), "--kernel", "python3", "--no-progress-bar", *options],
+                          cwd=cwd, capture_output=True, text=True)
+
+
+def test_there_is_one_cell_of_parameters_and_each_is_explained():
+    cells = [c for c in nbformat.read(NOTEBOOK, 4).cells if "parameters" in c.metadata.get("tags", [])]
+    assert len(cells) == 1
+    lines = cells[0].source.splitlines()
+    assert [line.split(" = ")[0] for line in lines] == ["zoo", "n_models", "methods", "levels", "device", "engine", "seed", "store", "figures"]
+    assert all("  # " in line for line in lines)
+
+
+@pytest.mark.parametrize("cwd", [ROOT, ROOT / "nbs"])
+def test_a_run_writes_all_tables_and_figures(tmp_path, cwd):
+    done = papermill(tmp_path, cwd, zoo="digits_seed", n_models=2, levels="0,90")
+    assert done.returncode == 0, done.stderr[-2000:]
+    folder = tmp_path / "figures" / "digits_seed"
+    names = {p.name for p in folder.iterdir()}
+    assert names >= {"run.json", "metrics.parquet", "figure_2.png", "figure_5.png", *(f"table_{i}.csv" for i in (1, 2, 5, 6, 7, 8))}
+    assert all((folder / name).stat().st_size > 5_000 for name in names if name.endswith("png"))
+    record = json.loads((folder / "run.json").read_text())
+    assert record["n_models"] == 2 and record["levels"] == [0.0, 0.9]
+    assert set(pd.read_parquet(folder / "metrics.parquet")["level"].dropna()) == {0.0, 0.9}
+
+
+def test_a_run_may_leave_a_method_out(tmp_path):
+    done = papermill(tmp_path, zoo="digits_seed", n_models=1, methods="vd")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert set(pd.read_parquet(tmp_path / "figures" / "digits_seed" / "metrics.parquet")["method"]) == {"original", "vd"}
+
+
+@pytest.mark.parametrize("wrong,told", [
+    ({"zoo": "digits_sed"}, "There is no zoo 'digits_sed' (did you mean 'digits_seed'?)"),
+    ({"model": 3}, "There is no parameter of run_zoo 'model'"),
+    ({"n_models": -2}, "-2 is not a number of models"),
+    ({"levels": "50,150"}, "are not levels of pruning"),
+])
+def test_mistakes_are_told_in_one_sentence_and_leave_no_record(tmp_path, wrong, told):
+    record = tmp_path / "figures" / "digits_seed" / "run.json"
+    done = papermill(tmp_path, **{"zoo": "digits_seed", **wrong})
+    assert done.returncode != 0 and told in done.stderr and not record.exists()
+    assert "Traceback" not in nbformat.read(tmp_path / "out.ipynb", 4).cells[-1].get("source", "")
+    errors = [o for c in nbformat.read(tmp_path / "out.ipynb", 4).cells if c.cell_type == "code" for o in c.outputs if o.output_type == "error"]
+    assert len(errors) == 1 and len(errors[0]["traceback"]) == 1
