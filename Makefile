@@ -17,13 +17,15 @@ $(VENV)/ready: setup.py settings.ini constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
+# The bars of the notebook's stages go to the terminal, papermill's own words to a log of which the last error is shown.
 # The executed notebook replaces an earlier one only when the run ended well.
 run: $(VENV)/ready
 	@mkdir -p $(RUNS)
-	@rm -f $(FIGURES)/$(ZOO)/run.json
-	$(BIN)/python -m papermill nbs/run_zoo.ipynb $(RUNS)/$(ZOO).unfinished.ipynb -p zoo $(ZOO) -p n_models $(N) --kernel python3 --no-log-output
-	@test -f $(FIGURES)/$(ZOO)/run.json || { echo "The run of $(ZOO) ended without its record run.json: see $(RUNS)/$(ZOO).unfinished.ipynb" >&2; exit 1; }
+	@$(BIN)/python -m papermill nbs/run_zoo.ipynb $(RUNS)/$(ZOO).unfinished.ipynb -p zoo $(ZOO) -p n_models $(N) --kernel python3 \
+		--no-progress-bar --stdout-file /dev/null --stderr-file /dev/fd/3 3>&2 2>$(RUNS)/$(ZOO).log && test -f $(FIGURES)/$(ZOO)/run.json \
+		|| { grep -aE '^[A-Za-z.]+(Error|Interrupt)\b' $(RUNS)/$(ZOO).log | tail -n 1 >&2; echo "The run of $(ZOO) did not end well; more is in $(RUNS)/$(ZOO).log" >&2; exit 1; }
 	@mv $(RUNS)/$(ZOO).unfinished.ipynb $(RUNS)/$(ZOO).ipynb
+	@rm $(RUNS)/$(ZOO).log
 	@echo "Tables and figures of $(ZOO) lie in $(FIGURES)/$(ZOO)/, the executed notebook is $(RUNS)/$(ZOO).ipynb"
 
 test: clean-check export-check readme-check notebooks lint pytest

@@ -336,7 +336,7 @@ template <int CI_, int H_, int W_, int CO_, int K_, int P_> struct Convolution {
     template <int SETS, class X, class Finish>
     static inline void convolve(const X* const (&x)[SETS], const V* const (&w)[SETS], const V* const (&bias)[SETS], Finish finish) {
         constexpr int channels = divisor(CO, 24 / (SETS * Q));
-        constexpr int inputs = divisor(CI, std::max(1, 320 / (SETS * channels * KK)));  // their kernels stay in the first cache
+        constexpr int inputs = divisor(CI, std::max(1, 160 / (SETS * channels * KK)));  // their kernels stay in the first cache
         V row[inputs == CI ? 1 : PW][SETS][channels][Q];
         for (int o = 0; o < CO; o += channels)
             for (int py = 0; py < PH; ++py)
@@ -428,8 +428,8 @@ template <int CI_, int H_, int W_, int CO_, int K_, int P_> struct Convolution {
 
     // d loss / d weight: a row of the kernel for a few channels stays in registers while a strip of the image passes.
     static void weight_gradient(const V* x, const V* g, const Byte* where, V* gw) {
-        constexpr int channels = divisor(CO, 24 / K);
-        constexpr int strip = std::min(PH, std::max(1, 224 / (channels * P * UW)));  // rows of windows
+        constexpr int channels = divisor(CO, 20 / K);
+        constexpr int strip = std::min(PH, std::max(1, 320 / (channels * P * UW)));  // rows of windows
         V before[channels][strip * P][UW];
         for (int o = 0; o < CO; o += channels)
             for (int top = 0; top < PH; top += strip) {
@@ -466,25 +466,29 @@ template <int CI_, int H_, int W_, int CO_, int K_, int P_> struct Convolution {
         }
     }
 
-    // d loss / d input: a row of the input for a few channels stays in registers.
+    // d loss / d input: a row of the input stays in registers while a few output channels pass, which stay in the first cache.
     static void input_gradient(const V* before, const V* w, V* dx) {
         constexpr int inputs = divisor(CI, std::max(1, 16 / WIDTH));
-        for (int i = 0; i < CI; i += inputs)
-            for (int y = 0; y < H; ++y) {
-                V sum[inputs][WIDTH] = {};
-                int first = std::max(0, y - UH + 1), last = std::min(K - 1, y);
-                for (int o = 0; o < CO; ++o)
-                    for (int ky = first; ky <= last; ++ky) {
-                        const V* g = before + (o * UH + y - ky) * UW;
-                        V value[UW];
-                        UNROLL for (int c = 0; c < UW; ++c) value[c] = g[c];
-                        UNROLL for (int kx = 0; kx < K; ++kx) UNROLL for (int j = 0; j < inputs; ++j) {
-                            V weight = w[(o * CI + i + j) * KK + ky * K + kx];
-                            UNROLL for (int c = 0; c < UW; ++c) sum[j][c + kx] += value[c] * weight;
+        constexpr int outputs = divisor(CO, std::max(1, 288 / (K * UW)));
+        for (int y = 0; y < H; ++y)
+            for (int o0 = 0; o0 < CO; o0 += outputs)
+                for (int i = 0; i < CI; i += inputs) {
+                    V* row = dx + (i * H + y) * WIDTH;
+                    V sum[inputs][WIDTH];
+                    UNROLL for (int j = 0; j < inputs; ++j) UNROLL for (int c = 0; c < WIDTH; ++c) sum[j][c] = o0 ? row[j * H * WIDTH + c] : V{};
+                    const int first = std::max(0, y - UH + 1), last = std::min(K - 1, y);
+                    for (int o = o0; o < o0 + outputs; ++o)
+                        for (int ky = first; ky <= last; ++ky) {
+                            const V* g = before + (o * UH + y - ky) * UW;
+                            V value[UW];
+                            UNROLL for (int c = 0; c < UW; ++c) value[c] = g[c];
+                            UNROLL for (int kx = 0; kx < K; ++kx) UNROLL for (int j = 0; j < inputs; ++j) {
+                                V weight = w[(o * CI + i + j) * KK + ky * K + kx];
+                                UNROLL for (int c = 0; c < UW; ++c) sum[j][c + kx] += value[c] * weight;
+                            }
                         }
-                    }
-                UNROLL for (int j = 0; j < inputs; ++j) UNROLL for (int c = 0; c < WIDTH; ++c) dx[((i + j) * H + y) * WIDTH + c] = sum[j][c];
-            }
+                    UNROLL for (int j = 0; j < inputs; ++j) UNROLL for (int c = 0; c < WIDTH; ++c) row[j * H * WIDTH + c] = sum[j][c];
+                }
     }
 };
 

@@ -348,7 +348,7 @@ def train(
                 frames.append(_rows(measured, state.population.models))
                 if measured.epoch in kept:
                     _put(kept[measured.epoch], rows, state)
-                bar.set_postfix_str(f"epoch {measured.epoch}")
+                bar.set_postfix_str(f"epoch {measured.epoch} of {recipe.epochs}", refresh=False)
                 bar.update(len(rows) * len(images.x_train) if measured.epoch else 0)
             _put(ends, rows, state)
     finish = lambda weights: Population(weights, population.models, population.architecture)

@@ -6,8 +6,8 @@
 __all__ = ['METHODS', 'BLOCK', 'SAVE_EVERY', 'PARTS', 'Plan', 'check_parameters', 'parse_levels', 'choose_engine', 'why_no_lanes',
            'make_plan', 'fingerprint', 'open_store', 'Stage', 'make_stages', 'row_keys', 'start_of', 'measure',
            'blocks', 'block_name', 'save_state', 'resume_state', 'run_block', 'predictions_of', 'Report',
-           'missing_rows', 'save_metrics', 'join_stage', 'make_stage', 'make_twins', 'load_metrics', 'run_record',
-           'begin_figures']
+           'missing_rows', 'save_metrics', 'join_stage', 'make_stage', 'count_diverged', 'make_twins', 'load_metrics',
+           'run_record', 'begin_figures']
 
 # %% ../nbs/40_twins.ipynb #2ee3b14b
 import hashlib
@@ -349,7 +349,7 @@ def run_block(
     own = None if reference is None else reference[rows["model"].tolist()]
     for measured in epochs(state, images, stage.recipe, plan.engine):
         frames.append(measure(plan, stage, state, measured, own))
-        bar.set_postfix_str(f"{len(rows)} models at epoch {measured.epoch} of {stage.recipe.epochs}")
+        bar.set_postfix_str(f"{len(rows)} rows at epoch {measured.epoch} of {stage.recipe.epochs}", refresh=False)
         bar.update(per_epoch if measured.epoch else 0)
         if measured.epoch == stage.recipe.epochs or time.monotonic() - saved > SAVE_EVERY:
             save_state(path, state, pd.concat(frames, ignore_index=True))
@@ -381,6 +381,7 @@ class Report:
     reused: int          # rows found in the store
     seconds: float       # wall time
     model_samples: int   # training images seen, summed over the rows made
+    diverged: int        # rows of the stage whose last training loss is not finite
 
 
 def missing_rows(
@@ -442,7 +443,18 @@ def make_stage(
         with tqdm(total=samples, desc=f"{plan.zoo.name} {stage.name}", unit=" model-samples", unit_scale=True, mininterval=1, disable=not progress) as bar:
             made = [run_block(plan, stage, rows, original, reference, images, bar) for rows in blocks(missing, models)]
         present = join_stage(plan, stage, present, made)
-    return present, Report(stage.name, len(missing), len(stage.rows) - len(missing), time.monotonic() - started, samples)
+    seconds = time.monotonic() - started
+    return present, Report(stage.name, len(missing), len(stage.rows) - len(missing), seconds, samples, count_diverged(plan, stage))
+
+
+def count_diverged(
+    plan: Plan,    # whose store
+    stage: Stage,  # a stage that is done
+) -> int:          # models, counted at every level
+    "Count the rows that ended in infinity or nothing: the grids have some, and they must not go unseen."
+    metrics = load_metrics(plan)
+    last = metrics[(metrics["method"] == stage.name) & (metrics["epoch"] == stage.recipe.epochs)]
+    return int((~np.isfinite(last["train_loss"])).sum())
 
 
 def make_twins(
