@@ -54,7 +54,19 @@ static inline V load(const V* p) { return *p; }
 static inline V load(const Scalar* p) { return splat(*p); }  // a number that all models share (evaluation)
 template <class T, class S> static inline T as(S s) { T t; static_assert(sizeof t == sizeof s); std::memcpy(&t, &s, sizeof t); return t; }
 template <class T, class S> static inline T to(S s) { return __builtin_convertvector(s, T); }
-template <class T> static inline T largest(T a, T b) { return a > b ? a : b; }  // b where a is NaN
+
+// The larger and the smaller of two numbers; b if one of them is NaN. GCC would compare and blend.
+#if defined(__AVX512F__)
+static inline F larger(F a, F b) { return (F)_mm512_max_ps((__m512)a, (__m512)b); }
+static inline F smaller(F a, F b) { return (F)_mm512_min_ps((__m512)a, (__m512)b); }
+#elif defined(__AVX2__)
+static inline F larger(F a, F b) { return (F)_mm256_max_ps((__m256)a, (__m256)b); }
+static inline F smaller(F a, F b) { return (F)_mm256_min_ps((__m256)a, (__m256)b); }
+#else
+static inline F larger(F a, F b) { return a > b ? a : b; }
+static inline F smaller(F a, F b) { return a < b ? a : b; }
+#endif
+static inline D larger(D a, D b) { return a > b ? a : b; }
 
 using Mask = decltype(V{} < V{});                      // what a comparison gives: integers as wide as Scalar, 0 or -1
 
@@ -88,8 +100,7 @@ static inline F inverse_root(F x) { UNROLL for (int l = 0; l < L; ++l) x[l] = st
 #endif
 
 static inline F root(F x) {  // right for 0, denormals and infinity too, where the estimate is not
-    F y = x > 1e-37f ? x : 1e-37f - F{};
-    return x * inverse_root(y < 3e38f ? y : 3e38f - F{});
+    return x * inverse_root(smaller(larger(x, 1e-37f - F{}), 3e38f - F{}));
 }
 
 static inline F exponential_within(F x) {  // |x| at most 87
@@ -108,26 +119,23 @@ static inline F exponential_within(F x) {  // |x| at most 87
 }
 
 static inline F exponential(F x) {  // saturates at exp(-87) and exp(87)
-    x = x < -87.0f ? -87.0f - F{} : x;
-    return exponential_within(x > 87.0f ? 87.0f - F{} : x);
+    return exponential_within(smaller(87.0f - F{}, larger(-87.0f - F{}, x)));
 }
 
-static inline F logarithm(F x) {  // of normal positive numbers
+static inline F logarithm_of_normal(F x) {
     I bits = as<I>(x);
     I e = (bits - 0x3f3504f3) >> 23;  // so that the mantissa lies in [sqrt(1/2), sqrt(2))
     F n = to<F>(e);
-    F f = as<F>(bits - (e << 23)) - 1.0f;
-    F p = -0.0763442991f - F{};
-    p = p * f + 0.127615504f;
-    p = p * f - 0.131601951f;
-    p = p * f + 0.142017625f;
-    p = p * f - 0.166233565f;
-    p = p * f + 0.200012267f;
-    p = p * f - 0.250008211f;
-    p = p * f + 0.333333317f;
-    F square = f * f;
-    F low = p * f * square - 0.5f * square - n * 2.12194440e-4f;
-    F result = n * 0.693359375f + (low + f);
+    F f = as<F>(bits - (e << 23)) - 1.0f, s = f * f;
+    F p0 = -0.250008211f * f + 0.333333317f, p1 = -0.166233565f * f + 0.200012267f;
+    F p2 = -0.131601951f * f + 0.142017625f, p3 = -0.0763442991f * f + 0.127615504f;
+    F p = (p3 * s + p2) * (s * s) + (p1 * s + p0);
+    F low = p * f * s - 0.5f * s - n * 2.12194440e-4f;
+    return n * 0.693359375f + (low + f);
+}
+
+static inline F logarithm(F x) {  // of positive numbers that are not denormal
+    F result = logarithm_of_normal(x);
     return x == x ? result : x;
 }
 
@@ -135,7 +143,7 @@ static inline F logarithm(F x) {  // of normal positive numbers
 static inline F hyperbolic_tangent(F x) {
     const I sign = as<I>(x) & INT32_MIN;
     F a = as<F>(as<I>(x) ^ sign), s = x * x;
-    F far = 1.0f - 2.0f * reciprocal(1.0f + exponential_within(2.0f * (a > 10.0f ? 10.0f - F{} : a)));
+    F far = 1.0f - 2.0f * reciprocal(1.0f + exponential_within(2.0f * smaller(10.0f - F{}, a)));
     F p = -0.00551516718f * s + 0.0204694235f;
     p = p * s - 0.0536880245f;
     p = p * s + 0.133308304f;
@@ -154,7 +162,7 @@ static inline F error_function(F x) {
     p = p * s - 0.376124813f;
     p = p * s + 1.12837915f;
     F near = x * p;
-    F b = a > 4.0f ? 4.0f - F{} : a;  // erf(4) = 1 - 1.5e-8
+    F b = smaller(4.0f - F{}, a);  // erf(4) = 1 - 1.5e-8
     F q = -2.10950512e-05f * b + 0.000434462627f;
     q = q * b - 0.00417106308f;
     q = q * b + 0.0251194275f;
@@ -225,11 +233,13 @@ struct Philox {
         }
     }
 
-    void draw(uint32_t block, uint32_t site, uint32_t position, uint32_t epoch, U word[4]) const {
+    // Four words per model. All models have the same counter, so the first round multiplies plain numbers.
+    inline void draw(uint32_t block, uint32_t site, uint32_t position, uint32_t epoch, U word[4]) const {
+        const uint64_t first = (uint64_t)block * M0, second = (uint64_t)position * M1;
         W half[2][4];
         UNROLL for (int h = 0; h < 2; ++h) {
-            W c0 = (uint64_t)block + W{}, c1 = (uint64_t)site + W{}, c2 = (uint64_t)position + W{}, c3 = (uint64_t)epoch + W{};
-            UNROLL for (int r = 0; r < ROUNDS; ++r) {
+            W c0 = k0[0][h] ^ ((second >> 32) ^ site), c1 = W{} + second, c2 = k1[0][h] ^ ((first >> 32) ^ epoch), c3 = W{} + first;
+            UNROLL for (int r = 1; r < ROUNDS; ++r) {
                 W p0 = multiply(c0, M0), p1 = multiply(c2, M1);
                 c0 = (p1 >> 32) ^ c1 ^ k0[r][h], c1 = p1;
                 c2 = (p0 >> 32) ^ c3 ^ k1[r][h], c3 = p0;
@@ -244,20 +254,25 @@ static inline F uniform(U x) { return to<F>(x) * 0x1p-32f + 0x1p-33f; }
 
 // Box-Muller: two words give two independent standard normal numbers.
 static inline void normal_pair(U a, U b, F& first, F& second) {
-    F radius = root(-2.0f * logarithm(uniform(a)));
+    F square = larger(-2.0f * logarithm_of_normal(uniform(a)), 1e-37f - F{}), radius = square * inverse_root(square);
     F sine, cosine;
     sine_cosine(uniform(b), sine, cosine);
     first = radius * cosine, second = radius * sine;
 }
 
+// First many words, then many numbers: either loop alone has independent steps that the processor can overlap.
 static void normals(const Philox& stream, uint32_t site, uint32_t position, uint32_t epoch, int count, V* out) {
-    for (int i = 0; i < count; i += 4) {
-        U word[4];
-        F n[4];
-        stream.draw(i / 4, site, position, epoch, word);
-        normal_pair(word[0], word[1], n[0], n[1]);
-        normal_pair(word[2], word[3], n[2], n[3]);
-        for (int j = 0; j < 4 && i + j < count; ++j) out[i + j] = to<V>(n[j]);
+    constexpr int CHUNK = 64;
+    U word[CHUNK];
+    for (int start = 0; start < count; start += CHUNK) {
+        const int n = std::min(CHUNK, count - start);
+        for (int i = 0; i < n; i += 4) stream.draw((start + i) / 4, site, position, epoch, word + i);
+        for (int i = 0; i < n; i += 2) {
+            F first, second;
+            normal_pair(word[i], word[i + 1], first, second);
+            out[start + i] = to<V>(first);
+            if (i + 1 < n) out[start + i + 1] = to<V>(second);
+        }
     }
 }
 
@@ -364,16 +379,12 @@ template <int CI_, int H_, int W_, int CO_, int K_, int P_> struct Convolution {
                     }
     }
 
-    // The first largest value of a window wins; NaN wins always, as in PyTorch.
+    // The first largest value of a window wins.
     template <class G> static inline V pool(G value, Byte& where) {
         V best = value(0);
-        Mask winner = {};
-        UNROLL for (int q = 1; q < Q; ++q) {
-            V v = value(q);
-            Mask better = (v > best) | (v != v);
-            best = better ? v : best;
-            winner = better ? Mask{} + q : winner;
-        }
+        UNROLL for (int q = 1; q < Q; ++q) best = larger(best, value(q));
+        Mask winner = Mask{} + (Q - 1);
+        UNROLL for (int q = Q - 2; q >= 0; --q) winner = value(q) == best ? Mask{} + q : winner;
         where = narrow(winner);
         return best;
     }

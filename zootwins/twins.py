@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'BLOCK', 'SAVE_EVERY', 'PARTS', 'Plan', 'check_parameters', 'parse_levels', 'choose_engine', 'why_no_lanes',
-           'make_plan', 'fingerprint', 'open_store', 'Stage', 'make_stages', 'row_keys', 'start_of', 'measure',
-           'blocks', 'block_name', 'save_state', 'resume_state', 'run_block', 'predictions_of', 'Report',
+           'make_plan', 'fingerprint', 'open_store', 'Stage', 'make_stages', 'row_keys', 'prune_rows', 'start_of',
+           'measure', 'blocks', 'block_name', 'save_state', 'resume_state', 'run_block', 'predictions_of', 'Report',
            'missing_rows', 'save_metrics', 'join_stage', 'make_stage', 'count_diverged', 'make_twins', 'load_metrics',
            'run_record', 'begin_figures']
 
@@ -34,7 +34,7 @@ from .architectures import build, layer_names
 from .core import UserError, atomic_path, check_name, project_root, read_json, write_json
 from .datasets import Images
 from .lanes import IMAGE_SHAPES, LANES, available, processors
-from .magnitude import check_level, prune
+from .magnitude import apply_masks, check_level, magnitude_masks
 from .metrics import KEYS, read_metrics, sparsity, tidy
 from .population import Population, concatenate, load_population, sample_population, save_population
 from .streams import stream_keys
@@ -231,6 +231,20 @@ def row_keys(
     return torch.cat(keys)
 
 
+def prune_rows(
+    population: Population,  # trained models
+    levels: np.ndarray,      # [models], each row's own level
+    scope: str,              # of magnitude pruning
+) -> tuple[Population, dict[str, Tensor]]:  # pruned models and their masks
+    "Prune every row at its own level."
+    masks = {name: torch.ones_like(w, dtype=torch.bool) for name, w in population.weights.items() if name.endswith("weight")}
+    for level in np.unique(levels):
+        at = np.flatnonzero(levels == level)
+        for name, mask in magnitude_masks(population[at].weights, level, scope).items():
+            masks[name][at] = mask
+    return Population(apply_masks(population.weights, masks), population.models, population.architecture), masks
+
+
 def start_of(
     plan: Plan,                      # the zoo
     stage: Stage,                    # which stage
@@ -244,8 +258,7 @@ def start_of(
         population = original[rows["model"].tolist()]
     masks = {}
     if stage.name == "mp":
-        parts = [prune(population[np.flatnonzero(rows["level"] == level)], level, plan.zoo.mp_scope) for level in rows["level"].unique()]
-        population, masks = concatenate([p for p, _ in parts]), {name: torch.cat([m[name] for _, m in parts]) for name in parts[0][1]}
+        population, masks = prune_rows(population, rows["level"].to_numpy(), plan.zoo.mp_scope)
     elif stage.name == "vd":
         population = begin_variational(population)
     population.models = population.models.assign(level=rows["level"].to_numpy())
