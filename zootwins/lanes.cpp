@@ -13,6 +13,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <utility>
 #include <vector>
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
@@ -348,13 +349,14 @@ template <int CI_, int H_, int W_, int CO_, int K_, int P_> struct Convolution {
 
     // One window of `channels` output channels at a time stays in registers; `finish` receives it.
     // SETS = 2 convolves two inputs with two kernels side by side: mean and variance of a variational layer.
-    template <int SETS, class X, class Finish>
-    static inline void convolve(const X* const (&x)[SETS], const V* const (&w)[SETS], const V* const (&bias)[SETS], Finish finish) {
+    template <int SETS, class X, class Meanwhile, class Finish>
+    static inline void convolve(const X* const (&x)[SETS], const V* const (&w)[SETS], const V* const (&bias)[SETS], Meanwhile meanwhile, Finish finish) {
         constexpr int channels = divisor(CO, 24 / (SETS * Q));
         constexpr int inputs = divisor(CI, std::max(1, 160 / (SETS * channels * KK)));  // their kernels stay in the first cache
         V row[inputs == CI ? 1 : PW][SETS][channels][Q];
         for (int o = 0; o < CO; o += channels)
-            for (int py = 0; py < PH; ++py)
+            for (int py = 0; py < PH; ++py) {
+                meanwhile(o / channels * PH + py, CO / channels * PH);
                 for (int i0 = 0; i0 < CI; i0 += inputs)
                     for (int px = 0; px < PW; ++px) {
                         V sum[SETS][channels][Q];
@@ -377,6 +379,7 @@ template <int CI_, int H_, int W_, int CO_, int K_, int P_> struct Convolution {
                             UNROLL for (int s = 0; s < SETS; ++s) UNROLL for (int c = 0; c < channels; ++c) UNROLL for (int q = 0; q < Q; ++q)
                                 row[inputs == CI ? 0 : px][s][c][q] = sum[s][c][q];
                     }
+            }
     }
 
     // The first largest value of a window wins.
@@ -389,36 +392,37 @@ template <int CI_, int H_, int W_, int CO_, int K_, int P_> struct Convolution {
         return best;
     }
 
-    template <class X> static void forward(const X* x, const V* w, const V* bias, Trace& t) {
+    template <class X, class Meanwhile> static void forward(const X* x, const V* w, const V* bias, Trace& t, Meanwhile meanwhile) {
         const X* const inputs[1] = {x};
         const V* const kernels[1] = {w};
         const V* const biases[1] = {bias};
-        convolve<1>(inputs, kernels, biases, [&](int o, int py, int px, auto value) {
+        convolve<1>(inputs, kernels, biases, meanwhile, [&](int o, int py, int px, auto value) {
             int at = (o * PH + py) * PW + px;
             t.y[at] = pool([&](int q) { return value(0, q); }, t.where[at]);
         });
     }
 
     // out = mean + sqrt(variance + 1e-15) noise, for every output before pooling.
-    static void forward_noisy(const V* w, const V* bias, const V* variance, const V* bias_variance, Trace& t) {
+    template <class Meanwhile>
+    static void forward_noisy(const V* w, const V* bias, const V* variance, const V* bias_variance, Trace& t, Meanwhile meanwhile) {
         const V* const inputs[2] = {t.x, t.squares};
         const V* const kernels[2] = {w, variance};
         const V* const biases[2] = {bias, bias_variance};
-        convolve<2>(inputs, kernels, biases, [&](int o, int py, int px, auto value) {
+        convolve<2>(inputs, kernels, biases, meanwhile, [&](int o, int py, int px, auto value) {
             int at = (o * PH + py) * PW + px;
             const V* noise = t.noise + (o * OH + P * py) * OW + P * px;
-            V z[Q], slope[Q];
+            V z[Q], ratio[Q];  // noise / standard deviation, twice the slope
             UNROLL for (int q = 0; q < Q; ++q) {
-                V total = value(1, q) + Scalar(1e-15), inverse = inverse_root(total), eps = noise[(q / P) * OW + q % P];
-                z[q] = value(0, q) + total * inverse * eps;
-                slope[q] = Scalar(0.5) * inverse * eps;
+                V total = value(1, q) + Scalar(1e-15);
+                ratio[q] = inverse_root(total) * noise[(q / P) * OW + q % P];
+                z[q] = value(0, q) + total * ratio[q];
             }
             Byte where;
             t.y[at] = pool([&](int q) { return z[q]; }, where);
             Mask winner = widen(where);
-            V chosen = slope[0];
-            UNROLL for (int q = 1; q < Q; ++q) chosen = winner == q ? slope[q] : chosen;
-            t.where[at] = where, t.ratio[at] = chosen;
+            V chosen = ratio[0];
+            UNROLL for (int q = 1; q < Q; ++q) chosen = winner == q ? ratio[q] : chosen;
+            t.where[at] = where, t.ratio[at] = Scalar(0.5) * chosen;
         });
     }
 
@@ -520,9 +524,9 @@ template <int CI_, int CO_> struct Linear {
         }
     }
 
-    static void forward(const V* x, const V* w, const V* bias, Trace& t) { multiply(x, w, bias, t.y); }
+    template <class Meanwhile> static void forward(const V* x, const V* w, const V* bias, Trace& t, Meanwhile) { multiply(x, w, bias, t.y); }
 
-    static void forward_noisy(const V* w, const V* bias, const V* variance, const V*, Trace& t) {
+    template <class Meanwhile> static void forward_noisy(const V* w, const V* bias, const V* variance, const V*, Trace& t, Meanwhile) {
         V total[CO];
         multiply(t.x, w, bias, t.y);
         multiply(t.squares, variance, nullptr, total);
@@ -580,26 +584,38 @@ template <class T> struct Buffer {  // zeroed, aligned memory
     operator T*() const { return data; }
 };
 
-// L images become lanes: an L x L transposition is log2(L) rounds of interleaving the upper with the lower half of the rows.
-static inline V interleave(V a, V b, bool upper) {
-    V r;
-    UNROLL for (int l = 0; l < L; ++l) r[l] = (l % 2 ? b : a)[l / 2 + (upper ? L / 2 : 0)];
-    return r;
+// Take elements of a and b in turns, beginning with their first or their second halves.
+template <bool upper, int... l> static inline V interleave(V a, V b, std::integer_sequence<int, l...>) {
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, (l / 2 + (upper ? L / 2 : 0) + (l % 2 ? L : 0))...);
+#else
+    return __builtin_shuffle(a, b, Mask{(l / 2 + (upper ? L / 2 : 0) + (l % 2 ? L : 0))...});
+#endif
 }
 
-static void gather(const Scalar* const image[L], const Scalar* const next[L], int inputs, V* x) {
+// L images become lanes: an L x L transposition is log2(L) rounds of interleaving the upper with the lower half of the rows.
+static void gather(const Scalar* const image[L], int inputs, V* x) {
+    constexpr std::make_integer_sequence<int, L> lanes{};
     for (int p = 0; p < inputs; p += L) {
         V row[L], other[L];
-        UNROLL for (int l = 0; l < L; ++l) {
-            std::memcpy(&row[l], image[l] + p, sizeof(V));
-            __builtin_prefetch(next[l] + p);
-        }
-        UNROLL for (int half = 1; half < L; half *= 2) {
-            UNROLL for (int i = 0; i < L; ++i) other[i] = interleave(row[i / 2], row[i / 2 + L / 2], i % 2);
+        UNROLL for (int l = 0; l < L; ++l) std::memcpy(&row[l], image[l] + p, sizeof(V));
+        UNROLL for (int round = 1; round < L; round *= 2) {
+            UNROLL for (int i = 0; i < L / 2; ++i) {
+                other[2 * i] = interleave<false>(row[i], row[i + L / 2], lanes);
+                other[2 * i + 1] = interleave<true>(row[i], row[i + L / 2], lanes);
+            }
             UNROLL for (int i = 0; i < L; ++i) row[i] = other[i];
         }
         UNROLL for (int l = 0; l < L; ++l) x[p + l] = row[l];
     }
+}
+
+// Ask for one of `parts` parts of L images before they are needed: all at once would clog the memory.
+static inline void prefetch(const Scalar* const image[L], int inputs, int part, int parts) {
+    constexpr int line = 64 / sizeof(Scalar);
+    const int share = (inputs / line + parts - 1) / parts, end = std::min(inputs, (part + 1) * share * line);
+    for (int p = part * share * line; p < end; p += line)
+        for (int l = 0; l < L; ++l) __builtin_prefetch(image[l] + p);
 }
 
 // Cross-entropy of L models; gradient = (softmax - target) * scale. The first largest logit wins, NaN above all.
@@ -642,6 +658,7 @@ template <class A, class B, class C, class Fc1, class Fc2> struct Network {
     Buffer<Byte> masks, winners;
     Philox stream;
     Trace trace[5];
+    const Scalar* next[L];  // the images after these
 
     explicit Network(const Job& j)
         : job(j), noisy(j.variational), tensors(noisy ? 18 : 10), parameters(offset(tensors)), weights(parameters), gradient(parameters), first(parameters),
@@ -674,12 +691,15 @@ template <class A, class B, class C, class Fc1, class Fc2> struct Network {
     template <int n> void forward(uint32_t position) {
         using T = Layer<n>;
         Trace& t = trace[n];
+        auto meanwhile = [&](int part, int parts) {
+            if constexpr (n == 0) prefetch(next, A::INPUTS, part, parts);
+        };
         if (noisy) {
             for (int i = 0; i < T::INPUTS; ++i) t.squares[i] = t.x[i] * t.x[i];
             normals(stream, job.noise_site[n], position, job.epoch, T::BEFORE, t.noise);
-            T::forward_noisy(weight<n>(weights), bias<n>(weights), weight<n>(variance), bias<n>(variance), t);
+            T::forward_noisy(weight<n>(weights), bias<n>(weights), weight<n>(variance), bias<n>(variance), t, meanwhile);
         } else
-            T::forward(t.x, weight<n>(weights), bias<n>(weights), t);
+            T::forward(t.x, weight<n>(weights), bias<n>(weights), t, meanwhile);
         if constexpr (n < 4) {
             activate(job.activation, t.y, t.slope, T::OUTPUTS);
             if (job.dropout_site[n]) dropout(stream, job.dropout_site[n], position, job.epoch, job.dropout, T::OUTPUTS, t.y, t.slope);
@@ -829,14 +849,14 @@ template <class A, class B, class C, class Fc1, class Fc2> struct Network {
             std::memset((void*)gradient.data, 0, parameters * sizeof(V));
             if (noisy) compute_variances();
             for (int64_t position = from; position < until; ++position) {
-                const Scalar *sample[L], *next[L];
+                const Scalar* sample[L];
                 V label, winner;
                 for (int l = 0; l < L; ++l) {
                     uint32_t now = order[position * L + l], then = order[std::min(position + 1, job.samples - 1) * L + l];
                     sample[l] = job.images + (size_t)now * A::INPUTS, next[l] = job.images + (size_t)then * A::INPUTS;
                     label[l] = (Scalar)job.labels[now];
                 }
-                gather(sample, next, A::INPUTS, image);
+                gather(sample, A::INPUTS, image);
                 forward<0>((uint32_t)position);
                 loss += to<D>(cross_entropy(trace[4].y, label, Scalar(1) / Scalar(until - from), trace[4].g, winner));
                 right += to<D>(winner == label ? splat(1) : V{});
@@ -863,8 +883,9 @@ template <class A, class B, class C, class Fc1, class Fc2> struct Network {
     template <int n> void forward_plain(const Scalar* shared) {
         using T = Layer<n>;
         Trace& t = trace[n];
-        if constexpr (n == 0) T::forward(shared, weight<n>(weights), bias<n>(weights), t);
-        else T::forward(t.x, weight<n>(weights), bias<n>(weights), t);
+        auto nothing = [](int, int) {};
+        if constexpr (n == 0) T::forward(shared, weight<n>(weights), bias<n>(weights), t, nothing);
+        else T::forward(t.x, weight<n>(weights), bias<n>(weights), t, nothing);
         if constexpr (n < 4) {
             activate(job.activation, t.y, t.slope, T::OUTPUTS);
             forward_plain<n + 1>(nullptr);
@@ -921,6 +942,15 @@ template <class G> static int with_network(const Job& job, G go) {
 
 extern "C" {
 int lanes_width() { return L; }
+double lanes_peak(int64_t turns) {  // sixteen independent chains of multiply-adds; the number of operations done
+    V chain[16], factor = splat(0.999f), term = splat(0.001f);
+    for (int i = 0; i < 16; ++i) chain[i] = splat((Scalar)i);
+    for (int64_t turn = 0; turn < turns; ++turn)
+        UNROLL for (int i = 0; i < 16; ++i) chain[i] = chain[i] * factor + term;
+    volatile Scalar kept = 0;  // so that the work is not optimised away
+    for (int i = 0; i < 16; ++i) kept = kept + chain[i][0];
+    return 2.0 * 16 * L * turns;
+}
 int64_t lanes_job_size() { return sizeof(Job); }
 int lanes_train(const Job* job, int64_t start, const volatile int* stop) {
     return with_network(*job, [&](auto& network) { return network.train(start, stop); });
