@@ -1,7 +1,7 @@
 # Two commands: `make run` makes a zoo and its twins, `make test` checks everything.
 PYTHON ?= python3
 ZOO ?= digits_seed
-N ?= None
+N ?= 100
 FIGURES ?= $(or $(ZOOTWINS_FIGURES),figures)
 VENV := .venv
 BIN := $(VENV)/bin

@@ -244,7 +244,7 @@ def prune_rows(
             masks[name][at] = mask
     return Population(apply_masks(population.weights, masks), population.models, population.architecture), masks
 
-
+# %% ../nbs/40_twins.ipynb #9594739f
 def start_of(
     plan: Plan,                      # the zoo
     stage: Stage,                    # which stage
@@ -469,7 +469,7 @@ def count_diverged(
     last = metrics[(metrics["method"] == stage.name) & (metrics["epoch"] == stage.recipe.epochs)]
     return int((~np.isfinite(last["train_loss"])).sum())
 
-
+# %% ../nbs/40_twins.ipynb #1ab8666f
 def make_twins(
     plan: Plan,             # what to make
     images: Images,         # from datasets.load_images

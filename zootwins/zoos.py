@@ -103,7 +103,7 @@ GRID_ZOOS = (
 
 # %% ../nbs/04_zoos.ipynb #4a600437
 DIGITS = Zoo(
-    "digits_seed", "Digits (s) Seed", "digits", "cnn_small_1ch", seeds=100, init=("kaiming_uniform",), lr=(1e-3,), wd=(1e-3,), epochs=30,
+    "digits_seed", "Digits (s) Seed", "digits", "cnn_small_1ch", init=("kaiming_uniform",), lr=(1e-3,), wd=(1e-3,), epochs=30,
     mp_learning_rate=2e-3, vd_learning_rate=2e-3, remark="Ours, for a first look: no download, minutes instead of days.",
 )
 ZOOS: dict[str, Zoo] = {zoo.name: zoo for zoo in (*SEED_ZOOS, *GRID_ZOOS, DIGITS)}
