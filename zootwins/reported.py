@@ -124,8 +124,8 @@ def layer_average(
 ) -> pd.DataFrame:        # STATE, mean, std (missing); one row per zoo and epoch or level
     "Sparsity of the whole model from the layers' sparsities in Table 7 or 8, by weight count."
     layers = cells[(cells["table"] == table) & (cells["layer"] != "")]
-    sizes = [layer_sizes(get_zoo(zoo).architecture)[layer] for zoo, layer in zip(layers["zoo"], layers["layer"])]
-    average = whole_sparsity(layers.assign(size=sizes), STATE[:4])
+    sizes = {zoo: layer_sizes(get_zoo(zoo).architecture) for zoo in layers["zoo"].unique()}
+    average = whole_sparsity(layers.assign(size=[sizes[zoo][layer] for zoo, layer in zip(layers["zoo"], layers["layer"])]), STATE[:4])
     return average.assign(layer="", metric="sparsity", std=np.nan)
 
 # %% ../nbs/32_reported.ipynb #61942221
@@ -168,7 +168,7 @@ def check_table_8_layers(
 ) -> pd.DataFrame:        # VERDICT
     "The layers of Table 8 average to the level that the models were pruned to."
     average = layer_average(cells, 8)
-    totals = average["zoo"].map(lambda zoo: sum(layer_sizes(get_zoo(zoo).architecture).values()))
+    totals = average["zoo"].map({zoo: sum(layer_sizes(get_zoo(zoo).architecture).values()) for zoo in average["zoo"].unique()})
     target = average.assign(mean=100 * (average["level"] * totals).round() / totals)
     return verdicts("Table 8, average of layers = level", average, target, tolerance=ROUNDING)
 
