@@ -68,7 +68,7 @@ def check_parameters(
     known = ("zoo", "n_models", "methods", "levels", "device", "engine", "seed", "store", "figures")
     shell = given["get_ipython"]().user_ns_hidden if "get_ipython" in given else {}
     for name, value in given.items():
-        if not name.startswith("_") and name not in shell and not callable(value):
+        if not name.startswith("_") and name not in shell and isinstance(value, (str, int, float, list, dict, type(None))):
             check_name(name, known, "parameter of run_zoo")
 
 # %% ../nbs/40_twins.ipynb #208c8b43
