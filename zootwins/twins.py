@@ -40,7 +40,7 @@ from .population import Population, concatenate, load_population, sample_populat
 from .streams import stream_keys
 from .training import TORCH, Engine, Measured, Recipe, State, alike, begin, epochs, on_device
 from .variational import begin_variational, sparse_masks
-from .zoos import Zoo, get_zoo, model_table, zoo_size
+from .zoos import Zoo, check_n_models, get_zoo, model_table
 
 # %% ../nbs/40_twins.ipynb #080a6f7d
 METHODS = ("mp", "vd")
@@ -146,9 +146,7 @@ def make_plan(
 ) -> Plan:                           # checked
     "Check all that a user asks for; raises `UserError` for the first thing that cannot be."
     entry = get_zoo(zoo)
-    size = zoo_size(entry)
-    if n_models is not None and (isinstance(n_models, bool) or not isinstance(n_models, int) or not 1 <= n_models <= size):
-        raise UserError(f"{n_models!r} is not a number of models that {zoo} can have: give a whole number from 1 to {size}, or None for all.")
+    n_models = check_n_models(entry, n_models)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise UserError(f"{seed!r} is not a seed: give a whole number.")
     chosen = tuple(check_name(word, METHODS, "method") for word in _words(methods))
@@ -156,7 +154,7 @@ def make_plan(
     if "mp" in chosen and not parsed:
         raise UserError("Magnitude pruning needs at least one level: give percentages such as 0,50,90, or leave mp out of the methods.")
     where = _folder(store, "ZOOTWINS_STORE", "zoos") / zoo, _folder(figures, "ZOOTWINS_FIGURES", "figures") / zoo
-    return Plan(entry, n_models or size, chosen, parsed, choose_engine(engine, device, entry.architecture), device, seed, *where)
+    return Plan(entry, n_models, chosen, parsed, choose_engine(engine, device, entry.architecture), device, seed, *where)
 
 # %% ../nbs/40_twins.ipynb #b2e312e0
 def fingerprint(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SEED_ZOOS', 'GRID', 'FMNIST_RATE', 'CIFAR_RATE', 'WD_LARGE', 'GRID_ZOOS', 'DIGITS', 'ZOOS', 'FACTORS', 'SHORT',
-           'TABLE_4', 'Zoo', 'grid_zoos', 'get_zoo', 'zoo_size', 'drawn_seeds', 'model_table', 'short_number',
-           'table_4_row', 'list_zoos']
+           'TABLE_4', 'Zoo', 'grid_zoos', 'get_zoo', 'zoo_size', 'drawn_seeds', 'check_n_models', 'model_table',
+           'short_number', 'table_4_row', 'list_zoos']
 
 # %% ../nbs/04_zoos.ipynb #fed5ba6d
 from dataclasses import dataclass, replace
@@ -137,16 +137,26 @@ def drawn_seeds(
     words = random_words(n, stream_keys(zoo.name, "seeds", [0])[0], site=0)
     return (words % 1_000_000).tolist()
 
-# %% ../nbs/04_zoos.ipynb #ca4927c0
+# %% ../nbs/04_zoos.ipynb #c307583c
+def check_n_models(
+    zoo: Zoo,              # the entry
+    n_models: int | None,  # what the user asked for; none: all
+) -> int:                  # a number that the zoo can have
+    "Raise `UserError` for a number of models that a zoo cannot have."
+    size = zoo_size(zoo)
+    if n_models is None:
+        return size
+    if not isinstance(n_models, int) or isinstance(n_models, bool) or not 1 <= n_models <= size:
+        raise UserError(f"{n_models!r} is not a number of models that {zoo.name} can have: give a whole number from 1 to {size}, or None for all.")
+    return n_models
+
+
 def model_table(
     zoo: Zoo,                     # the entry
     n_models: int | None = None,  # how many models; none: all
 ) -> pd.DataFrame:                # one row per model: model, seed, activation, init, optimizer, lr, wd, dropout, parent
     "The generating factors of the first `n_models` models of a zoo; raises `UserError` if the zoo has fewer."
-    size = zoo_size(zoo)
-    n_models = size if n_models is None else n_models
-    if not isinstance(n_models, int) or isinstance(n_models, bool) or not 1 <= n_models <= size:
-        raise UserError(f"{n_models!r} is not a number of models that {zoo.name} can have: give a whole number from 1 to {size}.")
+    size, n_models = zoo_size(zoo), check_n_models(zoo, n_models)
     combinations = list(product(*(getattr(zoo, f) for f in FACTORS), range(1, zoo.seeds + 1)))
     table = pd.DataFrame(combinations, columns=[*FACTORS, "seed"])
     if zoo.kind == "random":
