@@ -1,0 +1,349 @@
+"""Published zoos: what is read is what was written, damage is named, and no file runs code."""
+
+import hashlib
+import io
+import json
+import pickle
+import shutil
+import sys
+import threading
+import types
+import zipfile
+from collections import OrderedDict
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path, PosixPath
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from zootwins import published
+from zootwins.architectures import build
+from zootwins.core import UserError
+from zootwins.population import sample_population
+from zootwins.published import ZENODO, download, fit, read_factors, read_result, read_tensors, read_zoo, write_zoo
+from zootwins.variational import begin_variational
+from zootwins.zoos import get_zoo
+
+
+def records(models, epochs, method="original"):
+    rows = [{"zoo": "z", "method": method, "level": np.nan, "model": m, "epoch": e, "train_loss": 1.0, "train_acc": 0.5 + e / 1000, "test_loss": 1.1,
+             "test_acc": 0.4 + m / 1000, "sparsity": e / 100} for m in models for e in epochs]
+    return pd.DataFrame(rows)
+
+
+@pytest.fixture
+def zoo(tmp_path):
+    "Four models with two epochs in the authors' layout."
+    epochs = {epoch: sample_population(get_zoo("mnist_fixed"), 4, epoch) for epoch in (0, 50)}
+    return epochs, write_zoo(epochs, records(range(4), (0, 50)), tmp_path / "tune_zoo")
+
+
+def zipped(folder, compression=zipfile.ZIP_DEFLATED, prefix=""):
+    path = folder.with_suffix(".zip")
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for file in sorted(folder.rglob("*")):
+            archive.write(file, f"{prefix}{file.relative_to(folder.parent)}")
+    return path
+
+
+def same(left, right):
+    return set(left.weights) == set(right.weights) and all(torch.equal(left.weights[name], tensor) for name, tensor in right.weights.items())
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize("prefix", ["", "netscratch/zoos/"])
+def test_folder_and_zip_give_the_same_bits(zoo, compression, prefix):
+    epochs, folder = zoo
+    for source in (folder, zipped(folder, compression, prefix)):
+        read = read_zoo(source, "all", limit=None, progress=False)
+        assert read.method == "original" and read.left_out.empty
+        assert all(same(read.populations[epoch], population) for epoch, population in epochs.items())
+        assert read.metrics.groupby("model")["epoch"].apply(list).tolist() == [[0, 50]] * 4
+        assert np.allclose(read.metrics["ggap"], read.metrics["train_acc"] - read.metrics["test_acc"])
+
+
+@pytest.mark.parametrize("name", ["usps_seed", "cifar10_seed", "cifar10_large_fixed"])
+def test_every_architecture_and_its_twins(tmp_path, name):
+    population = sample_population(get_zoo(name), 2)
+    assert same(read_zoo(write_zoo({50: population}, records(range(2), [50]), tmp_path / "dense"), limit=None, progress=False).populations[50], population)
+    twins = begin_variational(population)
+    twins.models["origin"] = ["/zoos/a/checkpoint_000050", "/zoos/b/checkpoint_000050"]
+    read = read_zoo(write_zoo({25: twins}, records(range(2), [25], "vd"), tmp_path / "twins"), limit=None, progress=False)
+    assert read.method == "vd" and same(read.populations[25], twins)
+    assert read.populations[25].models["origin"].tolist() == twins.models["origin"].tolist()
+    assert read.metrics["sparsity"].tolist() == [0.25, 0.25]
+
+
+def test_a_written_checkpoint_loads_into_the_module_itself(zoo):
+    epochs, folder = zoo
+    path = next(folder.glob("*_00000_0_*/checkpoint_000050/checkpoints"))
+    module = build("cnn_small_1ch")
+    module.load_state_dict(torch.load(path, weights_only=True))
+    assert torch.equal(module.get_parameter("module_list.0.weight"), epochs[50].weights["module_list.0.weight"][0])
+
+
+def test_shifted_keys_old_checkpoint_names_and_other_types(zoo):
+    epochs, folder = zoo
+    for model in sorted(folder.iterdir())[:2]:
+        state = torch.load(model / "checkpoint_000050" / "checkpoints", weights_only=True)
+        shift = {0: 0, 3: 4, 6: 8, 9: 11, 11: 14}
+        renamed = {f"module_list.{shift[int(name.split('.')[1])]}.{name.split('.')[2]}": tensor.double() for name, tensor in reversed(state.items())}
+        torch.save(OrderedDict(renamed), model / "checkpoint_000050" / "checkpoints")
+    for model in folder.iterdir():
+        (model / "checkpoint_000050").rename(model / "checkpoint_50")
+        (model / "checkpoint_50" / "optimizer").write_bytes(b"not read")
+    read = read_zoo(folder, limit=None, progress=False)
+    assert read.left_out.empty and same(read.populations[50], epochs[50])
+
+
+def test_what_is_left_out_is_named(zoo):
+    epochs, folder = zoo
+    models = sorted(folder.iterdir())
+    def change(model, value):
+        path = model / "checkpoint_000050" / "checkpoints"
+        state = torch.load(path, weights_only=True)
+        state["module_list.9.weight"][0, 0] = value
+        torch.save(state, path)
+    change(models[0], float("nan"))
+    change(models[1], 7.0)
+    (models[2] / "params.json").write_text("{")
+    read = read_zoo(folder, "all", limit=6.0, progress=False)
+    reasons = {(row.model, None if pd.isna(row.epoch) else row.epoch): row.reason for row in read.left_out.itertuples()}
+    assert "not finite" in reasons[models[0].name, 50] and "beyond 6" in reasons[models[1].name, 50]
+    assert "params.json" in reasons[models[2].name, None] and len(reasons) == 3
+    assert read.populations[0].models["model"].tolist() == [0, 1, 2] and read.populations[50].models["model"].tolist() == [2]
+    assert read.populations[50].models["parent"].tolist() == [models[3].name]
+    assert torch.equal(read.populations[50].weights["module_list.0.weight"][0], epochs[50].weights["module_list.0.weight"][3])
+
+
+def test_junk_beside_the_models_is_passed_over(zoo):
+    epochs, folder = zoo
+    (folder / "config.json").write_text("{}")
+    (folder / "experiment_state-1.json").write_text("{}")
+    (folder / "empty_trial").mkdir()
+    (folder / "restarted").mkdir()
+    (folder / "restarted" / "result.json").write_text("")
+    archive = zipped(folder)
+    with zipfile.ZipFile(archive, "a") as opened:
+        opened.writestr("__MACOSX/tune_zoo/x/params.json", b"\0")
+        opened.writestr("__MACOSX/tune_zoo/x/checkpoint_000050/checkpoints", b"\0")
+    read = read_zoo(archive, limit=None, progress=False)
+    assert len(read.populations[50]) == 4 and read.left_out["model"].tolist() == ["restarted"]
+
+
+def test_the_last_epoch_is_that_of_the_zoo(zoo):
+    _, folder = zoo
+    shutil.rmtree(next(folder.iterdir()) / "checkpoint_000050")
+    read = read_zoo(folder, limit=None, progress=False)
+    assert len(read.populations[50]) == 3 and "the last one is of epoch 0" in read.left_out["reason"].item()
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(cut=st.integers(0, 15_000), flip=st.integers(0, 15_000))
+def test_no_damage_to_a_checkpoint_goes_unseen_or_stops_the_rest(tmp_path, cut, flip):
+    state = build("cnn_small_1ch").state_dict()
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    data = bytearray(buffer.getvalue())
+    layouts = []
+    read_tensors(bytes(data), layouts)
+    flip %= len(data)
+    data[flip] ^= 0x55
+    for broken in (bytes(data[: cut % len(data)]), bytes(data)):
+        try:
+            tensors = read_tensors(broken, list(layouts))
+        except ValueError:
+            continue
+        assert all(np.array_equal(tensors[name], tensor.numpy()) for name, tensor in state.items() if name in tensors)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.one_of(st.text(max_size=30), st.dictionaries(st.sampled_from(["training_iteration", "test_acc", "train_acc"]),
+                                                                st.one_of(st.integers(0, 60), st.floats(), st.none(), st.text(max_size=3)))), max_size=6))
+def test_any_result_file_is_read(lines):
+    frame = read_result("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines).encode())
+    assert frame["epoch"].is_unique and frame["epoch"].is_monotonic_increasing
+
+
+def test_sentinels_are_missing_values():
+    frame = read_result(b'{"training_iteration": 0, "train_acc": -999, "train_loss": -999, "test_acc": 0.1}\n{"training_iteration": 0, "test_acc": 0.2}')
+    assert frame["train_acc"].isna().all() and frame["test_acc"].tolist() == [0.2]
+
+
+def test_factors_of_every_kind():
+    factors = read_factors(b'{"model::nlin": "tanh", "model::dropout": 0, "optim::wd": 0, "optim::lr": 0.0003, "seed": 7, "wandb": {"x": 1}}')
+    assert factors["dropout"] == 0.0 and isinstance(factors["wd"], float) and factors["seed"] == 7 and factors["init"] == ""
+
+
+def test_an_unknown_architecture_is_a_mistake_in_one_sentence(tmp_path):
+    path = tmp_path / "zoo" / "a" / "checkpoint_000001" / "checkpoints"
+    path.parent.mkdir(parents=True)
+    torch.save(torch.nn.Linear(3, 2).state_dict(), path)
+    (tmp_path / "zoo" / "a" / "params.json").write_text("{}")
+    with pytest.raises(UserError, match="no known architecture"):
+        read_zoo(tmp_path / "zoo", progress=False)
+    with pytest.raises(UserError, match="There is no zoo"):
+        read_zoo(tmp_path / "nowhere")
+    (tmp_path / "bad.zip").write_bytes(b"PK")
+    with pytest.raises(UserError, match="not a readable zip"):
+        read_zoo(tmp_path / "bad.zip")
+    with pytest.raises(ValueError, match="no known architecture"):
+        fit((("1.weight", (3, 2)),))
+
+
+def test_an_epoch_that_is_not_there(zoo):
+    with pytest.raises(UserError, match="epochs 0 to 50"):
+        read_zoo(zoo[1], [7], progress=False)
+
+
+def test_nothing_is_left_of_a_write_that_failed(tmp_path, monkeypatch):
+    population = sample_population(get_zoo("mnist_seed"), 2)
+    with pytest.raises(KeyError):
+        write_zoo({50: population}, pd.DataFrame({"nothing": []}), tmp_path / "zoo")
+    assert list(tmp_path.iterdir()) == []
+    write_zoo({50: population}, records(range(2), [50]), tmp_path / "zoo")
+    with pytest.raises(UserError, match="exists already"):
+        write_zoo({50: population}, records(range(2), [50]), tmp_path / "zoo")
+
+
+# ---- preprocessed files: a module of the authors' name stands in for theirs while a file is written, and is gone when it is read
+
+@pytest.fixture
+def preprocessed(tmp_path, monkeypatch):
+    package, module = types.ModuleType("checkpoints_to_datasets"), types.ModuleType("checkpoints_to_datasets.dataset_base")
+    class ModelDatasetBase:
+        pass
+    ModelDatasetBase.__module__, ModelDatasetBase.__qualname__ = module.__name__, "ModelDatasetBase"
+    module.ModelDatasetBase = ModelDatasetBase
+    population = sample_population(get_zoo("mnist_fixed"), 6)
+    content = {}
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, package.__name__, package)
+        patch.setitem(sys.modules, module.__name__, module)
+        for name, indices in (("trainset", range(4)), ("valset", [4]), ("testset", [5])):
+            part = ModelDatasetBase()
+            states = [(i, epoch) for i in indices for epoch in (0, 50)]
+            part.data_in = [OrderedDict((key, tensor[i] * (1 + epoch)) for key, tensor in population.weights.items()) for i, epoch in states]
+            part.labels_in = [f"/zoos/model_{i}#_#epoch_{epoch}#_#layer_[0, 3]" for i, epoch in states]
+            part.root, part.threshold = PosixPath("/zoos"), np.float64(5)
+            part.properties = {"test_acc": [0.5 + i / 100 for i, _ in states], "ggap": [np.float64(0.01)] * len(states), "training_iteration": [e for _, e in states],
+                               "model::nlin": [population.models["activation"][i] for i, _ in states]}
+            content[name] = part
+        torch.save(content, tmp_path / "dataset_z.pt")
+    return population, tmp_path / "dataset_z.pt", content, monkeypatch, module
+
+
+def test_preprocessed_zoos(preprocessed):
+    population, path, *_ = preprocessed
+    read = read_zoo(path, "all", limit=None, progress=False)
+    assert sorted(read.populations) == [0, 50] and same(read.populations[0], population)
+    assert torch.equal(read.populations[50].weights["module_list.3.bias"], population.weights["module_list.3.bias"] * 51)
+    assert read.populations[50].models["activation"].tolist() == population.models["activation"].tolist()
+    first = read.metrics.query("model == 5 and epoch == 50").iloc[0]
+    assert np.isclose(first["test_acc"], 0.55) and np.isclose(first["train_acc"], 0.56)
+    assert len(read_zoo(path, "all", limit=5.0, progress=False).left_out) > 0
+
+
+class Runs:
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def hostile(kind, mark):
+    import builtins
+    import os
+    return {"system": Runs(os.system, f"touch {mark}"), "exec": Runs(builtins.exec, f"open({str(mark)!r}, 'w')"), "open": Runs(builtins.open, str(mark), "w"),
+            "getattr": Runs(builtins.getattr, os, "system"), "path": Runs(Path.touch, Path(mark))}[kind]
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+@pytest.mark.parametrize("kind", ["system", "exec", "open", "getattr", "path"])
+def test_a_hostile_pickle_runs_nothing(tmp_path, kind, protocol):
+    mark = tmp_path / "it_ran"
+    nested = OrderedDict(state=[{"deep": hostile(kind, mark)}]) if kind != "getattr" else OrderedDict(a=Runs(getattr, "text", "upper"))
+    with zipfile.ZipFile(tmp_path / "dataset_bad.pt", "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps(nested, protocol))
+        archive.writestr("archive/version", "3")
+    with pytest.raises(UserError, match="harmless"):
+        read_zoo(tmp_path / "dataset_bad.pt", progress=False)
+    with pytest.raises(ValueError, match="harmless"):
+        read_tensors((tmp_path / "dataset_bad.pt").read_bytes(), [])
+    assert not mark.exists()
+
+
+def test_tensors_cannot_reach_beyond_their_file(tmp_path):
+    for offset, shape, stride in ((0, (5,), (-1000,)), (-3, (2,), (1,)), (0, (10**9,), (1,)), (0, (-2,), (1,))):
+        with pytest.raises(ValueError):
+            published.view(bytes(64), 0, "<f4", published.Stored("0", "<f4", offset, shape, stride))
+
+
+# ---- downloads, from a server of our own
+
+class Server(BaseHTTPRequestHandler):
+    content, checksum, ranges, broken = b"", "", [], 0
+
+    def do_GET(self):
+        cls = type(self)
+        if self.path.startswith("/api/"):
+            body = json.dumps({"files": [{"key": "stl_small_seed.zip", "checksum": f"md5:{cls.checksum}"}]}).encode()
+            self.send_response(200)
+        else:
+            start = int(self.headers.get("Range", "bytes=0-")[6:-1])
+            cls.ranges.append(start)
+            body = cls.content[start:]
+            self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if cls.broken and not self.path.startswith("/api/"):
+            cls.broken -= 1
+            self.wfile.write(body[: len(body) // 2])
+            self.connection.close()
+            return
+        self.wfile.write(body)
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def site():
+    Server.content, Server.ranges, Server.broken = bytes(range(256)) * 4000, [], 0
+    Server.checksum = hashlib.md5(Server.content).hexdigest()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_an_interrupted_download_goes_on(site, tmp_path):
+    Server.broken = 1
+    with pytest.raises(UserError, match="run again"):
+        download("stl10", "stl_small_seed.zip", tmp_path, site, progress=False)
+    assert (tmp_path / "stl_small_seed.zip.part").stat().st_size > 0
+    path = download("stl10", "stl_small_seed.zip", tmp_path, site, progress=False)
+    assert path.read_bytes() == Server.content and len(Server.ranges) == 2 and Server.ranges[1] > 0
+    assert [p.name for p in tmp_path.iterdir()] == ["stl_small_seed.zip"]
+    assert download("stl10", "stl_small_seed.zip", tmp_path, "http://127.0.0.1:1", progress=False) == path
+
+
+def test_a_wrong_checksum_leaves_nothing(site, tmp_path):
+    Server.checksum = "0" * 32
+    with pytest.raises(UserError, match="checksum"):
+        download("stl10", "stl_small_seed.zip", tmp_path, site, progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_offline_says_what_to_fetch_and_where_to_put_it(tmp_path):
+    with pytest.raises(UserError) as error:
+        download("stl10", "stl_small_seed.zip", tmp_path, "http://127.0.0.1:1", progress=False)
+    assert f"records/{ZENODO['stl10'].record}/files/stl_small_seed.zip" in str(error.value) and str(tmp_path) in str(error.value)
+    with pytest.raises(UserError, match="There is no record"):
+        download("imagenet", "x.zip", tmp_path)
