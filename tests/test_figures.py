@@ -5,9 +5,17 @@ import pandas as pd
 import pytest
 import torch
 
+from zootwins.architectures import build, layer_names
 from zootwins.core import UserError
-from zootwins.figures import FIGURES, accuracy_over_sparsity, figure_2, figure_5, save_figure
+from zootwins.figures import (
+    FIGURES, accuracy_drops, accuracy_over_sparsity, agreement_range, bin_layers, correlation_curve, figure_2, figure_3, figure_4, figure_5,
+    figure_individuals, figure_layers, frequency_matrix, hardness, individuals, save_figure, stretch, stretched_ticks, unstretch, zoo_looks,
+)
+from zootwins.layers import layer_profile, removal_frequency, stack_frequencies
+from zootwins.magnitude import prune
 from zootwins.metrics import LAYERS, tidy
+from zootwins.population import sample_population
+from zootwins.zoos import ZOOS, model_table
 
 
 def run(n=12, zoo="usps_seed", levels=(0.0, 0.5, 0.9), vd_epochs=25):
@@ -25,13 +33,35 @@ def run(n=12, zoo="usps_seed", levels=(0.0, 0.5, 0.9), vd_epochs=25):
     return pd.concat(parts, ignore_index=True)
 
 
+def removal(zoo="usps_seed", n=3, methods="vd mp"):
+    population = sample_population(ZOOS[zoo], n)
+    names = layer_names(build(population.architecture))
+    share = lambda level: removal_frequency(prune(population, level)[1], names)
+    states = {(zoo, "vd", None, epoch): share(0.03 * epoch) for epoch in range(26)} | {(zoo, "mp", level, 15): share(level) for level in (0.0, 0.5, 0.9)}
+    return stack_frequencies({state: frequency for state, frequency in states.items() if state[1] in methods.split()})
+
+
+@pytest.mark.parametrize("name, suffix", [*((name, ".png") for name in FIGURES), *((name, kind) for name in ("figure_2", "figure_agreement") for kind in (".pdf", ".svg"))])
+def test_the_same_metrics_give_the_same_bytes(tmp_path, name, suffix):
+    metrics = run()
+    save_figure(FIGURES[name](metrics), tmp_path / f"one{suffix}")
+    with plt.rc_context({"axes.facecolor": "red", "font.size": 20, "lines.linewidth": 9, "savefig.dpi": 30, "axes.grid": False, "image.cmap": "hot", "scatter.marker": "x"}):
+        save_figure(FIGURES[name](metrics), tmp_path / f"two{suffix}")
+    assert (tmp_path / f"one{suffix}").read_bytes() == (tmp_path / f"two{suffix}").read_bytes()
+
+
 @pytest.mark.parametrize("suffix", [".png", ".pdf", ".svg"])
-def test_the_same_metrics_give_the_same_bytes(tmp_path, suffix):
+def test_the_same_frequencies_give_the_same_bytes(tmp_path, suffix):
+    save_figure(figure_3(removal()), tmp_path / f"one{suffix}")
+    with plt.rc_context({"image.interpolation": "bicubic", "image.cmap": "hot", "image.origin": "lower"}):
+        save_figure(figure_3(removal()), tmp_path / f"two{suffix}")
+    assert (tmp_path / f"one{suffix}").read_bytes() == (tmp_path / f"two{suffix}").read_bytes()
+
+
+@pytest.mark.parametrize("suffix", [".png", ".pdf", ".svg"])
+def test_other_metrics_give_other_bytes(tmp_path, suffix):
     metrics = run()
     save_figure(figure_2(metrics), tmp_path / f"one{suffix}")
-    with plt.rc_context({"axes.facecolor": "red", "font.size": 20, "lines.linewidth": 9, "savefig.dpi": 30, "axes.grid": False}):
-        save_figure(figure_2(metrics), tmp_path / f"two{suffix}")
-    assert (tmp_path / f"one{suffix}").read_bytes() == (tmp_path / f"two{suffix}").read_bytes()
     save_figure(figure_2(metrics.assign(test_acc=metrics["test_acc"] - 0.05)), tmp_path / f"three{suffix}")
     assert (tmp_path / f"one{suffix}").read_bytes() != (tmp_path / f"three{suffix}").read_bytes()
 
@@ -63,10 +93,109 @@ def test_figure_5_tells_many_zoos_apart():
     assert [text.get_text() for text in axes.get_legend().get_texts()][:3] == ["USPS (s) Seed", "MNIST (s) Seed", "SVHN (s) Seed"]
 
 
+def test_zoos_look_different():
+    looks = zoo_looks([str(i) for i in range(100)])
+    assert len({tuple(look.values()) for look in looks.values()}) == 100
+
+
+def test_figure_2_gives_every_zoo_a_row():
+    zoos = pd.concat([run(3, "usps_seed"), run(12, "mnist_seed")], ignore_index=True)
+    fig = figure_2(zoos)
+    headings = [part.get_suptitle() for part in fig.subfigs]
+    assert headings == ["USPS (s) Seed: median and each of 3 models", "MNIST (s) Seed: median, middle 90 % and range of 12 models"] and len(fig.axes) == 4
+    line = fig.axes[3].lines[-1]
+    np.testing.assert_allclose(line.get_ydata(), [0.9 * epoch / 25 for epoch in range(26)])
+
+
+@pytest.mark.parametrize("zoo, size", [("usps_seed", 2416), ("cifar10_large_seed", 10760)])
+def test_figure_3_shows_every_weight_in_the_order_of_the_network(zoo, size):
+    frequencies = removal(zoo)
+    matrix = frequency_matrix(frequencies[frequencies["method"] == "mp"], "level")
+    assert matrix.shape == (size, 3) and list(matrix.index.unique("layer")) == ["conv1", "conv2", "conv3", "fc1", "fc2"]
+    assert (matrix.groupby("layer").size() == frequencies[frequencies["epoch"] == 0].groupby("layer", observed=True).size()).all()
+    np.testing.assert_allclose(matrix.mean(), [0, 0.5, 0.9], atol=1e-3)
+    axes = figure_3(frequencies).axes
+    assert [label.get_text() for label in axes[1].get_xticklabels()] == ["0", "50", "90"] and axes[0].get_ylim() == (size, 0)
+
+
+@pytest.mark.parametrize("methods", ["vd", "mp"])
+def test_figure_3_of_one_method_keeps_its_labels(methods, recwarn):
+    axes = figure_3(removal(n=1, methods=methods)).axes
+    drawn, empty = (axes[0], axes[1]) if methods == "vd" else (axes[1], axes[0])
+    assert not empty.axison and drawn.get_ylabel().startswith("Weights") and drawn.yaxis.get_tick_params()["labelleft"]
+    assert [str(w.message) for w in recwarn if issubclass(w.category, (UserWarning, RuntimeWarning))] == []
+
+
+def test_bins_hold_the_spread_between_layers_and_within_them():
+    profile = pd.DataFrame({"size": [100, 140, 1000], "mean": [0.2, 0.4, 0.9], "std": [0.03, 0.04, np.nan]})
+    bins = bin_layers(profile)
+    assert bins["layers"].tolist() == [2, 1] and bins["mean"].tolist() == pytest.approx([0.3, 0.9])
+    assert bins["std"].tolist() == pytest.approx([np.sqrt((0.03**2 + 0.04**2) / 2 + 0.1**2), 0]) and bins["size"][0] == pytest.approx(np.sqrt(14000))
+
+
+def test_figure_4_joins_zoos_of_different_architectures():
+    zoos = pd.concat([run(3, "usps_seed"), run(4, "cifar10_large_seed")], ignore_index=True)
+    axes = figure_4(zoos).axes
+    drawn = {tuple(x) for line in axes[0].lines[:2] for x in [line.get_xdata()]}
+    assert drawn == {(200, 1200, 96, 720, 200), (432, 4608, 4320, 1200, 200)}
+    profile = layer_profile(zoos[(zoos["method"] == "vd") & (zoos["epoch"] == 5)])
+    assert sum(len(line.get_xdata()) for line in axes[0].lines[:2]) == len(profile)
+    own = run(3, "usps_seed").assign(zoo="mine")
+    assert figure_4(own, epochs=(1, 20), sizes={"mine": dict(zip(LAYERS, (1, 20, 300, 4000, 50000)))}).axes[1].axison
+
+
+def test_agreement_range_holds_for_any_predictions():
+    random = np.random.default_rng(0)
+    truth = random.integers(0, 3, 40)
+    originals, twins = (np.where(random.random((200, 40)) < random.random((200, 1)), truth, random.integers(0, 3, (200, 40))) for _ in range(2))
+    first, second, agreed = (originals == truth).mean(1), (twins == truth).mean(1), (originals == twins).mean(1)
+    for worst, best in ((first, first), (first.min(), first.max())):
+        low, high = agreement_range(second, worst, best)
+        assert (low - 1e-9 <= agreed).all() and (agreed <= high + 1e-9).all()
+    assert np.allclose(unstretch(stretch(np.linspace(0, 1, 50))), np.linspace(0, 1, 50))
+    assert 4 <= len(stretched_ticks(0, 1, 8)) <= 9
+
+
+def test_hardness_finds_the_models_that_always_lose_most():
+    metrics = run(20)
+    twins = metrics["method"] != "original"
+    metrics.loc[twins & (metrics["model"] == 7), "test_acc"] -= 0.2
+    metrics.loc[twins & (metrics["model"] == 3), "test_acc"] += 0.2
+    table = individuals(metrics)
+    for method in ("mp", "vd"):
+        rows = table[table["method"] == method]
+        assert rows["model"].iloc[0] == 3 and rows["model"].iloc[-1] == 7 and rows["hardness"].is_monotonic_increasing
+        assert rows["hardness"].iloc[0] == 0 and rows["hardness"].iloc[-1] == 1 and rows["hardness"].mean() == pytest.approx(0.5)
+    assert (table["seed"] == table["model"] + 1).all()
+    drops = accuracy_drops(metrics, "mp")
+    last = metrics[(metrics["method"] == "mp") & (metrics["epoch"] == 15) & (metrics["level"] == 0.9) & (metrics["model"] == 7)]["test_acc"].item()
+    before = metrics[(metrics["method"] == "original") & (metrics["epoch"] == 50) & (metrics["model"] == 7)]["test_acc"].item()
+    assert drops.loc[7, 0.9] == pytest.approx(before - last) and hardness(drops.head(1)).tolist() == [0]
+
+
+def test_extremes_are_named_with_the_factors_that_differ():
+    grid = run(12, "mnist_fixed")
+    labels = [text.get_text() for text in figure_individuals(grid).axes[0].get_legend().get_texts()]
+    first = individuals(grid).query("method == 'mp'").iloc[0]
+    assert labels[0].startswith(f"model {first['model']}: {model_table(ZOOS['mnist_fixed']).loc[first['model'], 'activation']}, ") and "seed" in labels[0]
+    own = individuals(run(4, "usps_seed").assign(zoo="mine"), pd.DataFrame({"model": range(4), "lr": [0.1, 0.2, 0.3, 0.4]}))
+    assert list(own.columns) == ["zoo", "method", "model", "hardness", "original", "drop", "lr"]
+    assert list(individuals(run(4).assign(zoo="mine")).columns)[-1] == "drop"
+
+
+def test_correlation_over_sparsity_is_that_of_table_2():
+    metrics = run(12)
+    curve = correlation_curve(metrics, "mp").query("coefficient == 'pearson'")
+    before = metrics[(metrics["method"] == "original") & (metrics["epoch"] == 50)].set_index("model")["test_acc"]
+    after = metrics[(metrics["method"] == "mp") & (metrics["epoch"] == 15)].pivot(index="model", columns="level", values="test_acc")
+    np.testing.assert_allclose(curve["value"], [after[level].corr(before) for level in after])
+    assert len(correlation_curve(metrics, "vd")) == 2 * 26 and correlation_curve(metrics[metrics["method"] == "vd"], "vd").empty
+
+
 def test_mistakes_are_told(tmp_path):
     zoos = pd.concat([run(1, "usps_seed"), run(1, "mnist_seed")])
     with pytest.raises(UserError, match="usps_seed, mnist_seed"):
-        figure_2(zoos)
+        figure_layers(zoos)
     with pytest.raises(UserError, match=".png"):
         save_figure(figure_2(run(1)), tmp_path / "figure.bmp")
     assert list(tmp_path.iterdir()) == [] and plt.get_fignums() == []
