@@ -5,7 +5,7 @@ import pytest
 
 from zootwins.core import UserError
 from zootwins.layers import layer_sizes
-from zootwins.reported import CHECKS, STATE, VERDICT, check_all, check_counts, check_statements, dropout_states, layer_average, locate_states, read_reported, reported
+from zootwins.reported import CHECKS, STATE, VERDICT, check_all, check_counts, check_statements, dropout_states, layer_average, layer_spread, locate_states, read_reported, reported
 from zootwins.tables import TABLE_1_STATES, TABLE_2_STATES
 from zootwins.zoos import ZOOS
 
@@ -180,3 +180,12 @@ def test_exceptions_to_statements_are_counted(cells):
     better = cells.assign(mean=cells["mean"].mask((cells["metric"] == "pearson") & (cells["zoo"] == "usps_seed") & (cells["method"] == "mp"), 90.1))
     assert check_statements(better)["agrees"].iloc[0] and found["exceptions"].iloc[0] - check_statements(better)["exceptions"].iloc[0] == 1
     assert pd.api.types.is_bool_dtype(found["agrees"])
+
+
+def test_layers_scatter_over_weights_as_printed_and_not_over_models(cells):
+    found = layer_spread(cells).set_index(["zoo", "layer"])
+    assert len(found) == 8 * 5
+    p = 0.009
+    assert found.loc[("usps_seed", "conv2"), ["over_models", "over_weights"]].tolist() == pytest.approx([100 * (p * (1 - p) / 1200) ** 0.5, 100 * (p * (1 - p) / 1000) ** 0.5])
+    small = found[found["mean"] < 2]
+    assert len(small) == 36 and (small["std"] - small["over_weights"]).abs().max() < 0.11 < (small["std"] - small["over_models"]).abs().max()

@@ -1,11 +1,20 @@
 """Tables of a small run whose numbers are known by hand."""
+import re
+import shutil
+import subprocess
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as some
 
 from zootwins.metrics import LAYERS, tidy
-from zootwins.tables import TABLE_1_STATES, TABLES, choose_states, mean_std, save_table, table_1, table_2, table_5, table_6, table_7, table_8
+from zootwins.tables import (
+    LATEX, TABLE_1_STATES, TABLES, all_tables, choose_states, latex_text, mean_std, save_table, states_text,
+    table_1, table_2, table_4, table_5, table_6, table_7, table_8, table_9,
+)
 
 
 def rows(zoo, method, level, epoch, test_acc, sparsity=0.0, gap=0.01, agreement=None):
@@ -102,6 +111,59 @@ def test_tables_on_disk_are_numbers(metrics, tmp_path):
     for name, table in TABLES.items():
         save_table(table(metrics), tmp_path / f"{name}.csv")
         again = pd.read_csv(tmp_path / f"{name}.csv")
-        values = again["value" if name == "table_2" else "mean"]
+        values = again[{"table_2": "value", "table_4": "n"}.get(name, "mean")]
         assert np.issubdtype(values.dtype, np.number) and set(again["zoo"]) <= {"usps_seed", "All"} and len(again) == len(table(metrics).numbers)
-    assert len(list(tmp_path.iterdir())) == len(TABLES)
+        assert (tmp_path / f"{name}.md").read_text(encoding="utf-8") == table(metrics).to_markdown()
+        assert (tmp_path / f"{name}.tex").read_text(encoding="utf-8") == table(metrics).to_latex()
+    assert len(list(tmp_path.iterdir())) == 3 * len(TABLES)
+
+
+def test_table_4_describes_the_zoos_of_the_run(metrics):
+    both = pd.concat([metrics, run("mnist_random"), run("my_zoo")], ignore_index=True)
+    layout = table_4(both).layout
+    assert layout.loc["USPS (s) Seed"].tolist() == ["2416", "T", "AD", "3e-4", "1e-3", "1e-3", "0", "3 of 1,000"]
+    assert layout.loc["MNIST (s) Random", "Optim"] == "AD, SGD" and layout.loc["my_zoo"].tolist() == [""] * 7 + ["3"]
+
+
+def test_table_9_is_table_1_in_one_line(metrics):
+    one, nine = table_1(metrics), table_9(metrics)
+    assert nine.layout.columns.tolist() == ["Acc MP", "Spar MP", "Aggr MP", "Acc VD", "Spar VD", "Aggr VD"]
+    assert nine.layout.loc["USPS (s) Seed"].tolist() == [cell for cell in one.layout.loc["USPS (s) Seed"] if "(" in cell]
+    assert nine.numbers.equals(one.numbers)
+
+
+def test_captions_tell_models_and_chosen_epochs(metrics):
+    tables = {table.name: table for table in all_tables(metrics)}
+    assert list(tables) == list(TABLES) and all("USPS (s) Seed: 3 models." in table.caption for table in tables.values())
+    for name in ("table_1", "table_9"):
+        assert "pruned by 90% (epoch 15), variational dropout at epoch 22 (nearest to 88.5% sparsity)" in tables[name].caption
+    assert states_text(choose_states(metrics[metrics["method"] == "original"])) == "No twins."
+
+
+def test_markdown_has_one_cell_per_heading(metrics):
+    for table in all_tables(metrics):
+        lines = table.to_markdown().split("\n\n")[1].strip().split("\n")
+        assert len(lines) == 2 + len(table.layout) and len({line.count(" | ") for line in lines}) == 1
+    assert "| All | Spar | 0.0 (0.0) |" in tables_text(metrics, "table_5") and "| USPS (s) Seed | Acc |" in tables_text(metrics, "table_5")
+    assert "|  | GGap |" in tables_text(metrics, "table_5") and "50%, Epoch 15" in tables_text(metrics, "table_5")
+
+
+def tables_text(metrics, name):
+    return TABLES[name](metrics).to_markdown()
+
+
+@given(some.text(alphabet="".join(chr(code) for code in [*LATEX, 65, 32]), max_size=8))
+def test_escaped_text_holds_no_command_of_its_own(text):
+    plain = re.sub(r"\\text[a-z]+\{\}|\\[&%$#_{}]", "", latex_text(text))
+    assert not set(plain) & {chr(code) for code in LATEX}
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no LaTeX here")
+def test_latex_compiles(metrics, tmp_path):
+    odd = pd.concat([metrics, run("50%_of & {all} #1~^\\x<y>")], ignore_index=True)
+    packages = "\n".join(rf"\usepackage{{{name}}}" for name in ("adjustbox", "booktabs", "multirow"))
+    document = "\\documentclass{article}\n" + packages + "\n\\begin{document}\n" + "\n\\clearpage\n".join(table.to_latex() for table in all_tables(odd)) + "\n\\end{document}\n"
+    (tmp_path / "all.tex").write_text(document, encoding="utf-8")
+    made = subprocess.run(["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "all.tex"], cwd=tmp_path, capture_output=True, text=True, errors="replace")
+    assert made.returncode == 0, made.stdout[-2000:]
+    assert "Overfull" not in made.stdout and (tmp_path / "all.pdf").stat().st_size > 10_000
