@@ -132,26 +132,31 @@ class Layout:
     size: int                       # of the file, in bytes
     program: tuple[int, bytes]      # offset and content of data.pkl
     contents: tuple[int, np.ndarray]  # offset of the zip's table of contents and its bytes, checksums blanked
-    checksums: tuple[int, ...]      # offsets of the checksums of all storages
-    storages: tuple[tuple[int, int], ...]  # offset and length of all storages
+    checksums: tuple[int, ...]      # offsets of the checksums of all members
+    storages: tuple[tuple[int, int, int], ...]  # offset, length and offset of the checksum of all storages
     tensors: dict[str, tuple[int, str, Stored]]  # name -> offset of its storage, dtype, tensor
 
 
 def zip_members(
     archive: zipfile.ZipFile,  # saved by torch, so that nothing is compressed
     data: bytes | mmap.mmap,   # the whole file
-) -> dict[str, tuple[int, int]]:  # name without the leading folder -> offset and length
-    "Find the members of a file saved by torch; raises `ValueError` for a file that torch did not save."
-    members = {}
+) -> tuple[dict[str, tuple[int, int]], bytes]:  # name without the leading folder -> offset and length; data.pkl
+    "Find the members of a file saved by torch; raises `ValueError` for a file that torch did not save, or not like this."
+    members, checksums = {}, {}
     for member in archive.infolist():
         if member.compress_type != zipfile.ZIP_STORED:
             raise ValueError("its members are compressed, which PyTorch never does")
         start = member.header_offset
         name, extra = (int.from_bytes(data[start + i : start + i + 2], "little") for i in (26, 28))
-        members[member.filename.partition("/")[2]] = start + 30 + name + extra, member.file_size
+        short = member.filename.partition("/")[2]
+        members[short], checksums[short] = (start + 30 + name + extra, member.file_size), member.CRC
     if "data.pkl" not in members:
         raise ValueError("it holds no data.pkl")
-    return members
+    start, length = members["data.pkl"]
+    program = data[start : start + length]
+    if zlib.crc32(program) != checksums["data.pkl"]:
+        raise ValueError("its data.pkl is damaged")
+    return members, program
 
 
 def read_layout(
@@ -160,22 +165,20 @@ def read_layout(
     "Learn the layout of a state dict; raises `ValueError` if the file is damaged, or is not a state dict."
     try:
         archive = zipfile.ZipFile(io.BytesIO(data))
-        members = zip_members(archive, data)
-        start, length = members["data.pkl"]
-        state = RestrictedUnpickler(io.BytesIO(data[start : start + length])).load()
+        members, program = zip_members(archive, data)
+        state = RestrictedUnpickler(io.BytesIO(program)).load()
     except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, IndexError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
         raise ValueError(f"not a readable state dict ({error or type(error).__name__})") from error
     if not isinstance(state, dict) or not all(isinstance(tensor, Stored) for tensor in state.values()):
         raise ValueError("not a state dict of tensors")
-    marks, at = [], archive.start_dir
+    marks, at = {}, archive.start_dir
     for member in archive.infolist():
-        if member.filename.partition("/")[2].startswith("data/"):
-            marks.append(at + 16)
+        marks[member.filename.partition("/")[2]] = at + 16
         at += 46 + sum(int.from_bytes(data[at + i : at + i + 2], "little") for i in (28, 30, 32))
-    keys = [name for name in members if name.startswith("data/")]
+    storages = tuple((*members[name], marks[name]) for name in members if name.startswith("data/"))
     tensors = {str(name): (members[f"data/{tensor.key}"][0], tensor.dtype, tensor) for name, tensor in state.items()}
-    contents = _blanked(data, archive.start_dir, marks)
-    return Layout(len(data), (start, data[start : start + length]), (archive.start_dir, contents), tuple(marks), tuple(members[key] for key in keys), tensors)
+    contents = _blanked(data, archive.start_dir, tuple(marks.values()))
+    return Layout(len(data), (members["data.pkl"][0], program), (archive.start_dir, contents), tuple(marks.values()), storages, tensors)
 
 
 def _blanked(
@@ -191,14 +194,14 @@ def _blanked(
 # %% ../nbs/06_published.ipynb #02c74cf6
 def read_tensors(
     data: bytes,            # a checkpoint
-    layouts: list[Layout],  # known ones; a new one is added
+    layouts: list[Layout],  # known ones, ten at most; a new one comes first
 ) -> dict[str, np.ndarray]:  # read-only views, as stored
     "Read a state dict; raises `ValueError` if it is damaged."
     layout = next((known for known in layouts if _applies(known, data)), None)
     if layout is None:
         layout = read_layout(data)
-        layouts.append(layout)
-    for mark, (start, length) in zip(layout.checksums, layout.storages):
+        layouts[:] = [layout, *layouts[:9]]
+    for start, length, mark in layout.storages:
         if zlib.crc32(data[start : start + length]) != int.from_bytes(data[mark : mark + 4], "little"):
             raise ValueError("its numbers are damaged")
     return {name: view(data, *place) for name, place in layout.tensors.items()}
@@ -534,9 +537,8 @@ def _read_preprocessed(
     "Read a preprocessed zoo; raises `UserError` if the file is damaged or holds anything but data."
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         try:
-            members = zip_members(zipfile.ZipFile(file), data)
-            start, length = members["data.pkl"]
-            content = RestrictedUnpickler(io.BytesIO(data[start : start + length])).load()
+            members, program = zip_members(zipfile.ZipFile(file), data)
+            content = RestrictedUnpickler(io.BytesIO(program)).load()
             states = pd.concat([_states(part) for part in content.values() if isinstance(part, Record)], ignore_index=True)
             fitted = fit(shapes_of(states["state"].iloc[0]))
         except (ValueError, zipfile.BadZipFile, pickle.UnpicklingError, EOFError, KeyError, IndexError, TypeError, AttributeError) as error:
