@@ -1,5 +1,6 @@
 """The run notebook through papermill, as a user would call it."""
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,8 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
+
+from zootwins.publishing import export_zoo
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT / "nbs" / "run_zoo.ipynb"
@@ -24,7 +27,7 @@ def test_there_is_one_cell_of_parameters_and_each_is_explained():
     cells = [c for c in nbformat.read(NOTEBOOK, 4).cells if "parameters" in c.metadata.get("tags", [])]
     assert len(cells) == 1
     lines = cells[0].source.splitlines()
-    assert [line.split(" = ")[0] for line in lines] == ["zoo", "n_models", "methods", "levels", "device", "engine", "seed", "store", "figures"]
+    assert [line.split(" = ")[0] for line in lines] == ["zoo", "n_models", "source", "methods", "levels", "device", "engine", "seed", "store", "figures"]
     assert all("  # " in line for line in lines)
 
 
@@ -45,6 +48,39 @@ def test_a_run_may_leave_a_method_out(tmp_path):
     done = papermill(tmp_path, zoo="digits_seed", n_models=1, methods="vd")
     assert done.returncode == 0, done.stderr[-2000:]
     assert set(pd.read_parquet(tmp_path / "figures" / "digits_seed" / "metrics.parquet")["method"]) == {"original", "vd"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    "A run of three models, and its originals as a published zoo."
+    folder = tmp_path_factory.mktemp("run")
+    done = papermill(folder, zoo="digits_seed", n_models=3, levels="90")
+    assert done.returncode == 0, done.stderr[-2000:]
+    export_zoo(folder / "zoos" / "digits_seed", folder / "published", ["original"])
+    return folder
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_published_zoo_gets_the_same_tables_and_figures(tmp_path, run, packed):
+    source = run / "published" / "original"
+    source = shutil.make_archive(str(tmp_path / "published"), "zip", source) if packed else source
+    done = papermill(tmp_path, zoo="digits_seed", n_models=None, source=source, levels="90")
+    assert done.returncode == 0, done.stderr[-2000:]
+    ours, theirs = (folder / "figures" / "digits_seed" for folder in (run, tmp_path))
+    assert {p.name for p in theirs.iterdir()} - {p.name for p in ours.iterdir()} == {f"reevaluation.{suffix}" for suffix in ("csv", "md", "tex")}
+    tables = sorted(p.name for p in ours.glob("table_*.csv"))
+    assert len(tables) >= 6 and all((theirs / name).read_bytes() == (ours / name).read_bytes() for name in tables)
+    assert (pd.read_csv(theirs / "reevaluation.csv")["images"] == 0).all()
+    record = json.loads((theirs / "run.json").read_text())
+    assert record["n_models"] == 3 and record["source"]["models"] == 3 and record["stages"][0]["model_samples"] == 0
+
+
+@pytest.mark.parametrize("zoo,source,told", [
+    ("digits_seed", "nowhere", "There is no zoo at"), ("cifar10_seed", "published", "holds models of the architecture cnn_small_1ch"),
+])
+def test_a_source_that_cannot_be_is_told(tmp_path, run, zoo, source, told):
+    done = papermill(tmp_path, zoo=zoo, source=run / source / "original", n_models=None)
+    assert done.returncode != 0 and told in done.stderr and not (tmp_path / "figures").exists()
 
 
 @pytest.mark.parametrize("wrong,told", [

@@ -1,6 +1,7 @@
 """Stages on disk: resumed, extended, never mixed up."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,12 +13,14 @@ import pandas as pd
 import pytest
 import torch
 
+from zootwins import twins
 from zootwins.core import UserError
 from zootwins.datasets import load_images, subset
 from zootwins.metrics import METRIC_COLUMNS
-from zootwins.population import load_population
-from zootwins.twins import blocks, load_metrics, make_plan, make_stages, make_twins, open_store, run_record
-from zootwins.zoos import get_zoo, model_table
+from zootwins.population import Population, load_population, sample_population
+from zootwins.published import write_zoo
+from zootwins.twins import blocks, load_metrics, load_models, make_plan, make_stages, make_twins, open_store, read_history, run_record, table_reevaluation, with_factors, with_seeds
+from zootwins.zoos import FACTORS, get_zoo, model_table
 
 
 def small_plan(folder, n=3, epochs=3, **changes):
@@ -143,3 +146,180 @@ def test_the_record_is_json(tmp_path, images):
     record = json.loads(json.dumps(run_record(plan, make_twins(plan, images, progress=False), images)))
     assert record["zoo"] == "digits_seed" and [s["stage"] for s in record["stages"]] == ["original", "mp", "vd"]
     assert all(s["model_samples_per_second"] > 0 for s in record["stages"])
+
+
+def test_the_history_is_told_and_a_store_without_one_is_no_error(tmp_path, images):
+    plan = small_plan(tmp_path, n=1)
+    reports = make_twins(plan, images, progress=False)
+    assert [(h["stage"], h["made"], h["source"]) for h in read_history(plan.folder)] == [("original", 1, "train"), ("mp", 2, "train"), ("vd", 1, "train")]
+    make_twins(plan, images, progress=False)
+    assert len(read_history(plan.folder)) == 3
+    (plan.folder / "history.json").unlink()
+    assert run_record(plan, reports, images)["history"] == []
+
+
+def test_a_store_names_no_commit_that_is_not_zootwins(tmp_path, images, monkeypatch):
+    monkeypatch.setattr(twins, "files", lambda package: tmp_path)
+    assert twins._commit() is None
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, images):
+    "Five trained models, and their twins, made in one go."
+    plan = small_plan(tmp_path_factory.mktemp("trained"), n=5, epochs=6)
+    make_twins(plan, images, progress=False)
+    return plan
+
+
+def equal_stages(one, other, stages=("mp", "vd")):
+    "Whether twins and their metrics are the same bits."
+    for stage in stages:
+        left, right = (load_population(plan.folder / stage) for plan in (one, other))
+        assert all(torch.equal(left.weights[name], right.weights[name]) for name in right.weights)
+    frames = [load_metrics(plan) for plan in (one, other)]
+    pd.testing.assert_frame_equal(*(frame[frame["method"].isin(stages)].reset_index(drop=True) for frame in frames), check_exact=True)
+
+
+def test_twins_of_a_population_are_those_of_the_zoo_it_was(tmp_path, images, trained):
+    originals = load_population(trained.folder / "original")
+    plan = small_plan(tmp_path, n=None, epochs=6, source=originals)
+    reports = make_twins(plan, images, progress=False)
+    assert [(r.made, r.model_samples > 0) for r in reports] == [(5, False), (10, True), (5, True)]
+    equal_stages(plan, trained)
+    first = load_metrics(plan).query("method == 'original'")
+    assert first["epoch"].tolist() == [6] * 5 and (first["agreement"] == 1).all() and (first["sparsity"] == 0).all()
+    last = load_metrics(trained).query("method == 'original' and epoch == 6")
+    assert np.allclose(first["test_acc"], last["test_acc"])
+    record = json.loads(json.dumps(run_record(plan, reports, images)))
+    assert record["source"]["models"] == 5 and record["stages"][0]["model_samples_per_second"] is None
+
+
+def test_models_of_a_source_can_be_added_and_are_not_counted_twice(tmp_path, images, trained):
+    originals = load_population(trained.folder / "original")
+    make_twins(small_plan(tmp_path, n=2, epochs=6, source=originals), images, progress=False)
+    plan = small_plan(tmp_path, n=5, epochs=6, source=originals)
+    assert [r.made for r in make_twins(plan, images, progress=False)] == [3, 6, 3]
+    equal_stages(plan, trained)
+    with pytest.raises(UserError, match="from 1 to 5"):
+        small_plan(tmp_path, n=6, source=originals)
+
+
+def test_a_store_does_not_mix_sources(tmp_path, images, trained):
+    originals = load_population(trained.folder / "original")
+    others = Population({name: w + 0.1 for name, w in originals.weights.items()}, originals.models, originals.architecture)
+    open_store(small_plan(tmp_path, n=2, source=originals), images)
+    open_store(small_plan(tmp_path, n=5, source=originals), images)
+    for source in (others, originals[:3], "train"):
+        with pytest.raises(UserError, match="another source"):
+            open_store(small_plan(tmp_path, n=2, source=source), images)
+    open_store(small_plan(tmp_path / "b", n=2), images)
+    with pytest.raises(UserError, match="another source .none, now"):
+        open_store(small_plan(tmp_path / "b", n=2, source=originals), images)
+
+
+def test_a_source_of_another_architecture_is_refused(tmp_path):
+    with pytest.raises(UserError, match="cnn_large.*choose one of cifar10_large_seed"):
+        small_plan(tmp_path, source=sample_population(get_zoo("cifar10_large_seed"), 2))
+
+
+def test_an_interrupted_taking_of_originals_goes_on(tmp_path, images, trained, monkeypatch):
+    plan = small_plan(tmp_path, n=5, epochs=6, source=load_population(trained.folder / "original"))
+
+    def killed(population, path):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(twins, "save_population", killed)
+        make_twins(plan, images, progress=False)
+    assert (plan.folder / "metrics.parquet").exists() and not (plan.folder / "original.safetensors").exists()
+    make_twins(plan, images, progress=False)
+    equal_stages(plan, trained)
+    assert len(load_metrics(plan).query("method == 'original'")) == 5
+
+
+def test_seeds_name_streams_only_where_they_tell_models_apart():
+    own = model_table(get_zoo("mnist_fixed"), 50)
+    fit = lambda models: with_seeds(with_factors(models, get_zoo("mnist_fixed")))
+    assert fit(own)[["seed", *FACTORS]].equals(own[["seed", *FACTORS]])
+    assert fit(own.assign(seed=-1).sample(frac=1, random_state=0))["seed"].tolist() == list(range(1, 51))
+    twice = pd.concat([own, own])
+    assert fit(twice)["seed"].tolist() == list(range(1, 101)) and fit(twice)["model"].tolist() == list(range(100))
+    assert fit(own.assign(seed=own["seed"].where(own["model"] != 7)))["seed"].tolist() == list(range(1, 51))
+
+
+def test_factors_that_are_not_told_come_from_the_entry_if_it_leaves_no_choice():
+    bare = pd.DataFrame({"activation": ["", ""], "optimizer": ["", ""], "lr": [np.nan, np.nan]})
+    found = with_factors(bare, get_zoo("svhn_seed"))
+    assert found[["activation", "optimizer", "lr", "wd", "dropout"]].drop_duplicates().values.tolist() == [["tanh", "adam", 3e-3, 0.0, 0.0]]
+    with pytest.raises(UserError, match="2 of 2 models do not say their activation"):
+        with_factors(bare, get_zoo("mnist_fixed"))
+    with pytest.raises(UserError, match="no activation 'silu'"):
+        with_factors(bare.assign(activation="silu"), get_zoo("svhn_seed"))
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory, trained):
+    "The trained zoo as its authors would have published it: a folder and a zip of it."
+    folder = tmp_path_factory.mktemp("published") / "tune_zoo_digits"
+    metrics = load_metrics(trained)
+    write_zoo({6: load_population(trained.folder / "original")}, metrics[metrics["method"] == "original"], folder)
+    shutil.make_archive(str(folder), "zip", folder.parent, folder.name)
+    return folder
+
+
+@pytest.mark.parametrize("suffix", ["", ".zip"])
+def test_twins_of_a_published_zoo_are_those_of_the_zoo_it_was(tmp_path, images, trained, published, suffix):
+    plan = small_plan(tmp_path, n=None, epochs=50, source=published.with_name(published.name + suffix))
+    assert plan.n_models == 5 and plan.epochs == 6 and plan.models["seed"].tolist() == [1, 2, 3, 4, 5]
+    assert [r.made for r in make_twins(plan, images, progress=False)] == [5, 10, 5]
+    equal_stages(plan, trained)
+    one, other = (load_metrics(p).query("method == 'original'").reset_index(drop=True) for p in (plan, trained))
+    pd.testing.assert_frame_equal(one, other, check_like=True)
+    checked = table_reevaluation(plan, load_population(plan.folder / "original"), images)
+    assert checked.numbers["images"].abs().max() == 0 and checked.layout["Models"].item() == "5"
+
+
+def test_a_zip_and_its_folder_are_one_source(tmp_path, images, published):
+    for suffix in ("", ".zip"):
+        open_store(small_plan(tmp_path, n=2, source=published.with_name(published.name + suffix)), images)
+
+
+def test_weights_that_do_not_give_what_was_recorded_are_told(tmp_path, images, trained, published):
+    metrics = load_metrics(trained)
+    metrics = metrics[metrics["method"] == "original"].assign(test_acc=lambda m: m["test_acc"] - np.where(m["model"] == 1, 0.02, np.where(m["model"] < 3, 0.04, 0)))
+    folder = write_zoo({6: load_population(trained.folder / "original")}, metrics, tmp_path / "wrong")
+    plan = small_plan(tmp_path, n=None, source=folder)
+    make_twins(replace(plan, methods=()), images, progress=False)
+    checked = table_reevaluation(plan, load_population(plan.folder / "original"), images)
+    assert checked.numbers["images"].tolist() == [2, 1, 2, 0, 0]
+    row = checked.layout.iloc[0]
+    assert row["Differ by more than one image"] == "2" and row["Largest difference"] == "4.000" and row["Mean difference"] == "2.000"
+
+
+def test_what_cannot_be_a_source_is_told(tmp_path, images, trained, published):
+    with pytest.raises(UserError, match="There is no zoo at"):
+        small_plan(tmp_path, source=tmp_path / "nowhere")
+    with pytest.raises(UserError, match="from 1 to 5, or None"):
+        small_plan(tmp_path, n=6, source=published)
+    metrics = load_metrics(trained)
+    write_zoo({2: load_population(trained.folder / "vd")}, metrics[metrics["method"] == "vd"], tmp_path / "twins")
+    with pytest.raises(UserError, match="holds twins, not original models"):
+        small_plan(tmp_path, source=tmp_path / "twins")
+
+
+def test_models_that_cannot_be_read_are_left_out(tmp_path, images, published):
+    folder = tmp_path / "damaged"
+    shutil.copytree(published, folder)
+    next(sorted(folder.iterdir())[1].rglob("checkpoints")).write_bytes(b"damaged")
+    plan = small_plan(tmp_path, n=None, source=folder)
+    assert plan.n_models == 4 and len(plan.source.left_out) == 1 and plan.models["seed"].tolist() == [1, 3, 4, 5]
+    assert plan.source.recorded["model"].unique().tolist() == [0, 1, 2, 3]
+    reports = make_twins(replace(plan, methods=()), images, progress=False)
+    assert run_record(plan, reports, images)["source"]["left_out"] == 1
+
+
+def test_models_as_they_are_judged(trained):
+    metrics = load_metrics(trained)
+    for stage, rows in metrics[metrics["epoch"] == metrics.groupby("method")["epoch"].transform("max")].groupby("method"):
+        models = load_models(trained.folder / stage)
+        zeros = [float(sum((layer.weight == 0).sum() for layer in models.to_module(i).module_list if hasattr(layer, "weight"))) for i in range(len(models))]
+        assert np.allclose(np.array(zeros) / 2416, rows.sort_values(["level", "model"])["sparsity"])

@@ -1,0 +1,129 @@
+"""Publications: whole, described truly, read back as they were."""
+import json
+import shutil
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+
+from zootwins.core import UserError
+from zootwins.datasets import load_images, subset
+from zootwins.population import load_population
+from zootwins.published import read_zoo
+from zootwins.publishing import HASHES, check_hashes, export_zoo, publish
+from zootwins.twins import make_plan, make_twins
+from zootwins.zoos import get_zoo
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory):
+    "Three models with short stages."
+    folder = tmp_path_factory.mktemp("store")
+    zoo = replace(get_zoo("digits_seed"), epochs=3, mp_epochs=2, vd_epochs=2)
+    plan = replace(make_plan("digits_seed", 3, levels="0,90", store=str(folder), figures=str(folder)), zoo=zoo)
+    make_twins(plan, subset(load_images("digits"), 80, 50), progress=False)
+    return plan
+
+
+def front_matter(folder):
+    "The card's header."
+    return yaml.safe_load((folder / "README.md").read_text(encoding="utf-8").split("---\n")[1])
+
+
+@pytest.mark.parametrize("stages,trajectory", [(None, False), (["vd"], True), (["mp", "original"], False)])
+def test_what_is_published_is_what_was_stored(tmp_path, plan, stages, trajectory):
+    folder = publish(plan.folder, tmp_path / "public", stages, trajectory)
+    check_hashes(folder)
+    chosen = stages or ["original", "mp", "vd"]
+    for stage in chosen:
+        one, other = (load_population(place / stage) for place in (plan.folder, folder))
+        assert all(torch.equal(one.weights[name], other.weights[name]) for name in one.weights) and one.models.equals(other.models)
+    assert {p.stem for p in folder.glob("*.safetensors")} == set(chosen)
+    assert len(list(folder.rglob("trajectory/*.safetensors"))) == (3 if trajectory else 0)
+    stored = pd.read_parquet(plan.folder / "metrics.parquet")
+    assert pd.read_parquet(folder / "metrics.parquet").equals(stored[stored["method"].isin(chosen)].reset_index(drop=True))
+    head = front_matter(folder)
+    assert all((folder / config["data_files"]).exists() for config in head["configs"]) and head["license"] == "cc-by-4.0"
+    assert sorted(config["config_name"] for config in head["configs"]) == sorted(["metrics", *(f"{stage}_models" for stage in chosen)])
+    assert sum(config.get("default", False) for config in head["configs"]) == 1
+
+
+def test_the_card_tells_the_numbers_of_the_data(tmp_path, plan):
+    text = (publish(plan.folder, tmp_path / "public", licence="cc0-1.0") / "README.md").read_text(encoding="utf-8")
+    metrics = pd.read_parquet(plan.folder / "metrics.parquet")
+    last = metrics.query("method == 'vd' and epoch == 2")
+    assert f"{100 * last['test_acc'].mean():.1f} ({100 * last['test_acc'].std():.1f})" in text
+    assert "12 models" in text and 'license: "cc0-1.0"' in text and "80 for training and 50 for the test" in text
+    assert "{" not in text.split("---\n", 2)[2] and str(tmp_path) not in text
+
+
+def test_damage_is_found(tmp_path, plan):
+    folder = publish(plan.folder, tmp_path / "public")
+    (folder / "vd.parquet").write_bytes(b"damaged" + (folder / "vd.parquet").read_bytes()[7:])
+    (folder / "mp.safetensors").unlink()
+    (folder / "new.txt").write_text("new")
+    with pytest.raises(UserError, match="mp.safetensors, new.txt, vd.parquet differ"):
+        check_hashes(folder)
+    (folder / HASHES).unlink()
+    with pytest.raises(UserError, match="is not a publication"):
+        check_hashes(folder)
+
+
+def test_a_publication_is_whole_or_not_there(tmp_path, plan):
+    store = tmp_path / "store"
+    shutil.copytree(plan.folder, store)
+    (store / "mp.parquet").unlink()
+    with pytest.raises((UserError, OSError)):
+        publish(store, tmp_path / "public")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["store"]
+    with pytest.raises(UserError, match="no finished stage"):
+        publish(tmp_path, tmp_path / "public")
+    with pytest.raises(UserError, match="Valid: original, mp, vd"):
+        publish(plan.folder, tmp_path / "public", ["vdd"])
+    (tmp_path / "public").mkdir()
+    with pytest.raises(UserError, match="exists already"):
+        publish(plan.folder, tmp_path / "public")
+
+
+def test_a_publication_can_be_gone_on_with(tmp_path, plan):
+    "It is a store: under the zoo's name nothing has to be made again."
+    publish(plan.folder, tmp_path / "digits_seed", trajectory=True)
+    there = replace(make_plan("digits_seed", 3, levels="0,90", store=str(tmp_path), figures=str(tmp_path)), zoo=plan.zoo)
+    reports = make_twins(there, subset(load_images("digits"), 80, 50), progress=False)
+    assert [r.made for r in reports] == [0, 0, 0]
+
+
+def test_export_in_the_authors_layout(tmp_path, plan):
+    folder = export_zoo(plan.folder, tmp_path / "exported")
+    assert sorted(p.name for p in folder.iterdir()) == ["mp_0", "mp_90", "original", "vd"]
+    stored = {stage: load_population(plan.folder / stage) for stage in ("original", "mp", "vd")}
+    stored |= {"mp_0": stored["mp"][:3], "mp_90": stored.pop("mp")[3:]}
+    metrics = pd.read_parquet(plan.folder / "metrics.parquet")
+    for name, population in stored.items():
+        read = read_zoo(folder / name, epochs="all", progress=False)
+        last = read.populations[max(read.populations)]
+        assert all(torch.equal(last.weights[key], population.weights[key]) for key in population.weights)
+        method, _, level = name.partition("_")
+        rows = metrics[(metrics["method"] == method) & ((metrics["level"] == float(level or 0) / 100) | (level == ""))]
+        assert max(read.populations) == rows["epoch"].max()
+        pd.testing.assert_series_equal(read.metrics.sort_values(["model", "epoch"])["test_acc"], rows.sort_values(["model", "epoch"])["test_acc"], check_index=False)
+    twins = read_zoo(folder / "vd", epochs="all", progress=False)
+    assert sorted(twins.populations) == [0, 1, 2]
+    for model, link in zip(twins.populations[2].models["seed"], twins.populations[2].models["origin"]):
+        assert (folder / "vd" / link).is_file() and f"seed={model}" in link
+    with pytest.raises(UserError, match="exists already"):
+        export_zoo(plan.folder, folder)
+    assert sorted(p.name for p in export_zoo(plan.folder, tmp_path / "few", ["vd"], trajectory=False).iterdir()) == ["vd"]
+
+
+def test_a_publication_is_a_source(tmp_path, plan):
+    public = publish(plan.folder, tmp_path / "public", ["original"])
+    there = replace(make_plan("digits_seed", source=str(public), methods="vd", store=str(tmp_path), figures=str(tmp_path)), zoo=plan.zoo)
+    make_twins(there, subset(load_images("digits"), 80, 50), progress=False)
+    one, other = (load_population(p.folder / "vd") for p in (plan, there))
+    assert all(torch.equal(one.weights[name], other.weights[name]) for name in one.weights)
+    card = (publish(there.folder, tmp_path / "twins") / "README.md").read_text(encoding="utf-8")
+    assert "taken as they are, after 3 epochs, from `public`" in card
+    assert json.loads((tmp_path / "twins" / "store.json").read_text())["source"]["models"] == 3
