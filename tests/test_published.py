@@ -17,14 +17,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zootwins import published
 from zootwins.architectures import build
 from zootwins.core import UserError
+from zootwins.metrics import METRIC_COLUMNS
 from zootwins.population import sample_population
-from zootwins.published import ZENODO, download, fit, read_factors, read_result, read_tensors, read_zoo, write_zoo
+from zootwins.published import HARMLESS, RESULT_KEYS, ZENODO, RestrictedUnpickler, download, fit, read_factors, read_result, read_tensors, read_zoo, write_zoo
 from zootwins.variational import begin_variational
 from zootwins.zoos import get_zoo
 
@@ -142,36 +143,120 @@ def test_the_last_epoch_is_that_of_the_zoo(zoo):
     assert len(read.populations[50]) == 3 and "the last one is of epoch 0" in read.left_out["reason"].item()
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(cut=st.integers(0, 15_000), flip=st.integers(0, 15_000))
-def test_no_damage_to_a_checkpoint_goes_unseen_or_stops_the_rest(tmp_path, cut, flip):
-    state = build("cnn_small_1ch").state_dict()
+def saved(state, **options):
     buffer = io.BytesIO()
-    torch.save(state, buffer)
-    data = bytearray(buffer.getvalue())
+    torch.save(state, buffer, **options)
+    return buffer.getvalue()
+
+
+def test_checkpoints_of_one_kind_share_a_layout():
     layouts = []
-    read_tensors(bytes(data), layouts)
-    flip %= len(data)
-    data[flip] ^= 0x55
-    for broken in (bytes(data[: cut % len(data)]), bytes(data)):
-        try:
-            tensors = read_tensors(broken, list(layouts))
-        except ValueError:
-            continue
-        assert all(np.array_equal(tensors[name], tensor.numpy()) for name, tensor in state.items() if name in tensors)
+    for _ in range(4):
+        read_tensors(saved(build("cnn_small_1ch").state_dict()), layouts)
+    assert len(layouts) == 1
+
+
+def test_no_damage_to_a_checkpoint_goes_unseen():
+    state = build("cnn_small_1ch").state_dict()
+    good, layouts = saved(state), []
+    read_tensors(good, layouts)
+    for at in range(0, len(good), 3):
+        data = bytearray(good)
+        data[at] ^= 0x55
+        for known in ([], list(layouts)):
+            try:
+                tensors = read_tensors(bytes(data), known)
+            except ValueError:
+                continue
+            assert list(tensors) == list(state) and all(np.array_equal(tensors[name], tensor.numpy()) for name, tensor in state.items())
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 15_000))
+def test_a_checkpoint_that_was_cut_is_refused(length):
+    good = saved(build("cnn_small_1ch").state_dict())
+    with pytest.raises(ValueError):
+        read_tensors(good[: length % len(good)], [])
+
+
+def test_checkpoints_of_old_pytorch_are_read(zoo):
+    epochs, folder = zoo
+    for path in folder.glob("*/checkpoint_000050/checkpoints"):
+        path.write_bytes(saved(torch.load(path, weights_only=True), _use_new_zipfile_serialization=False))
+    assert same(read_zoo(folder, limit=None, progress=False).populations[50], epochs[50])
+    (folder / "dataset_old.pt").write_bytes(saved({}, _use_new_zipfile_serialization=False))
+    with pytest.raises(UserError, match="PyTorch 1.6"):
+        read_zoo(folder / "dataset_old.pt")
+
+
+@pytest.mark.parametrize("text", [b"[1]", b"null", b"", b"\xff\xfe", b"[" * 100_000, b'{"seed": "a"}', b'{"seed": Infinity}', b'{"seed": 1e99}', b'{"seed": [1]}',
+                                  b'{"optim::lr": "x"}', b'{"optim::wd": [1]}', b'{"seed": 10000000000000000000000}', b'{"optim::lr": 1' + b"0" * 400 + b"}"])
+def test_factors_that_cannot_be_read(zoo, text):
+    _, folder = zoo
+    (sorted(folder.iterdir())[1] / "params.json").write_bytes(text)
+    read = read_zoo(folder, limit=None, progress=False)
+    assert len(read.populations[50]) == 3 and "params.json" in read.left_out["reason"].item()
+
+
+@pytest.mark.parametrize("text", [b"", b"[1]", b"\xff\xfe", b"[" * 100_000, b'{"training_iteration": Infinity}', b'{"training_iteration": 1' + b"0" * 400 + b"}",
+                                  b'{"training_iteration": 3, "test_acc": 1' + b"0" * 400 + b"}", b'{"training_iteration": -5}',
+                                  b'{"training_iteration": 3, "test_acc": [1]}', None])
+def test_models_without_readable_records_keep_their_weights(zoo, text):
+    epochs, folder = zoo
+    for model in folder.iterdir():
+        (model / "result.json").unlink() if text is None else (model / "result.json").write_bytes(text)
+    read = read_zoo(folder, limit=None, progress=False)
+    assert same(read.populations[50], epochs[50]) and read.metrics.empty and read.metrics["test_acc"].dtype.kind == "f" and list(read.metrics) == METRIC_COLUMNS
+
+
+@pytest.mark.parametrize("damage", ["encrypted", "unknown method", "garbage"])
+def test_a_damaged_file_in_a_zip_costs_one_model(zoo, damage):
+    _, folder = zoo
+    path = zipped(folder)
+    data, archive = bytearray(path.read_bytes()), zipfile.ZipFile(path)
+    member = next(member for member in archive.infolist() if member.filename.endswith("checkpoint_000050/checkpoints"))
+    entry = data.index(member.filename.encode(), archive.start_dir) - 46
+    if damage == "encrypted":
+        data[entry + 8] |= 1
+        data[member.header_offset + 6] |= 1
+    elif damage == "unknown method":
+        data[entry + 10] = data[member.header_offset + 8] = 9
+    else:
+        data[member.header_offset + 300 : member.header_offset + 500] = bytes(200)
+    archive.close()
+    path.write_bytes(data)
+    read = read_zoo(path, "all", limit=None, progress=False)
+    assert [len(read.populations[epoch]) for epoch in (0, 50)] == [4, 3] and len(read.left_out) == 1
+
+
+def test_one_model_alone_and_deep_folders(zoo, tmp_path):
+    epochs, folder = zoo
+    assert len(read_zoo(sorted(folder.iterdir())[1], limit=None, progress=False).populations[50]) == 1
+    shutil.move(folder, tmp_path / "a" / "b" / "c")
+    assert same(read_zoo(tmp_path / "a", limit=None, progress=False).populations[50], epochs[50])
+
+
+def test_an_epoch_that_nobody_has_whole_is_not_there(zoo):
+    epochs, folder = zoo
+    for path in folder.glob("*/checkpoint_000050/checkpoints"):
+        path.write_bytes(b"PK")
+    read = read_zoo(folder, "all", limit=None, progress=False)
+    assert list(read.populations) == [0] and len(read.left_out) == 4
+    with pytest.raises(UserError, match="No model of tune_zoo could be used|No model of this zoo can be read"):
+        read_zoo(folder, limit=None, progress=False)
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.one_of(st.text(max_size=30), st.dictionaries(st.sampled_from(["training_iteration", "test_acc", "train_acc"]),
                                                                 st.one_of(st.integers(0, 60), st.floats(), st.none(), st.text(max_size=3)))), max_size=6))
 def test_any_result_file_is_read(lines):
-    frame = read_result("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines).encode())
-    assert frame["epoch"].is_unique and frame["epoch"].is_monotonic_increasing
+    found = read_result("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines).encode())
+    assert list(found) == sorted(found) and all(type(epoch) is int and len(values) == len(RESULT_KEYS) for epoch, values in found.items())
 
 
 def test_sentinels_are_missing_values():
-    frame = read_result(b'{"training_iteration": 0, "train_acc": -999, "train_loss": -999, "test_acc": 0.1}\n{"training_iteration": 0, "test_acc": 0.2}')
-    assert frame["train_acc"].isna().all() and frame["test_acc"].tolist() == [0.2]
+    found = read_result(b'{"training_iteration": 0, "test_acc": 0.1}\n{"training_iteration": 0, "train_acc": -999, "train_loss": -999, "test_acc": 0.2}')
+    assert list(found) == [0] and np.isnan(found[0][:2]).all() and found[0][3] == 0.2
 
 
 def test_factors_of_every_kind():
@@ -196,8 +281,10 @@ def test_an_unknown_architecture_is_a_mistake_in_one_sentence(tmp_path):
 
 
 def test_an_epoch_that_is_not_there(zoo):
-    with pytest.raises(UserError, match="epochs 0 to 50"):
-        read_zoo(zoo[1], [7], progress=False)
+    for epochs in ([7], "last", []):
+        with pytest.raises(UserError, match="from 0 to 50"):
+            read_zoo(zoo[1], epochs, progress=False)
+    assert list(read_zoo(zoo[1], 50, limit=None, progress=False).populations) == [50]
 
 
 def test_nothing_is_left_of_a_write_that_failed(tmp_path, monkeypatch):
@@ -278,10 +365,81 @@ def test_a_hostile_pickle_runs_nothing(tmp_path, kind, protocol):
     assert not mark.exists()
 
 
-def test_tensors_cannot_reach_beyond_their_file(tmp_path):
+def test_tensors_cannot_reach_beyond_their_storage():
     for offset, shape, stride in ((0, (5,), (-1000,)), (-3, (2,), (1,)), (0, (10**9,), (1,)), (0, (-2,), (1,))):
         with pytest.raises(ValueError):
-            published.view(bytes(64), 0, "<f4", published.Stored("0", "<f4", offset, shape, stride))
+            published.view(bytes(64), published.Stored("0", "<f4", offset, shape, stride))
+
+
+@pytest.mark.parametrize("state", [b"N}U\x08labels_iNs\x86b", b"}U\x08labels_iNsb", b"N}U\x08__init__Ns\x86b", b"N}U\x0c__setstate__Ns\x86b", b"N}U\x07__new__Ns\x86b"])
+def test_a_pickle_cannot_change_the_stand_ins(state):
+    for (module, name), stand_in in HARMLESS.items():
+        before = dict(vars(stand_in))
+        with pytest.raises((pickle.UnpicklingError, TypeError, AttributeError)):
+            RestrictedUnpickler(io.BytesIO(b"\x80\x02c" + f"{module}\n{name}\n".encode() + state + b".")).load()
+        assert dict(vars(stand_in)) == before
+
+
+class Storage:
+    def __init__(self, key, count):
+        self.key, self.count = key, count
+
+
+class Rebuilt:
+    def __init__(self, *arguments):
+        self.arguments = arguments
+
+    def __reduce__(self):
+        return torch._utils._rebuild_tensor_v2, self.arguments
+
+
+class TorchPickler(pickle.Pickler):
+    def persistent_id(self, item):
+        return ("storage", torch.FloatStorage, item.key, "cpu", item.count) if isinstance(item, Storage) else None
+
+
+def handmade(first):
+    "A checkpoint whose first tensor is described as given: offset, shape, stride."
+    state, storages = OrderedDict(), {}
+    for i, (name, tensor) in enumerate(build("cnn_small_1ch").state_dict().items()):
+        storages[f"archive/data/{i}"] = tensor.numpy().tobytes()
+        described = first if i == 0 else (0, tuple(tensor.shape), tensor.stride())
+        state[name] = Rebuilt(Storage(str(i), tensor.numel()), *described, False, OrderedDict())
+    program, file = io.BytesIO(), io.BytesIO()
+    TorchPickler(program, 2).dump(state)
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in {"archive/data.pkl": program.getvalue(), **storages}.items():
+            archive.writestr(name, content)
+    return file.getvalue()
+
+
+SHAPE, STRIDE = (8, 1, 5, 5), (25, 25, 5, 1)
+
+
+@pytest.mark.parametrize("first", [(10**30, SHAPE, STRIDE), (0, SHAPE, (10**30, 1, 1, 1)), ("x", SHAPE, STRIDE), (0, "abcd", STRIDE), (0, SHAPE, (25, 25, 5)), (0, SHAPE, None),
+                                   (0.5, SHAPE, STRIDE), (True, SHAPE, STRIDE), (-1, SHAPE, STRIDE), (0, (8, 1, 5, -5), STRIDE), (0, SHAPE, (25, 25, 5, -1)), (1, SHAPE, STRIDE),
+                                   (0, (10**9, 10**9), (0, 0)), (0, [[8]], (1,))], ids=str)
+def test_a_tensor_that_cannot_be_costs_one_model(zoo, first):
+    _, folder = zoo
+    path = next(folder.glob("*_00000_0_*/checkpoint_000050/checkpoints"))
+    path.write_bytes(handmade((0, SHAPE, STRIDE)))
+    assert len(read_zoo(folder, limit=None, progress=False).populations[50]) == 4
+    path.write_bytes(handmade(first))
+    read = read_zoo(folder, limit=None, progress=False)
+    assert len(read.populations[50]) == 3 and len(read.left_out) == 1
+
+
+@pytest.mark.parametrize("program", [b"", b".", b"I1\n.", b"\x80\x02\xff", b"\x80\x02NQ.", b"\x80\x02\x82\x01.", b"\x80\x02K\x01}b.", b"\x80\x022.",
+                                     b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b"."], ids=range(9))
+def test_programs_that_are_none(zoo, tmp_path, program):
+    _, folder = zoo
+    path = next(folder.glob("*_00000_0_*/checkpoint_000050/checkpoints"))
+    for place in (path, tmp_path / "dataset_bad.pt"):
+        with zipfile.ZipFile(place, "w") as archive:
+            archive.writestr("archive/data.pkl", program)
+    assert len(read_zoo(folder, limit=None, progress=False).populations[50]) == 3
+    with pytest.raises(UserError, match="was not read"):
+        read_zoo(tmp_path / "dataset_bad.pt", progress=False)
 
 
 # ---- downloads, from a server of our own
@@ -345,5 +503,7 @@ def test_offline_says_what_to_fetch_and_where_to_put_it(tmp_path):
     with pytest.raises(UserError) as error:
         download("stl10", "stl_small_seed.zip", tmp_path, "http://127.0.0.1:1", progress=False)
     assert f"records/{ZENODO['stl10'].record}/files/stl_small_seed.zip" in str(error.value) and str(tmp_path) in str(error.value)
+    with pytest.raises(UserError, match="10.5281/zenodo.8141666"):
+        download("eurosat", "x.zip", tmp_path)
     with pytest.raises(UserError, match="There is no record"):
         download("imagenet", "x.zip", tmp_path)

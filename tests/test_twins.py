@@ -323,3 +323,13 @@ def test_models_as_they_are_judged(trained):
         models = load_models(trained.folder / stage)
         zeros = [float(sum((layer.weight == 0).sum() for layer in models.to_module(i).module_list if hasattr(layer, "weight"))) for i in range(len(models))]
         assert np.allclose(np.array(zeros) / 2416, rows.sort_values(["level", "model"])["sparsity"])
+
+
+def test_a_file_of_a_zenodo_record_is_a_source(tmp_path, monkeypatch):
+    monkeypatch.setenv("ZOOTWINS_DATA", str(tmp_path))
+    population = sample_population(get_zoo("mnist_seed"), 3)
+    recorded = pd.DataFrame([{"model": m, "epoch": 50, "train_loss": 1.0, "train_acc": 0.5, "test_loss": 1.0, "test_acc": 0.5} for m in range(3)])
+    folder = write_zoo({50: population}, recorded, tmp_path / "published" / "stl10" / "tune_zoo")
+    shutil.make_archive(str(folder), "zip", folder.parent, folder.name)
+    plan = make_plan("mnist_seed", None, "stl10/tune_zoo.zip", store=str(tmp_path / "store"), figures=str(tmp_path / "figures"))
+    assert plan.n_models == 3 and torch.equal(plan.source.population.weights["module_list.0.weight"], population.weights["module_list.0.weight"])

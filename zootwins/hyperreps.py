@@ -33,7 +33,7 @@ from tqdm import tqdm
 from .architectures import build, layer_names
 from .core import UserError, atomic_path, check_name, read_json, write_json
 from .streams import epoch_order, stream_keys
-from .twins import Plan, epoch_path, load_epoch, load_metrics, make_plan
+from .twins import Plan, check_parameters, epoch_path, load_epoch, load_metrics, make_plan
 from .variational import THRESHOLD, log_alphas
 
 # %% ../nbs/60_hyperreps.ipynb #da6e79f6
@@ -227,10 +227,7 @@ def check_request(
     given: Mapping[str, object],  # globals() of the notebook right after its parameters
 ) -> None:
     "Raise `UserError` for a parameter that hyper_representations does not have, or a device that is not there."
-    shell = given["get_ipython"]().user_ns_hidden if "get_ipython" in given else {}
-    for name, value in given.items():
-        if not name.startswith("_") and name not in shell and isinstance(value, (str, int, float, list, dict, type(None))):
-            check_name(name, PARAMETERS, "parameter of hyper_representations")
+    check_parameters(given, PARAMETERS, "hyper_representations")
     device = check_name(given.get("device", "cpu"), ("cpu", "cuda"), "device")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("There is no CUDA device here: use device cpu, or install a torch with CUDA on a machine that has one.")

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'BLOCK', 'SAVE_EVERY', 'TRAJECTORIES', 'PARTS', 'Source', 'with_factors', 'with_seeds', 'open_source',
-           'read_source', 'with_numbers', 'Plan', 'parse_levels', 'choose_engine', 'why_no_lanes', 'count_models',
-           'make_plan', 'check_parameters', 'digest', 'source_fingerprint', 'fingerprint', 'open_store', 'Stage',
-           'make_stages', 'row_keys', 'prune_rows', 'start_of', 'measure', 'blocks', 'block_name', 'epoch_path',
-           'save_state', 'resume_state', 'run_block', 'on_cpu', 'predictions_of', 'take_block', 'table_reevaluation',
-           'Report', 'missing_rows', 'save_metrics', 'join_populations', 'join_trajectory', 'join_stage', 'make_blocks',
-           'make_stage', 'count_diverged', 'make_twins', 'load_models', 'load_metrics', 'load_epoch', 'read_history',
-           'add_to_history', 'run_record', 'begin_figures']
+           'find_source', 'read_source', 'with_numbers', 'Plan', 'parse_levels', 'choose_engine', 'why_no_lanes',
+           'count_models', 'make_plan', 'check_parameters', 'digest', 'source_fingerprint', 'fingerprint', 'open_store',
+           'Stage', 'make_stages', 'row_keys', 'prune_rows', 'start_of', 'measure', 'blocks', 'block_name',
+           'epoch_path', 'save_state', 'resume_state', 'run_block', 'on_cpu', 'predictions_of', 'take_block',
+           'table_reevaluation', 'Report', 'missing_rows', 'save_metrics', 'join_populations', 'join_trajectory',
+           'join_stage', 'make_blocks', 'make_stage', 'count_diverged', 'make_twins', 'load_models', 'load_metrics',
+           'load_epoch', 'removal_frequencies', 'read_history', 'add_to_history', 'run_record', 'begin_figures']
 
 # %% ../nbs/40_twins.ipynb #e1b4e48d
 import hashlib
@@ -20,7 +20,7 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from importlib.resources import files
@@ -39,10 +39,11 @@ from .architectures import ACTIVATIONS, build, layer_names
 from .core import UserError, atomic_path, check_name, project_root, read_json, write_json
 from .datasets import Images
 from .lanes import IMAGE_SHAPES, LANES, available, processors
+from .layers import FREQUENCY_COLUMNS, removal_frequency, stack_frequencies
 from .magnitude import apply_masks, check_level, magnitude_masks
 from .metrics import KEYS, read_metrics, sparsity, tidy
 from .population import Population, concatenate, load_population, plain_models, sample_population, save_population
-from .published import read_zoo
+from .published import ZENODO, download, read_zoo
 from .streams import stream_keys
 from .tables import Table, mean_std
 from .training import TORCH, Engine, Measured, Recipe, State, accuracy, alike, begin, epochs, on_device
@@ -88,19 +89,28 @@ def with_seeds(
 
 # %% ../nbs/40_twins.ipynb #d29f85ae
 def open_source(
-    source: str | Path | Population,  # "train", a published zoo's folder or zip, or models of one's own
+    source: str | Path | Population,  # "train", a published zoo, as `find_source` takes it, or models of one's own
     zoo: Zoo,                         # whose twins they shall have
 ) -> Source | None:                   # none: the originals are to be trained
     "Read the originals that a plan starts from; raises `UserError` if they cannot be read or do not fit the zoo."
     if isinstance(source, str) and source == "train":
         return None
-    found = Source("population", source, None, pd.DataFrame(), pd.DataFrame()) if isinstance(source, Population) else read_source(Path(source).expanduser())
+    found = Source("population", source, None, pd.DataFrame(), pd.DataFrame()) if isinstance(source, Population) else read_source(find_source(source))
     architecture = found.population.architecture
     if architecture != zoo.architecture:
         fitting = [name for name, entry in ZOOS.items() if entry.architecture == architecture]
         raise UserError(f"{found.name} holds models of the architecture {architecture}, but {zoo.name} is a zoo of {zoo.architecture}: "
                         f"choose {'one of ' + ', '.join(fitting) if fitting else 'a zoo of that architecture'}.")
     return with_numbers(found, zoo)
+
+
+def find_source(
+    source: str | Path,  # a folder or file, or a file of a record on Zenodo, such as "mnist/dataset_mnist_seed.pt"
+) -> Path:               # which may not exist
+    "Find a published zoo; a file of one of the records in `zootwins.published.ZENODO` is downloaded if it is not there yet."
+    path = Path(source).expanduser()
+    record, _, file = str(source).partition("/")
+    return download(record, file) if record in ZENODO and file and not path.exists() else path
 
 
 def read_source(
@@ -264,13 +274,15 @@ def make_plan(
 # %% ../nbs/40_twins.ipynb #a9cdf572
 def check_parameters(
     given: Mapping[str, object],  # globals() of a notebook right after its parameters
+    known: Iterable[str] | None = None,  # what it has; none: the parameters of run_zoo, which are those of make_plan
+    notebook: str = "run_zoo",    # its name
 ) -> None:
-    "Raise `UserError` for a parameter that run_zoo does not have."
-    known = inspect.signature(make_plan).parameters
+    "Raise `UserError` for a parameter that a notebook does not have: papermill itself would only warn."
+    known = inspect.signature(make_plan).parameters if known is None else known
     shell = given["get_ipython"]().user_ns_hidden if "get_ipython" in given else {}
     for name, value in given.items():
         if not name.startswith("_") and name not in shell and isinstance(value, (str, int, float, list, dict, type(None))):
-            check_name(name, known, "parameter of run_zoo")
+            check_name(name, known, f"parameter of {notebook}")
 
 # %% ../nbs/40_twins.ipynb #06d135c6
 def digest(
@@ -742,6 +754,20 @@ def load_epoch(
     "Read one epoch of the trajectory of variational dropout; raises `UserError` if it is not there."
     whole = load_population(epoch_path(plan.folder / "trajectory" / "vd", epoch))
     return whole[np.flatnonzero(whole.models["model"] < plan.n_models)]
+
+# %% ../nbs/40_twins.ipynb #c16598f4
+def removal_frequencies(
+    plan: Plan,        # whose store
+) -> pd.DataFrame:     # zootwins.layers.FREQUENCY_COLUMNS; empty without twins
+    "Count how often every weight is removed, at every epoch of variational dropout and at every level of magnitude pruning."
+    layers, shares, made = layer_names(build(plan.zoo.architecture)), {}, [stage.name for stage in make_stages(plan)]
+    for epoch in range(plan.zoo.vd_epochs + 1 if "vd" in made else 0):
+        shares[plan.zoo.name, "vd", None, epoch] = removal_frequency(sparse_masks(load_epoch(plan, epoch).weights), layers)
+    pruned = load_population(plan.folder / "mp") if "mp" in made else None
+    for level in plan.levels if pruned is not None else ():
+        rows = np.isclose(pruned.models["level"], level) & (pruned.models["model"] < plan.n_models)
+        shares[plan.zoo.name, "mp", level, plan.zoo.mp_epochs] = removal_frequency(pruned[np.flatnonzero(rows)].weights, layers)
+    return stack_frequencies(shares) if shares else pd.DataFrame(columns=FREQUENCY_COLUMNS)
 
 # %% ../nbs/40_twins.ipynb #59330d3c
 def _commit() -> str | None:  # none where zootwins does not run from a git checkout of its own
