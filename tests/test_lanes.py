@@ -2,6 +2,7 @@
 
 import _thread
 import ctypes
+import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -236,9 +237,13 @@ def test_an_interrupted_epoch_changes_nothing():
     x, y = images("cnn_large", 20_000)
     state = make("cnn_large", models=4)
     before = {name: tensor.clone() for name, tensor in state.population.weights.items()}
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs this in the background lets it ignore Ctrl-C
     threading.Timer(0.3, _thread.interrupt_main).start()
-    with pytest.raises(KeyboardInterrupt):
-        lanes.train_epoch(state, x, y, recipe())
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            lanes.train_epoch(state, x, y, recipe())
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert (state.epoch, state.steps) == (5, 7)
     assert all(torch.equal(tensor, before[name]) for name, tensor in state.population.weights.items())
 
