@@ -2,6 +2,7 @@
 
 import _thread
 import ctypes
+import itertools
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -31,9 +32,10 @@ def recipe(noisy=False, batch=3):
 
 
 def make(architecture, activation="tanh", optimizer="adam", dropout=0.0, masked=False, noisy=False, models=2, dtype=torch.float32, seed=0):
-    """A population in the middle of its training: rates, decay and noise differ from model to model."""
+    """A population in the middle of its training: rates, decay and noise differ from model to model; so do factors given as lists."""
     torch.manual_seed(seed)
     factors = plain_models(models, activation=activation, optimizer=optimizer, dropout=dropout)
+    activation, dropout = factors["activation"][0], float(factors["dropout"][0])
     factors["lr"] = [2.0 ** -(7 + i % 3) for i in range(models)]  # exact in single precision
     factors["wd"] = [2.0 ** -(6 + i % 4) for i in range(models)]
     population = from_modules([build(architecture, activation, dropout) for _ in range(models)], architecture, factors)
@@ -68,6 +70,11 @@ def compare(a, b, before, tolerance):
         scale = (tensor - before.population.weights[name]).abs().amax().item() + 1e-6
         difference = (tensor - b.population.weights[name]).abs()
         assert difference.mean().item() < tolerance * scale and difference.amax().item() < 20 * tolerance * scale, name
+
+
+def same(a, b):
+    """Whether two tensors have the same numbers, or none at the same places."""
+    return np.array_equal(a, b, equal_nan=True)
 
 
 configurations = st.fixed_dictionaries({
@@ -143,6 +150,29 @@ def test_a_model_does_not_depend_on_its_company(architecture, options):
         assert torch.equal(whole.first[name][rows], part.first[name])
 
 
+@pytest.mark.parametrize("options", [{}, {"noisy": True}, {"masked": True}], ids=str)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_models_that_are_not_alike_share_a_block(architecture, options):
+    """Eighteen models of every activation, both optimizers and several probabilities of dropout train as each group would alone."""
+    kinds = list(itertools.product(ACTIVATIONS, ["adam", "sgd"], [0.0, 0.3]))[:9] + list(itertools.product(["gelu", "tanh", "sigmoid"], ["sgd", "adam", "sgd"], [0.5]))
+    factors = dict(zip(("activation", "optimizer", "dropout"), map(list, zip(*kinds))))
+    x, y = images(architecture, 7)
+    together = make(architecture, models=18, **factors, **options)
+    loss, accuracy = lanes.train_epoch(together, x, y, recipe("noisy" in options))
+    before = make(architecture, models=18, **factors, **options)
+    judged, classes = lanes.evaluate(before.population.weights, architecture, factors["activation"], x, y)
+    for rows in training.groups(before.population.models, training.TORCH):
+        group = begin(before.population[rows], before.keys[rows], {name: mask[rows] for name, mask in before.masks.items()})
+        group.epoch, group.steps = before.epoch, before.steps
+        own_loss, own_accuracy = lanes.train_epoch(group, x, y, recipe("noisy" in options))
+        assert same(loss[rows], own_loss) and same(accuracy[rows], own_accuracy)
+        for part, whole in ((group.population.weights, together.population.weights), (group.first, together.first), (group.second, together.second)):
+            assert all(same(tensor, whole[name][rows]) for name, tensor in part.items())
+        own_judged, own_classes = lanes.evaluate(before.population[rows].weights, architecture, before.population.models["activation"].iloc[rows], x, y)
+        assert same(judged[rows], own_judged) and same(classes[rows], own_classes)
+    assert training.groups(before.population.models, lanes.LANES) == [sum(training.groups(before.population.models, training.TORCH), [])]
+
+
 def test_resuming_changes_nothing():
     x, y = images("cnn_small_1ch", 12)
     straight = make("cnn_small_1ch", models=3)
@@ -197,7 +227,7 @@ def test_populations_learn_alike(noisy, dropout):
         for _ in range(2):
             loss, accuracy = engine.train_epoch(state, x, y, recipe(noisy, batch=10))
         weights = variational.deterministic(state.population.weights) if noisy else state.population.weights
-        _, predictions = engine.evaluate(weights, "cnn_small_1ch", "gelu", x, y)
+        _, predictions = engine.evaluate(weights, "cnn_small_1ch", ["gelu"] * 2, x, y)
         results.append((loss, accuracy, training.accuracy(predictions, y)))
     for expected, found in zip(*results):
         assert torch.allclose(expected, found, atol=0.05)
@@ -211,11 +241,11 @@ def test_evaluation_equals_the_reference(architecture, activation):
     weights = make(architecture, activation, models=18).population.weights
     weights["module_list.0.weight"][2] *= 30  # saturated
     weights["module_list.0.bias"][4] = float("nan")
-    expected, predicted = training.evaluate(weights, architecture, activation, x, y)
-    found, classes = lanes.evaluate(weights, architecture, activation, x, y)
+    expected, predicted = training.evaluate(weights, architecture, [activation] * 18, x, y)
+    found, classes = lanes.evaluate(weights, architecture, [activation] * 18, x, y)
     assert torch.allclose(expected, found, rtol=1e-5, atol=1e-6, equal_nan=True)
     assert classes.dtype == torch.uint8 and (classes != predicted).float().mean() < 1e-3
-    alone, own = lanes.evaluate({name: tensor[[17]] for name, tensor in weights.items()}, architecture, activation, x, y)
+    alone, own = lanes.evaluate({name: tensor[[17]] for name, tensor in weights.items()}, architecture, [activation], x, y)
     assert torch.equal(alone, found[[17]]) and torch.equal(own, classes[[17]])
 
 
@@ -253,10 +283,13 @@ def test_what_the_engine_cannot_do_is_said():
     state = make("cnn_small_1ch", models=2)
     assert not lanes.supports("cnn_huge", "tanh") and not lanes.supports("cnn_large", "tanh", "lion")
     with pytest.raises(UserError, match="engine='torch'"):
-        lanes.evaluate(state.population.weights, "cnn_huge", "tanh", x, y)
+        lanes.evaluate(state.population.weights, "cnn_huge", ["tanh"] * 2, x, y)
+    state.population.models["activation"] = ["tanh", "swish"]
+    with pytest.raises(UserError, match="swish"):
+        lanes.train_epoch(state, x, y, recipe())
     state.population.models["activation"] = ["tanh", "relu"]
     with pytest.raises(UserError, match="groups them"):
-        lanes.train_epoch(state, x, y, recipe())
+        training.train_epoch(state, x, y, recipe())
 
 
 def test_without_a_compiler(monkeypatch, tmp_path):

@@ -47,7 +47,7 @@ def drifting_states(n_models=20, n_epochs=3):
         noisy = begin_variational(Population(weights, plain_models(n_models), ARCHITECTURE)).weights
         noise = {name: tensor + 4.0 * epoch for name, tensor in noisy.items() if "log_sigma2" in name}
         epochs[epoch] = noisy | noise
-        right = TORCH.evaluate(deterministic(epochs[epoch]), ARCHITECTURE, "tanh", images.x_test, images.y_test)[1]
+        right = TORCH.evaluate(deterministic(epochs[epoch]), ARCHITECTURE, ["tanh"] * n_models, images.x_test, images.y_test)[1]
         zeros = sparsity(sparse_masks(epochs[epoch]), {layer.path: layer.path for layer in LAYOUT})["sparsity"]
         accuracies = (right == images.y_test).double().mean(1)
         rows += [(model, epoch, accuracies[model].item(), 0.01 * model, zeros[model].item()) for model in range(n_models)]

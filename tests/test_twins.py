@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 
@@ -19,7 +20,11 @@ from zootwins.datasets import load_images, subset
 from zootwins.metrics import METRIC_COLUMNS
 from zootwins.population import Population, load_population, sample_population
 from zootwins.published import write_zoo
-from zootwins.twins import blocks, load_metrics, load_models, make_plan, make_stages, make_twins, open_store, read_history, run_record, table_reevaluation, with_factors, with_seeds
+from zootwins.training import TORCH, groups
+from zootwins.twins import (
+    blocks, load_metrics, load_models, make_plan, make_stages, make_twins, open_store, read_history,
+    run_record, table_reevaluation, take_turns, with_factors, with_seeds,
+)
 from zootwins.zoos import FACTORS, get_zoo, model_table
 
 
@@ -98,12 +103,52 @@ def test_a_damaged_store_is_told(tmp_path, images):
         make_twins(plan, images, progress=False)
 
 
-def test_blocks_hold_only_like_models():
+@pytest.mark.parametrize("engine, width, kinds", [(TORCH, 256, 1), (replace(TORCH, mixes=True, width=lambda: 16), 16, 2)])
+def test_blocks_hold_what_an_engine_can_train_together(engine, width, kinds):
     models = model_table(get_zoo("mnist_fixed"), 400)
     rows = pd.DataFrame({"model": range(400), "level": np.nan})
-    parts = blocks(rows, models)
+    parts = blocks(rows, models, engine)
     assert sorted(m for part in parts for m in part["model"]) == list(range(400))
-    assert all(models.iloc[part["model"]][["activation", "optimizer", "dropout"]].drop_duplicates().shape[0] == 1 for part in parts)
+    assert max(len(part) for part in parts) == min(width, max(map(len, groups(models, engine))))
+    assert max(models.iloc[part["model"]][["activation", "optimizer", "dropout"]].drop_duplicates().shape[0] for part in parts) == kinds
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("tasks", [0, 1, 2, 7, 40])
+def test_tasks_take_turns(tasks, workers):
+    """All are worked through and the results keep their order; a single worker does one step of each, again and again, wave by wave."""
+    steps = []
+
+    def task(number):
+        for step in range(5):
+            steps.append((number, step))
+            yield step
+        return number, None, 5
+
+    made = take_turns([task(n) for n in range(tasks)], replace(TORCH, workers=lambda: workers))
+    assert [number for number, _, _ in made] == list(range(tasks))
+    assert sorted(steps) == [(number, step) for number in range(tasks) for step in range(5)]
+    if workers == 1:
+        assert steps == [(number, step) for wave in range(0, tasks, 8) for step in range(5) for number in range(wave, min(wave + 8, tasks))]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_one_failure_ends_all_tasks(error):
+    interrupted = threading.Event()
+
+    def endless():
+        while not interrupted.is_set():
+            time.sleep(0.01)
+            yield 0
+
+    def failing():
+        yield 0
+        raise error("no more")
+
+    engine = replace(TORCH, workers=lambda: 2, interrupt=interrupted.set)
+    with pytest.raises(error, match="no more"):
+        take_turns([endless(), failing(), endless()], engine)
+    assert interrupted.is_set()
 
 
 RUN = """

@@ -279,9 +279,7 @@ static void normals(const Philox& stream, uint32_t site, uint32_t position, uint
 }
 
 // Dropout as a factor on values and slopes: 1/(1-p) for what is kept, else 0.
-static void dropout(const Philox& stream, uint32_t site, uint32_t position, uint32_t epoch, double p, int count, V* y, V* slope) {
-    const U threshold = (uint32_t)std::floor(p * 4294967296.0) + U{};
-    const V scale = splat((Scalar)(1.0 / (1.0 - p)));
+static void dropout(const Philox& stream, uint32_t site, uint32_t position, uint32_t epoch, U threshold, V scale, int count, V* y, V* slope) {
     for (int i = 0; i < count; i += 4) {
         U word[4];
         stream.draw(i / 4, site, position, epoch, word);
@@ -309,12 +307,12 @@ static void shuffled(const std::vector<uint32_t>& words, std::vector<uint32_t>& 
 
 // ------------------------------------------------------------------------------------------------------------- activations
 
-enum Activation { TANH, RELU, SIGMOID, GELU };
+enum Activation { TANH, RELU, SIGMOID, GELU, ACTIVATIONS };
 
 // y <- activation(y), and its slope there, which is all the backward pass needs.
 template <class G> static inline void map(V* y, V* slope, int n, G g) { for (int i = 0; i < n; ++i) g(y[i], slope[i]); }
 
-static void activate(int activation, V* y, V* slope, int n) {
+static __attribute__((noinline)) void activate(int activation, V* y, V* slope, int n) {
     switch (activation) {
     case TANH: map(y, slope, n, [](V& v, V& d) { v = hyperbolic_tangent(v), d = 1 - v * v; }); break;
     case RELU: map(y, slope, n, [](V& v, V& d) { d = v > 0 ? splat(1) : V{}, v = v <= 0 ? V{} : v; }); break;
@@ -556,14 +554,15 @@ template <int CI_, int CO_> struct Linear {
 // One job moves (or evaluates) a population; Python fills it in and calls it once per block of L models, from any thread.
 
 struct Job {
-    int64_t architecture, activation, sgd, variational;      // architecture: 0 small 1ch, 1 small 3ch, 2 large
+    int64_t architecture, variational;                       // architecture: 0 small 1ch, 1 small 3ch, 2 large
     int64_t models, samples, batch, epoch, steps;
-    double dropout, kl_weight;
+    double kl_weight;
     int64_t dropout_site[4], noise_site[5];                  // 0: that layer draws nothing
     const Scalar* images;                                    // [samples, inputs]
     const int64_t* labels;                                   // [samples]
     const uint32_t* keys;                                    // [models, 2]
-    const double *rate, *decay;                              // [models]
+    const int64_t* activation;                               // [models]
+    const double *adam, *rate, *decay, *dropout;             // [models]; adam: 1, or 0 for SGD
     Scalar *weights[18], *first[18], *second[18];            // each [models, size], moved in place; second: Adam only
     const uint8_t* masks[18];                                // each [models, size] or null
     double *loss, *accuracy;                                 // [models]
@@ -661,6 +660,15 @@ template <class A, class B, class C, class Fc1, class Fc2> struct Network {
     Trace trace[5];
     const Scalar* next[L];  // the images after these
 
+    // What may differ between the models of a block.
+    Mask activated[ACTIVATIONS];  // which lanes use which activation
+    bool present[ACTIVATIONS];
+    Mask adam;                    // lanes that use Adam; the others use SGD
+    double rate[L];
+    V decay, dropout_scale;
+    U dropout_threshold;
+    bool dropping;
+
     explicit Network(const Job& j)
         : job(j), noisy(j.variational), tensors(noisy ? 18 : 10), parameters(offset(tensors)), weights(parameters), gradient(parameters), first(parameters),
           second(parameters), variance(offset(10)), image(A::INPUTS), dx(LARGEST), dx_variance(LARGEST), before(LARGEST), space(trace_size()), masks(parameters),
@@ -702,8 +710,9 @@ template <class A, class B, class C, class Fc1, class Fc2> struct Network {
         } else
             T::forward(t.x, weight<n>(weights), bias<n>(weights), t, meanwhile);
         if constexpr (n < 4) {
-            activate(job.activation, t.y, t.slope, T::OUTPUTS);
-            if (job.dropout_site[n]) dropout(stream, job.dropout_site[n], position, job.epoch, job.dropout, T::OUTPUTS, t.y, t.slope);
+            activate_all(t.y, t.slope, T::OUTPUTS);
+            if (dropping && job.dropout_site[n])
+                dropout(stream, job.dropout_site[n], position, job.epoch, dropout_threshold, dropout_scale, T::OUTPUTS, t.y, t.slope);
             forward<n + 1>(position);
         }
     }
@@ -769,23 +778,21 @@ template <class A, class B, class C, class Fc1, class Fc2> struct Network {
 
     // ------------------------------------------------------------------------------------------------------------ optimizers
 
-    void update(const double* rate, V decay, int64_t step) {
-        V pace;
-        const double bias1 = job.sgd ? 1 : 1 - std::pow(0.9, (double)step);
+    // With a share of 1 for the gradient and a divisor of 1, Adam's step is that of SGD with momentum.
+    void update(int64_t step) {
+        const double bias1 = 1 - std::pow(0.9, (double)step);
         const Scalar bias2 = (Scalar)(1 / std::sqrt(1 - std::pow(0.999, (double)step)));
-        for (int l = 0; l < L; ++l) pace[l] = (Scalar)(rate[l] / bias1);
+        const V share = adam ? splat(Scalar(0.1)) : splat(1);
+        V pace;
+        for (int l = 0; l < L; ++l) pace[l] = (Scalar)(rate[l] / (adam[l] ? bias1 : 1));
         for (int t = 0; t < tensors; ++t) {
             const bool masked = job.masks[t];
             for (int i = offset(t); i < offset(t) + SIZE[t]; ++i) {
                 V w = weights[i], g = gradient[i] + decay * w;
                 if (masked) g *= to<V>(widen(masks[i]));
-                if (job.sgd) {
-                    V m = Scalar(0.9) * first[i] + g;
-                    first[i] = m, weights[i] = w - pace * m;
-                } else {
-                    V m = Scalar(0.9) * first[i] + Scalar(0.1) * g, v = Scalar(0.999) * second[i] + Scalar(0.001) * (g * g);
-                    first[i] = m, second[i] = v, weights[i] = w - pace * m / (root(v) * bias2 + Scalar(1e-8));
-                }
+                V m = Scalar(0.9) * first[i] + share * g, v = Scalar(0.999) * second[i] + Scalar(0.001) * (g * g);
+                V divisor = adam ? root(v) * bias2 + Scalar(1e-8) : splat(1);
+                first[i] = m, second[i] = adam ? v : V{}, weights[i] = w - pace * m / divisor;
             }
         }
     }
@@ -804,6 +811,40 @@ template <class A, class B, class C, class Fc1, class Fc2> struct Network {
         for (int t = 0; t < tensors; ++t)
             for (int l = 0; l < L && start + l < job.models && stacked[t]; ++l)
                 for (int i = 0; i < SIZE[t]; ++i) stacked[t][(start + l) * SIZE[t] + i] = lanes[offset(t) + i][l];
+    }
+
+    void take_factors(int64_t start) {
+        uint32_t keys[L][2];
+        dropping = false;
+        for (int a = 0; a < ACTIVATIONS; ++a) activated[a] = Mask{}, present[a] = false;
+        for (int l = 0; l < L; ++l) {
+            const int64_t m = std::min(start + l, job.models - 1);
+            present[job.activation[m]] = true, activated[job.activation[m]][l] = -1;
+            if (!job.keys) continue;  // evaluation
+            keys[l][0] = job.keys[2 * m], keys[l][1] = job.keys[2 * m + 1];
+            adam[l] = job.adam[m] ? -1 : 0, rate[l] = job.rate[m], decay[l] = (Scalar)job.decay[m];
+            dropout_threshold[l] = (uint32_t)std::floor(job.dropout[m] * 4294967296.0), dropout_scale[l] = (Scalar)(1 / (1 - job.dropout[m]));
+            dropping |= job.dropout[m] > 0;
+        }
+        if (job.keys) stream.seed(keys);
+    }
+
+    // Where lanes differ, each activation is calculated for all of them, and each lane takes its own.
+    void activate_all(V* y, V* slope, int n) const {
+        if (std::count(present, present + ACTIVATIONS, true) == 1) return activate(std::find(present, present + ACTIVATIONS, true) - present, y, slope, n);
+        constexpr int CHUNK = 64;
+        V input[CHUNK], value[CHUNK], derivative[CHUNK];
+        for (int start = 0; start < n; start += CHUNK) {
+            const int count = std::min(CHUNK, n - start);
+            std::copy(y + start, y + start + count, input);
+            for (int a = 0; a < ACTIVATIONS; ++a) {
+                if (!present[a]) continue;
+                const Mask own = activated[a];
+                std::copy(input, input + count, value);
+                activate(a, value, derivative, count);
+                for (int i = 0; i < count; ++i) y[start + i] = own ? value[i] : y[start + i], slope[start + i] = own ? derivative[i] : slope[start + i];
+            }
+        }
     }
 
     // -------------------------------------------------------------------------------------------------------------- one epoch
@@ -826,15 +867,7 @@ template <class A, class B, class C, class Fc1, class Fc2> struct Network {
     }
 
     bool train(int64_t start, const volatile int* stop) {
-        uint32_t keys[L][2];
-        double rate[L];
-        V decay;
-        for (int l = 0; l < L; ++l) {
-            int64_t m = std::min(start + l, job.models - 1);
-            keys[l][0] = job.keys[2 * m], keys[l][1] = job.keys[2 * m + 1];
-            rate[l] = job.rate[m], decay[l] = (Scalar)job.decay[m];
-        }
-        stream.seed(keys);
+        take_factors(start);
         pack<V, Scalar>(weights, job.weights, start);
         pack<V, Scalar>(first, job.first, start);
         pack<V, Scalar>(second, job.second, start);
@@ -864,7 +897,7 @@ template <class A, class B, class C, class Fc1, class Fc2> struct Network {
                 backward<4>();
             }
             if (noisy) chain_variances();
-            update(rate, decay, ++step);
+            update(++step);
         }
         unpack(weights, job.weights, start);
         unpack(first, job.first, start);
@@ -888,12 +921,13 @@ template <class A, class B, class C, class Fc1, class Fc2> struct Network {
         if constexpr (n == 0) T::forward(shared, weight<n>(weights), bias<n>(weights), t, nothing);
         else T::forward(t.x, weight<n>(weights), bias<n>(weights), t, nothing);
         if constexpr (n < 4) {
-            activate(job.activation, t.y, t.slope, T::OUTPUTS);
+            activate_all(t.y, t.slope, T::OUTPUTS);
             forward_plain<n + 1>(nullptr);
         }
     }
 
     bool evaluate(int64_t start, const volatile int* stop) {
+        take_factors(start);
         pack<V, Scalar>(weights, job.weights, start);
         D loss = {}, right = {};
         for (int64_t i = 0; i < job.samples; ++i) {

@@ -180,13 +180,9 @@ def vector_accuracy(
     engine: Engine,          # who judges
 ) -> np.ndarray:             # [models], fractions
     "Test accuracy of models given as vectors."
-    right = np.empty(len(vectors))
-    for activation in activations.unique():
-        at = np.flatnonzero(activations == activation)
-        weights = to_weights(vectors[at], token_layout(architecture))
-        predictions = engine.evaluate(weights, architecture, activation, images.x_test, images.y_test)[1]
-        right[at] = accuracy(predictions, images.y_test).numpy()
-    return right
+    weights = to_weights(vectors, token_layout(architecture))
+    predictions = engine.evaluate(weights, architecture, activations, images.x_test, images.y_test)[1]
+    return accuracy(predictions, images.y_test).numpy()
 
 # %% ../nbs/61_probes.ipynb #95649575
 def zero_shot(

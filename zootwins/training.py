@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['TORCH', 'Recipe', 'State', 'begin', 'StreamDropout', 'training_module', 'loss_function', 'rates_and_decays',
-           'optimizer_step', 'alike', 'train_epoch', 'evaluate', 'accuracy', 'Engine', 'Measured', 'epochs',
+           'optimizer_step', 'alike', 'train_epoch', 'evaluate', 'accuracy', 'Engine', 'groups', 'Measured', 'epochs',
            'on_device', 'Trajectory', 'train']
 
 # %% ../nbs/12_training.ipynb #b4851cb2
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 
 import pandas as pd
@@ -101,7 +101,8 @@ def training_module(
         if isinstance(layer, nn.Dropout) and layer.p > 0:
             parent, _, name = path.rpartition(".")
             module.get_submodule(parent)._modules[name] = StreamDropout(layer.p)
-    noisy = [layer for _, layer in module.named_modules() if isinstance(layer, (StreamDropout, SparseConv2d, SparseLinear))]
+    layers = [layer for _, layer in module.named_modules() if isinstance(layer, (StreamDropout, SparseConv2d, SparseLinear))]
+    noisy = sorted(layers, key=lambda layer: isinstance(layer, StreamDropout))
     for site, layer in enumerate(noisy, start=1):
         layer.site = site
     return module.train(), noisy
@@ -175,7 +176,7 @@ def optimizer_step(
 def alike(
     models: pd.DataFrame,  # generating factors
 ) -> list[list[int]]:      # positions, group by group
-    "Group models that can be stacked: same activation, optimizer and dropout."
+    "Group models of the same activation, optimizer and dropout."
     groups = models.groupby(["activation", "optimizer", "dropout"], sort=False).indices
     return [sorted(rows.tolist()) for rows in groups.values()]
 
@@ -220,12 +221,27 @@ def train_epoch(
 def evaluate(
     weights: dict[str, Tensor],  # plain stacked parameters: pruned or `variational.deterministic` where need be
     architecture: str,           # a key of ARCHITECTURES
-    activation: str,             # of all these models
+    activations: Iterable[str],  # one per model
     x: Tensor,                   # float32 [N, C, H, W], on the weights' device
     y: Tensor,                   # int64 [N]
 ) -> tuple[Tensor, Tensor]:      # mean cross-entropy float64 [models], predicted classes uint8 [models, N]
     "Judge all models on the same images."
-    module = build(architecture, activation).eval()
+    groups = pd.Series(list(activations)).groupby(list(activations)).indices
+    entropy = torch.empty(sum(map(len, groups.values())), dtype=torch.float64, device=x.device)
+    predictions = torch.empty(len(entropy), len(x), dtype=torch.uint8, device=x.device)
+    for activation, rows in groups.items():
+        module, at = build(architecture, activation).eval(), torch.as_tensor(rows, device=x.device)
+        entropy[at], predictions[at] = _evaluate_alike(module, {name: tensor[at] for name, tensor in weights.items()}, x, y)
+    return entropy, predictions
+
+
+def _evaluate_alike(
+    module: nn.Module,           # stands for all of them, in eval mode
+    weights: dict[str, Tensor],  # stacked
+    x: Tensor,                   # float32 [N, C, H, W]
+    y: Tensor,                   # int64 [N]
+) -> tuple[Tensor, Tensor]:      # as `evaluate`
+    "Judge models of one activation, 256 images at a time."
     forward = vmap(lambda w, images: functional_call(module, w, (images,)), in_dims=(0, None))
     entropy, predictions = 0.0, []
     for images, labels in zip(x.split(256), y.split(256)):
@@ -246,14 +262,27 @@ def accuracy(
 # %% ../nbs/12_training.ipynb #708161cb
 @dataclass(frozen=True)
 class Engine:
-    "Two functions that move and judge a population."
+    "Two functions that move and judge a population, and how to cut it up for them."
 
     name: str
     train_epoch: Callable[[State, Tensor, Tensor, Recipe], tuple[Tensor, Tensor]]
-    evaluate: Callable[[dict[str, Tensor], str, str, Tensor, Tensor], tuple[Tensor, Tensor]]
+    evaluate: Callable[[dict[str, Tensor], str, Iterable[str], Tensor, Tensor], tuple[Tensor, Tensor]]
+    mixes: bool = False                             # whether models that are not alike can be trained together
+    width: Callable[[], int] = lambda: 256          # how many models to train together
+    workers: Callable[[], int] = lambda: 1          # how many such blocks at a time
+    interrupt: Callable[[], None] = lambda: None    # ends what the workers are at, with an `InterruptedError`
 
 
 TORCH = Engine("torch", train_epoch, evaluate)
+
+
+def groups(
+    models: pd.DataFrame,  # generating factors
+    engine: Engine,        # who trains
+) -> list[list[int]]:      # positions, like models beside each other
+    "Group models that an engine can train together."
+    found = alike(models)
+    return [sum(found, [])] if engine.mixes else found
 
 # %% ../nbs/12_training.ipynb #89e0635e
 @dataclass(frozen=True)
@@ -269,7 +298,7 @@ class Measured:
 
 
 def _judge(
-    state: State,    # alike models
+    state: State,    # of models that the engine takes together
     x: Tensor,       # float32 [N, C, H, W]
     y: Tensor,       # int64 [N]
     recipe: Recipe,  # variational or not
@@ -277,12 +306,12 @@ def _judge(
 ) -> tuple[Tensor, Tensor, Tensor]:  # mean cross-entropy, accuracy, predictions
     "Evaluate the state as it stands."
     weights = deterministic(state.population.weights) if recipe.variational else state.population.weights
-    loss, predictions = engine.evaluate(weights, state.population.architecture, state.population.models["activation"].iloc[0], x, y)
+    loss, predictions = engine.evaluate(weights, state.population.architecture, state.population.models["activation"], x, y)
     return loss, accuracy(predictions, y), predictions
 
 
 def epochs(
-    state: State,            # alike models; moved in place
+    state: State,            # of models that the engine takes together; moved in place
     images: Images,          # training and test images, on the state's device
     recipe: Recipe,          # how to move
     engine: Engine = TORCH,  # who trains
@@ -336,12 +365,12 @@ def train(
     device: str = "cpu",                     # "cpu" or "cuda"
     progress: bool = True,                   # show a bar
 ) -> Trajectory:                             # on the CPU
-    "Train a population; models that differ in activation, optimizer or dropout are trained group by group."
+    "Train a population, group by group of what the engine can train together."
     images, masks = on_device(images, device), masks or {}
     frames, ends, kept = [], dict(population.weights), {epoch: dict(population.weights) for epoch in keep}
     total = recipe.epochs * len(population) * len(images.x_train)
     with tqdm(total=total, desc=f"{recipe.stage}, {len(population)} models", unit=" model-samples", unit_scale=True, disable=not progress) as bar:
-        for rows in alike(population.models):
+        for rows in groups(population.models, engine):
             keys = stream_keys(recipe.zoo, recipe.stage, population.models["seed"].iloc[rows], recipe.run_seed)
             state = begin(population[rows], keys, {name: mask[rows] for name, mask in masks.items()}, device)
             for measured in epochs(state, images, recipe, engine):
