@@ -740,7 +740,7 @@ def _params(
     kind = "CNN_ARD" if variational else "CNN3" if architecture == "cnn_large" else "CNN"
     factors = {theirs: model[ours] for ours, theirs in FACTOR_KEYS.items()}
     momentum = {"optim::momentum": 0.9} if model["optimizer"] == "sgd" else {}
-    parent = {"training::init_checkpoint_path": model.get("origin") or model["parent"], "training::sample_epoch": 50} if variational else {}
+    parent = {"training::init_checkpoint_path": model.get("origin") or model["parent"]} if variational else {}
     return {"model::type": kind, "model::channels_in": channels, "model::o_dim": 10, "cuda": False, "training::batchsize": 10, "training::epochs_train": epochs,
             "training::start_epoch": 1, "training::output_epoch": 1, "training::val_epochs": 1, "training::checkpoint_dir": None, **factors, **momentum, **parent}
 
