@@ -3,6 +3,8 @@
 import _thread
 import ctypes
 import itertools
+import platform
+import shutil
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -276,6 +278,32 @@ def test_an_interrupted_epoch_changes_nothing():
         signal.signal(signal.SIGINT, handler)
     assert (state.epoch, state.steps) == (5, 7)
     assert all(torch.equal(tensor, before[name]) for name, tensor in state.population.weights.items())
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="these instruction sets belong to x86")
+@pytest.mark.parametrize("command, machine, width", [("g++", "x86-64-v3", 8), ("g++", "x86-64", 4), ("clang++", "x86-64-v3", 8)])
+def test_other_registers_and_compilers_mean_the_same(command, machine, width, monkeypatch, tmp_path):
+    """AVX2, SSE2 and another compiler: more blocks, other rounding, the same training."""
+    if not shutil.which(command):
+        pytest.skip(f"{command} is not installed")
+    if machine == "x86-64-v3" and "avx2" not in lanes._processor():
+        pytest.skip("this processor has no AVX2")
+    states = {}
+    for built in ("here", machine):
+        if built == machine:
+            flags = [flag.replace("native", machine).replace("-O3", "-O1") for flag in lanes._flags()]
+            monkeypatch.setattr(lanes, "_flags", lambda: flags)
+            lanes._compile(command, "float", tmp_path / "lanes.so")
+            library = ctypes.CDLL(str(tmp_path / "lanes.so"))
+            assert library.lanes_width() == width
+            monkeypatch.setattr(lanes, "library", lambda scalar="float": library)
+        for architecture, noisy in itertools.product(ARCHITECTURES, [False, True]):
+            state = make(architecture, "gelu", noisy=noisy, masked=not noisy, models=5)
+            x, y = images(architecture, 6)
+            lanes.train_epoch(state, x, y, recipe(noisy))
+            states.setdefault((architecture, noisy), []).append(state)
+    for (architecture, noisy), (here, there) in states.items():
+        compare(here, there, make(architecture, "gelu", noisy=noisy, masked=not noisy, models=5), 5e-3)
 
 
 def test_what_the_engine_cannot_do_is_said():
