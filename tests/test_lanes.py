@@ -288,22 +288,23 @@ def test_other_registers_and_compilers_mean_the_same(command, machine, width, mo
         pytest.skip(f"{command} is not installed")
     if machine == "x86-64-v3" and "avx2" not in lanes._processor():
         pytest.skip("this processor has no AVX2")
-    states = {}
-    for built in ("here", machine):
-        if built == machine:
-            flags = [flag.replace("native", machine).replace("-O3", "-O1") for flag in lanes._flags()]
-            monkeypatch.setattr(lanes, "_flags", lambda: flags)
-            lanes._compile(command, "float", tmp_path / "lanes.so")
-            library = ctypes.CDLL(str(tmp_path / "lanes.so"))
-            assert library.lanes_width() == width
-            monkeypatch.setattr(lanes, "library", lambda scalar="float": library)
-        for architecture, noisy in itertools.product(ARCHITECTURES, [False, True]):
-            state = make(architecture, "gelu", noisy=noisy, masked=not noisy, models=5)
-            x, y = images(architecture, 6)
-            lanes.train_epoch(state, x, y, recipe(noisy))
-            states.setdefault((architecture, noisy), []).append(state)
-    for (architecture, noisy), (here, there) in states.items():
-        compare(here, there, make(architecture, "gelu", noisy=noisy, masked=not noisy, models=5), 5e-3)
+    cases = [{"architecture": architecture, "activation": "gelu", "noisy": noisy, "masked": not noisy, "models": 5} for architecture in ARCHITECTURES for noisy in (False, True)]
+
+    def trained():
+        states = [make(**case) for case in cases]
+        for case, state in zip(cases, states):
+            lanes.train_epoch(state, *images(case["architecture"], 6), recipe(case["noisy"]))
+        return states
+
+    here = trained()
+    flags = [flag.replace("native", machine).replace("-O3", "-O1") for flag in lanes._flags()]
+    monkeypatch.setattr(lanes, "_flags", lambda: flags)
+    lanes._compile(command, "float", tmp_path / "lanes.so")
+    library = ctypes.CDLL(str(tmp_path / "lanes.so"))
+    monkeypatch.setattr(lanes, "library", lambda scalar: library)
+    assert library.lanes_width() == width
+    for case, one, other in zip(cases, here, trained()):
+        compare(one, other, make(**case), 5e-3)
 
 
 def test_what_the_engine_cannot_do_is_said():
