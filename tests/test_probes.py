@@ -164,12 +164,16 @@ def test_zero_shot_prunes_test_models_only_and_equally():
 def test_tables_have_the_printed_rows_and_every_baseline():
     states = drifting_states()
     model = untrained(states)
-    table = probes.table_3("digits_seed", probes.measured_quality(model, states), probes.probe_states(model, states))
-    assert list(table.columns) == ["Weights", "Alphas", "Accuracy", "Sparsity", "Epoch", "GGap"]
-    assert table.loc[("SVHN (s)", "printed in the paper")].tolist() == [74.8, 74.2, 94.5, 97.6, 30.2, 10.5]
-    ours = table.loc["Digits (s) Seed"]
-    assert ours.index.tolist() == ["hyper-representation", "layer statistics", "raw weights"]
-    assert ours.loc["hyper-representation"].notna().all() and ours.loc["raw weights", ["Weights", "Alphas"]].isna().all()
+    numbers = probes.qualities(model, states)
+    table = probes.table_3(pd.concat([numbers, numbers.assign(zoo="mnist_seed")]))
+    assert list(table.layout.columns) == ["Weights", "Alphas", "Accuracy", "Sparsity", "Epoch", "GGap"]
+    assert table.layout.loc[("SVHN (s)", "printed in the paper")].tolist() == ["74.8", "74.2", "94.5", "97.6", "30.2", "10.5"]
+    ours = table.layout.loc["Digits (s) Seed"]
+    assert ours.index.tolist() == ["hyper-representation", "layer statistics", "raw weights"] and ours.equals(table.layout.loc["MNIST (s) Seed"])
+    accuracy = numbers.query("features == 'layer statistics' and property == 'test_acc'")
+    assert ours.loc["layer statistics", "Accuracy"] == f"{100 * accuracy['r2'].item():.1f}" and accuracy["low"].item() <= accuracy["r2"].item() <= accuracy["high"].item()
+    assert (ours.loc["hyper-representation"] != "").all() and (ours.loc["raw weights", ["Weights", "Alphas"]] == "").all()
+    assert "Digits (s) Seed: 3, MNIST (s) Seed: 3" in table.caption
     twins = probes.probe_twins(model, states)
     assert set(twins["property"]) == {"test_acc", "sparsity"} and "the original's accuracy" in set(twins["features"])
 
@@ -200,7 +204,7 @@ def test_the_notebook_writes_its_tables_and_figures(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     folder = tmp_path / "figures" / "digits_seed" / "hyper_representations"
     names = {p.name for p in folder.iterdir()}
-    assert names == {"run.json", "table_3.csv", "probes.csv", "probes_twins.csv", "zero_shot.csv", "figure_losses.png", "figure_latent.png", "figure_zero_shot.png"}
+    assert names == {"run.json", "table_3.csv", "table_3.md", "table_3.tex", "probes_twins.csv", "zero_shot.csv", "figure_losses.png", "figure_latent.png", "figure_zero_shot.png"}
     record = json.loads((folder / "run.json").read_text())
     assert record["n_models"] == 12 and record["config"]["epochs"] == 1 and record["states"] == 12 * 26
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PERCENTILES', 'LAMBDAS', 'PROPERTIES', 'COLUMNS', 'embed', 'weight_statistics', 'describe', 'probe',
            'explained_share', 'compare_probes', 'probe_states', 'probe_twins', 'move_latents', 'weight_places',
-           'keep_by', 'vector_accuracy', 'zero_shot', 'measured_quality', 'table_3', 'save_frame', 'figure_losses',
+           'keep_by', 'vector_accuracy', 'zero_shot', 'qualities', 'table_3', 'save_frame', 'figure_losses',
            'figure_latent', 'figure_zero_shot']
 
 # %% ../nbs/61_probes.ipynb #2715f0f8
@@ -30,7 +30,7 @@ from .figures import BLUE, GREEN, HEIGHT, ORANGE, WIDTH, percent_axis, styled
 from .hyperreps import HyperAutoEncoder, Layout, States, in_batches, reconstruction_quality, split_tokens, to_weights, token_layout
 from .magnitude import keep_largest
 from .reported import read_reported
-from .tables import zoo_title
+from .tables import Table, zoo_title
 from .training import Engine, accuracy
 
 # %% ../nbs/61_probes.ipynb #d5f16e46
@@ -209,34 +209,37 @@ def zero_shot(
         parts.append(pd.DataFrame({"method": name, "model": models, "sparsity": (~kept[:, places]).double().mean(1), "test_acc": right, "overlap": overlap}))
     return pd.concat(parts, ignore_index=True).assign(epoch=epoch)[["method", "model", "epoch", "sparsity", "test_acc", "overlap"]]
 
-# %% ../nbs/61_probes.ipynb #56633cec
-COLUMNS = {"weights": "Weights", "alphas": "Alphas", "accuracy": "Accuracy", "sparsity": "Sparsity", "epoch": "Epoch", "ggap": "GGap"}
+# %% ../nbs/61_probes.ipynb #d7f242c2
+COLUMNS = {"weights": "Weights", "alphas": "Alphas", **PROPERTIES}
 
 
-def measured_quality(
+def qualities(
     model: HyperAutoEncoder,  # trained
     states: States,           # all epochs of all models
-) -> dict[str, float]:        # r2_weights, r2_alphas
-    "R^2 of both reconstructions on the test models."
+) -> pd.DataFrame:            # zoo, models (for testing), features, property, r2, low, high: the cells of Table 3, with 95 % intervals of the probes
+    "How well the test models are reconstructed, and what can be read of them."
     train, test = (states[states.rows["split"] == part] for part in ("train", "test"))
-    return reconstruction_quality(model, train, test)
+    reconstruction = reconstruction_quality(model, train, test)
+    rows = [{"features": "hyper-representation", "property": name.removeprefix("r2_"), "r2": value} for name, value in reconstruction.items()]
+    found = pd.concat([pd.DataFrame(rows), probe_states(model, states)], ignore_index=True)
+    found.insert(0, "zoo", states.zoo)
+    found.insert(1, "models", test.rows["model"].nunique())
+    return found
 
 
 def table_3(
-    zoo: str,                     # name of the zoo that was measured
-    quality: Mapping[str, float],  # from measured_quality
-    probes: pd.DataFrame,         # from probe_states
-) -> pd.DataFrame:                # rows: zoo and what it is; columns as printed; in %
-    "Table 3 for one zoo, beside the printed numbers."
+    numbers: pd.DataFrame,  # from `qualities`, of one zoo or several
+) -> Table:                 # rows: zoo and what was read; columns as printed
+    "Table 3, with baselines, above the printed numbers; R^2 in %."
     rows = {}
-    for name, found in probes.groupby("features", sort=False):
-        rows[zoo_title(zoo), name] = 100 * found.set_index(found["property"].map(PROPERTIES))["r2"]
-    latent = rows[zoo_title(zoo), "hyper-representation"]
-    latent["Weights"], latent["Alphas"] = 100 * quality["r2_weights"], 100 * quality["r2_alphas"]
-    printed = read_reported().query("table == 3")
-    for row, cells in printed.groupby("row", sort=False):
-        rows[row, "printed in the paper"] = cells.set_index(cells["metric"].str.removeprefix("r2_").map(COLUMNS))["mean"]
-    return pd.DataFrame(rows).T.reindex(columns=list(COLUMNS.values())).rename_axis(index=["Zoo", "Features"], columns=None)
+    for (zoo, features), found in numbers.groupby(["zoo", "features"], sort=False):
+        rows[zoo_title(zoo), features] = 100 * found.set_index(found["property"].map(COLUMNS))["r2"]
+    for row, cells in read_reported().query("table == 3").groupby("row", sort=False):
+        rows[row, "printed in the paper"] = cells.set_index(cells["metric"].str.removeprefix("r2_").replace("accuracy", "test_acc").map(COLUMNS))["mean"]
+    layout = pd.DataFrame(rows).T.reindex(columns=list(COLUMNS.values())).rename_axis(index=["Model Zoo", "Features"], columns=None)
+    counts = ", ".join(f"{zoo_title(zoo)}: {models}" for zoo, models in numbers.groupby("zoo", sort=False)["models"].first().items())
+    caption = f"Table 3. Reconstruction of weights and log alphas, and linear prediction of properties, for models that were not seen: R² in %. Test models of {counts}."
+    return Table("table_3", caption, numbers, layout.map(lambda value: f"{value:.1f}" if pd.notna(value) else ""))
 
 
 def save_frame(
