@@ -240,7 +240,7 @@ def table_7(
     headings = layer_measures(metrics)
     numbers = cell_numbers(shown_epochs(metrics, "vd", epochs), ["zoo", "epoch"], list(headings))
     cells = _layer_cells(numbers, headings, Epoch=numbers["epoch"])
-    caption = f"Table 7. Sparsity by layer, variational dropout: mean (std) in %. {model_counts(numbers)}"
+    caption = f"Table 7. Sparsity by layer, variational dropout: mean (std over models) in %. {model_counts(numbers)}"
     return Table("table_7", caption, numbers, arrange(cells, ["Model Zoo", "Epoch"], ["Metric"]))
 
 # %% ../nbs/30_tables.ipynb #ed31abf8
@@ -254,7 +254,7 @@ def table_8(
     wanted = np.isclose(rows["level"].to_numpy()[:, None], np.asarray(levels)).any(axis=1)
     numbers = cell_numbers(rows[wanted] if wanted.any() else rows, ["zoo", "level", "epoch"], list(headings))
     cells = _layer_cells(numbers, headings, Spars=numbers["level"].map("{:.0%}".format))
-    caption = f"Table 8. Sparsity by layer, magnitude pruning after fine-tuning: mean (std) in %. {model_counts(numbers)}"
+    caption = f"Table 8. Sparsity by layer, magnitude pruning after fine-tuning: mean (std over models) in %. {model_counts(numbers)}"
     return Table("table_8", caption, numbers, arrange(cells, ["Model Zoo", "Spars"], ["Metric"]))
 
 # %% ../nbs/30_tables.ipynb #cc934d3e
