@@ -592,6 +592,8 @@ def _on_threads(
     waiting: deque,            # what is still to be done
 ) -> None:
     "Run workers; when one fails, or the user interrupts, none goes on."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # of each worker: threads of its own would take the processors from the others
     with ThreadPoolExecutor(engine.workers()) as pool:
         workers = [pool.submit(work) for _ in range(engine.workers())]
         try:
@@ -602,6 +604,7 @@ def _on_threads(
                 waiting.clear()
                 engine.interrupt()
                 wait(workers, timeout=0.1)
+            torch.set_num_threads(threads)
 
 # %% ../nbs/40_twins.ipynb #ea44e138
 def take_block(
