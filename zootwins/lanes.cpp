@@ -155,25 +155,19 @@ static inline F hyperbolic_tangent(F x) {
 
 static inline F logistic(F x) { return reciprocal(1.0f + exponential(-x)); }
 
-static inline F error_function(F x) {
-    F a = x < 0.0f ? -x : x;
-    F s = x * x;
-    F p = -0.000595388361f * s + 0.00498597462f;
-    p = p * s - 0.0267617496f;
-    p = p * s + 0.112816837f;
-    p = p * s - 0.376124813f;
-    p = p * s + 1.12837915f;
-    F near = x * p;
-    F b = smaller(4.0f - F{}, a);  // erf(4) = 1 - 1.5e-8
-    F q = -2.10950512e-05f * b + 0.000434462627f;
-    q = q * b - 0.00417106308f;
-    q = q * b + 0.0251194275f;
-    q = q * b - 0.10828009f;
-    q = q * b - 0.633346906f;
-    q = q * b - 1.12951493f;
-    q = q * b + 0.000174684443f;
-    F far = 1.0f - exponential(q);
-    return a < 0.92f ? near : (x < 0.0f ? -far : far);
+// For a standard normal number: the probability of one below x, and its density there times sqrt(2 pi), exp(-x^2 / 2).
+static inline void normal_distribution(F x, F& below, F& density) {
+    F a = smaller(13.0f - F{}, as<F>(as<I>(x) & INT32_MAX)), t = reciprocal(0.3f * a + 1.0f);
+    F p = 0.0360363047f * t - 0.158713625f;
+    p = p * t + 0.208964615f;
+    p = p * t - 0.0560959011f;
+    p = p * t + 0.129843424f;
+    p = p * t + 0.0995230627f;
+    p = p * t + 0.120816892f;
+    p = p * t + 0.119625166f;
+    density = exponential_within(-0.5f * a * a);
+    F tail = p * t * density;
+    below = x < 0.0f ? tail : 1.0f - tail;
 }
 
 static inline void sine_cosine(F turns, F& sine, F& cosine) {  // of 2 pi turns, 0 <= turns <= 1
@@ -204,7 +198,9 @@ static inline D exponential(D x) { return each(x, [](double v) { return std::exp
 static inline D logarithm(D x) { return each(x, [](double v) { return std::log(v); }); }
 static inline D hyperbolic_tangent(D x) { return each(x, [](double v) { return std::tanh(v); }); }
 static inline D logistic(D x) { return each(x, [](double v) { return 1 / (1 + std::exp(-v)); }); }
-static inline D error_function(D x) { return each(x, [](double v) { return std::erf(v); }); }
+static inline void normal_distribution(D x, D& below, D& density) {
+    below = each(x, [](double v) { return 0.5 * std::erfc(-v * 0.70710678118654752); }), density = exponential(-0.5 * x * x);
+}
 
 // ---------------------------------------------------------------------------------------------------------- random numbers
 // Philox4x32 with 7 rounds: word = f(key of the model, counter). Even and odd lanes live in the low halves of 64-bit
@@ -318,8 +314,9 @@ static __attribute__((noinline)) void activate(int activation, V* y, V* slope, i
     case RELU: map(y, slope, n, [](V& v, V& d) { d = v > 0 ? splat(1) : V{}, v = v <= 0 ? V{} : v; }); break;
     case SIGMOID: map(y, slope, n, [](V& v, V& d) { v = logistic(v), d = v * (1 - v); }); break;
     default: map(y, slope, n, [](V& v, V& d) {
-        V phi = Scalar(0.5) + Scalar(0.5) * error_function(v * Scalar(0.70710678118654752));
-        d = phi + v * Scalar(0.39894228040143268) * exponential(Scalar(-0.5) * v * v), v = v * phi; });
+        V below, density;
+        normal_distribution(v, below, density);
+        d = below + v * Scalar(0.39894228040143268) * density, v = v * below; });
     }
 }
 
@@ -332,8 +329,9 @@ struct Trace {
     V *x, *squares;     // input, and its squares (variational)
     V *y, *slope;       // output after pooling, activation and dropout; its derivative
     V *ratio;           // d output / d variance (variational)
-    V *g, *gv;          // gradient with respect to mean and variance, before pooling
+    V *g, *gv;          // gradient with respect to mean and variance, before pooling; g takes the place of slope
     V *noise;
+    V *tiles, *scratch; // transformed input; room that all layers use in turn
     Byte* where;        // winner of each pooling window
 };
 
@@ -344,6 +342,7 @@ template <int CI_, int H_, int W_, int CO_, int K_, int P_> struct Convolution {
     static constexpr int UH = PH * P, UW = PW * P;                                        // rows and columns the pooling uses
     static constexpr int INPUTS = CI * H * WIDTH, BEFORE = CO * OH * OW, USED = CO * UH * UW, OUTPUTS = CO * PH * PW;
     static constexpr int WEIGHTS = CO * CI * KK, BIASES = CO;
+    static constexpr int TRANSFORMED = 0, ROOM = 0, SCRATCH = USED + INPUTS;
     static constexpr bool NOISY_BIAS = true;
 
     // One window of `channels` output channels at a time stays in registers; `finish` receives it.
@@ -401,27 +400,31 @@ template <int CI_, int H_, int W_, int CO_, int K_, int P_> struct Convolution {
         });
     }
 
-    // out = mean + sqrt(variance + 1e-15) noise, for every output before pooling.
+    // One window of out = mean + sqrt(variance + 1e-15) noise.
+    template <class Mean, class Variance> static inline void noisy_window(int o, int py, int px, Mean mean, Variance variance, Trace& t) {
+        int at = (o * PH + py) * PW + px;
+        const V* noise = t.noise + (o * OH + P * py) * OW + P * px;
+        V z[Q], ratio[Q];  // noise / standard deviation, twice the slope
+        UNROLL for (int q = 0; q < Q; ++q) {
+            V total = variance(q) + Scalar(1e-15);
+            ratio[q] = inverse_root(total) * noise[(q / P) * OW + q % P];
+            z[q] = mean(q) + total * ratio[q];
+        }
+        Byte where;
+        t.y[at] = pool([&](int q) { return z[q]; }, where);
+        Mask winner = widen(where);
+        V chosen = ratio[0];
+        UNROLL for (int q = 1; q < Q; ++q) chosen = winner == q ? ratio[q] : chosen;
+        t.where[at] = where, t.ratio[at] = Scalar(0.5) * chosen;
+    }
+
     template <class Meanwhile>
     static void forward_noisy(const V* w, const V* bias, const V* variance, const V* bias_variance, Trace& t, Meanwhile meanwhile) {
         const V* const inputs[2] = {t.x, t.squares};
         const V* const kernels[2] = {w, variance};
         const V* const biases[2] = {bias, bias_variance};
         convolve<2>(inputs, kernels, biases, meanwhile, [&](int o, int py, int px, auto value) {
-            int at = (o * PH + py) * PW + px;
-            const V* noise = t.noise + (o * OH + P * py) * OW + P * px;
-            V z[Q], ratio[Q];  // noise / standard deviation, twice the slope
-            UNROLL for (int q = 0; q < Q; ++q) {
-                V total = value(1, q) + Scalar(1e-15);
-                ratio[q] = inverse_root(total) * noise[(q / P) * OW + q % P];
-                z[q] = value(0, q) + total * ratio[q];
-            }
-            Byte where;
-            t.y[at] = pool([&](int q) { return z[q]; }, where);
-            Mask winner = widen(where);
-            V chosen = ratio[0];
-            UNROLL for (int q = 1; q < Q; ++q) chosen = winner == q ? ratio[q] : chosen;
-            t.where[at] = where, t.ratio[at] = Scalar(0.5) * chosen;
+            noisy_window(o, py, px, [&](int q) { return value(0, q); }, [&](int q) { return value(1, q); }, t);
         });
     }
 
@@ -472,6 +475,18 @@ template <int CI_, int H_, int W_, int CO_, int K_, int P_> struct Convolution {
             }
     }
 
+    // Adds to d loss / d weight; `finish` receives each d loss / d input, if they are wanted.
+    template <bool inward, class Finish>
+    static void gradients(const V* x, V*, const V* g, const Byte* where, const V* w, V* gw, V* scratch, Finish finish) {
+        weight_gradient(x, g, where, gw);
+        if constexpr (inward) {
+            V* dx = scratch + USED;
+            unpool_all(g, where, scratch);
+            input_gradient(scratch, w, dx);
+            for (int i = 0; i < INPUTS; ++i) finish(i, dx[i]);
+        }
+    }
+
     static void bias_gradient(const V* g, V* gb) {
         for (int o = 0; o < CO; ++o) {
             V sum = gb[o];
@@ -506,10 +521,204 @@ template <int CI_, int H_, int W_, int CO_, int K_, int P_> struct Convolution {
     }
 };
 
+// Of polynomials that are multiplied by way of their values at 0, 1, -1, 2, -2 and infinity. Not members of the template below:
+// a dynamic linker shares those by name, and the tests load a build in double precision beside the usual one.
+namespace winograd {
+constexpr Scalar B[6][6] = {{4, 0, -5, 0, 1, 0}, {0, -4, -4, 1, 1, 0}, {0, 4, -4, -1, 1, 0}, {0, -2, -1, 2, 1, 0}, {0, 2, -1, -2, 1, 0}, {0, 4, 0, -5, 0, 1}};
+constexpr Scalar G[6][3] = {{1 / 4., 0, 0}, {-1 / 6., -1 / 6., -1 / 6.}, {-1 / 6., 1 / 6., -1 / 6.}, {1 / 24., 1 / 12., 1 / 6.}, {1 / 24., -1 / 12., 1 / 6.}, {0, 0, 1}};
+constexpr Scalar A[4][6] = {{1, 1, 1, 1, 1, 0}, {0, 1, -1, 2, -2, 0}, {0, 1, 1, 4, 4, 0}, {0, 1, -1, 8, -8, 1}};
+}
+
+// The same for 3 x 3 kernels and 2 x 2 windows after Winograd (Lavin and Gray 2016), along rows: four neighbouring outputs y come from
+// tiles d of six neighbouring inputs as y = A [sum over rows and channels of (G w) * (B d)], with half as many products. For each of
+// the six points of a tile, these sums are a product of matrices. All of this is linear, so the gradients are the transposed steps:
+//     d (G w) = sum over tiles of (A^T dy) * (B d),    d (B d) = sum over output channels of (G w) * (A^T dy).
+// The forward pass leaves its tiles B d to the backward pass. Kernels stay transformed for a batch, whose gradients are summed in
+// that form and transformed back once. Matrices lie in memory in about the order of reading, because the second cache limits the speed.
+template <int CI_, int H_, int W_, int CO_> struct Winograd : Convolution<CI_, H_, W_, CO_, 3, 2> {
+    using Direct = Convolution<CI_, H_, W_, CO_, 3, 2>;
+    using Direct::CI, Direct::H, Direct::WIDTH, Direct::CO, Direct::K, Direct::Q, Direct::PH, Direct::PW, Direct::UH, Direct::UW;
+    static constexpr int POINTS = 6, STEP = 4, ACROSS = UW / STEP, DOWN = UH + K - 1;  // the last two: tiles in a row, rows of tiles
+    static constexpr int GROUP = 4, PAIR = 2 * ACROSS;  // channels, and tiles of a pair of rows, whose sums stay in registers
+    static constexpr int TRANSFORMED = POINTS * CO * CI * K, TILES = POINTS * CI * DOWN * ACROSS;
+    static constexpr int PADDED = (UH + 2) * ACROSS, ROOM = TILES + CO * PADDED;        // gradients with a row of zeros above and below
+    static constexpr int PRODUCTS = POINTS * PH * GROUP * PAIR, SCRATCH = std::max(TILES, PRODUCTS + Direct::USED);
+    static_assert(UW % STEP == 0 && CO % (2 * GROUP) == 0 && CI % GROUP == 0);
+
+    template <int n, int m> static inline void apply(const Scalar (&matrix)[n][m], const V (&in)[m], V (&out)[n]) {
+        UNROLL for (int i = 0; i < n; ++i) {
+            out[i] = V{};
+            UNROLL for (int j = 0; j < m; ++j) if (matrix[i][j] != 0) out[i] += matrix[i][j] * in[j];
+        }
+    }
+    template <int n, int m> static inline void apply_transposed(const Scalar (&matrix)[n][m], const V (&in)[n], V (&out)[m]) {
+        UNROLL for (int j = 0; j < m; ++j) {
+            out[j] = V{};
+            UNROLL for (int i = 0; i < n; ++i) if (matrix[i][j] != 0) out[j] += matrix[i][j] * in[i];
+        }
+    }
+
+    static constexpr int kernel_at(int p, int o, int i, int ky) { return (((p * (CO / GROUP) + o / GROUP) * CI + i) * K + ky) * GROUP + o % GROUP; }
+    static constexpr int tile_at(int p, int i, int y) { return ((p * CI + i) * DOWN + y) * ACROSS; }
+    static constexpr int gradient_at(int o, int y) { return o * PADDED + (1 + y) * ACROSS; }
+
+    static void transform_kernels(const V* w, V* u) {
+        for (int o = 0; o < CO; ++o)
+            for (int i = 0; i < CI; ++i)
+                for (int ky = 0; ky < K; ++ky, w += K) {
+                    V in[K], out[POINTS];
+                    UNROLL for (int k = 0; k < K; ++k) in[k] = w[k];
+                    apply(winograd::G, in, out);
+                    UNROLL for (int p = 0; p < POINTS; ++p) u[kernel_at(p, o, i, ky)] = out[p];
+                }
+    }
+
+    static void transform_gradients(const V* du, V* gw) {
+        for (int o = 0; o < CO; ++o)
+            for (int i = 0; i < CI; ++i)
+                for (int ky = 0; ky < K; ++ky, gw += K) {
+                    V in[POINTS], out[K];
+                    UNROLL for (int p = 0; p < POINTS; ++p) in[p] = du[kernel_at(p, o, i, ky)];
+                    apply_transposed(winograd::G, in, out);
+                    UNROLL for (int k = 0; k < K; ++k) gw[k] += out[k];
+                }
+    }
+
+    static void transform_inputs(const V* x, V* tiles) {
+        for (int i = 0; i < CI; ++i)
+            for (int y = 0; y < DOWN; ++y)
+                UNROLL for (int t = 0; t < ACROSS; ++t) {
+                    V in[6], out[POINTS];
+                    UNROLL for (int c = 0; c < 6; ++c) in[c] = x[(i * H + y) * WIDTH + STEP * t + c];
+                    apply(winograd::B, in, out);
+                    UNROLL for (int p = 0; p < POINTS; ++p) tiles[tile_at(p, i, y) + t] = out[p];
+                }
+    }
+
+    // One step of a product of matrices: a column times a row is added to a block of sums in registers.
+    template <int rows, int columns, class Left, class Right> static inline void add_product(V (&sum)[rows][columns], Left left, Right right) {
+        V value[columns];
+        UNROLL for (int j = 0; j < columns; ++j) value[j] = right(j);
+        UNROLL for (int i = 0; i < rows; ++i) {
+            V factor = left(i);
+            UNROLL for (int j = 0; j < columns; ++j) sum[i][j] += factor * value[j];
+        }
+    }
+
+    // `finish` receives each window.
+    template <class Meanwhile, class Finish> static void convolve(const V* x, const V* u, const V* bias, Trace& t, Meanwhile meanwhile, Finish finish) {
+        V* products = t.scratch;
+        transform_inputs(x, t.tiles);
+        for (int o = 0; o < CO; o += GROUP) {
+            meanwhile(o / GROUP, CO / GROUP);
+            for (int p = 0; p < POINTS; ++p)
+                for (int py = 0; py < PH; ++py) {
+                    V sum[GROUP][PAIR] = {};
+                    for (int i = 0; i < CI; ++i)
+                        UNROLL for (int ky = 0; ky < K; ++ky) {
+                            const V *kernel = u + kernel_at(p, o, i, ky), *tiles = t.tiles + tile_at(p, i, 2 * py + ky);
+                            add_product(sum, [&](int c) { return kernel[c]; }, [&](int j) { return tiles[j]; });
+                        }
+                    UNROLL for (int c = 0; c < GROUP; ++c) UNROLL for (int j = 0; j < PAIR; ++j) products[((py * GROUP + c) * POINTS + p) * PAIR + j] = sum[c][j];
+                }
+            for (int py = 0; py < PH; ++py)
+                for (int c = 0; c < GROUP; ++c)
+                    for (int a = 0; a < ACROSS; ++a) {
+                        V in[POINTS], out[2][STEP];
+                        UNROLL for (int r = 0; r < 2; ++r) {
+                            UNROLL for (int p = 0; p < POINTS; ++p) in[p] = products[((py * GROUP + c) * POINTS + p) * PAIR + r * ACROSS + a];
+                            apply(winograd::A, in, out[r]);
+                        }
+                        UNROLL for (int h = 0; h < 2; ++h)
+                            finish(o + c, py, 2 * a + h, [&](int q) -> V { return out[q / 2][2 * h + q % 2] + bias[o + c]; });
+                    }
+        }
+    }
+
+    template <class Meanwhile> static void forward(const V* x, const V* u, const V* bias, Trace& t, Meanwhile meanwhile) {
+        convolve(x, u, bias, t, meanwhile, [&](int o, int py, int px, auto value) {
+            int at = (o * PH + py) * PW + px;
+            t.y[at] = Direct::pool(value, t.where[at]);
+        });
+    }
+
+    // The variances are convolved directly: differences would make them less accurate, and some of them negative.
+    template <class Meanwhile>
+    static void forward_noisy(const V* u, const V* bias, const V* variance, const V* bias_variance, Trace& t, Meanwhile meanwhile) {
+        V* means = t.scratch + PRODUCTS;
+        convolve(t.x, u, bias, t, meanwhile, [&](int o, int py, int px, auto value) {
+            UNROLL for (int q = 0; q < Q; ++q) means[((o * PH + py) * PW + px) * Q + q] = value(q);
+        });
+        const V *const inputs[1] = {t.squares}, *const kernels[1] = {variance}, *const biases[1] = {bias_variance};
+        Direct::template convolve<1>(inputs, kernels, biases, meanwhile, [&](int o, int py, int px, auto value) {
+            const V* mean = means + ((o * PH + py) * PW + px) * Q;
+            Direct::noisy_window(o, py, px, [&](int q) { return mean[q]; }, [&](int q) { return value(0, q); }, t);
+        });
+    }
+
+    template <bool inward, class Finish>
+    static void gradients(const V*, V* tiles, const V* g, const Byte* where, const V* u, V* du, V* scratch, Finish finish) {
+        V *dy = tiles + TILES, *back = scratch;  // the gradients of one point, and of all tiles
+        for (int p = 0; p < POINTS; ++p) {
+            for (int o = 0; o < CO; ++o)
+                for (int py = 0; py < PH; ++py)
+                    UNROLL for (int a = 0; a < ACROSS; ++a) {
+                        V sum[2] = {};
+                        UNROLL for (int h = 0; h < 2; ++h) {
+                            const int at = (o * PH + py) * PW + 2 * a + h;
+                            const Mask winner = widen(where[at]);
+                            UNROLL for (int q = 0; q < Q; ++q) sum[q / 2] += winner == q ? winograd::A[2 * h + q % 2][p] * g[at] : V{};
+                        }
+                        UNROLL for (int r = 0; r < 2; ++r) dy[gradient_at(o, 2 * py + r) + a] = sum[r];
+                    }
+            for (int o = 0; o < CO; o += GROUP)
+                for (int i = 0; i < CI; i += 2) {
+                    V sum[GROUP][2 * K], *kernels = du + kernel_at(p, o, i, 0);
+                    UNROLL for (int c = 0; c < GROUP; ++c) UNROLL for (int k = 0; k < 2 * K; ++k) sum[c][k] = kernels[k * GROUP + c];
+                    const V *left = dy + gradient_at(o, 0), *right = tiles + tile_at(p, i, 0);
+                    for (int j = 0; j < UH * ACROSS; ++j) {
+                        __builtin_prefetch(kernels + GROUP * 2 * K + j, 1);  // what the next block adds to
+                        add_product(sum, [&](int c) { return left[c * PADDED + j]; }, [&](int k) { return right[(k / K * DOWN + k % K) * ACROSS + j]; });
+                    }
+                    UNROLL for (int c = 0; c < GROUP; ++c) UNROLL for (int k = 0; k < 2 * K; ++k) kernels[k * GROUP + c] = sum[c][k];
+                }
+            if constexpr (inward)
+                for (int i = 0; i < CI; i += GROUP)
+                    for (int half = 0; half < CO; half += CO / 2)  // their kernels stay in the first cache
+                        for (int y = 0; y < DOWN; y += 2) {
+                            V sum[GROUP][PAIR];
+                            UNROLL for (int c = 0; c < GROUP; ++c) UNROLL for (int j = 0; j < PAIR; ++j) sum[c][j] = half ? back[tile_at(p, i + c, y) + j] : V{};
+                            const int first = std::max(0, y - UH + 1), last = std::min(K - 1, y + 1);
+                            for (int ky = first; ky <= last; ++ky)
+                                for (int o = half; o < half + CO / 2; o += GROUP) {
+                                    const V *kernel = u + kernel_at(p, o, i, ky), *right = dy + gradient_at(o, y - ky);
+                                    UNROLL for (int b = 0; b < GROUP; ++b)
+                                        add_product(sum, [&](int c) { return kernel[c * K * GROUP + b]; }, [&](int j) { return right[b * PADDED + j]; });
+                                }
+                            UNROLL for (int c = 0; c < GROUP; ++c) UNROLL for (int j = 0; j < PAIR; ++j) back[tile_at(p, i + c, y) + j] = sum[c][j];
+                        }
+        }
+        if constexpr (inward)
+            for (int i = 0; i < CI; ++i)
+                for (int y = 0; y < H; ++y) {
+                    V line[WIDTH] = {};
+                    if (y < DOWN)
+                        UNROLL for (int a = 0; a < ACROSS; ++a) {
+                            V in[POINTS], out[6];
+                            UNROLL for (int p = 0; p < POINTS; ++p) in[p] = back[tile_at(p, i, y) + a];
+                            apply_transposed(winograd::B, in, out);
+                            UNROLL for (int c = 0; c < 6; ++c) line[STEP * a + c] += out[c];
+                        }
+                    UNROLL for (int c = 0; c < WIDTH; ++c) finish((i * H + y) * WIDTH + c, line[c]);
+                }
+    }
+};
+
 // A fully connected layer, the same interface.
 template <int CI_, int CO_> struct Linear {
     static constexpr int CI = CI_, CO = CO_;
     static constexpr int INPUTS = CI, BEFORE = CO, USED = CO, OUTPUTS = CO, WEIGHTS = CI * CO, BIASES = CO;
+    static constexpr int TRANSFORMED = 0, ROOM = 0, SCRATCH = 0;
     static constexpr bool NOISY_BIAS = false;
 
     static inline void multiply(const V* x, const V* w, const V* bias, V* y) {
@@ -536,18 +745,15 @@ template <int CI_, int CO_> struct Linear {
         }
     }
 
-    static void unpool_all(const V* g, const Byte*, V* before) { std::copy(g, g + CO, before); }
-
-    static void weight_gradient(const V* x, const V* g, const Byte*, V* gw) {
-        for (int o = 0; o < CO; ++o) for (int i = 0; i < CI; ++i) gw[o * CI + i] += g[o] * x[i];
+    template <bool inward, class Finish>
+    static void gradients(const V* x, V*, const V* g, const Byte*, const V* w, V* gw, V*, Finish finish) {
+        V dx[CI] = {};
+        for (int o = 0; o < CO; ++o)
+            for (int i = 0; i < CI; ++i) gw[o * CI + i] += g[o] * x[i], dx[i] += g[o] * w[o * CI + i];
+        for (int i = 0; i < CI; ++i) finish(i, dx[i]);
     }
 
     static void bias_gradient(const V* g, V* gb) { for (int o = 0; o < CO; ++o) gb[o] += g[o]; }
-
-    static void input_gradient(const V* before, const V* w, V* dx) {
-        for (int i = 0; i < CI; ++i) dx[i] = V{};
-        for (int o = 0; o < CO; ++o) for (int i = 0; i < CI; ++i) dx[i] += before[o] * w[o * CI + i];
-    }
 };
 
 // -------------------------------------------------------------------------------------------------------- the C interface
@@ -648,12 +854,13 @@ template <class A, class B, class C, class Fc1, class Fc2> struct Network {
     static constexpr int SIZE[18] = {A::WEIGHTS, A::BIASES, B::WEIGHTS, B::BIASES, C::WEIGHTS, C::BIASES, Fc1::WEIGHTS, Fc1::BIASES, Fc2::WEIGHTS, Fc2::BIASES,
                                      A::WEIGHTS, B::WEIGHTS, C::WEIGHTS, Fc1::WEIGHTS, Fc2::WEIGHTS, A::BIASES, B::BIASES, C::BIASES};
     static constexpr int offset(int tensor) { int sum = 0; for (int t = 0; t < tensor; ++t) sum += SIZE[t]; return sum; }
-    static constexpr int LARGEST = std::max({A::OUTPUTS, B::INPUTS, B::USED, C::USED, 64});
+    static constexpr int INPUTS = std::max({B::INPUTS, C::INPUTS, Fc1::INPUTS}), SCRATCH = std::max(B::SCRATCH, C::SCRATCH);
+    static constexpr int TRANSFORMED = B::TRANSFORMED;  // no other layer calculates with transformed kernels
 
     const Job& job;
     const bool noisy;
     const int tensors, parameters;
-    Buffer<V> weights, gradient, first, second, variance, image, dx, dx_variance, before;
+    Buffer<V> weights, gradient, first, second, variance, image, dx, scratch, transformed;
     Buffer<V> space;
     Buffer<Byte> masks, winners;
     Philox stream;
@@ -671,21 +878,21 @@ template <class A, class B, class C, class Fc1, class Fc2> struct Network {
 
     explicit Network(const Job& j)
         : job(j), noisy(j.variational), tensors(noisy ? 18 : 10), parameters(offset(tensors)), weights(parameters), gradient(parameters), first(parameters),
-          second(parameters), variance(offset(10)), image(A::INPUTS), dx(LARGEST), dx_variance(LARGEST), before(LARGEST), space(trace_size()), masks(parameters),
+          second(parameters), variance(offset(10)), image(A::INPUTS), dx(INPUTS), scratch(SCRATCH), transformed((noisy ? 4 : 2) * TRANSFORMED), space(trace_size()), masks(parameters),
           winners(A::OUTPUTS + B::OUTPUTS + C::OUTPUTS + 64) {
         V* next = space;
         Byte* winner = winners;
         lay_out<0>(next, winner);
     }
 
-    template <int n> static constexpr size_t layer_size() { return 6 * (size_t)Layer<n>::OUTPUTS + Layer<n>::INPUTS + Layer<n>::BEFORE; }
+    template <int n> static constexpr size_t layer_size() { return 4 * (size_t)Layer<n>::OUTPUTS + Layer<n>::INPUTS + Layer<n>::BEFORE + Layer<n>::ROOM; }
     static constexpr size_t trace_size() { return layer_size<0>() + layer_size<1>() + layer_size<2>() + layer_size<3>() + layer_size<4>(); }
 
     template <int n> void lay_out(V*& next, Byte*& winner) {
         using T = Layer<n>;
         auto take = [&](int size) { V* p = next; next += size; return p; };
         Trace& t = trace[n];
-        t.y = take(T::OUTPUTS), t.slope = take(T::OUTPUTS), t.g = take(T::OUTPUTS);
+        t.y = take(T::OUTPUTS), t.slope = t.g = take(T::OUTPUTS), t.tiles = take(T::ROOM), t.scratch = scratch;
         if (noisy) t.ratio = take(T::OUTPUTS), t.gv = take(T::OUTPUTS), t.squares = take(T::INPUTS), t.noise = take(T::BEFORE);
         t.where = winner, winner += T::OUTPUTS;
         if constexpr (n == 0) t.x = image; else t.x = trace[n - 1].y;
@@ -694,6 +901,29 @@ template <class A, class B, class C, class Fc1, class Fc2> struct Network {
 
     template <int n> V* weight(V* base) const { return base + offset(2 * n); }
     template <int n> V* bias(V* base) const { return base + offset(2 * n + 1); }
+
+    // What a layer calculates with, and where it adds its gradient; set 0: means, 1: variances.
+    template <int n> V* kernel(int set) const {
+        if constexpr (Layer<n>::TRANSFORMED) return transformed + 2 * set * TRANSFORMED;
+        else return weight<n>(set ? variance : weights);
+    }
+    template <int n> V* kernel_gradient(int set) const {
+        if constexpr (Layer<n>::TRANSFORMED) return transformed + (2 * set + 1) * TRANSFORMED;
+        else return gradient + offset(set ? 10 + n : 2 * n);
+    }
+    template <int n> void transform_kernels() {
+        if constexpr (Layer<n>::TRANSFORMED)
+            for (int set = 0; set < 1 + noisy; ++set) {
+                Layer<n>::transform_kernels(weight<n>(set ? variance : weights), kernel<n>(set));
+                std::memset((void*)kernel_gradient<n>(set), 0, TRANSFORMED * sizeof(V));
+            }
+        if constexpr (n < 4) transform_kernels<n + 1>();
+    }
+    template <int n> void transform_gradients() {
+        if constexpr (Layer<n>::TRANSFORMED)
+            for (int set = 0; set < 1 + noisy; ++set) Layer<n>::transform_gradients(kernel_gradient<n>(set), gradient + offset(set ? 10 + n : 2 * n));
+        if constexpr (n < 4) transform_gradients<n + 1>();
+    }
 
     // ------------------------------------------------------------------------------------------------ forward and backward
 
@@ -706,9 +936,9 @@ template <class A, class B, class C, class Fc1, class Fc2> struct Network {
         if (noisy) {
             for (int i = 0; i < T::INPUTS; ++i) t.squares[i] = t.x[i] * t.x[i];
             normals(stream, job.noise_site[n], position, job.epoch, T::BEFORE, t.noise);
-            T::forward_noisy(weight<n>(weights), bias<n>(weights), weight<n>(variance), bias<n>(variance), t, meanwhile);
+            T::forward_noisy(kernel<n>(0), bias<n>(weights), weight<n>(variance), bias<n>(variance), t, meanwhile);
         } else
-            T::forward(t.x, weight<n>(weights), bias<n>(weights), t, meanwhile);
+            T::forward(t.x, kernel<n>(0), bias<n>(weights), t, meanwhile);
         if constexpr (n < 4) {
             activate_all(t.y, t.slope, T::OUTPUTS);
             if (dropping && job.dropout_site[n])
@@ -720,25 +950,19 @@ template <class A, class B, class C, class Fc1, class Fc2> struct Network {
     template <int n> void backward() {  // trace[n].g holds the gradient with respect to the pooled outputs
         using T = Layer<n>;
         Trace& t = trace[n];
-        T::weight_gradient(t.x, t.g, t.where, weight<n>(gradient));
+        V* below = nullptr;  // its slopes become gradients
+        if constexpr (n > 0) below = trace[n - 1].g;
         T::bias_gradient(t.g, bias<n>(gradient));
         if (noisy) {
             for (int i = 0; i < T::OUTPUTS; ++i) t.gv[i] = t.g[i] * t.ratio[i];
-            T::weight_gradient(t.squares, t.gv, t.where, gradient + offset(10 + n));
             if constexpr (T::NOISY_BIAS) T::bias_gradient(t.gv, gradient + offset(15 + n));
-        }
-        if constexpr (n > 0) {
-            T::unpool_all(t.g, t.where, before);
-            T::input_gradient(before, weight<n>(weights), dx);
-            if (noisy) {
-                T::unpool_all(t.gv, t.where, before);
-                T::input_gradient(before, weight<n>(variance), dx_variance);
-                for (int i = 0; i < T::INPUTS; ++i) dx[i] += 2 * t.x[i] * dx_variance[i];
-            }
-            Trace& below = trace[n - 1];
-            for (int i = 0; i < T::INPUTS; ++i) below.g[i] = dx[i] * below.slope[i];
-            backward<n - 1>();
-        }
+            T::template gradients<(n > 0)>(t.x, t.tiles, t.g, t.where, kernel<n>(0), kernel_gradient<n>(0), scratch, [&](int i, V value) { dx[i] = value; });
+            if constexpr (T::TRANSFORMED) T::transform_inputs(t.squares, t.tiles);
+            T::template gradients<(n > 0)>(t.squares, t.tiles, t.gv, t.where, kernel<n>(1), kernel_gradient<n>(1), scratch,
+                                           [&](int i, V value) { below[i] *= dx[i] + 2 * t.x[i] * value; });
+        } else
+            T::template gradients<(n > 0)>(t.x, t.tiles, t.g, t.where, kernel<n>(0), kernel_gradient<n>(0), scratch, [&](int i, V value) { below[i] *= value; });
+        if constexpr (n > 0) backward<n - 1>();
     }
 
     // -------------------------------------------------------------------------------------------------- variational weights
@@ -882,6 +1106,7 @@ template <class A, class B, class C, class Fc1, class Fc2> struct Network {
             const int64_t until = std::min(from + job.batch, job.samples);
             std::memset((void*)gradient.data, 0, parameters * sizeof(V));
             if (noisy) compute_variances();
+            transform_kernels<0>();
             for (int64_t position = from; position < until; ++position) {
                 const Scalar* sample[L];
                 V label, winner;
@@ -896,6 +1121,7 @@ template <class A, class B, class C, class Fc1, class Fc2> struct Network {
                 right += to<D>(winner == label ? splat(1) : V{});
                 backward<4>();
             }
+            transform_gradients<0>();
             if (noisy) chain_variances();
             update(++step);
         }
@@ -919,7 +1145,7 @@ template <class A, class B, class C, class Fc1, class Fc2> struct Network {
         Trace& t = trace[n];
         auto nothing = [](int, int) {};
         if constexpr (n == 0) T::forward(shared, weight<n>(weights), bias<n>(weights), t, nothing);
-        else T::forward(t.x, weight<n>(weights), bias<n>(weights), t, nothing);
+        else T::forward(t.x, kernel<n>(0), bias<n>(weights), t, nothing);
         if constexpr (n < 4) {
             activate_all(t.y, t.slope, T::OUTPUTS);
             forward_plain<n + 1>(nullptr);
@@ -929,6 +1155,7 @@ template <class A, class B, class C, class Fc1, class Fc2> struct Network {
     bool evaluate(int64_t start, const volatile int* stop) {
         take_factors(start);
         pack<V, Scalar>(weights, job.weights, start);
+        transform_kernels<0>();
         D loss = {}, right = {};
         for (int64_t i = 0; i < job.samples; ++i) {
             if (i % 16 == 0 && *stop) return false;
@@ -945,7 +1172,7 @@ template <class A, class B, class C, class Fc1, class Fc2> struct Network {
 
 using Small1 = Network<Convolution<1, 28, 28, 8, 5, 2>, Convolution<8, 12, 12, 6, 5, 2>, Convolution<6, 4, 4, 4, 2, 1>, Linear<36, 20>, Linear<20, 10>>;
 using Small3 = Network<Convolution<3, 28, 28, 8, 5, 2>, Convolution<8, 12, 12, 6, 5, 2>, Convolution<6, 4, 4, 4, 2, 1>, Linear<36, 20>, Linear<20, 10>>;
-using Large = Network<Convolution<3, 32, 32, 16, 3, 2>, Convolution<16, 15, 15, 32, 3, 2>, Convolution<32, 6, 6, 15, 3, 2>, Linear<60, 20>, Linear<20, 10>>;
+using Large = Network<Convolution<3, 32, 32, 16, 3, 2>, Winograd<16, 15, 15, 32>, Convolution<32, 6, 6, 15, 3, 2>, Linear<60, 20>, Linear<20, 10>>;
 
 // Denormal numbers (below 1e-38) cost hundreds of cycles each and mean nothing here: they count as zero while a block runs.
 struct FlushDenormals {
