@@ -495,9 +495,9 @@ template <int CI_, int H_, int W_, int CO_, int K_, int P_> struct Convolution {
         }
     }
 
-    // d loss / d input: a row of the input stays in registers while a few output channels pass, which stay in the first cache.
+    // d loss / d input: a row of the input (of a few channels, if it is short) stays in registers while a few output channels pass, which stay in the first cache.
     static void input_gradient(const V* before, const V* w, V* dx) {
-        constexpr int inputs = divisor(CI, std::max(1, 16 / WIDTH));
+        constexpr int inputs = divisor(CI, std::max(1, (31 - UW) / WIDTH));
         constexpr int outputs = divisor(CO, std::max(1, 288 / (K * UW)));
         for (int y = 0; y < H; ++y)
             for (int o0 = 0; o0 < CO; o0 += outputs)
