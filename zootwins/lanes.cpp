@@ -37,8 +37,10 @@ constexpr int L = 4;
 
 #if defined(__clang__)
 #define UNROLL _Pragma("unroll")
+#define ROLL _Pragma("nounroll")
 #else
 #define UNROLL _Pragma("GCC unroll 64")
+#define ROLL _Pragma("GCC unroll 1")  // for steps that fill the registers: several at once would spill them
 #endif
 
 using Scalar = LANES_SCALAR;
@@ -615,7 +617,7 @@ template <int CI_, int H_, int W_, int CO_> struct Winograd : Convolution<CI_, H
                 for (int py = 0; py < PH; ++py) {
                     V sum[GROUP][PAIR] = {};
                     for (int i = 0; i < CI; ++i)
-                        UNROLL for (int ky = 0; ky < K; ++ky) {
+                        ROLL for (int ky = 0; ky < K; ++ky) {
                             const V *kernel = u + kernel_at(p, o, i, ky), *tiles = t.tiles + tile_at(p, i, 2 * py + ky);
                             add_product(sum, [&](int c) { return kernel[c]; }, [&](int j) { return tiles[j]; });
                         }
@@ -692,7 +694,7 @@ template <int CI_, int H_, int W_, int CO_> struct Winograd : Convolution<CI_, H
                             for (int ky = first; ky <= last; ++ky)
                                 for (int o = half; o < half + CO / 2; o += GROUP) {
                                     const V *kernel = u + kernel_at(p, o, i, ky), *right = dy + gradient_at(o, y - ky);
-                                    UNROLL for (int b = 0; b < GROUP; ++b)
+                                    ROLL for (int b = 0; b < GROUP; ++b)
                                         add_product(sum, [&](int c) { return kernel[c * K * GROUP + b]; }, [&](int j) { return right[b * PADDED + j]; });
                                 }
                             UNROLL for (int c = 0; c < GROUP; ++c) UNROLL for (int j = 0; j < PAIR; ++j) back[tile_at(p, i + c, y) + j] = sum[c][j];
