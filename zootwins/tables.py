@@ -7,7 +7,7 @@ __all__ = ['LATEX', 'NAMES', 'TABLE_4_COLUMNS', 'TABLE_1_STATES', 'TABLE_2_STATE
            'mean_std', 'heading', 'markdown_table', 'latex_text', 'latex_table', 'Table', 'zoo_title', 'cell_numbers',
            'arrange', 'model_counts', 'table_4', 'last_epoch', 'shown_epochs', 'table_5', 'table_6', 'layer_measures',
            'table_7', 'table_8', 'choose_states', 'rows_of_states', 'states_text', 'state_layout', 'table_1',
-           'state_correlations', 'table_2', 'table_9', 'all_tables', 'save_table']
+           'table_partners', 'state_correlations', 'table_2', 'table_9', 'all_tables', 'save_table']
 
 # %% ../nbs/30_tables.ipynb #62781c06
 from collections.abc import Mapping, Sequence
@@ -337,6 +337,16 @@ def table_1(
     cells = numbers.assign(heading=numbers["metric"].map(headings), cell=list(map(mean_std, numbers["mean"], numbers["std"])))
     caption = f"Table 1. Agreement of twins with their own originals: mean (std) in %. {model_counts(numbers)} {states_text(states)}"
     return Table("table_1", caption, numbers, state_layout(cells))
+
+# %% ../nbs/30_tables.ipynb #b7f07e98
+def table_partners(
+    numbers: pd.DataFrame,  # zoo, method, level, epoch, partner, n (models), mean and std over pairs in %
+) -> Table:
+    "Eq. 1 of twins with different partners, beside Table 1."
+    titles = {"Model Zoo": numbers["zoo"].map(zoo_title), "Method": numbers["method"].map(METHOD_TITLES), "Agreement with": numbers["partner"]}
+    cells = numbers.assign(cell=list(map(mean_std, numbers["mean"], numbers["std"])), **titles)
+    caption = f"Agreement of the twins of Table 1 with their own originals, with other originals and with each other: mean (std) over pairs in %. {model_counts(numbers)}"
+    return Table("table_partners", caption, numbers, arrange(cells, ["Model Zoo", "Method"], ["Agreement with"]))
 
 # %% ../nbs/30_tables.ipynb #d7c09b4d
 def state_correlations(

@@ -10,8 +10,8 @@ __all__ = ['METHODS', 'SAVE_EVERY', 'TRAJECTORIES', 'PARTS', 'Made', 'TOGETHER',
            'blocks', 'block_name', 'epoch_path', 'save_state', 'resume_state', 'run_block', 'on_cpu', 'predictions_of',
            'take_turns', 'take_block', 'table_reevaluation', 'Report', 'missing_rows', 'save_metrics',
            'join_populations', 'join_trajectory', 'join_stage', 'make_blocks', 'make_stage', 'count_diverged',
-           'make_twins', 'load_models', 'load_metrics', 'load_epoch', 'removal_frequencies', 'read_history',
-           'add_to_history', 'run_record', 'begin_figures']
+           'make_twins', 'load_models', 'load_metrics', 'load_epoch', 'removal_frequencies', 'load_twins',
+           'partner_agreements', 'read_history', 'add_to_history', 'run_record', 'begin_figures']
 
 # %% ../nbs/40_twins.ipynb #e1b4e48d
 import hashlib
@@ -39,7 +39,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from .agreement import agreement
+from .agreement import agreement, agreement_by_partner
 from .architectures import ACTIVATIONS, build, layer_names
 from .core import UserError, atomic_path, check_name, project_root, read_json, write_json
 from .datasets import Images
@@ -831,6 +831,34 @@ def removal_frequencies(
         rows = np.isclose(pruned.models["level"], level) & (pruned.models["model"] < plan.n_models)
         shares[plan.zoo.name, "mp", level, plan.zoo.mp_epochs] = removal_frequency(pruned[np.flatnonzero(rows)].weights, layers)
     return stack_frequencies(shares) if shares else pd.DataFrame(columns=FREQUENCY_COLUMNS)
+
+# %% ../nbs/40_twins.ipynb #c0b7f049
+def load_twins(
+    plan: Plan,    # whose store
+    method: str,   # "mp" or "vd"
+    level: float,  # of magnitude pruning, whose twins are kept after their last epoch; not used for variational dropout
+    epoch: int,    # of variational dropout
+) -> Population:   # the plan's models, with plain weights
+    "Read the twins of one state."
+    twins = load_models(epoch_path(plan.folder / "trajectory" / "vd", epoch) if method == "vd" else plan.folder / "mp")
+    return twins[np.flatnonzero((twins.models["model"] < plan.n_models) & ((method == "vd") | np.isclose(twins.models["level"], level)))]
+
+
+def partner_agreements(
+    plan: Plan,            # whose store
+    images: Images,        # on the plan's device
+    states: pd.DataFrame,  # from tables.choose_states
+) -> pd.DataFrame:         # zoo, method, level, epoch, n (models), partner, mean and std in %, pairs; empty for a single model
+    "Agreement of the twins of some states with their originals, with other originals and with each other."
+    originals = load_population(plan.folder / "original")
+    predictions, found = predictions_of(originals[np.flatnonzero(originals.models["model"] < plan.n_models)], plan, images), []
+    for state in states.itertuples() if plan.n_models > 1 else ():
+        twins = predictions_of(load_twins(plan, state.method, state.level, state.epoch), plan, images)
+        partners = agreement_by_partner(twins, predictions)
+        of_state = {"zoo": plan.zoo.name, "method": state.method, "level": state.level, "epoch": state.epoch, "n": len(twins)}
+        found.append(partners.assign(**of_state, mean=100 * partners["mean"], std=100 * partners["std"]))
+    columns = ["zoo", "method", "level", "epoch", "n", "partner", "mean", "std", "pairs"]
+    return pd.concat(found)[columns].reset_index(drop=True) if found else pd.DataFrame(columns=columns)
 
 # %% ../nbs/40_twins.ipynb #59330d3c
 def _commit() -> str | None:  # none where zootwins does not run from a git checkout of its own
