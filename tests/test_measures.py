@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from zootwins.agreement import agreement, pairwise_agreement
+from zootwins.agreement import agreement, agreement_by_partner, pairwise_agreement
 from zootwins.architectures import build, layer_names
 from zootwins.core import UserError
 from zootwins.correlation import correlate, correlation, kendall_of_resamples, paired_accuracy, pearson_of_resamples
@@ -27,6 +27,16 @@ def test_pairwise_agreement_is_the_double_loop(memory):
     first, second = (torch.randint(0, 10, (n, 53), dtype=torch.uint8, generator=random) for n in (5, 7))
     assert pairwise_agreement(first, second, memory).tolist() == naive_agreement(first, second)
     assert torch.equal(pairwise_agreement(first, second[:5]).diagonal(), agreement(first, second[:5]))
+
+
+def test_partners_are_all_pairs_but_oneself():
+    random = torch.Generator().manual_seed(1)
+    originals, twins = (torch.randint(0, 4, (5, 31), dtype=torch.uint8, generator=random) for _ in range(2))
+    found = agreement_by_partner(twins, originals).set_index("partner")
+    across, among = (np.array(naive_agreement(twins, others)) for others in (originals, twins))
+    off = ~np.eye(5, dtype=bool)
+    for partner, values in {"its own original": across[~off], "other originals": across[off], "other twins": among[off]}.items():
+        assert found.loc[partner, ["mean", "std", "pairs"]].tolist() == pytest.approx([values.mean(), values.std(ddof=1), len(values)])
 
 
 @pytest.mark.parametrize("architecture", ["cnn_small_1ch", "cnn_small_3ch", "cnn_large"])

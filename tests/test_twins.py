@@ -20,10 +20,11 @@ from zootwins.datasets import load_images, subset
 from zootwins.metrics import METRIC_COLUMNS
 from zootwins.population import Population, load_population, sample_population
 from zootwins.published import write_zoo
+from zootwins.tables import choose_states
 from zootwins.training import TORCH, groups
 from zootwins.twins import (
-    blocks, load_metrics, load_models, make_plan, make_stages, make_twins, open_store, read_history,
-    run_record, table_reevaluation, take_turns, with_factors, with_seeds,
+    blocks, load_metrics, load_models, make_plan, make_stages, make_twins, open_store,
+    partner_agreements, read_history, run_record, table_reevaluation, take_turns, with_factors, with_seeds,
 )
 from zootwins.zoos import FACTORS, get_zoo, model_table
 
@@ -78,6 +79,18 @@ def test_more_models_and_levels_are_added_and_nothing_is_changed(tmp_path, image
     make_twins(at_once, images, progress=False)
     if plan.engine.name == "lanes":  # bit for bit, whoever trains beside whom
         pd.testing.assert_frame_equal(load_metrics(larger), load_metrics(at_once), check_exact=True)
+    for part in (plan, larger):  # twins find their own originals, in whatever order they were made
+        metrics = load_metrics(part)
+        states = choose_states(metrics, level=0.9)
+        own = partner_agreements(part, images, states).query("partner == 'its own original'")
+        expected = metrics.merge(states, on=["zoo", "method", "level", "epoch"]).groupby("method")["agreement"].agg(["mean", "size"])
+        assert dict(zip(own["method"], own["mean"])) == pytest.approx((100 * expected["mean"]).to_dict()) and own["n"].tolist() == expected["size"].tolist()
+
+
+def test_a_single_model_has_no_partners(tmp_path, images):
+    plan = small_plan(tmp_path, n=1, methods="mp")
+    make_twins(plan, images, progress=False)
+    assert partner_agreements(plan, images, choose_states(load_metrics(plan))).empty
 
 
 @pytest.mark.parametrize("changes,told", [({"seed": 1}, "another seed"), ({"engine": "torch"}, "another engine"), ({"epochs": 4}, "epochs 3, now 4")])

@@ -11,7 +11,7 @@ __all__ = ['HOLDS', 'FAILS', 'OPEN', 'FIGURE_4_EPOCHS', 'TABLE_8_LEVELS', 'CLAIM
            'pruning_preserves_more', 'accuracy_is_proxy', 'table_2_pairs', 'pruning_correlates',
            'dropout_correlates_less', 'best_tenth', 'best_stay_best', 'best_is_best', 'Claim', 'all_claims',
            'claims_table', 'verdict_table', 'least_train_test_correlation', 'candidates', 'reproduces',
-           'nearest_candidates', 'shifted_gaps']
+           'nearest_candidates', 'common_candidates', 'shifted_gaps']
 
 # %% ../nbs/34_claims.ipynb #ab3ca5c8
 from collections.abc import Callable, Iterator
@@ -540,6 +540,16 @@ def nearest_candidates(
     ranked = tried.assign(p=tried[["p_pearson", "p_kendall"]].min(axis=1)).sort_values("p", ascending=False, kind="stable")
     best = ranked.drop_duplicates(["zoo", "method", "family"]).sort_values(["zoo", "method"], kind="stable")
     return best[["zoo", "method", "definition", "n", "pearson", "printed_pearson", "kendall", "printed_kendall", "p", "reproduced"]].reset_index(drop=True)
+
+# %% ../nbs/34_claims.ipynb #7f0388e6
+def common_candidates(
+    tried: pd.DataFrame,  # from reproduces
+) -> pd.DataFrame:        # method, definition, p (the worst over all zoos of that method), and the zoo where it is worst; best first
+    "The candidates that were tried in every zoo, by the zoo where they do worst."
+    worst = tried.assign(p=tried[["p_pearson", "p_kendall"]].min(axis=1)).sort_values("p", kind="stable")
+    zoos = worst.groupby(["method", "definition"])["zoo"].transform("nunique")
+    everywhere = worst[zoos == worst.groupby("method")["zoo"].transform("nunique")].drop_duplicates(["method", "definition"])
+    return everywhere.sort_values(["method", "p"], ascending=[True, False], kind="stable")[["method", "definition", "p", "zoo"]].reset_index(drop=True)
 
 # %% ../nbs/34_claims.ipynb #b31199a6
 def shifted_gaps(
