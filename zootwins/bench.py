@@ -273,8 +273,9 @@ def row(
     result = {"architecture": architecture, "stage": stage, "threads": threads}
     for engine, values in rates.items():
         result |= {engine: statistics.median(values), f"{engine}_lowest": min(values), f"{engine}_highest": max(values)}
-    result["times_stock"] = result["lanes"] / result["stock"]
-    result["times_vmap"] = result["lanes"] / result["vmap"]
+    for engine in ("stock", "vmap"):
+        ratios = [lanes / other for lanes, other in zip(rates["lanes"], rates[engine])]
+        result |= {f"times_{engine}": statistics.median(ratios), f"times_{engine}_lowest": min(ratios), f"times_{engine}_highest": max(ratios)}
     result["share_of_peak"] = result["lanes"] * dense_operations(architecture, stage == "vd") / (peak * threads)
     return result | {"peak": peak}
 
@@ -317,10 +318,11 @@ def report(
     rows: list[dict],  # from `measure`
 ) -> str:              # a table
     "Write the medians as text."
-    lines = [f"{'architecture':14} {'stage':9} {'threads':>7} {'stock':>9} {'vmap':>9} {'lanes':>9} {'x stock':>8} {'x vmap':>7} {'of peak':>8}"]
+    lines = [f"{'architecture':14} {'stage':9} {'threads':>7} {'stock':>9} {'vmap':>9} {'lanes':>9} {'x stock':>8} {'(range)':>15} {'x vmap':>7} {'of peak':>8}"]
     for row in rows:
         rates = " ".join(f"{row[engine]:9,.0f}" for engine in ("stock", "vmap", "lanes"))
-        lines.append(f"{row['architecture']:14} {row['stage']:9} {row['threads']:7} {rates} {row['times_stock']:8.1f} {row['times_vmap']:7.1f} {row['share_of_peak']:8.0%}")
+        span = f"({row['times_stock_lowest']:.1f} to {row['times_stock_highest']:.1f})"
+        lines.append(f"{row['architecture']:14} {row['stage']:9} {row['threads']:7} {rates} {row['times_stock']:8.1f} {span:>15} {row['times_vmap']:7.1f} {row['share_of_peak']:8.0%}")
     return "\n".join(lines)
 
 # %% ../nbs/50_bench.ipynb #733505de
