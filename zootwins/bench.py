@@ -322,7 +322,8 @@ def report(
     for row in rows:
         rates = " ".join(f"{row[engine]:9,.0f}" for engine in ("stock", "vmap", "lanes"))
         span = f"({row['times_stock_lowest']:.1f} to {row['times_stock_highest']:.1f})"
-        lines.append(f"{row['architecture']:14} {row['stage']:9} {row['threads']:7} {rates} {row['times_stock']:8.1f} {span:>15} {row['times_vmap']:7.1f} {row['share_of_peak']:8.0%}")
+        case = f"{row['architecture']:14} {row['stage']:9} {row['threads']:7}"
+        lines.append(f"{case} {rates} {row['times_stock']:8.1f} {span:>15} {row['times_vmap']:7.1f} {row['share_of_peak']:8.0%}")
     return "\n".join(lines)
 
 # %% ../nbs/50_bench.ipynb #733505de
