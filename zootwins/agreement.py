@@ -47,10 +47,6 @@ def agreement_by_partner(
     originals: Tensor,  # uint8 [M, samples]: those of the originals, in the same order
 ) -> pd.DataFrame:      # partner, mean, std, pairs
     "Eq. 1 of twins with their own originals, with the other originals, and with each other."
-    others = ~torch.eye(len(twins), dtype=torch.bool)
-    values = {
-        "its own original": agreement(twins, originals),
-        "other originals": pairwise_agreement(twins, originals)[others],
-        "other twins": pairwise_agreement(twins, twins)[others],
-    }
+    across, among, others = pairwise_agreement(twins, originals), pairwise_agreement(twins, twins), ~torch.eye(len(twins), dtype=torch.bool)
+    values = {"its own original": across.diagonal(), "other originals": across[others], "other twins": among[others]}
     return pd.DataFrame([{"partner": partner, "mean": pairs.mean().item(), "std": pairs.std().item(), "pairs": len(pairs)} for partner, pairs in values.items()])

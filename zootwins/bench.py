@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STAGES', 'SPARSITY', 'ENGINES', 'NETS', 'random_images', 'random_mask', 'random_population', 'rate',
            'population_rate', 'lanes_rate', 'vmap_rate', 'Masked', 'stock_module', 'stock_rate', 'serve', 'Workers',
-           'dense_operations', 'peak', 'measure', 'row', 'growth', 'figure_rates', 'report', 'main']
+           'dense_operations', 'peak', 'measure', 'spread', 'row', 'growth', 'figure_rates', 'report', 'main']
 
 # %% ../nbs/50_bench.ipynb #f663e6b5
 import argparse
@@ -263,6 +263,14 @@ def measure(
     return [row(case, {engine: rates[case, engine] for engine in engines}, statistics.median(peaks)) for case in cases]
 
 
+def spread(
+    name: str,            # of what was measured
+    values: list[float],  # in every round
+) -> dict[str, float]:    # the name, and the name with _lowest and _highest
+    "Median and range."
+    return {name: statistics.median(values), f"{name}_lowest": min(values), f"{name}_highest": max(values)}
+
+
 def row(
     case: tuple[str, str, int],     # architecture, stage, threads
     rates: dict[str, list[float]],  # engine -> rate in every round
@@ -272,10 +280,9 @@ def row(
     architecture, stage, threads = case
     result = {"architecture": architecture, "stage": stage, "threads": threads}
     for engine, values in rates.items():
-        result |= {engine: statistics.median(values), f"{engine}_lowest": min(values), f"{engine}_highest": max(values)}
+        result |= spread(engine, values)
     for engine in ("stock", "vmap"):
-        ratios = [lanes / other for lanes, other in zip(rates["lanes"], rates[engine])]
-        result |= {f"times_{engine}": statistics.median(ratios), f"times_{engine}_lowest": min(ratios), f"times_{engine}_highest": max(ratios)}
+        result |= spread(f"times_{engine}", [lanes / other for lanes, other in zip(rates["lanes"], rates[engine])])
     result["share_of_peak"] = result["lanes"] * dense_operations(architecture, stage == "vd") / (peak * threads)
     return result | {"peak": peak}
 

@@ -479,12 +479,12 @@ template <int CI_, int H_, int W_, int CO_, int K_, int P_> struct Convolution {
 
     // Adds to d loss / d weight; `finish` receives each d loss / d input, if they are wanted.
     template <bool inward, class Finish>
-    static void gradients(const V* x, V*, const V* g, const Byte* where, const V* w, V* gw, V* scratch, Finish finish) {
-        weight_gradient(x, g, where, gw);
+    static void gradients(const V* x, const V* g, const V* w, V* gw, const Trace& t, Finish finish) {
+        weight_gradient(x, g, t.where, gw);
         if constexpr (inward) {
-            V* dx = scratch + USED;
-            unpool_all(g, where, scratch);
-            input_gradient(scratch, w, dx);
+            V *before = t.scratch, *dx = t.scratch + USED;
+            unpool_all(g, t.where, before);
+            input_gradient(before, w, dx);
             for (int i = 0; i < INPUTS; ++i) finish(i, dx[i]);
         }
     }
@@ -608,11 +608,10 @@ template <int CI_, int H_, int W_, int CO_> struct Winograd : Convolution<CI_, H
     }
 
     // `finish` receives each window.
-    template <class Meanwhile, class Finish> static void convolve(const V* x, const V* u, const V* bias, Trace& t, Meanwhile meanwhile, Finish finish) {
+    template <class Finish> static void convolve(const V* x, const V* u, const V* bias, Trace& t, Finish finish) {
         V* products = t.scratch;
         transform_inputs(x, t.tiles);
         for (int o = 0; o < CO; o += GROUP) {
-            meanwhile(o / GROUP, CO / GROUP);
             for (int p = 0; p < POINTS; ++p)
                 for (int py = 0; py < PH; ++py) {
                     V sum[GROUP][PAIR] = {};
@@ -637,8 +636,8 @@ template <int CI_, int H_, int W_, int CO_> struct Winograd : Convolution<CI_, H
         }
     }
 
-    template <class Meanwhile> static void forward(const V* x, const V* u, const V* bias, Trace& t, Meanwhile meanwhile) {
-        convolve(x, u, bias, t, meanwhile, [&](int o, int py, int px, auto value) {
+    template <class Meanwhile> static void forward(const V* x, const V* u, const V* bias, Trace& t, Meanwhile) {
+        convolve(x, u, bias, t, [&](int o, int py, int px, auto value) {
             int at = (o * PH + py) * PW + px;
             t.y[at] = Direct::pool(value, t.where[at]);
         });
@@ -648,7 +647,7 @@ template <int CI_, int H_, int W_, int CO_> struct Winograd : Convolution<CI_, H
     template <class Meanwhile>
     static void forward_noisy(const V* u, const V* bias, const V* variance, const V* bias_variance, Trace& t, Meanwhile meanwhile) {
         V* means = t.scratch + PRODUCTS;
-        convolve(t.x, u, bias, t, meanwhile, [&](int o, int py, int px, auto value) {
+        convolve(t.x, u, bias, t, [&](int o, int py, int px, auto value) {
             UNROLL for (int q = 0; q < Q; ++q) means[((o * PH + py) * PW + px) * Q + q] = value(q);
         });
         const V *const inputs[1] = {t.squares}, *const kernels[1] = {variance}, *const biases[1] = {bias_variance};
@@ -659,8 +658,8 @@ template <int CI_, int H_, int W_, int CO_> struct Winograd : Convolution<CI_, H
     }
 
     template <bool inward, class Finish>
-    static void gradients(const V*, V* tiles, const V* g, const Byte* where, const V* u, V* du, V* scratch, Finish finish) {
-        V *dy = tiles + TILES, *back = scratch;  // the gradients of one point, and of all tiles
+    static void gradients(const V*, const V* g, const V* u, V* du, const Trace& t, Finish finish) {
+        V *dy = t.tiles + TILES, *back = t.scratch;  // the gradients of one point, and of all tiles
         for (int p = 0; p < POINTS; ++p) {
             for (int o = 0; o < CO; ++o)
                 for (int py = 0; py < PH; ++py)
@@ -668,7 +667,7 @@ template <int CI_, int H_, int W_, int CO_> struct Winograd : Convolution<CI_, H
                         V sum[2] = {};
                         UNROLL for (int h = 0; h < 2; ++h) {
                             const int at = (o * PH + py) * PW + 2 * a + h;
-                            const Mask winner = widen(where[at]);
+                            const Mask winner = widen(t.where[at]);
                             UNROLL for (int q = 0; q < Q; ++q) sum[q / 2] += winner == q ? winograd::A[2 * h + q % 2][p] * g[at] : V{};
                         }
                         UNROLL for (int r = 0; r < 2; ++r) dy[gradient_at(o, 2 * py + r) + a] = sum[r];
@@ -677,7 +676,7 @@ template <int CI_, int H_, int W_, int CO_> struct Winograd : Convolution<CI_, H
                 for (int i = 0; i < CI; i += 2) {
                     V sum[GROUP][2 * K], *kernels = du + kernel_at(p, o, i, 0);
                     UNROLL for (int c = 0; c < GROUP; ++c) UNROLL for (int k = 0; k < 2 * K; ++k) sum[c][k] = kernels[k * GROUP + c];
-                    const V *left = dy + gradient_at(o, 0), *right = tiles + tile_at(p, i, 0);
+                    const V *left = dy + gradient_at(o, 0), *right = t.tiles + tile_at(p, i, 0);
                     for (int j = 0; j < UH * ACROSS; ++j) {
                         __builtin_prefetch(kernels + GROUP * 2 * K + j, 1);  // what the next block adds to
                         add_product(sum, [&](int c) { return left[c * PADDED + j]; }, [&](int k) { return right[(k / K * DOWN + k % K) * ACROSS + j]; });
@@ -748,7 +747,7 @@ template <int CI_, int CO_> struct Linear {
     }
 
     template <bool inward, class Finish>
-    static void gradients(const V* x, V*, const V* g, const Byte*, const V* w, V* gw, V*, Finish finish) {
+    static void gradients(const V* x, const V* g, const V* w, V* gw, const Trace&, Finish finish) {
         V dx[CI] = {};
         for (int o = 0; o < CO; ++o)
             for (int i = 0; i < CI; ++i) gw[o * CI + i] += g[o] * x[i], dx[i] += g[o] * w[o * CI + i];
@@ -958,12 +957,12 @@ template <class A, class B, class C, class Fc1, class Fc2> struct Network {
         if (noisy) {
             for (int i = 0; i < T::OUTPUTS; ++i) t.gv[i] = t.g[i] * t.ratio[i];
             if constexpr (T::NOISY_BIAS) T::bias_gradient(t.gv, gradient + offset(15 + n));
-            T::template gradients<(n > 0)>(t.x, t.tiles, t.g, t.where, kernel<n>(0), kernel_gradient<n>(0), scratch, [&](int i, V value) { dx[i] = value; });
+            T::template gradients<(n > 0)>(t.x, t.g, kernel<n>(0), kernel_gradient<n>(0), t, [&](int i, V value) { dx[i] = value; });
             if constexpr (T::TRANSFORMED) T::transform_inputs(t.squares, t.tiles);
-            T::template gradients<(n > 0)>(t.squares, t.tiles, t.gv, t.where, kernel<n>(1), kernel_gradient<n>(1), scratch,
+            T::template gradients<(n > 0)>(t.squares, t.gv, kernel<n>(1), kernel_gradient<n>(1), t,
                                            [&](int i, V value) { below[i] *= dx[i] + 2 * t.x[i] * value; });
         } else
-            T::template gradients<(n > 0)>(t.x, t.tiles, t.g, t.where, kernel<n>(0), kernel_gradient<n>(0), scratch, [&](int i, V value) { below[i] *= value; });
+            T::template gradients<(n > 0)>(t.x, t.g, kernel<n>(0), kernel_gradient<n>(0), t, [&](int i, V value) { below[i] *= value; });
         if constexpr (n > 0) backward<n - 1>();
     }
 

@@ -810,13 +810,22 @@ def load_metrics(
     return metrics[wanted & (metrics["level"].isna() | metrics["level"].round(9).isin(levels))].reset_index(drop=True)
 
 
+def _plans_part(
+    population: Population,      # from the plan's store
+    plan: Plan,                  # which may ask for fewer models
+    level: float | None = None,  # of magnitude pruning; none: all there are
+) -> Population:                 # the plan's models
+    "Leave out what a plan does not ask for."
+    rows = population.models["model"] < plan.n_models
+    return population[np.flatnonzero(rows if level is None else rows & np.isclose(population.models["level"], level))]
+
+
 def load_epoch(
     plan: Plan,       # whose store
     epoch: int,       # of variational dropout; 0: before any step
 ) -> Population:      # the plan's models, with their log_sigma2
     "Read one epoch of the trajectory of variational dropout; raises `UserError` if it is not there."
-    whole = load_population(epoch_path(plan.folder / "trajectory" / "vd", epoch))
-    return whole[np.flatnonzero(whole.models["model"] < plan.n_models)]
+    return _plans_part(load_population(epoch_path(plan.folder / "trajectory" / "vd", epoch)), plan)
 
 # %% ../nbs/40_twins.ipynb #c16598f4
 def removal_frequencies(
@@ -828,8 +837,7 @@ def removal_frequencies(
         shares[plan.zoo.name, "vd", None, epoch] = removal_frequency(sparse_masks(load_epoch(plan, epoch).weights), layers)
     pruned = load_population(plan.folder / "mp") if "mp" in made else None
     for level in plan.levels if pruned is not None else ():
-        rows = np.isclose(pruned.models["level"], level) & (pruned.models["model"] < plan.n_models)
-        shares[plan.zoo.name, "mp", level, plan.zoo.mp_epochs] = removal_frequency(pruned[np.flatnonzero(rows)].weights, layers)
+        shares[plan.zoo.name, "mp", level, plan.zoo.mp_epochs] = removal_frequency(_plans_part(pruned, plan, level).weights, layers)
     return stack_frequencies(shares) if shares else pd.DataFrame(columns=FREQUENCY_COLUMNS)
 
 # %% ../nbs/40_twins.ipynb #c0b7f049
@@ -840,8 +848,10 @@ def load_twins(
     epoch: int,    # of variational dropout
 ) -> Population:   # the plan's models, with plain weights
     "Read the twins of one state."
-    twins = load_models(epoch_path(plan.folder / "trajectory" / "vd", epoch) if method == "vd" else plan.folder / "mp")
-    return twins[np.flatnonzero((twins.models["model"] < plan.n_models) & ((method == "vd") | np.isclose(twins.models["level"], level)))]
+    if method == "mp":
+        return _plans_part(load_population(plan.folder / "mp"), plan, level)
+    twins = load_epoch(plan, epoch)
+    return replace(twins, weights=deterministic(twins.weights))
 
 
 def partner_agreements(
@@ -850,15 +860,15 @@ def partner_agreements(
     states: pd.DataFrame,  # from tables.choose_states
 ) -> pd.DataFrame:         # zoo, method, level, epoch, n (models), partner, mean and std in %, pairs; empty for a single model
     "Agreement of the twins of some states with their originals, with other originals and with each other."
-    originals = load_population(plan.folder / "original")
-    predictions, found = predictions_of(originals[np.flatnonzero(originals.models["model"] < plan.n_models)], plan, images), []
-    for state in states.itertuples() if plan.n_models > 1 else ():
-        twins = predictions_of(load_twins(plan, state.method, state.level, state.epoch), plan, images)
-        partners = agreement_by_partner(twins, predictions)
-        of_state = {"zoo": plan.zoo.name, "method": state.method, "level": state.level, "epoch": state.epoch, "n": len(twins)}
+    columns, found = ["zoo", "method", "level", "epoch", "n", "partner", "mean", "std", "pairs"], []
+    if plan.n_models == 1 or states.empty:
+        return pd.DataFrame(columns=columns)
+    originals = predictions_of(_plans_part(load_population(plan.folder / "original"), plan), plan, images)
+    for state in states.itertuples():
+        partners = agreement_by_partner(predictions_of(load_twins(plan, state.method, state.level, state.epoch), plan, images), originals)
+        of_state = {"zoo": plan.zoo.name, "method": state.method, "level": state.level, "epoch": state.epoch, "n": plan.n_models}
         found.append(partners.assign(**of_state, mean=100 * partners["mean"], std=100 * partners["std"]))
-    columns = ["zoo", "method", "level", "epoch", "n", "partner", "mean", "std", "pairs"]
-    return pd.concat(found)[columns].reset_index(drop=True) if found else pd.DataFrame(columns=columns)
+    return pd.concat(found, ignore_index=True)[columns]
 
 # %% ../nbs/40_twins.ipynb #59330d3c
 def _commit() -> str | None:  # none where zootwins does not run from a git checkout of its own
