@@ -84,6 +84,9 @@ def test_true_statements_hold(good, judge, count):
     (c.agreement_60_to_80, {"agreement": -0.1, "mp": {0.9: 0.80}}, [FAILS, FAILS]),
     (c.pruning_preserves_more, {"mp": {0.9: 0.95}, "mp_std": 0.0002}, [HOLDS, HOLDS]),
     (c.pruning_preserves_more, {"mp": {0.9: 0.5}}, [FAILS, FAILS]),
+    (c.agreement_prefers_none, {"mp": {0.9: 0.82}}, [HOLDS]),
+    (c.agreement_prefers_none, {"mp": {0.9: 1.2}}, [FAILS]),
+    (c.agreement_prefers_none, {"mp": {0.9: 0.5}}, [FAILS]),
     (c.pruning_correlates, {"keeps_order": 0.3}, [FAILS, FAILS]),
     (c.best_stay_best, {"keeps_order": -1.0}, [FAILS, FAILS]),
     (c.best_is_best, {"keeps_order": -1.0}, [FAILS, FAILS]),
@@ -135,9 +138,29 @@ def test_every_zoo_gets_its_verdicts(good):
     alone = c.all_claims(good)
     pd.testing.assert_frame_equal(found[found["zoo"] == "usps_seed"].reset_index(drop=True), alone)
     glance = c.verdict_table(found)
-    assert glance.shape == (len(CLAIMS), 3) and glance.loc["larger layers get sparser", "my_zoo"] == OPEN and glance.loc["both degrade above 80 %", "usps_seed"] == f"{HOLDS} (2)"
+    assert set(glance.index.get_level_values("claim")) == {claim.name for claim in CLAIMS} and glance.index.is_unique and list(glance) == ["usps_seed", "mnist_seed", "my_zoo"]
+    assert glance.loc[("larger layers get sparser", "MP"), "my_zoo"] == OPEN and glance.loc[("both degrade above 80 %", "VD"), "usps_seed"].endswith(HOLDS)
     table = c.claims_table(found)
     assert len(table.layout) == len(found) and r"\%" in table.to_latex() and "MNIST (s) Seed: 60 models" in table.caption
+
+
+def test_a_collapsed_population_is_not_called_steady(good):
+    collapsed = good.copy()
+    collapsed.loc[(collapsed["method"] == "mp") & (collapsed["level"] > 0.8), "test_acc"] = 0.1 + 1e-17 * collapsed["model"]
+    of = lambda rows: {found.of: found for found in c.dropout_steadier(rows)}
+    assert of(good)["spread"].verdict == HOLDS and of(collapsed)["spread"].verdict == OPEN and of(collapsed)["loss"].verdict == HOLDS
+
+
+def test_a_sparsity_that_few_models_reach_is_left_out(good):
+    """The advantage up to 80 % is tried at the levels that at least half of the models reach."""
+    models = good["model"].nunique()
+    for kept, levels in ((models // 2, "80%"), (models // 2 - 1, None)):
+        slow = good.copy()
+        late = (slow["method"] == "vd") & (slow["model"] >= kept)
+        slow.loc[late, "sparsity"] = slow.loc[late, "sparsity"].clip(upper=0.75)
+        found = c.dropped_at(slow, 0.8)
+        assert found.count() == (kept if levels else 0) and c.dropped_at(slow, 0.7).count() == models
+        assert ("80%" in c.pruning_better_up_to_80(slow)[0].quantity) == bool(levels)
 
 
 def test_sparsity_is_met_on_a_straight_line(good):
