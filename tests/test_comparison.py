@@ -8,7 +8,7 @@ from scipy import stats
 
 from zootwins.comparison import (
     COMPARED, COMPARISON, LEVEL, POINTS, TESTED, VERDICTS, adjusted, by_design, compare, compare_correlations, compare_layer_spread, compare_means,
-    figure_scorecard, judge, match, regenerated, scorecard, share_grid, side_by_side, worst,
+    beside_print, figure_scorecard, judge, match, regenerated, scorecard, share_grid, side_by_side, worst,
 )
 from zootwins.layers import FREQUENCY_COLUMNS
 from zootwins.metrics import LAYERS, METRIC_COLUMNS
@@ -219,6 +219,16 @@ def test_side_by_side_can_be_saved(comparison, tmp_path):
     row = table.layout.loc[("5", "USPS (s) Seed", "pruned by 50%, epoch 15", "Acc")]
     assert row["Paper"] == "90.1 (1.0)" and row["Verdict"] == "agrees"
     assert table.to_markdown().count("\n") == 4 + len(table.layout) and r"\%" in table.to_latex()
+
+
+@pytest.mark.parametrize("number", COMPARED)
+def test_a_table_beside_the_printed_one_has_every_cell_once(comparison, number):
+    table = beside_print(comparison, number)
+    cells = comparison[(comparison["table"] == number) & comparison["ours_mean"].notna() & (comparison["zoo"] != "")]
+    texts = [text for row in table.layout.to_numpy() for text in row if text]
+    assert len(texts) == len(cells) > 0 and all(" / " in text for text in texts)
+    for verdict in ("near", "differs", "doubtful"):
+        assert sum(text.endswith(f", {verdict}") for text in texts) == (cells["verdict"] == verdict).sum()
 
 
 def test_layer_spread_is_brought_to_the_papers_number_of_models():

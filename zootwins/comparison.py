@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['LEVEL', 'POINTS', 'SMALL', 'EQUIVALENT', 'NEAR', 'VERDICTS', 'TESTED', 'COMPARED', 'CHOSEN', 'CELL', 'SIDES',
            'COMPARISON', 'LABELS', 'regenerated', 'reached', 'paper_models', 'match', 'compare_means',
-           'compare_correlations', 'by_design', 'within', 'judge', 'adjusted', 'compare', 'state_label', 'side_by_side',
-           'scorecard', 'worst', 'compare_layer_spread', 'share_grid', 'figure_scorecard']
+           'compare_correlations', 'by_design', 'within', 'judge', 'adjusted', 'compare', 'state_label', 'labelled',
+           'model_note', 'side_by_side', 'beside_print', 'scorecard', 'worst', 'compare_layer_spread', 'share_grid',
+           'figure_scorecard']
 
 # %% ../nbs/33_comparison.ipynb #a82f0276
 import matplotlib.pyplot as plt
@@ -194,20 +195,46 @@ def state_label(
     return f"pruned by {cell.level:.0%}, epoch {cell.epoch:.0f}" if cell.method == "mp" else f"{METHOD_TITLES['vd'].lower()}, epoch {cell.epoch:.0f}"
 
 
+def labelled(
+    shown: pd.DataFrame,  # cells of a comparison that were regenerated
+) -> pd.DataFrame:        # Table, Zoo, State, Measure, Ours, Paper: text
+    "Name cells and write them as the tables do."
+    text = lambda side: [f"{m:.1f}" if metric in ("pearson", "kendall") else mean_std(m, s) for m, s, metric in zip(shown[f"{side}_mean"], shown[f"{side}_std"], shown["metric"])]
+    return pd.DataFrame({
+        "Table": shown["table"].astype(str), "Zoo": [zoo_title(zoo) if zoo else "All" for zoo in shown["zoo"]],
+        "State": [state_label(cell) for cell in shown.itertuples()], "Measure": shown["layer"].where(shown["layer"] != "", shown["metric"].map(LABELS)),
+        "Ours": text("ours"), "Paper": text("paper"),
+    })
+
+
+def model_note(
+    shown: pd.DataFrame,  # cells of a comparison that were regenerated
+) -> str:                 # a sentence
+    "How many models of each zoo are behind our cells."
+    return model_counts(shown[shown["zoo"] != ""].rename(columns={"ours_n": "n"}).astype({"n": int}))
+
+
 def side_by_side(
     comparison: pd.DataFrame,  # from compare
 ) -> Table:                    # one row per regenerated cell
     "Our cells beside the paper's."
     shown = comparison[comparison["verdict"] != "not run"].reset_index(drop=True)
-    text = lambda side: [f"{m:.1f}" if metric in ("pearson", "kendall") else mean_std(m, s) for m, s, metric in zip(shown[f"{side}_mean"], shown[f"{side}_std"], shown["metric"])]
-    rows = pd.DataFrame({
-        "Table": shown["table"].astype(str), "Zoo": [zoo_title(zoo) if zoo else "All" for zoo in shown["zoo"]],
-        "State": [state_label(cell) for cell in shown.itertuples()], "Measure": shown["layer"].where(shown["layer"] != "", shown["metric"].map(LABELS)),
-        "Ours": text("ours"), "Paper": text("paper"), "Difference": shown["difference"].map("{:+z.1f}".format), "Verdict": shown["verdict"],
-    })
-    counts = model_counts(shown[shown["zoo"] != ""].rename(columns={"ours_n": "n"}).astype({"n": int}))
-    caption = f"Regenerated and printed cells: mean (std) in %, difference in points. {counts}"
+    rows = labelled(shown).assign(Difference=shown["difference"].map("{:+z.1f}".format), Verdict=shown["verdict"])
+    caption = f"Regenerated and printed cells: mean (std) in %, difference in points. {model_note(shown)}"
     return Table("comparison", caption, shown, rows.set_index(["Table", "Zoo", "State", "Measure"]).rename_axis(columns=""))
+
+
+def beside_print(
+    comparison: pd.DataFrame,  # from compare
+    table: int,                # one of COMPARED
+) -> Table:                    # one row per zoo and state, one column per measure; settings of all zoos are left out
+    "One table's cells as ours / printed, with a word on those that do not agree."
+    shown = comparison[(comparison["table"] == table) & (comparison["zoo"] != "") & (comparison["verdict"] != "not run")].reset_index(drop=True)
+    rows, quiet = labelled(shown), shown["verdict"].isin(["agrees", "by design"])
+    rows["text"] = rows["Ours"] + " / " + rows["Paper"] + (", " + shown["verdict"]).where(~quiet, "")
+    layout = rows.pivot(index=["Zoo", "State"], columns="Measure", values="text").fillna("")
+    layout = layout.reindex(index=rows.set_index(["Zoo", "State"]).index.unique(), columns=rows["Measure"].unique()).rename_axis(columns="")
+    return Table(f"table_{table}_beside", f"Table {table}, ours / printed: mean (std) in %; a word says what does not agree. {model_note(shown)}", shown, layout)
 
 # %% ../nbs/33_comparison.ipynb #e9ed408a
 def scorecard(
@@ -283,9 +310,10 @@ def figure_scorecard(
     ax.hlines(np.arange(1, len(zoos)) - 0.5, -0.5, len(tables) - 0.5, color="white", linewidth=1.5)
     ax.vlines(np.arange(1, len(tables)) - 0.5, -0.5, len(zoos) - 0.5, color="white", linewidth=1.5)
     ax.set_xticks(range(len(tables)), [f"Table {table}" if table != "all" else "all" for table in tables])
-    ax.set_yticks(range(len(zoos)), [zoo_title(zoo) for zoo in zoos])
+    counts = comparison.groupby("zoo")["ours_n"].max()
+    ax.set_yticks(range(len(zoos)), [zoo_title(zoo) + (f": {counts[zoo]:,.0f}" if counts[zoo] > 0 else "") for zoo in zoos])
     ax.xaxis.tick_top()
     ax.grid(False)
-    ax.set_title("Cells that agree, of those tested; hatched: printed, not run", fontsize=9, fontweight="normal", color=GREY)
+    ax.set_title("Cells that agree, of those tested (no settings, nothing doubtful), and models; hatched: printed, not run", fontsize=9, fontweight="normal", color=GREY)
     fig.colorbar(image, ax=ax, shrink=0.8, format=lambda value, _: f"{value:.0%}", label="share that agrees")
     return fig
