@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COEFFICIENTS', 'pearson_of_resamples', 'kendall_of_resamples', 'bootstrap_interval', 'correlate', 'paired_accuracy',
-           'correlation']
+           'correlation', 'most_influential']
 
 # %% ../nbs/22_correlation.ipynb #577f43c3
 from collections.abc import Callable
@@ -106,3 +106,18 @@ def correlation(
     tables = [correlate(pairs["before"], pairs["after"], **options).assign(zoo=zoo, **keys) for zoo, pairs in zoos]
     columns = ["zoo", *keys, "coefficient", "value", "low", "high", "n"]
     return pd.concat(tables, ignore_index=True)[columns] if tables else pd.DataFrame(columns=columns)
+
+# %% ../nbs/22_correlation.ipynb #8be960a2
+def most_influential(
+    pairs: pd.DataFrame,  # of one zoo, from paired_accuracy
+) -> pd.Series:           # pearson and kendall of all models; model, and both coefficients without it
+    "The model on which Pearson's r depends most; missing values for fewer than four models."
+    value = lambda name, rows: correlate(rows["before"], rows["after"], resamples=1).set_index("coefficient").loc[name, "value"]
+    whole = {name: value(name, pairs) for name in COEFFICIENTS}
+    if len(pairs) < 4:
+        return pd.Series(whole | dict.fromkeys(["model", "pearson_without", "kendall_without"], np.nan))
+    x, y = pairs["before"].to_numpy(), pairs["after"].to_numpy()
+    r = pearson_of_resamples(x, y, 1 - np.eye(len(pairs)))
+    worst = int(np.nanargmax(np.abs(r - whole["pearson"]))) if np.isfinite(r).any() else 0
+    left = pairs[np.arange(len(pairs)) != worst]
+    return pd.Series(whole | {"model": pairs["model"].iloc[worst]} | {f"{name}_without": value(name, left) for name in COEFFICIENTS})

@@ -279,10 +279,11 @@ def draw_sizes(
     looks: dict[str, dict],  # zoo -> color and marker
 ) -> None:
     "Draw size against sparsity: every layer of every zoo, and the bins with their error bars."
-    for zoo, rows in profile.groupby("zoo", sort=False, observed=True):
-        ax.plot(rows["size"], rows["mean"], linestyle="", alpha=0.75, markersize=4, **looks[zoo])
+    for i, (zoo, rows) in enumerate(profile.groupby("zoo", sort=False, observed=True)):
+        aside = 1.08 ** (i - (profile["zoo"].nunique() - 1) / 2)
+        ax.plot(aside * rows["size"], rows["mean"], linestyle="", alpha=0.75, markersize=4, **looks[zoo])
     bins = bin_layers(profile)
-    ax.errorbar(bins["size"], bins["mean"], bins["std"], **BIN_LOOK, elinewidth=1, capsize=2.5, zorder=3)
+    ax.errorbar(bins["size"], bins["mean"], (bins["std"], bins["std"].clip(upper=1 - bins["mean"])), **BIN_LOOK, elinewidth=1, capsize=2.5, zorder=3)
     ax.set_xscale("log")
     ax.margins(x=0.1)
     ax.set_yscale("log", nonpositive="clip")
@@ -319,7 +320,8 @@ def figure_4(
         draw_sizes(ax, found, looks) if len(found) else no_data(ax, f"variational dropout,\nepoch {epoch},")
     if len(profile):
         log_ticks(axes[0, 0].xaxis, (100, 300, 1000, 3000, 10000), "{:,.0f}".format)
-        log_ticks(axes[0, 0].yaxis, (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1), "{:.0%}".format)
+        low, high = axes[0, 0].get_ylim()
+        log_ticks(axes[0, 0].yaxis, (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1) if high > 5 * low else np.arange(1, 11) / 10, "{:.0%}".format)
         axes[0, 0].set_ylabel("Mean sparsity of the layer")
         fig.supxlabel("Number of weights of the layer", fontsize=9)
     zoos = [Line2D([], [], linestyle="", label=zoo_title(zoo), **looks[zoo]) for zoo in metrics["zoo"].unique()]
@@ -512,11 +514,14 @@ def stretched_ticks(
     high: float,
     at_most: int,  # about so many
 ) -> list[float]:  # accuracies, descending
-    "Ticks within the limits that keep their distance."
-    kept = []
-    for tick in ACCURACY_TICKS[(low <= ACCURACY_TICKS) & (high >= ACCURACY_TICKS)]:
-        if not kept or stretch(kept[-1]) - stretch(tick) > (stretch(high) - stretch(low)) / at_most:
-            kept.append(float(tick))
+    "Ticks within the limits that keep their distance; those of `ACCURACY_TICKS` if there are enough, else every percent."
+    for ticks in (ACCURACY_TICKS, np.arange(100, -1, -1) / 100):
+        kept = []
+        for tick in ticks[(low <= ticks) & (high >= ticks)]:
+            if not kept or stretch(kept[-1]) - stretch(tick) > (stretch(high) - stretch(low)) / at_most:
+                kept.append(float(tick))
+        if len(kept) > 3:
+            break
     return kept
 
 # %% ../nbs/31_figures.ipynb #a08dbf75
@@ -585,7 +590,7 @@ def figure_agreement(
     bar.outline.set_visible(False)
     bar.set_label("Sparsity of the twin")
     percent_axis(bar.ax.yaxis)
-    heading(fig, f"{zoo_title(zoo)}: {metrics['model'].nunique():,} models; r: Pearson, τ: Kendall, with 95 % intervals; grey area: possible by accuracy alone")
+    heading(fig, f"{zoo_title(zoo)}: {metrics['model'].nunique():,} models; r: Pearson, τ: Kendall, with 95 % intervals\ngrey area: possible by accuracy alone; both axes are stretched towards 100 %")
     return fig
 
 # %% ../nbs/31_figures.ipynb #063eea82
@@ -633,10 +638,11 @@ def individuals(
 def describe_model(
     row: pd.Series,          # of `individuals`
     varied: Sequence[str],   # factors that differ between the models
-) -> str:                    # such as "model 3: relu, seed 4", in lines that fit below a panel
-    "Name a model and its generating factors."
+) -> str:                    # such as "model 3 (91.2 %): relu, seed 4" in lines that fit below a panel; "seed 4 (91.2 %)" where nothing else varies
+    "Name a model, the accuracy of its original, and its generating factors."
     write = lambda name: f"{name}\u00a0{short_number(row[name]) if isinstance(row[name], float) else row[name]}" if name in ("seed", "lr", "wd", "dropout") else row[name]
-    return fill(f"model {row['model']}" + (f": {', '.join(map(write, varied))}" if len(varied) else ""), 48)
+    factors, accuracy = ", ".join(map(write, varied)), f"({100 * row['original']:.1f}\u00a0%)"
+    return f"{factors} {accuracy}" if list(varied) == ["seed"] else fill(f"model {row['model']} {accuracy}" + (f": {factors}" if factors else ""), 48)
 
 
 def varied_factors(
@@ -658,7 +664,7 @@ def draw_individuals(
     ax.plot(drops.columns, drops.T, color="#bbbbbb", linewidth=0.5, alpha=min(1, 40 / len(drops)), zorder=1)
     for rows, look in ((table.head(k), LOOKS["mp"]), (table.tail(k), LOOKS["vd"])):
         for i, (_, row) in enumerate(rows.iterrows()):
-            drawn = look | {"marker": MARKERS[i], "linewidth": 1.1, "label": describe_model(row, varied)}
+            drawn = look | {"marker": MARKERS[i], "linewidth": 1.1, "label": describe_model(row, varied), "clip_on": False}
             ax.plot(drops.columns, drops.loc[row["model"]], markevery=marker_steps(drops.shape[1]), **drawn)
         if look is LOOKS["mp"]:
             ax.plot(drops.columns, drops.median(), color="black", linestyle=":", label="median of all", zorder=3)
@@ -687,9 +693,9 @@ def figure_individuals(
         percent_axis(ax.xaxis) if method == "mp" else ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes[0].set_yscale("symlog", linthresh=0.05)
     axes[0].invert_yaxis()
-    log_ticks(axes[0].yaxis, (-0.5, -0.2, -0.1, -0.05, -0.02, 0, 0.02, 0.05, 0.1, 0.2, 0.5, 1), "{:.0%}".format)
-    first_drawn(axes).set_ylabel("Drop in test accuracy")
-    heading(fig, f"{zoo_title(zoo)}: each of {metrics['model'].nunique():,} models; blue: sparsification-friendly, orange dashed: sparsification-hard")
+    log_ticks(axes[0].yaxis, (-0.5, -0.2, -0.1, -0.05, -0.02, 0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8), lambda value: f"{100 * value:.0f}")
+    first_drawn(axes).set_ylabel("Drop in test accuracy, percentage points (below 0: gain)")
+    heading(fig, f"{zoo_title(zoo)}: each of {metrics['model'].nunique():,} models; blue: sparsification-friendly, orange dashed: sparsification-hard\nin brackets: test accuracy of the original")
     return fig
 
 # %% ../nbs/31_figures.ipynb #485d4fce
