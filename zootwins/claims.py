@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['HOLDS', 'FAILS', 'OPEN', 'SHORT', 'COLLAPSED', 'FIGURE_4_EPOCHS', 'TABLE_8_LEVELS', 'CLAIMS', 'CLAIM_COLUMNS',
-           'Finding', 'finding', 'mean_interval', 'bootstrap', 'of_originals', 'pruned', 'levels_of', 'dropped_at',
-           'advantage', 'pruning_better_up_to_80', 'dropout_better_above_80', 'losses_above_80', 'both_degrade',
-           'dropout_steadier', 'accuracy_preserved', 'table_1_twins', 'variation_low', 'gap_lower', 'performance_drops',
-           'layer_states', 'larger_layers_sparser', 'layers_consistent', 'agreement_high', 'agreement_60_to_80',
-           'agreement_prefers_none', 'pruning_preserves_more', 'accuracy_is_proxy', 'table_2_pairs',
-           'pruning_correlates', 'dropout_correlates_less', 'best_tenth', 'best_stay_best', 'best_is_best', 'Claim',
-           'all_claims', 'claims_table', 'verdict_table', 'least_train_test_correlation', 'candidates', 'reproduces',
-           'nearest_candidates', 'common_candidates', 'shifted_gaps']
+           'Finding', 'finding', 'of_method', 'mean_interval', 'bootstrap', 'of_originals', 'pruned', 'levels_of',
+           'dropped_at', 'advantage', 'pruning_better_up_to_80', 'dropout_better_above_80', 'losses_above_80',
+           'both_degrade', 'dropout_steadier', 'accuracy_preserved', 'table_1_twins', 'variation_low', 'gap_lower',
+           'performance_drops', 'layer_states', 'larger_layers_sparser', 'layers_consistent', 'agreement_high',
+           'agreement_60_to_80', 'agreement_prefers_none', 'pruning_preserves_more', 'accuracy_is_proxy',
+           'table_2_pairs', 'pruning_correlates', 'dropout_correlates_less', 'best_tenth', 'best_stay_best',
+           'best_is_best', 'Claim', 'all_claims', 'claims_table', 'verdict_table', 'least_train_test_correlation',
+           'candidates', 'reproduces', 'nearest_candidates', 'common_candidates', 'shifted_gaps']
 
 # %% ../nbs/34_claims.ipynb #ab3ca5c8
 from collections.abc import Callable, Iterator
@@ -58,6 +58,17 @@ def finding(
     value, low, high = map(float, estimate)
     verdict = HOLDS if above < low and high < below else FAILS if high < above or low > below else OPEN
     return Finding(quantity, value, low, high, int(n), verdict, of)
+
+
+def of_method(
+    quantity: str,  # what was measured
+    method: str,    # "mp" or "vd"
+    *estimate,      # the rest as in `finding`
+    about: str = "",  # in a word, where a method has several numbers
+    **bounds: float,
+) -> Finding:
+    "Judge an estimate for the twins of one method."
+    return finding(f"{quantity}, {METHOD_TITLES[method].lower()}", *estimate, of=about + SHORT[method], **bounds)
 
 # %% ../nbs/34_claims.ipynb #40f4c16f
 def mean_interval(
@@ -182,7 +193,7 @@ COLLAPSED = 0.2  # mean accuracy
 def both_degrade(rows: pd.DataFrame) -> list[Finding]:
     "Both methods lose accuracy above 80 %."
     found = losses_above_80(rows)
-    return [finding(f"accuracy lost above 80 %, {METHOD_TITLES[name].lower()}", mean_interval(found[f"{name}_loss"]), len(found), above=0, of=SHORT[name]) for name in ("mp", "vd") if len(found)]
+    return [of_method("accuracy lost above 80 %", name, mean_interval(found[f"{name}_loss"]), len(found), above=0) for name in METHOD_TITLES if len(found)]
 
 
 def dropout_steadier(rows: pd.DataFrame) -> list[Finding]:
@@ -205,7 +216,7 @@ def accuracy_preserved(rows: pd.DataFrame) -> list[Finding]:
     for name, twins in (("mp", pruned(rows, 0.5)), ("vd", dropped_at(rows, 0.5))):
         both = pd.concat([twins, of_originals(rows)], axis=1, join="inner").dropna()
         kept = bootstrap(lambda after, before: after.mean() / before.mean(), *both.to_numpy().T)
-        found += [finding(f"accuracy at 50 % sparsity over that of the originals, {METHOD_TITLES[name].lower()}", kept, len(both), above=0.95, of=SHORT[name])] if len(both) else []
+        found += [of_method("accuracy at 50 % sparsity over that of the originals", name, kept, len(both), above=0.95)] if len(both) else []
     return found
 
 
@@ -224,7 +235,7 @@ def variation_low(rows: pd.DataFrame) -> list[Finding]:
     both = table_1_twins(rows)
     ratio = lambda after, before: after.std() / before.std() if before.std() else np.nan
     what = "standard deviation over models, twins of Table 1 over originals"
-    return [finding(f"{what}, {title.lower()}", bootstrap(ratio, both[name], both["original"]), len(both), below=2, of=SHORT[name]) for name, title in METHOD_TITLES.items() if name in both]
+    return [of_method(what, name, bootstrap(ratio, both[name], both["original"]), len(both), below=2) for name in METHOD_TITLES if name in both]
 
 # %% ../nbs/34_claims.ipynb #9a917501
 def gap_lower(rows: pd.DataFrame) -> list[Finding]:
@@ -247,7 +258,7 @@ def performance_drops(rows: pd.DataFrame) -> list[Finding]:
     last = rows[(rows["method"] == "vd") & last_epoch(rows)].set_index("model")["test_acc"]
     for name, twins in (("mp", pruned(rows, levels[-1]) if levels else last.head(0)), ("vd", last)):
         drop = (of_originals(rows) - twins).dropna()
-        found += [finding(f"accuracy lost by the sparsest twins, {METHOD_TITLES[name].lower()}", mean_interval(drop), len(drop), above=0, of=SHORT[name])] if len(drop) else []
+        found += [of_method("accuracy lost by the sparsest twins", name, mean_interval(drop), len(drop), above=0)] if len(drop) else []
     return found
 
 # %% ../nbs/34_claims.ipynb #9c0735e9
@@ -278,7 +289,7 @@ def larger_layers_sparser(rows: pd.DataFrame) -> list[Finding]:
         ranks = rank(sparsities)
         scale = np.sqrt((ranks**2).sum(axis=-1) * (size**2).sum())
         each = np.divide(ranks @ size, scale, out=np.full(scale.shape, np.nan), where=scale > 0).mean(axis=1)
-        found.append(finding(f"rank correlation of layer size and sparsity, {METHOD_TITLES[name].lower()}", mean_interval(each), len(each), above=0, of=SHORT[name]))
+        found.append(of_method("rank correlation of layer size and sparsity", name, mean_interval(each), len(each), above=0))
     return found
 
 
@@ -290,7 +301,7 @@ def layers_consistent(rows: pd.DataFrame) -> list[Finding]:
         return (within / between).mean() if (between > 0).all() else np.nan
 
     return [
-        finding(f"standard deviation of a layer's sparsity, over models by over layers, {METHOD_TITLES[name].lower()}", bootstrap(ratio, sparsities), len(sparsities), below=0.5, of=SHORT[name])
+        of_method("standard deviation of a layer's sparsity, over models by over layers", name, bootstrap(ratio, sparsities), len(sparsities), below=0.5)
         for name, sparsities in layer_states(rows).items()
     ]
 
@@ -298,13 +309,13 @@ def layers_consistent(rows: pd.DataFrame) -> list[Finding]:
 def agreement_high(rows: pd.DataFrame) -> list[Finding]:
     "Mean agreement of Table 1's twins is at least 60 %."
     both = table_1_twins(rows, "agreement")
-    return [finding(f"mean agreement, {title.lower()}", mean_interval(both[name]), both[name].count(), above=0.6, of=SHORT[name]) for name, title in METHOD_TITLES.items() if name in both]
+    return [of_method("mean agreement", name, mean_interval(both[name]), both[name].count(), above=0.6) for name in METHOD_TITLES if name in both]
 
 
 def agreement_60_to_80(rows: pd.DataFrame) -> list[Finding]:
     "Mean agreement of Table 1's twins is between 60 and 80 %."
     both = table_1_twins(rows, "agreement")
-    return [finding(f"mean agreement, {title.lower()}", mean_interval(both[name]), both[name].count(), above=0.6, below=0.8, of=SHORT[name]) for name, title in METHOD_TITLES.items() if name in both]
+    return [of_method("mean agreement", name, mean_interval(both[name]), both[name].count(), above=0.6, below=0.8) for name in METHOD_TITLES if name in both]
 
 
 def agreement_prefers_none(rows: pd.DataFrame) -> list[Finding]:
@@ -336,12 +347,12 @@ def accuracy_is_proxy(rows: pd.DataFrame) -> list[Finding]:
         x, y = (twins.pivot(index="model", columns=["level", "epoch"], values=measure) for measure in ("test_acc", "agreement"))
         if x.shape[1] > 2:
             over_states = bootstrap(lambda a, b: r(a.mean(axis=0), b.mean(axis=0)), x, y, resamples=300)
-            found.append(finding(f"correlation of mean accuracy and agreement over {x.shape[1]} states, {METHOD_TITLES[name].lower()}", over_states, len(x), above=bound, of=f"states, {SHORT[name]}"))
+            found.append(of_method(f"correlation of mean accuracy and agreement over {x.shape[1]} states", name, over_states, len(x), about="states, ", above=bound))
     accuracy, agreement = table_1_twins(rows), table_1_twins(rows, "agreement")
     for name in METHOD_TITLES:
         if name in accuracy:
             over_models = bootstrap(r, accuracy[name], agreement[name])
-            found.append(finding(f"correlation of accuracy and agreement over models, {METHOD_TITLES[name].lower()}", over_models, len(accuracy), above=bound, of=f"models, {SHORT[name]}"))
+            found.append(of_method("correlation of accuracy and agreement over models", name, over_models, len(accuracy), about="models, ", above=bound))
     return found
 
 # %% ../nbs/34_claims.ipynb #94b6a8b2
@@ -364,8 +375,8 @@ def pruning_correlates(rows: pd.DataFrame) -> list[Finding]:
         return []
     bounds = {"pearson": 0.9, "kendall": 2 / np.pi * np.arcsin(0.9)}
     return [
-        finding(f"{LABELS[row.coefficient]} of accuracies before and after, magnitude pruning", (row.value, row.low, row.high), row.n, above=bounds[row.coefficient], of=LABELS[row.coefficient])
-        for row in correlate(both["before"], both["mp"]).itertuples()
+        finding(f"{name} of accuracies before and after, magnitude pruning", (row.value, row.low, row.high), row.n, above=bounds[row.coefficient], of=name)
+        for row in correlate(both["before"], both["mp"]).itertuples() for name in [LABELS[row.coefficient]]
     ]
 
 

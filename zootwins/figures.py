@@ -590,7 +590,8 @@ def figure_agreement(
     bar.outline.set_visible(False)
     bar.set_label("Sparsity of the twin")
     percent_axis(bar.ax.yaxis)
-    heading(fig, f"{zoo_title(zoo)}: {metrics['model'].nunique():,} models; r: Pearson, τ: Kendall, with 95 % intervals\ngrey area: possible by accuracy alone; both axes are stretched towards 100 %")
+    note = "r: Pearson, τ: Kendall, with 95 % intervals\ngrey area: possible by accuracy alone; both axes are stretched towards 100 %"
+    heading(fig, f"{zoo_title(zoo)}: {metrics['model'].nunique():,} models; {note}")
     return fig
 
 # %% ../nbs/31_figures.ipynb #063eea82
@@ -695,7 +696,8 @@ def figure_individuals(
     axes[0].invert_yaxis()
     log_ticks(axes[0].yaxis, (-0.5, -0.2, -0.1, -0.05, -0.02, 0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8), lambda value: f"{100 * value:.0f}")
     first_drawn(axes).set_ylabel("Drop in test accuracy, percentage points (below 0: gain)")
-    heading(fig, f"{zoo_title(zoo)}: each of {metrics['model'].nunique():,} models; blue: sparsification-friendly, orange dashed: sparsification-hard\nin brackets: test accuracy of the original")
+    note = "blue: sparsification-friendly, orange dashed: sparsification-hard\nin brackets: test accuracy of the original"
+    heading(fig, f"{zoo_title(zoo)}: each of {metrics['model'].nunique():,} models; {note}")
     return fig
 
 # %% ../nbs/31_figures.ipynb #485d4fce
