@@ -7,9 +7,11 @@ import platform
 import shutil
 import signal
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import Phase, given, settings
@@ -21,6 +23,7 @@ from zootwins.core import UserError
 from zootwins.population import from_modules, plain_models, sample_population
 from zootwins.streams import epoch_order, random_normal, stream_keys
 from zootwins.training import Recipe, begin
+from zootwins.twins import resume_state, save_state
 from zootwins.zoos import ZOOS
 
 pytestmark = pytest.mark.skipif(lanes.compiler() is None, reason="no C++ compiler")
@@ -106,6 +109,19 @@ def test_steps_equal_the_reference_in_double_precision(configuration, n):
     assert torch.allclose(expected[0], found[0], atol=1e-12) and torch.equal(expected[1], found[1])
 
 
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+@pytest.mark.parametrize("noisy", [False, True])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_gradients_equal_the_reference_in_single_precision(architecture, noisy, activation):
+    """After one step without momentum the first moment is the gradient, which no optimizer has enlarged; so are the functions that it is made of."""
+    x, y = images(architecture, 3)
+    slow, fast = (make(architecture, activation, "sgd", noisy=noisy, models=4) for _ in range(2))
+    training.train_epoch(slow, x, y, recipe(noisy))
+    lanes.train_epoch(fast, x, y, recipe(noisy))
+    for name, gradient in slow.first.items():
+        assert torch.allclose(gradient, fast.first[name], rtol=1e-4, atol=2e-5 * gradient.abs().amax().item()), name
+
+
 def lane_normals(n, key, site, position, epoch, scalar="double"):
     """The library's own normal numbers, for one image."""
     words = (ctypes.c_uint32 * 2)(*key.tolist())
@@ -162,7 +178,8 @@ def test_models_that_are_not_alike_share_a_block(architecture, options):
     together = make(architecture, models=18, **factors, **options)
     loss, accuracy = lanes.train_epoch(together, x, y, recipe("noisy" in options))
     before = make(architecture, models=18, **factors, **options)
-    judged, classes = lanes.evaluate(before.population.weights, architecture, factors["activation"], x, y)
+    weights = variational.deterministic(before.population.weights) if "noisy" in options else before.population.weights
+    judged, classes = lanes.evaluate(weights, architecture, factors["activation"], x, y)
     for rows in training.groups(before.population.models, training.TORCH):
         group = begin(before.population[rows], before.keys[rows], {name: mask[rows] for name, mask in before.masks.items()})
         group.epoch, group.steps = before.epoch, before.steps
@@ -170,22 +187,25 @@ def test_models_that_are_not_alike_share_a_block(architecture, options):
         assert same(loss[rows], own_loss) and same(accuracy[rows], own_accuracy)
         for part, whole in ((group.population.weights, together.population.weights), (group.first, together.first), (group.second, together.second)):
             assert all(same(tensor, whole[name][rows]) for name, tensor in part.items())
-        own_judged, own_classes = lanes.evaluate(before.population[rows].weights, architecture, before.population.models["activation"].iloc[rows], x, y)
+        own_judged, own_classes = lanes.evaluate({name: tensor[rows] for name, tensor in weights.items()}, architecture, before.population.models["activation"].iloc[rows], x, y)
         assert same(judged[rows], own_judged) and same(classes[rows], own_classes)
     assert training.groups(before.population.models, lanes.LANES) == [sum(training.groups(before.population.models, training.TORCH), [])]
 
 
-def test_resuming_changes_nothing():
+@pytest.mark.parametrize("options", [{}, {"noisy": True}, {"masked": True, "dropout": 0.3}], ids=str)
+def test_resuming_from_disk_changes_nothing(options, tmp_path):
     x, y = images("cnn_small_1ch", 12)
-    straight = make("cnn_small_1ch", models=3)
-    for _ in range(3):
-        lanes.train_epoch(straight, x, y, recipe())
-    resumed = make("cnn_small_1ch", models=3)
-    for _ in range(3):
-        copies = [{name: tensor.clone() for name, tensor in part.items()} for part in (resumed.population.weights, resumed.first, resumed.second)]
-        resumed.population.weights, resumed.first, resumed.second = copies
-        lanes.train_epoch(resumed, x, y, recipe())
-    assert all(torch.equal(tensor, resumed.population.weights[name]) for name, tensor in straight.population.weights.items())
+    straight, before = make("cnn_small_1ch", models=3, **options), make("cnn_small_1ch", models=3, **options)
+    for state, epochs in ((straight, 3), (before, 2)):
+        for _ in range(epochs):
+            lanes.train_epoch(state, x, y, recipe("noisy" in options))
+    save_state(tmp_path / "part", before, pd.DataFrame({"epoch": [before.epoch]}))
+    resumed = make("cnn_small_1ch", models=3, **options)
+    resume_state(tmp_path / "part", resumed)
+    lanes.train_epoch(resumed, x, y, recipe("noisy" in options))
+    assert (resumed.epoch, resumed.steps) == (straight.epoch, straight.steps)
+    for part, other in ((straight.population.weights, resumed.population.weights), (straight.first, resumed.first), (straight.second, resumed.second)):
+        assert part.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in part.items())
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf"), 1e30])
@@ -199,6 +219,18 @@ def test_broken_models_harm_nobody(broken):
     others = [0, 2, 3]
     assert torch.equal(loss[others], expected[others]) and loss[1].isfinite().item() == (broken == 1e30)
     assert all(torch.equal(tensor[others], state.population.weights[name][others]) for name, tensor in healthy.population.weights.items())
+
+
+@pytest.mark.parametrize("row, column", [(0, 0), (0, 1), (1, 0), (1, 1), (27, 27)])
+def test_what_is_no_number_survives_pooling(row, column):
+    """One pixel that is no number, wherever it lies in a pooling window, breaks the loss in both engines."""
+    x, y = images("cnn_small_1ch", 2)
+    x[1, 0, row, column] = float("nan")
+    weights = make("cnn_small_1ch", models=3).population.weights
+    for engine in (training.TORCH, lanes.LANES):
+        assert engine.evaluate(weights, "cnn_small_1ch", ["tanh"] * 3, x, y)[0].isnan().all()
+        state = make("cnn_small_1ch", models=3)
+        assert engine.train_epoch(state, x, y, recipe())[0].isnan().all()
 
 
 def test_saturated_units_move_as_in_the_reference():
@@ -269,6 +301,7 @@ def test_an_interrupted_epoch_changes_nothing():
     x, y = images("cnn_large", 20_000)
     state = make("cnn_large", models=4)
     before = {name: tensor.clone() for name, tensor in state.population.weights.items()}
+    lanes.library()  # built before the clock runs
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs this in the background lets it ignore Ctrl-C
     threading.Timer(0.3, _thread.interrupt_main).start()
     try:
@@ -278,6 +311,21 @@ def test_an_interrupted_epoch_changes_nothing():
         signal.signal(signal.SIGINT, handler)
     assert (state.epoch, state.steps) == (5, 7)
     assert all(torch.equal(tensor, before[name]) for name, tensor in state.population.weights.items())
+
+
+def test_interrupt_ends_work_in_other_threads():
+    x, y = images("cnn_large", 20_000)
+    states = [make("cnn_large", models=2, seed=seed) for seed in range(2)]
+    lanes.library()
+    with ThreadPoolExecutor(2) as pool:
+        running = [pool.submit(lanes.train_epoch, state, x, y, recipe(), 1) for state in states]
+        while len(lanes._under_way) < 2:
+            time.sleep(0.01)
+        lanes.interrupt()
+        for work in running:
+            with pytest.raises(InterruptedError):
+                work.result(timeout=30)
+    assert not lanes._under_way and all(state.epoch == 5 for state in states)
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="these instruction sets belong to x86")
@@ -297,8 +345,8 @@ def test_other_registers_and_compilers_mean_the_same(command, machine, width, mo
         return states
 
     here = trained()
-    flags = [flag.replace("native", machine).replace("-O3", "-O1") for flag in lanes._flags()]
-    monkeypatch.setattr(lanes, "_flags", lambda: flags)
+    flags = [flag.replace("native", machine).replace("-O3", "-O1") for flag in lanes._flags("float")]
+    monkeypatch.setattr(lanes, "_flags", lambda scalar: flags)
     lanes._compile(command, "float", tmp_path / "lanes.so")
     library = ctypes.CDLL(str(tmp_path / "lanes.so"))
     monkeypatch.setattr(lanes, "library", lambda scalar: library)
@@ -310,7 +358,6 @@ def test_other_registers_and_compilers_mean_the_same(command, machine, width, mo
 def test_what_the_engine_cannot_do_is_said():
     x, y = images("cnn_small_1ch", 4)
     state = make("cnn_small_1ch", models=2)
-    assert not lanes.supports("cnn_huge", "tanh") and not lanes.supports("cnn_large", "tanh", "lion")
     with pytest.raises(UserError, match="engine='torch'"):
         lanes.evaluate(state.population.weights, "cnn_huge", ["tanh"] * 2, x, y)
     state.population.models["activation"] = ["tanh", "swish"]
@@ -321,15 +368,74 @@ def test_what_the_engine_cannot_do_is_said():
         training.train_epoch(state, x, y, recipe())
 
 
-def test_without_a_compiler(monkeypatch, tmp_path):
-    monkeypatch.setenv("CXX", str(tmp_path / "none"))
+@pytest.mark.parametrize("spoil, message", [
+    (lambda x, y, models, weights: (x, y + 10), "0 to 9"),
+    (lambda x, y, models, weights: (x, y - 10), "0 to 9"),
+    (lambda x, y, models, weights: (x, y[:2]), "as many labels"),
+    (lambda x, y, models, weights: (x[:0], y[:0]), "at least one"),
+    (lambda x, y, models, weights: (x, y.float()), "whole numbers"),
+    (lambda x, y, models, weights: models.update({"optimizer": ["adam", "lion"]}), "lion"),
+    (lambda x, y, models, weights: models.update({"dropout": [0.0, 1.0]}), "below 1"),
+    (lambda x, y, models, weights: weights.update({"module_list.0.bias": torch.zeros(2, 9)}), r"\[2, 8\]"),
+    (lambda x, y, models, weights: weights.update({"module_list.0.bias": torch.zeros(2, 8).half()}), "float16"),
+    (lambda x, y, models, weights: weights.__delitem__("module_list.0.bias"), "module_list.0.bias"),
+], ids=["label 10", "label -1", "few labels", "no images", "label 0.5", "optimizer", "dropout", "shape", "half precision", "missing"])
+def test_nothing_is_read_from_beyond_a_tensor(spoil, message):
+    x, y = images("cnn_small_1ch", 4)
+    state = make("cnn_small_1ch", models=2)
+    columns = {}
+    x, y = spoil(x, y, columns, state.population.weights) or (x, y)
+    state.population.models = state.population.models.assign(**columns)
+    before = {name: tensor.clone() for name, tensor in state.population.weights.items()}
+    with pytest.raises(UserError, match=message):
+        lanes.train_epoch(state, x, y, recipe())
+    assert state.epoch == 5 and all(torch.equal(tensor, before[name]) for name, tensor in state.population.weights.items())
+
+
+def test_the_kind_of_models_has_to_fit_the_recipe():
+    x, y = images("cnn_small_1ch", 4)
+    plain, noisy = make("cnn_small_1ch"), make("cnn_small_1ch", noisy=True)
+    with pytest.raises(UserError, match="begin_variational"):
+        lanes.train_epoch(plain, x, y, recipe(noisy=True))
+    with pytest.raises(UserError, match="deterministic"):
+        lanes.train_epoch(noisy, x, y, recipe())
+    with pytest.raises(UserError, match="deterministic"):
+        lanes.evaluate(noisy.population.weights, "cnn_small_1ch", ["tanh"] * 2, x, y)
+    with pytest.raises(UserError, match="at least one image"):
+        lanes.train_epoch(plain, x, y, recipe(batch=0))
+
+
+def test_labels_of_any_whole_type():
+    x, y = images("cnn_small_1ch", 4)
+    weights = make("cnn_small_1ch").population.weights
+    expected = lanes.evaluate(weights, "cnn_small_1ch", ["tanh"] * 2, x, y)
+    for kind in (torch.int32, torch.uint8):
+        assert all(torch.equal(a, b) for a, b in zip(expected, lanes.evaluate(weights, "cnn_small_1ch", ["tanh"] * 2, x, y.to(kind))))
+
+
+@pytest.fixture
+def fresh_library():
     lanes.library.cache_clear()
-    assert lanes.compiler() is None and not lanes.available()
-    with pytest.raises(UserError, match="install g"):
-        lanes.library()
-    monkeypatch.undo()
+    yield
     lanes.library.cache_clear()
-    assert lanes.available()
+
+
+def test_compilers_and_folders_that_do_not_work(fresh_library, monkeypatch, tmp_path):
+    """Whatever keeps the library from being built or loaded is told in one sentence, and nothing else is raised."""
+    (tmp_path / "file").write_text("")
+    with monkeypatch.context() as patch:
+        patch.setenv("CXX", shutil.which("false"))
+        assert "could not be built with" in lanes.why_unavailable()
+    with monkeypatch.context() as patch:
+        patch.setattr(lanes, "cache_folder", lambda: tmp_path / "file" / "cache")
+        assert "see that the folder can be written" in lanes.why_unavailable()
+    with monkeypatch.context() as patch:
+        patch.setattr(lanes, "cache_folder", lambda: tmp_path)
+        path = lanes._library_path(lanes.compiler(), "float")
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"no library")
+        assert "not be loaded from there" in lanes.why_unavailable()
+    assert lanes.why_unavailable() == ""
 
 
 def test_building(monkeypatch, tmp_path):

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import torch
 
-from zootwins import twins
+from zootwins import lanes, twins
 from zootwins.core import UserError
 from zootwins.datasets import load_images, subset
 from zootwins.metrics import METRIC_COLUMNS
@@ -124,6 +124,24 @@ def test_blocks_hold_what_an_engine_can_train_together(engine, width, kinds):
     assert sorted(m for part in parts for m in part["model"]) == list(range(400))
     assert max(len(part) for part in parts) == min(width, max(map(len, groups(models, engine))))
     assert max(models.iloc[part["model"]][["activation", "optimizer", "dropout"]].drop_duplicates().shape[0] for part in parts) == kinds
+
+
+def test_without_a_compiler_the_reference_engine_takes_over(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("CXX", str(tmp_path / "none"))
+    lanes.library.cache_clear()
+    try:
+        assert twins.choose_engine("auto", "cpu", "cnn_large") is TORCH
+        said = capsys.readouterr().out
+        assert said.count("\n") == 1 and "install g++ or clang++" in said
+        with pytest.raises(UserError, match="install g"):
+            twins.choose_engine("lanes", "cpu", "cnn_large")
+    finally:
+        lanes.library.cache_clear()
+
+
+def test_the_lanes_say_what_they_cannot_train(capsys):
+    assert twins.choose_engine("auto", "cpu", "mlp") is TORCH and "and not mlp" in capsys.readouterr().out
+    assert "CPU only" in twins.why_no_lanes("cuda", "cnn_large")
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])

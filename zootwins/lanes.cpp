@@ -2,10 +2,16 @@
 //
 // A register holds one number of L different models (L = 16 with AVX-512). Every weight, activation and gradient below is
 // such a register-wide value `V`: element l belongs to the l-th model of the block. What a scalar program would do for one
-// model, this program does for L models in the same number of instructions, with no padding, no remainder loops and no
-// layout changes inside a layer. No operation ever crosses lanes, hence a model's bits depend on nothing but itself.
+// model, this program does for L models in the same number of instructions. Only `gather`, which turns images into lanes,
+// moves numbers from lane to lane; nothing that is calculated does, hence a model's bits depend on nothing but itself.
 //
-// The file reads bottom-up: vectors, elementary functions, random numbers, layers, the network, one epoch, the C interface.
+// The file reads bottom-up: vectors, elementary functions, random numbers, activations, layers, what Python hands over, the
+// network with its optimizers, one epoch of training, evaluation, the C interface.
+//
+// Short names, in all layers: CI and CO are the numbers of input and output channels (or units), H and WIDTH the size of the
+// input, K that of the kernel (KK = K * K), P that of the pooling window (Q = P * P), OH and OW the output before pooling, PH and
+// PW after it, UH and UW the part before it that pooling uses. w and b are weights and biases, x inputs, y outputs, g gradients
+// of the loss: gw with respect to weights, gb with respect to biases, gv with respect to the variances of variational layers.
 
 #include <algorithm>
 #include <chrono>
@@ -13,6 +19,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <new>
 #include <utility>
 #include <vector>
@@ -382,10 +389,12 @@ template <int CI_, int H_, int W_, int CO_, int K_, int P_> struct Convolution {
             }
     }
 
-    // The first largest value of a window wins.
+    // The first largest value of a window wins; a value that is no number makes the window one.
     template <class G> static inline V pool(G value, Byte& where) {
         V best = value(0);
-        UNROLL for (int q = 1; q < Q; ++q) best = larger(best, value(q));
+        Mask broken = best != best;
+        UNROLL for (int q = 1; q < Q; ++q) best = larger(best, value(q)), broken |= value(q) != value(q);
+        best = broken ? splat(NAN) : best;
         Mask winner = Mask{} + (Q - 1);
         UNROLL for (int q = Q - 2; q >= 0; --q) winner = value(q) == best ? Mask{} + q : winner;
         where = narrow(winner);
@@ -657,61 +666,79 @@ template <int CI_, int H_, int W_, int CO_> struct Winograd : Convolution<CI_, H
         });
     }
 
+    // A^T dy for one point: the gradients of four neighbouring outputs, of which pooling lets through one in four.
+    static inline void transform_outputs(int p, const V* g, const Byte* where, V* dy) {
+        for (int o = 0; o < CO; ++o)
+            for (int py = 0; py < PH; ++py)
+                UNROLL for (int a = 0; a < ACROSS; ++a) {
+                    V sum[2] = {};
+                    UNROLL for (int h = 0; h < 2; ++h) {
+                        const int at = (o * PH + py) * PW + 2 * a + h;
+                        const Mask winner = widen(where[at]);
+                        UNROLL for (int q = 0; q < Q; ++q) sum[q / 2] += winner == q ? winograd::A[2 * h + q % 2][p] * g[at] : V{};
+                    }
+                    UNROLL for (int r = 0; r < 2; ++r) dy[gradient_at(o, 2 * py + r) + a] = sum[r];
+                }
+    }
+
+    // Adds one point's sums over all tiles to d (G w).
+    static inline void kernel_gradient(int p, const V* dy, const V* tiles, V* du) {
+        for (int o = 0; o < CO; o += GROUP)
+            for (int i = 0; i < CI; i += 2) {
+                V sum[GROUP][2 * K], *kernels = du + kernel_at(p, o, i, 0);
+                UNROLL for (int c = 0; c < GROUP; ++c) UNROLL for (int k = 0; k < 2 * K; ++k) sum[c][k] = kernels[k * GROUP + c];
+                const V *left = dy + gradient_at(o, 0), *right = tiles + tile_at(p, i, 0);
+                for (int j = 0; j < UH * ACROSS; ++j) {
+                    __builtin_prefetch(kernels + GROUP * 2 * K + j, 1);  // what the next block adds to
+                    add_product(sum, [&](int c) { return left[c * PADDED + j]; }, [&](int k) { return right[(k / K * DOWN + k % K) * ACROSS + j]; });
+                }
+                UNROLL for (int c = 0; c < GROUP; ++c) UNROLL for (int k = 0; k < 2 * K; ++k) kernels[k * GROUP + c] = sum[c][k];
+            }
+    }
+
+    // d (B d) of one point, two rows of tiles at a time; half of the output channels after the other, whose kernels stay in the first cache.
+    static inline void tile_gradient(int p, const V* dy, const V* u, V* back) {
+        for (int i = 0; i < CI; i += GROUP)
+            for (int half = 0; half < CO; half += CO / 2)
+                for (int y = 0; y < DOWN; y += 2) {
+                    V sum[GROUP][PAIR];
+                    UNROLL for (int c = 0; c < GROUP; ++c) UNROLL for (int j = 0; j < PAIR; ++j) sum[c][j] = half ? back[tile_at(p, i + c, y) + j] : V{};
+                    const int first = std::max(0, y - UH + 1), last = std::min(K - 1, y + 1);
+                    for (int ky = first; ky <= last; ++ky)
+                        for (int o = half; o < half + CO / 2; o += GROUP) {
+                            const V *kernel = u + kernel_at(p, o, i, ky), *right = dy + gradient_at(o, y - ky);
+                            ROLL for (int b = 0; b < GROUP; ++b)
+                                add_product(sum, [&](int c) { return kernel[c * K * GROUP + b]; }, [&](int j) { return right[b * PADDED + j]; });
+                        }
+                    UNROLL for (int c = 0; c < GROUP; ++c) UNROLL for (int j = 0; j < PAIR; ++j) back[tile_at(p, i + c, y) + j] = sum[c][j];
+                }
+    }
+
+    // B^T: tiles overlap by two inputs.
+    template <class Finish> static inline void transform_back(const V* back, Finish finish) {
+        for (int i = 0; i < CI; ++i)
+            for (int y = 0; y < H; ++y) {
+                V line[WIDTH] = {};
+                if (y < DOWN)
+                    UNROLL for (int a = 0; a < ACROSS; ++a) {
+                        V in[POINTS], out[6];
+                        UNROLL for (int p = 0; p < POINTS; ++p) in[p] = back[tile_at(p, i, y) + a];
+                        apply_transposed(winograd::B, in, out);
+                        UNROLL for (int c = 0; c < 6; ++c) line[STEP * a + c] += out[c];
+                    }
+                UNROLL for (int c = 0; c < WIDTH; ++c) finish((i * H + y) * WIDTH + c, line[c]);
+            }
+    }
+
     template <bool inward, class Finish>
     static void gradients(const V*, const V* g, const V* u, V* du, const Trace& t, Finish finish) {
         V *dy = t.tiles + TILES, *back = t.scratch;  // the gradients of one point, and of all tiles
         for (int p = 0; p < POINTS; ++p) {
-            for (int o = 0; o < CO; ++o)
-                for (int py = 0; py < PH; ++py)
-                    UNROLL for (int a = 0; a < ACROSS; ++a) {
-                        V sum[2] = {};
-                        UNROLL for (int h = 0; h < 2; ++h) {
-                            const int at = (o * PH + py) * PW + 2 * a + h;
-                            const Mask winner = widen(t.where[at]);
-                            UNROLL for (int q = 0; q < Q; ++q) sum[q / 2] += winner == q ? winograd::A[2 * h + q % 2][p] * g[at] : V{};
-                        }
-                        UNROLL for (int r = 0; r < 2; ++r) dy[gradient_at(o, 2 * py + r) + a] = sum[r];
-                    }
-            for (int o = 0; o < CO; o += GROUP)
-                for (int i = 0; i < CI; i += 2) {
-                    V sum[GROUP][2 * K], *kernels = du + kernel_at(p, o, i, 0);
-                    UNROLL for (int c = 0; c < GROUP; ++c) UNROLL for (int k = 0; k < 2 * K; ++k) sum[c][k] = kernels[k * GROUP + c];
-                    const V *left = dy + gradient_at(o, 0), *right = t.tiles + tile_at(p, i, 0);
-                    for (int j = 0; j < UH * ACROSS; ++j) {
-                        __builtin_prefetch(kernels + GROUP * 2 * K + j, 1);  // what the next block adds to
-                        add_product(sum, [&](int c) { return left[c * PADDED + j]; }, [&](int k) { return right[(k / K * DOWN + k % K) * ACROSS + j]; });
-                    }
-                    UNROLL for (int c = 0; c < GROUP; ++c) UNROLL for (int k = 0; k < 2 * K; ++k) kernels[k * GROUP + c] = sum[c][k];
-                }
-            if constexpr (inward)
-                for (int i = 0; i < CI; i += GROUP)
-                    for (int half = 0; half < CO; half += CO / 2)  // their kernels stay in the first cache
-                        for (int y = 0; y < DOWN; y += 2) {
-                            V sum[GROUP][PAIR];
-                            UNROLL for (int c = 0; c < GROUP; ++c) UNROLL for (int j = 0; j < PAIR; ++j) sum[c][j] = half ? back[tile_at(p, i + c, y) + j] : V{};
-                            const int first = std::max(0, y - UH + 1), last = std::min(K - 1, y + 1);
-                            for (int ky = first; ky <= last; ++ky)
-                                for (int o = half; o < half + CO / 2; o += GROUP) {
-                                    const V *kernel = u + kernel_at(p, o, i, ky), *right = dy + gradient_at(o, y - ky);
-                                    ROLL for (int b = 0; b < GROUP; ++b)
-                                        add_product(sum, [&](int c) { return kernel[c * K * GROUP + b]; }, [&](int j) { return right[b * PADDED + j]; });
-                                }
-                            UNROLL for (int c = 0; c < GROUP; ++c) UNROLL for (int j = 0; j < PAIR; ++j) back[tile_at(p, i + c, y) + j] = sum[c][j];
-                        }
+            transform_outputs(p, g, t.where, dy);
+            kernel_gradient(p, dy, t.tiles, du);
+            if constexpr (inward) tile_gradient(p, dy, u, back);
         }
-        if constexpr (inward)
-            for (int i = 0; i < CI; ++i)
-                for (int y = 0; y < H; ++y) {
-                    V line[WIDTH] = {};
-                    if (y < DOWN)
-                        UNROLL for (int a = 0; a < ACROSS; ++a) {
-                            V in[POINTS], out[6];
-                            UNROLL for (int p = 0; p < POINTS; ++p) in[p] = back[tile_at(p, i, y) + a];
-                            apply_transposed(winograd::B, in, out);
-                            UNROLL for (int c = 0; c < 6; ++c) line[STEP * a + c] += out[c];
-                        }
-                    UNROLL for (int c = 0; c < WIDTH; ++c) finish((i * H + y) * WIDTH + c, line[c]);
-                }
+        if constexpr (inward) transform_back(back, finish);
     }
 };
 
@@ -880,7 +907,7 @@ template <class A, class B, class C, class Fc1, class Fc2> struct Network {
     explicit Network(const Job& j)
         : job(j), noisy(j.variational), tensors(noisy ? 18 : 10), parameters(offset(tensors)), weights(parameters), gradient(parameters), first(parameters),
           second(parameters), variance(offset(10)), image(A::INPUTS), dx(INPUTS), scratch(SCRATCH), transformed((noisy ? 4 : 2) * TRANSFORMED), space(trace_size()), masks(parameters),
-          winners(A::OUTPUTS + B::OUTPUTS + C::OUTPUTS + 64) {
+          winners(A::OUTPUTS + B::OUTPUTS + C::OUTPUTS + Fc1::OUTPUTS + Fc2::OUTPUTS) {
         V* next = space;
         Byte* winner = winners;
         lay_out<0>(next, winner);
@@ -991,9 +1018,9 @@ template <class A, class B, class C, class Fc1, class Fc2> struct Network {
         for_each_noisy([&](int plain, int log_sigma2, Scalar bound) {
             V w = weights[plain], size = (w < 0 ? -w : w) + Scalar(1e-15), sign = w > 0 ? splat(1) : (w < 0 ? splat(-1) : V{});
             Mask inside;
-            V la = log_alpha(w, weights[log_sigma2], bound, inside), alpha = exponential(la), by_variance = gradient[log_sigma2];
-            V s = logistic(k2 + k3 * la);
-            V kl = -k1 * k3 * s * (1 - s) - Scalar(0.5) * logistic(-la);
+            V log_alpha = ::log_alpha(w, weights[log_sigma2], bound, inside), alpha = exponential(log_alpha), by_variance = gradient[log_sigma2];
+            V s = logistic(k2 + k3 * log_alpha);
+            V kl = -k1 * k3 * s * (1 - s) - Scalar(0.5) * logistic(-log_alpha);
             V by_log_alpha = by_variance * (alpha * w * w) + Scalar(job.kl_weight) * kl;
             by_log_alpha = inside ? by_log_alpha : V{};
             gradient[plain] += by_variance * alpha * 2 * w - by_log_alpha * 2 * sign / size;
@@ -1192,12 +1219,12 @@ enum Result { DONE, STOPPED, UNKNOWN_ARCHITECTURE, OUT_OF_MEMORY };
 
 template <class G> static int with_network(const Job& job, G go) {
     FlushDenormals flush;
-    auto run = [&](auto* network) { bool done = go(*network); delete network; return done ? DONE : STOPPED; };
+    auto run = [&](auto network) { return go(*network) ? DONE : STOPPED; };
     try {
         switch (job.architecture) {
-        case 0: return run(new Small1(job));
-        case 1: return run(new Small3(job));
-        case 2: return run(new Large(job));
+        case 0: return run(std::make_unique<Small1>(job));
+        case 1: return run(std::make_unique<Small3>(job));
+        case 2: return run(std::make_unique<Large>(job));
         }
     } catch (const std::bad_alloc&) { return OUT_OF_MEMORY; }
     return UNKNOWN_ARCHITECTURE;

@@ -43,7 +43,7 @@ from .agreement import agreement, agreement_by_partner
 from .architectures import ACTIVATIONS, build, layer_names
 from .core import UserError, atomic_path, check_name, project_root, read_json, write_json
 from .datasets import Images
-from .lanes import IMAGE_SHAPES, LANES, available, processors
+from .lanes import IMAGE_SHAPES, LANES, processors, why_unavailable
 from .layers import FREQUENCY_COLUMNS, removal_frequency, stack_frequencies
 from .magnitude import apply_masks, check_level, magnitude_masks
 from .metrics import KEYS, read_metrics, sparsity, tidy
@@ -209,9 +209,9 @@ def choose_engine(
     if not reason:
         return LANES
     if name == "lanes":
-        raise UserError(f"The lanes cannot train this zoo: {reason}. Use engine torch.")
+        raise UserError(reason)
     if device == "cpu":
-        print(f"PyTorch trains this zoo, many times slower than the lanes could: {reason}.")
+        print(f"PyTorch trains this zoo, many times slower than the lanes could. {reason}")
     return TORCH
 
 
@@ -219,12 +219,12 @@ def why_no_lanes(
     device: str,        # "cpu" or "cuda"
     architecture: str,  # of the zoo
 ) -> str:               # empty if the lanes can train it here
-    "Why the fast engine cannot be used."
+    "Why the fast engine cannot be used, and what to do, in a sentence."
     if device != "cpu":
-        return "they run on the CPU only"
+        return "The lanes run on the CPU only: use device cpu, or engine torch."
     if architecture not in IMAGE_SHAPES:
-        return f"they know {', '.join(IMAGE_SHAPES)} and not {architecture}"
-    return "" if available() else "no working C++ compiler was found; install g++ or clang++"
+        return f"The lanes know {', '.join(IMAGE_SHAPES)} and not {architecture}: use engine torch."
+    return why_unavailable()
 
 # %% ../nbs/40_twins.ipynb #510118f2
 def _folder(
