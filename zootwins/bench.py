@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STAGES', 'SPARSITY', 'ENGINES', 'TITLES', 'NETS', 'GROWTH', 'random_images', 'random_mask', 'random_population',
            'rate', 'population_rate', 'lanes_rate', 'vmap_rate', 'Masked', 'stock_module', 'stock_rate', 'serve',
-           'Workers', 'dense_operations', 'peak', 'measure', 'spread', 'row', 'growth', 'figure_rates', 'figure_growth',
-           'report', 'machine', 'main']
+           'Workers', 'dense_operations', 'peak', 'measure', 'spread', 'row', 'growth', 'error_bars', 'figure_rates',
+           'figure_growth', 'report', 'machine', 'main']
 
 # %% ../nbs/50_bench.ipynb #f663e6b5
 import argparse
@@ -307,6 +307,14 @@ TITLES = {"original": "original", "mp": "pruned", "vd": "variational"}
 NETS = {"cnn_small_1ch": "CNN small, 1 channel", "cnn_small_3ch": "CNN small, 3 channels", "cnn_large": "CNN large"}
 
 
+def error_bars(
+    rows: list[dict],  # with medians and ranges, as `spread` names them
+    name: str,         # of what was measured
+) -> list[list[float]]:  # below and above the median
+    "How far a range reaches from its median."
+    return [[row[name] - row[f"{name}_lowest"] for row in rows], [row[f"{name}_highest"] - row[name] for row in rows]]
+
+
 @styled
 def figure_rates(
     rows: list[dict],  # from `measure`
@@ -316,8 +324,7 @@ def figure_rates(
     figure, axis = plt.subplots(figsize=(8.4, 3.6), layout="constrained")
     for k, ((engine, label), hatch) in enumerate(zip(ENGINES.items(), ("", "///", "..."))):
         heights = [row[engine] for row in rows]
-        errors = [[row[engine] - row[f"{engine}_lowest"] for row in rows], [row[f"{engine}_highest"] - row[engine] for row in rows]]
-        axis.bar([i + 0.27 * k for i in range(len(rows))], heights, 0.25, yerr=errors, label=label, color=COLOURS[k], hatch=hatch, edgecolor="white", linewidth=0)
+        axis.bar([i + 0.27 * k for i in range(len(rows))], heights, 0.25, yerr=error_bars(rows, engine), label=label, color=COLOURS[k], hatch=hatch, edgecolor="white", linewidth=0)
     for i, row in enumerate(rows):
         axis.annotate(f"{row['times_stock']:.0f}x", (i + 0.54, row["lanes_highest"]), ha="center", va="bottom", fontsize=8.5)
     axis.set(yscale="log", ylabel="Model-samples per second, one core", xticks=[i + 0.27 for i in range(len(rows))])
@@ -336,13 +343,12 @@ def figure_growth(
     figure, axes = plt.subplots(1, 2, figsize=(8.4, 2.6), layout="constrained", sharey=True)
     for axis, what, colour in zip(axes, ("models", "images"), COLOURS):
         rows = [row for row in grown if row["what"] == what]
-        median, lowest, highest = ([row[name] for row in rows] for name in ("rate", "rate_lowest", "rate_highest"))
-        errors = [[m - low for m, low in zip(median, lowest)], [high - m for m, high in zip(median, highest)]]
-        axis.errorbar([row["size"] for row in rows], median, errors, color=colour, marker="o", capsize=3)
-        axis.set(xscale="log", xlabel=f"Number of {what}", ylim=(0, 1.05 * max(row["rate_highest"] for row in grown)))
-        axis.set_xticks([row["size"] for row in rows], [f"{row['size']:,}" for row in rows])
+        sizes = [row["size"] for row in rows]
+        axis.errorbar(sizes, [row["rate"] for row in rows], error_bars(rows, "rate"), color=colour, marker="o", capsize=3)
+        axis.set(xscale="log", xlabel=f"Number of {what}")
+        axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
         axis.minorticks_off()
-    axes[0].set_ylabel("Model-samples per second")
+    axes[0].set(ylabel="Model-samples per second", ylim=(0, 1.05 * max(row["rate_highest"] for row in grown)))
     axes[0].yaxis.set_major_formatter("{x:,.0f}")
     return figure
 

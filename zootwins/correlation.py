@@ -112,12 +112,12 @@ def most_influential(
     pairs: pd.DataFrame,  # of one zoo, from paired_accuracy
 ) -> pd.Series:           # pearson and kendall of all models; model, and both coefficients without it
     "The model on which Pearson's r depends most; missing values for fewer than four models."
-    value = lambda name, rows: correlate(rows["before"], rows["after"], resamples=1).set_index("coefficient").loc[name, "value"]
-    whole = {name: value(name, pairs) for name in COEFFICIENTS}
+    coefficients = lambda rows: correlate(rows["before"], rows["after"], resamples=1).set_index("coefficient")["value"].to_dict()
+    whole = coefficients(pairs)
     if len(pairs) < 4:
         return pd.Series(whole | dict.fromkeys(["model", "pearson_without", "kendall_without"], np.nan))
     x, y = pairs["before"].to_numpy(), pairs["after"].to_numpy()
     r = pearson_of_resamples(x, y, 1 - np.eye(len(pairs)))
     worst = int(np.nanargmax(np.abs(r - whole["pearson"]))) if np.isfinite(r).any() else 0
-    left = pairs[np.arange(len(pairs)) != worst]
-    return pd.Series(whole | {"model": pairs["model"].iloc[worst]} | {f"{name}_without": value(name, left) for name in COEFFICIENTS})
+    without = coefficients(pairs[np.arange(len(pairs)) != worst])
+    return pd.Series(whole | {"model": pairs["model"].iloc[worst]} | {f"{name}_without": value for name, value in without.items()})

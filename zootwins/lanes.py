@@ -261,8 +261,10 @@ def _run(
                 start = next(starts, None)
             if start is None:
                 return
-            codes.append(getattr(engine, function)(ctypes.byref(job), ctypes.c_int64(start), ctypes.byref(stop)))
-            stop.value |= codes[-1] != DONE  # one failure ends all
+            code = getattr(engine, function)(ctypes.byref(job), ctypes.c_int64(start), ctypes.byref(stop))
+            codes.append(code)
+            if code != DONE:  # one failure ends all
+                stop.value = 1
 
     blocks, workers = -(-job.models // width), []
     _under_way.append(stop)
