@@ -26,8 +26,8 @@ def test_every_module_has_its_notebook_and_every_notebook_its_module():
     assert modules == set(default_exports())
 
 
-@pytest.mark.parametrize("name", ["nbdev", "fastcore", "IPython"])
-def test_the_package_does_not_need_the_tools_it_is_written_with(name):
+@pytest.mark.parametrize("name", ["nbdev", "fastcore", "IPython", "tqdm.auto"])
+def test_importing_the_package_needs_neither_the_tools_it_is_written_with_nor_widgets(name):
     code = f"import sys, importlib, pkgutil, zootwins\nsys.modules[{name!r}] = None\n"
     code += "[importlib.import_module(f'zootwins.{m.name}') for m in pkgutil.iter_modules(zootwins.__path__) if m.name != '_modidx']"
     subprocess.run([sys.executable, "-c", code], check=True, cwd="/")

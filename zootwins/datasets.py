@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['RECONSTRUCT', 'ARRAY_NAMES', 'DATA_SETS', 'Images', 'subset', 'read_idx', 'decode_idx', 'decode_svhn', 'decode_usps',
            'ArrayUnpickler', 'decode_cifar', 'decode_stl', 'decode_digits', 'ImageFile', 'DataSet', 'find_file',
-           'check_md5', 'fetch_file', 'read_archive', 'read_files', 'check_arrays', 'decode_half', 'decode_files',
-           'read_decoded', 'data_folders', 'cached', 'decoded', 'to_grey', 'resize', 'prepare', 'prepared', 'normalise',
-           'split_order', 'load_images']
+           'check_md5', 'quiet_pooch', 'fetch_file', 'read_archive', 'read_files', 'check_arrays', 'decode_half',
+           'decode_files', 'read_decoded', 'data_folders', 'cached', 'decoded', 'to_grey', 'resize', 'prepare',
+           'prepared', 'normalise', 'split_order', 'load_images']
 
 # %% ../nbs/02_datasets.ipynb #00d6275a
 import bz2
@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -250,15 +251,21 @@ def check_md5(
                         "Delete it and run again to fetch it anew, or put the right file in its place.")
 
 # %% ../nbs/02_datasets.ipynb #e70df7e8
+def quiet_pooch() -> ModuleType:  # the library that downloads
+    "Import pooch when something has to be fetched, without its words about widgets, which are not needed here."
+    with warnings.catch_warnings(action="ignore"):
+        import pooch
+    pooch.get_logger().setLevel("WARNING")
+    return pooch
+
+
 def fetch_file(
     file: ImageFile,     # one official file that has an address
     data_set: DataSet,   # what it belongs to
     folder: Path,        # the data folder to write to
 ) -> Path:               # where the file lies now
     "Download a file and verify its MD5 sum; raises `UserError` if it cannot be had."
-    with warnings.catch_warnings(action="ignore"):
-        import pooch
-    pooch.get_logger().setLevel("WARNING")
+    pooch = quiet_pooch()
     place = folder / data_set.places[0]
     try:
         with tqdm(desc=file.name, total=1, unit="B", unit_scale=True, delay=1) as bar:

@@ -33,13 +33,13 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-import pooch
 import requests
 import torch
 from tqdm import tqdm
 
 from .architectures import ARCHITECTURES, build, layer_names
 from .core import UserError, atomic_path, check_name, data_folder
+from .datasets import quiet_pooch
 from .population import Population
 
 # %% ../nbs/06_published.ipynb #aa85f14a
@@ -856,7 +856,7 @@ class Resuming:
         self,
         url: str,          # what to fetch
         output_file: str,  # where pooch wants it
-        _: pooch.Pooch | None,
+        _: object,         # pooch itself, unused
     ) -> None:
         "Fetch what is missing; raises `OSError` if the connection fails."
         self.part.parent.mkdir(parents=True, exist_ok=True)
@@ -901,12 +901,11 @@ def download(
     path, url = folder / file, f"{site}/records/{record.record}/files/{file}?download=1"
     if path.exists():
         return path
-    pooch.get_logger().setLevel("WARNING")
     part = folder / f"{file}.part"
     try:
         checksum = record_files(record.record, site)
         check_name(file, checksum, f"file of record {record.record}")
-        return Path(pooch.retrieve(url, checksum[file], file, folder, downloader=Resuming(part, progress)))
+        return Path(quiet_pooch().retrieve(url, checksum[file], file, folder, downloader=Resuming(part, progress)))
     except UserError:
         raise
     except (OSError, KeyError) as error:
