@@ -106,6 +106,15 @@ def test_the_threshold_is_reached_at_exactly_3():
             assert conv(torch.ones(1, 1, 1, 1)).item() == expected
 
 
+def test_a_diverged_model_is_not_sparse():
+    noisy = begin_variational(sample_population(ZOOS["digits_seed"], 2))
+    for tensor in noisy.weights.values():
+        tensor[1] = torch.nan
+    masks, plain = sparse_masks(noisy.weights), deterministic(noisy.weights)
+    assert all(mask[1].all() for mask in masks.values())
+    assert all(tensor[1].isnan().all() and not tensor[0].isnan().any() for tensor in plain.values())
+
+
 def test_the_first_epoch_has_no_divergence_and_the_last_nearly_one_percent():
     assert [kl_weight(e) for e in (1, 2, 25, 26)] == pytest.approx([0, 0.0004, 0.0096, 0.01])
     assert kl_weight(10_000) == 1.0

@@ -190,8 +190,8 @@ def log_alphas(
 def sparse_masks(
     weights: dict[str, Tensor],  # stacked parameters with log variances
 ) -> dict[str, Tensor]:          # weight name -> bool, True where a weight stays; biases are not listed
-    "Which weights are below the threshold and stay."
-    return {name: relative < THRESHOLD for name, relative in log_alphas(weights).items() if name.endswith("weight")}
+    "Which weights have not reached the threshold and stay; those of a diverged model, which are no numbers, never do."
+    return {name: ~(relative >= THRESHOLD) for name, relative in log_alphas(weights).items() if name.endswith("weight")}
 
 # %% ../nbs/11_variational.ipynb #6cca6012
 def deterministic(
