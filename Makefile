@@ -1,4 +1,5 @@
 # Two commands: `make run` makes a zoo and its twins, `make test` checks everything.
+SHELL := bash
 PYTHON ?= python3
 ZOO ?= digits_seed
 N ?= 100
@@ -19,11 +20,12 @@ $(VENV)/ready: setup.py settings.ini constraints.txt
 	touch $@
 
 # The bars of the notebook's stages go to the terminal, papermill's own words to a log of which the last error is shown.
+# They pass through a pipe because papermill opens what it writes to anew, which would empty a file that `make run` is redirected to.
 # The executed notebook replaces an earlier one only when the run ended well.
 run: $(VENV)/ready
 	@mkdir -p $(RUNS)
-	@$(BIN)/python -m papermill nbs/run_zoo.ipynb $(RUNS)/$(ZOO).unfinished.ipynb -p zoo $(ZOO) -p n_models $(N) $(if $(LEVELS),-p levels $(LEVELS)) --kernel python3 \
-		--no-progress-bar --stdout-file /dev/null --stderr-file /dev/fd/3 3>&2 2>$(RUNS)/$(ZOO).log && test -f $(FIGURES)/$(ZOO)/run.json \
+	@set -o pipefail; $(BIN)/python -m papermill nbs/run_zoo.ipynb $(RUNS)/$(ZOO).unfinished.ipynb -p zoo $(ZOO) -p n_models $(N) $(if $(LEVELS),-p levels $(LEVELS)) --kernel python3 \
+		--no-progress-bar --stdout-file /dev/null --stderr-file /dev/fd/3 3>&1 >$(RUNS)/$(ZOO).log 2>&1 | (trap '' INT; cat >&2) && test -f $(FIGURES)/$(ZOO)/run.json \
 		|| { grep -aE '^[A-Za-z.]+(Error|Interrupt)\b' $(RUNS)/$(ZOO).log | tail -n 1 >&2; echo "The run of $(ZOO) did not end well; more is in $(RUNS)/$(ZOO).log" >&2; exit 1; }
 	@mv $(RUNS)/$(ZOO).unfinished.ipynb $(RUNS)/$(ZOO).ipynb
 	@rm $(RUNS)/$(ZOO).log

@@ -1,4 +1,5 @@
 """The project as a whole: every module has its notebook, and the package can be built and used elsewhere."""
+import os
 import subprocess
 import sys
 import zipfile
@@ -38,3 +39,14 @@ def test_the_wheel_holds_every_module_and_the_engines_source(tmp_path):
     names = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
     assert {f"zootwins/{module}.py" for module in default_exports()} | {"zootwins/lanes.cpp"} <= names
     assert not any(name.startswith(("tests", "nbs")) for name in names)
+
+
+def test_make_run_keeps_what_the_log_it_writes_to_held(tmp_path):
+    log = tmp_path / "log"
+    log.write_text("earlier\n")
+    folders = {"ZOOTWINS_STORE": str(tmp_path / "zoos"), "ZOOTWINS_FIGURES": str(tmp_path / "figures")}
+    with log.open("a") as stream:
+        subprocess.run(["make", "run", "N=1", "LEVELS=50", f"RUNS={tmp_path}"], check=True, cwd=ROOT, env=os.environ | folders, stdout=stream, stderr=stream)
+    lines = log.read_text(encoding="utf-8").splitlines()
+    assert lines[0] == "earlier" and "Tables and figures of digits_seed lie in" in lines[-1]
+    assert (tmp_path / "digits_seed.ipynb").exists() and (tmp_path / "figures/digits_seed/run.json").exists()
