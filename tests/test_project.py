@@ -47,6 +47,6 @@ def test_make_run_keeps_what_the_log_it_writes_to_held(tmp_path):
     folders = {"ZOOTWINS_STORE": str(tmp_path / "zoos"), "ZOOTWINS_FIGURES": str(tmp_path / "figures")}
     with log.open("a") as stream:
         subprocess.run(["make", "run", "N=1", "LEVELS=50", f"RUNS={tmp_path}"], check=True, cwd=ROOT, env=os.environ | folders, stdout=stream, stderr=stream)
-    lines = log.read_text(encoding="utf-8").splitlines()
-    assert lines[0] == "earlier" and "Tables and figures of digits_seed lie in" in lines[-1]
+    text = log.read_text(encoding="utf-8")
+    assert text.startswith("earlier\n") and "Tables and figures of digits_seed lie in" in text
     assert (tmp_path / "digits_seed.ipynb").exists() and (tmp_path / "figures/digits_seed/run.json").exists()
