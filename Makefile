@@ -20,7 +20,7 @@ $(VENV)/ready: setup.py settings.ini constraints.txt
 	touch $@
 
 # The bars of the notebook's stages go to the terminal, papermill's own words to a log of which the last error is shown.
-# They pass through a pipe because papermill opens what it writes to anew, which would empty a file that `make run` is redirected to.
+# The bars pass through a pipe because papermill opens what it writes to anew, which would empty a file that `make run` is redirected to.
 # The executed notebook replaces an earlier one only when the run ended well.
 run: $(VENV)/ready
 	@mkdir -p $(RUNS)
