@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['UserError', 'check_name', 'project_root', 'cache_folder', 'data_folder', 'cannot_write', 'atomic_path', 'write_json',
-           'read_json']
+           'read_json', 'digest', 'progress_bar']
 
-# %% ../nbs/00_core.ipynb #98316286
+# %% ../nbs/00_core.ipynb #a3e66548
 import errno
+import hashlib
 import json
 import os
 import secrets
@@ -15,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from configparser import ConfigParser
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -116,3 +118,24 @@ def read_json(
     if not isinstance(record, dict):
         raise UserError(f"{path} holds no record but {type(record).__name__}: delete it and run again.")
     return record
+
+# %% ../nbs/00_core.ipynb #43e90d98
+def digest(
+    *contents: bytes | memoryview,  # any, one after the other
+) -> str:                           # 32 hexadecimal digits
+    "Name some content by its hash."
+    total = hashlib.blake2b(digest_size=16)
+    for content in contents:
+        total.update(content)
+    return total.hexdigest()
+
+# %% ../nbs/00_core.ipynb #40dd909c
+def progress_bar(
+    **options: Any,  # of tqdm: total, desc, unit, disable, ...
+) -> Any:            # a tqdm bar
+    "A bar in the form that suits where it is shown; widgets are imported only when one is."
+    if os.environ.get("ZOOTWINS_BARS") == "text" or find_spec("ipywidgets") is None:
+        from tqdm import tqdm
+    else:
+        from tqdm.auto import tqdm
+    return tqdm(**options)

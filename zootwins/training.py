@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['TORCH', 'Recipe', 'State', 'begin', 'StreamDropout', 'training_module', 'loss_function', 'rates_and_decays',
-           'optimizer_step', 'alike', 'train_epoch', 'evaluate', 'accuracy', 'Engine', 'groups', 'Measured', 'epochs',
-           'on_device', 'Trajectory', 'train']
+           'optimizer_step', 'alike', 'train_epoch', 'evaluate', 'accuracy', 'Engine', 'torch_arithmetic', 'groups',
+           'Measured', 'epochs', 'on_device', 'Trajectory', 'train']
 
-# %% ../nbs/12_training.ipynb #b4851cb2
+# %% ../nbs/12_training.ipynb #adf53ed8
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -18,10 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from .architectures import build
-from .core import UserError
+from .core import UserError, progress_bar
 from .datasets import Images
 from .population import Population
 from .streams import Draws, dropout_keep, epoch_order, stream_keys
@@ -190,16 +189,25 @@ def _one_of(
     factors = population.models.iloc[0]
     return build(population.architecture, factors["activation"], float(factors["dropout"]))
 
-# %% ../nbs/12_training.ipynb #32de4f8c
+# %% ../nbs/12_training.ipynb #6604b6c6
+def _copy_of(
+    state: State,  # of any models
+) -> State:        # the same, with tensors of its own where an optimizer writes
+    "Copy what moves."
+    clone = lambda tensors: {name: tensor.clone() for name, tensor in tensors.items()}
+    population = replace(state.population, weights=clone(state.population.weights))
+    return replace(state, population=population, first=clone(state.first), second=clone(state.second))
+
+
 def train_epoch(
     state: State,    # alike models; moved in place by one epoch
     x: Tensor,       # float32 [N, C, H, W], on the state's device
     y: Tensor,       # int64 [N]
     recipe: Recipe,  # how to move
 ) -> tuple[Tensor, Tensor]:  # float64 [models] each: running mean cross-entropy and accuracy in train mode
-    "Train all models for one epoch."
-    epoch = state.epoch + 1
-    population, n, size = state.population, len(x), recipe.batch_size
+    "Train all models for one epoch; when it is interrupted the state is what it was before."
+    epoch, moving = state.epoch + 1, _copy_of(state)
+    population, n, size = moving.population, len(x), recipe.batch_size
     gradient = grad_and_value(loss_function(*training_module(_one_of(population), recipe.variational)), has_aux=True)
     step = vmap(gradient, in_dims=(0, 0, 0, 0, None, None, None))
     order = epoch_order(n, state.keys, epoch)
@@ -211,10 +219,11 @@ def train_epoch(
         batch = order[:, start : start + size]
         position = torch.arange(start, start + batch.shape[1], device=x.device)
         gradients, (_, (batch_entropy, batch_right)) = step(population.weights, x[batch], y[batch], state.keys, position, number, kl_weight(epoch))
-        optimizer_step(state, gradients, rates, decays)
+        optimizer_step(moving, gradients, rates, decays)
         entropy += batch_entropy
         right += batch_right
-    state.epoch = epoch
+    state.population, state.first, state.second = moving.population, moving.first, moving.second
+    state.epoch, state.steps = epoch, moving.steps
     return entropy / n, right / n
 
 # %% ../nbs/12_training.ipynb #99b889d3
@@ -259,7 +268,7 @@ def accuracy(
     "The share of right answers."
     return (predictions == y).double().mean(-1)
 
-# %% ../nbs/12_training.ipynb #708161cb
+# %% ../nbs/12_training.ipynb #49753644
 @dataclass(frozen=True)
 class Engine:
     "Two functions that move and judge a population, and how to cut it up for them."
@@ -271,9 +280,15 @@ class Engine:
     width: Callable[[], int] = lambda: 256          # how many models to train together
     workers: Callable[[], int] = lambda: 1          # how many such blocks at a time
     interrupt: Callable[[], None] = lambda: None    # ends what the workers are at, with an `InterruptedError`
+    arithmetic: Callable[[], str] = lambda: ""      # names how numbers are rounded: two that differ may give other bits
 
 
-TORCH = Engine("torch", train_epoch, evaluate)
+def torch_arithmetic() -> str:  # such as "torch 2.13.0 AVX512"
+    "What the bits of the reference engine depend on: PyTorch's version, and the instructions that it chooses."
+    return f"torch {torch.__version__} {torch.backends.cpu.get_cpu_capability()}"
+
+
+TORCH = Engine("torch", train_epoch, evaluate, arithmetic=torch_arithmetic)
 
 
 def groups(
@@ -354,7 +369,7 @@ def _rows(
         "test_loss": measured.test_loss.cpu(), "test_acc": measured.test_accuracy.cpu(),
     })
 
-# %% ../nbs/12_training.ipynb #68726fc5
+# %% ../nbs/12_training.ipynb #84aa5146
 def train(
     population: Population,                  # models to start from; they are not changed
     images: Images,                          # from datasets.load_images
@@ -369,7 +384,7 @@ def train(
     images, masks = on_device(images, device), masks or {}
     frames, ends, kept = [], dict(population.weights), {epoch: dict(population.weights) for epoch in keep}
     total = recipe.epochs * len(population) * len(images.x_train)
-    with tqdm(total=total, desc=f"{recipe.stage}, {len(population)} models", unit=" model-samples", unit_scale=True, disable=not progress) as bar:
+    with progress_bar(total=total, desc=f"{recipe.stage}, {len(population)} models", unit=" model-samples", unit_scale=True, disable=not progress) as bar:
         for rows in groups(population.models, engine):
             keys = stream_keys(recipe.zoo, recipe.stage, population.models["seed"].iloc[rows], recipe.run_seed)
             state = begin(population[rows], keys, {name: mask[rows] for name, mask in masks.items()}, device)
