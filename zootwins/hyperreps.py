@@ -12,7 +12,7 @@ __all__ = ['Layout', 'CONFIGS', 'PARAMETERS', 'WEIGHT_LIMIT', 'MEASURES', 'SAVE_
            'explained', 'reconstruction_quality', 'train_epoch', 'describe_training', 'training_folder',
            'save_training', 'resume_training', 'open_training', 'train_autoencoder']
 
-# %% ../nbs/60_hyperreps.ipynb #6261b13a
+# %% ../nbs/60_hyperreps.ipynb #e016da05
 import hashlib
 import json
 import math
@@ -28,12 +28,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from .architectures import build, layer_names
-from .core import UserError, atomic_path, check_name, read_json, write_json
+from .core import UserError, atomic_path, check_name, progress_bar, read_json, write_json
 from .streams import epoch_order, stream_keys
-from .twins import Plan, check_parameters, epoch_path, load_epoch, load_metrics, make_plan
+from .plans import Plan, check_parameters, make_plan
+from .twins import load_epoch, load_metrics
 from .variational import THRESHOLD, log_alphas
 
 # %% ../nbs/60_hyperreps.ipynb #da6e79f6
@@ -219,16 +219,17 @@ def choose_config(
         raise UserError(f"{epochs!r} is not a number of epochs: give a whole number from 1, or None for the configuration's own {config.epochs}.")
     return replace(config, epochs=epochs)
 
-# %% ../nbs/60_hyperreps.ipynb #a222c324
+# %% ../nbs/60_hyperreps.ipynb #f0d47890
 PARAMETERS = ("zoo", "config", "n_models", "epochs", "device", "seed", "store", "figures")
 
 
 def check_request(
-    given: Mapping[str, object],  # globals() of the notebook right after its parameters
+    cells: Sequence[str],  # `In` of the notebook's kernel
+    device: str,           # "cpu" or "cuda"
 ) -> None:
     "Raise `UserError` for a parameter that hyper_representations does not have, or a device that is not there."
-    check_parameters(given, PARAMETERS, "hyper_representations")
-    device = check_name(given.get("device", "cpu"), ("cpu", "cuda"), "device")
+    check_parameters(cells, PARAMETERS, "hyper_representations")
+    check_name(device, ("cpu", "cuda"), "device")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("There is no CUDA device here: use device cpu, or install a torch with CUDA on a machine that has one.")
 
@@ -429,22 +430,24 @@ def load_states(
     stacks = {epoch: population.weights for epoch, population in populations.items()}
     return gather_states(stacks, metrics[metrics["method"] == "vd"], models, plan.zoo.name, plan.zoo.architecture, seed)
 
-# %% ../nbs/60_hyperreps.ipynb #62cca7a7
+# %% ../nbs/60_hyperreps.ipynb #3e326636
 def has_trajectory(
     plan: Plan,  # a zoo in a store
 ) -> bool:
     "Whether the store holds all epochs of variational dropout for a plan's models."
-    last = epoch_path(plan.folder / "trajectory" / "vd", plan.zoo.vd_epochs)
-    return last.with_name(f"{last.name}.safetensors").exists() and len(load_epoch(plan, plan.zoo.vd_epochs)) == plan.n_models
+    try:
+        return len(load_epoch(plan, plan.zoo.vd_epochs)) == plan.n_models
+    except UserError:
+        return False
 
 
 def find_trajectory(
     zoo: str,                      # name in the registry
     n_models: int | None = None,   # how many; none: the zoo's own number
-    store: str | None = None,      # as in twins.make_plan
-    figures: str | None = None,    # as in twins.make_plan
+    store: str | None = None,      # as in plans.make_plan
+    figures: str | None = None,    # as in plans.make_plan
 ) -> Plan:                         # whose folder holds the trajectory, or is the one in which to make it
-    "Plan to learn from a zoo's variational dropout; raises `UserError` as twins.make_plan does, and for too few models."
+    "Plan to learn from a zoo's variational dropout; raises `UserError` as plans.make_plan does, and for too few models."
     plan = make_plan(zoo, n_models, methods="vd", store=store, figures=figures)
     split_models(range(plan.n_models), zoo)
     return plan if has_trajectory(plan) else replace(plan, folder=plan.folder.parent / "hyper_representations" / zoo)
@@ -665,7 +668,7 @@ def resume_training(
         raise UserError(f"The training in {folder} cannot be read ({error}): delete that folder and run again.") from error
     return history[history["epoch"] <= training.epoch]
 
-# %% ../nbs/60_hyperreps.ipynb #e7da3871
+# %% ../nbs/60_hyperreps.ipynb #a7a09f06
 def open_training(
     folder: Path,        # of this training
     training: Training,  # before its first step
@@ -693,7 +696,7 @@ def train_autoencoder(
     training = begin_training(states, config, seed, device)
     history = open_training(Path(folder), training, states)
     saved = time.monotonic()
-    with tqdm(total=config.epochs, initial=training.epoch, desc=f"{states.zoo} {config.name}", unit=" epochs", disable=not progress) as bar:
+    with progress_bar(total=config.epochs, initial=training.epoch, desc=f"{states.zoo} {config.name}", unit=" epochs", disable=not progress) as bar:
         while training.epoch < config.epochs:
             found = train_epoch(training, train) | reconstruction_quality(training.model, train, held)
             history = pd.concat([history, pd.DataFrame([{"epoch": training.epoch, **found}])], ignore_index=True)
