@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TORCH', 'Recipe', 'State', 'begin', 'StreamDropout', 'training_module', 'loss_function', 'rates_and_decays',
            'optimizer_step', 'alike', 'train_epoch', 'evaluate', 'accuracy', 'Engine', 'torch_arithmetic', 'groups',
-           'Measured', 'epochs', 'on_device', 'Trajectory', 'train']
+           'Measured', 'epochs', 'on_device']
 
 # %% ../nbs/12_training.ipynb #adf53ed8
 import copy
@@ -20,7 +20,7 @@ from torch.func import functional_call, grad_and_value, vmap
 from torch.nn import functional as F
 
 from .architectures import build
-from .core import UserError, progress_bar
+from .core import UserError
 from .datasets import Images
 from .population import Population
 from .streams import Draws, dropout_keep, epoch_order, stream_keys
@@ -339,7 +339,7 @@ def epochs(
         train_loss, train_accuracy = engine.train_epoch(state, images.x_train, images.y_train, recipe)
         yield Measured(state.epoch, train_loss, train_accuracy, *_judge(state, images.x_test, images.y_test, recipe, engine))
 
-# %% ../nbs/12_training.ipynb #21e36dca
+# %% ../nbs/12_training.ipynb #ee8c3a2f
 def on_device(
     images: Images,  # a data set
     device: str,     # "cpu" or "cuda"
@@ -347,65 +347,3 @@ def on_device(
     "Move a data set to a device."
     tensors = {f.name: getattr(images, f.name) for f in fields(images) if f.name != "name"}
     return replace(images, **{name: tensor.to(device) for name, tensor in tensors.items()})
-
-
-@dataclass(frozen=True)
-class Trajectory:
-    "What came of training."
-
-    population: Population              # after the last epoch
-    metrics: pd.DataFrame               # one row per model and epoch: model, epoch, train_loss, train_acc, test_loss, test_acc
-    snapshots: dict[int, Population]    # the weights after the epochs that were asked for
-
-
-def _rows(
-    measured: Measured,    # one epoch
-    models: pd.DataFrame,  # whose
-) -> pd.DataFrame:         # tidy
-    "Turn one epoch's measurements into rows."
-    return pd.DataFrame({
-        "model": models["model"].to_numpy(), "epoch": measured.epoch,
-        "train_loss": measured.train_loss.cpu(), "train_acc": measured.train_accuracy.cpu(),
-        "test_loss": measured.test_loss.cpu(), "test_acc": measured.test_accuracy.cpu(),
-    })
-
-# %% ../nbs/12_training.ipynb #84aa5146
-def train(
-    population: Population,                  # models to start from; they are not changed
-    images: Images,                          # from datasets.load_images
-    recipe: Recipe,                          # how to move
-    masks: dict[str, Tensor] | None = None,  # of pruned models
-    keep: tuple[int, ...] = (),              # epochs whose weights to keep
-    engine: Engine = TORCH,                  # who trains
-    device: str = "cpu",                     # "cpu" or "cuda"
-    progress: bool = True,                   # show a bar
-) -> Trajectory:                             # on the CPU
-    "Train a population, group by group of what the engine can train together."
-    images, masks = on_device(images, device), masks or {}
-    frames, ends, kept = [], dict(population.weights), {epoch: dict(population.weights) for epoch in keep}
-    total = recipe.epochs * len(population) * len(images.x_train)
-    with progress_bar(total=total, desc=f"{recipe.stage}, {len(population)} models", unit=" model-samples", unit_scale=True, disable=not progress) as bar:
-        for rows in groups(population.models, engine):
-            keys = stream_keys(recipe.zoo, recipe.stage, population.models["seed"].iloc[rows], recipe.run_seed)
-            state = begin(population[rows], keys, {name: mask[rows] for name, mask in masks.items()}, device)
-            for measured in epochs(state, images, recipe, engine):
-                frames.append(_rows(measured, state.population.models))
-                if measured.epoch in kept:
-                    _put(kept[measured.epoch], rows, state)
-                bar.set_postfix_str(f"epoch {measured.epoch} of {recipe.epochs}", refresh=False)
-                bar.update(len(rows) * len(images.x_train) if measured.epoch else 0)
-            _put(ends, rows, state)
-    finish = lambda weights: Population(weights, population.models, population.architecture)
-    metrics = pd.concat(frames).sort_values(["model", "epoch"], ignore_index=True)
-    return Trajectory(finish(ends), metrics, {epoch: finish(weights) for epoch, weights in kept.items()})
-
-# %% ../nbs/12_training.ipynb #79879a7a
-def _put(
-    weights: dict[str, Tensor],  # of the whole population; tensors are replaced
-    rows: list[int],             # whose
-    state: State,                # has their weights
-) -> None:
-    "Enter a group's weights into those of the whole population."
-    for name, tensor in state.population.weights.items():
-        weights[name] = weights[name].clone()
-        weights[name][rows] = tensor.cpu()

@@ -31,7 +31,7 @@ from .blocks import Block, Step, train_block
 from .core import UserError, check_name, progress_bar
 from .datasets import Images, images_fingerprint, load_images
 from .lanes import processors
-from .plans import ENGINES
+from .engines import ENGINES
 from .store import pack
 from .training import Engine, on_device
 
