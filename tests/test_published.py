@@ -12,7 +12,7 @@ import types
 import zipfile
 from collections import OrderedDict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path, PosixPath
+from pathlib import PosixPath
 
 import numpy as np
 import pandas as pd
@@ -26,7 +26,7 @@ from zootwins.core import UserError
 from zootwins.metrics import METRIC_COLUMNS
 from zootwins.population import sample_population
 from zootwins.published import RESULT_KEYS, ZENODO, download, fit, in_fractions, read_factors, read_result, read_zoo, write_zoo
-from zootwins.untrusted import LIMITS, read_tensors
+from zootwins.untrusted import LIMITS
 from zootwins.variational import begin_variational
 from zootwins.zoos import get_zoo
 
@@ -390,8 +390,10 @@ def test_a_writer_of_other_names_and_units(short):
     assert passed["field", "val_acc"] == 12 and passed["value", "train_loss"] == 12 and passed["value", "test_acc"] == 12
 
 
-@pytest.mark.parametrize("values,expected", [([0.1, 0.9, 0.5, 1.0], [0.1, 0.9, 0.5, 1.0]), ([0.4, 90, 1.0, 50], [0.004, 0.9, 0.01, 0.5]), ([0.1, 0.9, 90, 95], [0.1, 0.9, None, None]),
-                                             ([50, 60, 70, 1600], [0.5, 0.6, None, None]), ([0.1, 0.2, -0.1, 0.5], [0.1, 0.2, None, None]), ([None, 80, 90, None], [None, 0.8, 0.9, None])])
+@pytest.mark.parametrize("values,expected", [([0.1, 0.9, 0.5, 1.0], [0.1, 0.9, 0.5, 1.0]), ([0.4, 90, 1.0, 50], [0.004, 0.9, 0.01, 0.5]),
+                                             ([0.1, 0.9, 90, 95], [0.1, 0.9, None, None]),
+                                             ([50, 60, 70, 1600], [0.5, 0.6, None, None]), ([0.1, 0.2, -0.1, 0.5], [0.1, 0.2, None, None]),
+                                             ([None, 80, 90, None], [None, 0.8, 0.9, None])])
 def test_units_are_recognised_or_refused(values, expected):
     "Two models with two epochs each."
     frame = pd.DataFrame({"model": [0, 0, 1, 1], "test_acc": np.array(values, float)})
@@ -431,7 +433,8 @@ def test_the_surest_note_counts(short):
 def test_real_params(zoo):
     "Every parameter of a params.json as the authors wrote it is either read or counted."
     _, folder = zoo
-    real = {"cuda": False, "dataset::dump": "/zoos/dataset.pt", "model::channels_in": 1, "model::dropout": 0, "model::init_type": "normal", "model::nlin": "relu", "model::o_dim": 4,
+    real = {"cuda": False, "dataset::dump": "/zoos/dataset.pt", "model::channels_in": 1, "model::dropout": 0, "model::init_type": "normal", "model::nlin": "relu",
+            "model::o_dim": 4,
             "model::type": "CNN", "optim::lr": 0.001, "optim::momentum": 0.9, "optim::optimizer": "sgd", "optim::wd": 0, "seed": 832104, "training::batchsize": 10,
             "training::checkpoint_dir": None, "wandb": {"project": "MNIST", "log_config": False}}
     rewrite(folder, lambda params: real, first=None)
@@ -442,7 +445,8 @@ def test_real_params(zoo):
     assert (factors["models"] == 4).all() and (factors["reason"] == "not needed here").all()
 
 
-@pytest.mark.parametrize("change,reason", [({"model::dropout": 50}, "dropout is 50"), ({"optim::lr": -1}, "lr is -1"), ({"optim::lr": True}, "lr is True"), ({"model::nlin": ["tanh"]}, "activation is not a name"),
+@pytest.mark.parametrize("change,reason", [({"model::dropout": 50}, "dropout is 50"), ({"optim::lr": -1}, "lr is -1"), ({"optim::lr": True}, "lr is True"),
+                                           ({"model::nlin": ["tanh"]}, "activation is not a name"),
                                            ({"optim::lr": float("nan")}, "lr is nan"), ({"model::dropout": 1.0}, "dropout is 1.0")])
 def test_factors_that_cannot_be_cost_a_model(zoo, change, reason):
     _, folder = zoo
