@@ -123,7 +123,7 @@ class Runs:
 def test_a_hostile_pickle_runs_nothing(tmp_path, kind, protocol):
     mark = tmp_path / "it_ran"
     call = {"system": Runs(os.system, f"touch {mark}"), "exec": Runs(builtins.exec, f"open({str(mark)!r}, 'w')"), "open": Runs(builtins.open, str(mark), "w"),
-            "getattr": Runs(builtins.getattr, os.path, "join"), "path": Runs(Path.touch, Path(mark))}[kind]
+            "getattr": Runs(builtins.getattr, "text", "upper"), "path": Runs(Path.touch, Path(mark))}[kind]
     read = unpickle(pickle.dumps(OrderedDict(state=[{"deep": call}], epoch=4), protocol))
     assert read.value["epoch"] == 4 and type(read.value["state"][0]["deep"]) is Record and read.unknown.total() > 0
     assert not mark.exists()
