@@ -67,7 +67,8 @@ def test_every_precision_is_read(tmp_path, dtype):
     assert all(torch.equal(read[name].float(), tensor.float()) for name, tensor in state.items())
 
 
-@pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"epoch": 3, "state_dict": state}, lambda state: {"model": state, "optimizer": {"state": {0: {}}, "param_groups": []}},
+@pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"epoch": 3, "state_dict": state}, lambda state: {"model": state, "optimizer": {"state": {0: {}},
+    "param_groups": []}},
                                   lambda state: {"model_state_dict": {f"module.{name}": tensor for name, tensor in state.items()}},
                                   lambda state: {f"_orig_mod.{name}": tensor for name, tensor in state.items()} | {"_orig_mod.n_averaged": torch.tensor(1)},
                                   lambda state: {"generator": state, "step": 7}, lambda state: {"a": defaultdict(list), "state_dict": state, "args": Path("x")}])
@@ -83,7 +84,8 @@ class Module(torch.nn.Module):
     pass
 
 
-@pytest.mark.parametrize("content,reason", [(Module(), "an object of .*Module, not a state dict"), ({"epoch": 3}, "'epoch' is a value of type int"), ({}, "it is empty"), ([1], "type list"),
+@pytest.mark.parametrize("content,reason", [(Module(), "an object of .*Module, not a state dict"), ({"epoch": 3}, "'epoch' is a value of type int"), ({}, "it is empty"),
+                                            ([1], "type list"),
                                             ({"student": {"w": torch.ones(1)}, "teacher": {"w": torch.ones(1)}}, r"2 state dicts \(student, teacher\)"),
                                             ({"model": {"model": {"model": {"w": torch.ones(1)}}}}, "too deep"), ({"w": torch.ones(1), "epoch": 3}, "'epoch' is a value"),
                                             ({"w": torch.ones(2, dtype=torch.complex64)}, "type that is not known"), ({"state_dict": Module()}, "an object of")])
@@ -155,7 +157,9 @@ EXPENSIVE = {
     "large bytes": b"\x80\x05\x96" + (2**33).to_bytes(8, "little") + b".",
     "a large frame": b"\x80\x04\x95" + (2**60).to_bytes(8, "little") + b".",
     "a large text": b"\x80\x02X\xff\xff\xff\x7fabc.",
-    "attributes copied again and again": b"\x80\x02cx\ny\nq\x01}q\x02(" + b"".join(b"X\x04\x00\x00\x00%04dK\x01" % i for i in range(9999)) + b"u0" + b"h\x01)\x81h\x02b0" * 20_000 + b"N.",
+
+           "attributes copied again and again": b"\x80\x02cx\ny\nq\x01}q\x02(" + b"".join(b"X\x04\x00\x00\x00%04dK\x01" % i for i in range(9999)) + b"u0"
+                                         + b"h\x01)\x81h\x02b0" * 20_000 + b"N.",
     "arguments copied again and again": b"\x80\x02ctorch._utils\n_rebuild_parameter\nq\x01(" + b"K\x01" * 50_000 + b"tq\x020" + b"h\x01h\x02R0" * 20_000 + b"N.",
     "keys of equal hash": b"\x80\x02}(" + b"".join(b"\x8a\x0c%bK\x01" % (i * (2**61 - 1)).to_bytes(12, "little") for i in range(1, 20_000)) + b"u.",
     "a long name asked for again and again": b"\x80\x04X\x40\x42\x0f\x00" + b"a" * 1_000_000 + b"\x94" + b"h\x00h\x00\x930" * 50_000 + b"N.",
@@ -183,7 +187,8 @@ def test_a_pickle_cannot_change_the_stand_ins(state):
     assert (dict(vars(Record)), dict(vars(Kind)), dict(Unpickler.dispatch), dict(KNOWN)) == before
 
 
-@pytest.mark.parametrize("offset,shape,stride", [(10**30, (2,), (1,)), (0, (2,), (10**30,)), ("x", (2,), (1,)), (0, "ab", (1, 1)), (0, (2, 2), (1,)), (0, (2,), None), (0.5, (2,), (1,)),
+@pytest.mark.parametrize("offset,shape,stride", [(10**30, (2,), (1,)), (0, (2,), (10**30,)), ("x", (2,), (1,)), (0, "ab", (1, 1)), (0, (2, 2), (1,)), (0, (2,), None),
+                                                 (0.5, (2,), (1,)),
                                                  (True, (2,), (1,)), (-1, (2,), (1,)), (0, (-2,), (1,)), (0, (2,), (-1,)), (199, (2,), (1,)), (0, (10**9, 10**9), (0, 0)),
                                                  (0, [[8]], (1,)), (0, (1,) * 9, (1,) * 9), (0, (201,), (0,))])
 def test_a_tensor_that_cannot_be(offset, shape, stride):
