@@ -109,6 +109,45 @@ def test_what_is_no_chain_of_layers_has_no_tokens(monkeypatch):
         token_layout("crooked")
 
 
+class Skips(torch.nn.Module):
+    "Layers of equal width, with or without something that passes them by."
+
+    def __init__(self, how, bias=True):
+        super().__init__()
+        self.how, nn = how, torch.nn
+        self.first, self.second, self.third = nn.Conv2d(1, 4, 3, bias=bias), nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4 * 26 * 26, 10)
+
+    def forward(self, x):
+        x = self.first(x).tanh()
+        y = self.second(x if self.how != "gate" else x * x.mean((2, 3), keepdim=True)).tanh()
+        y = {"chain": y, "gate": y, "sum": y + x, "product": y * x, "twice": self.second(y).tanh() if self.how == "twice" else y, "order": y * torch.arange(4).reshape(4,
+            1, 1)}[self.how]
+        return self.third(y.flatten(1))
+
+
+@pytest.mark.parametrize("how", ["chain", "gate", "sum", "product", "twice", "order"])
+def test_what_passes_a_layer_by_is_found(monkeypatch, how):
+    monkeypatch.setitem(ARCHITECTURES, "skips", lambda activation, dropout: Skips(how))
+    if how in ("chain", "gate"):  # a gate treats all neurons alike, wherever they stand
+        assert len(token_layout("skips")) == 3
+    else:
+        with pytest.raises(UserError, match="only chains of layers"):
+            token_layout("skips")
+
+
+def test_what_cannot_be_laid_out_is_named(monkeypatch):
+    monkeypatch.setitem(ARCHITECTURES, "skips", lambda activation, dropout: Skips("chain", bias=False))
+    with pytest.raises(UserError, match="first has no bias"):
+        token_layout("skips")
+    odd = lambda activation, dropout: torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.Flatten(), torch.nn.Linear(4 * 15 * 9, 10))
+    monkeypatch.setitem(ARCHITECTURES, "skips", odd)
+    with pytest.raises(UserError, match="cannot be tried"):
+        token_layout("skips")
+    monkeypatch.setitem(ARCHITECTURES, "skips", lambda activation, dropout: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 8), torch.nn.ReLU(),
+        torch.nn.Linear(8, 3)))
+    assert [layer.neurons for layer in token_layout("skips")] == [8, 3]
+
+
 def test_contrastive_loss_is_small_for_alike_views_and_large_for_mixed_ones():
     views = torch.eye(6)
     assert hyperreps.contrastive_loss(torch.cat([views, views]), 0.1) < 1e-3

@@ -12,7 +12,8 @@ from zootwins.core import UserError
 from zootwins.datasets import load_images, subset
 from zootwins.population import load_population
 from zootwins.published import read_zoo
-from zootwins.publishing import HASHES, check_hashes, export_zoo, publish
+from zootwins.publishing import export_zoo, publish
+from zootwins.untrusted import HASHES, check_hashes
 from zootwins.twins import make_plan, make_twins
 from zootwins.zoos import get_zoo
 
@@ -64,11 +65,41 @@ def test_damage_is_found(tmp_path, plan):
     (folder / "vd.parquet").write_bytes(b"damaged" + (folder / "vd.parquet").read_bytes()[7:])
     (folder / "mp.safetensors").unlink()
     (folder / "new.txt").write_text("new")
-    with pytest.raises(UserError, match="mp.safetensors, new.txt, vd.parquet differ"):
+    with pytest.raises(UserError, match="mp.safetensors, vd.parquet differ"):
         check_hashes(folder)
     (folder / HASHES).unlink()
     with pytest.raises(UserError, match="is not a publication"):
         check_hashes(folder)
+
+
+def test_what_a_client_of_a_hub_adds_is_named_and_does_no_harm(tmp_path, plan):
+    folder = publish(plan.folder, tmp_path / "public")
+    for name in (".gitattributes", ".cache/huggingface/.gitignore", ".cache/huggingface/download/mp.parquet.metadata", ".git/config"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x")
+    assert check_hashes(folder) == [".cache (2 files)", ".git (1 files)", ".gitattributes"]
+    (folder / "README.md").write_text("a card that was edited on the hub's pages")
+    assert check_hashes(folder)[0] == "README.md (rewritten)"
+    (folder / "store.json").write_text("{}")
+    with pytest.raises(UserError, match="store.json differs"):
+        check_hashes(folder)
+
+
+@pytest.mark.parametrize("text", ["", "no hashes", "0" * 64 + "  ../../etc/passwd", "0" * 64 + "  /etc/passwd", "\xff\xfe"])
+def test_a_list_of_hashes_that_is_none(tmp_path, plan, text):
+    folder = publish(plan.folder, tmp_path / "public")
+    (folder / HASHES).write_text(text, encoding="latin1")
+    with pytest.raises(UserError, match="not a list of hashes|not a publication"):
+        check_hashes(folder)
+
+
+def test_links_of_a_hubs_cache_are_followed(tmp_path, plan):
+    "Its snapshots are links to blobs."
+    folder = publish(plan.folder, tmp_path / "public")
+    (folder / "mp.parquet").rename(tmp_path / "blob")
+    (folder / "mp.parquet").symlink_to(tmp_path / "blob")
+    (folder / HASHES).write_text((folder / HASHES).read_text().replace("\n", "\r\n"))
+    assert check_hashes(folder) == []
 
 
 def test_a_publication_is_whole_or_not_there(tmp_path, plan):

@@ -1,6 +1,10 @@
 """The reference engine against ordinary PyTorch, one module at a time."""
+import random
+from dataclasses import replace
+
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from zootwins.architectures import ARCHITECTURES
@@ -114,3 +118,45 @@ def test_exploding_models_leave_their_neighbours_alone(digits):
     for k in zoo.weights:
         assert torch.equal(hurt.population.weights[k][[0, 2]], calm.population.weights[k][[0, 2]])
     assert isinstance(digits, Images) and hurt.metrics.query("model == 1")["train_loss"].isna().all()
+
+
+# ---- modules that cannot be trained here are refused by name before a step is made
+
+class Functional(nn.Module):
+    "Drops out by a function, in training or always, or rolls dice of its own."
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.layer = kind, nn.Linear(784, 10)
+
+    def forward(self, x):
+        x = x.flatten(1)
+        x = {"training": lambda: F.dropout(x, 0.5, self.training), "always": lambda: F.dropout(x, 0.5), "dice": lambda: x * random.random(),
+            "noise": lambda: x + torch.randn_like(x)}[self.kind]()
+        return self.layer(x)
+
+
+def flat(*layers, classes=10):
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(784, classes))
+
+
+@pytest.mark.parametrize("make,reason", [(lambda: flat(nn.Dropout2d(0.5)), "Dropout2d"), (lambda: flat(nn.AlphaDropout(0.5)), "AlphaDropout"), (lambda: flat(nn.RReLU()), "RReLU"),
+                                         (lambda: flat(nn.FeatureAlphaDropout(0.2)), "FeatureAlphaDropout"), (lambda: Functional("training"), "F.dropout"),
+                                             (lambda: Functional("always"), "F.dropout"),
+                                         (lambda: Functional("dice"), "random numbers"), (lambda: Functional("noise"), "random numbers"),
+                                         (lambda: flat(classes=257), "of which there may be 256"), (lambda: flat(classes=9), "the classes 0 to 8")])
+@pytest.mark.parametrize("form", ["original", "vd"])
+def test_modules_that_cannot_be_trained_are_refused(monkeypatch, digits, make, reason, form):
+    monkeypatch.setitem(ARCHITECTURES, "mine", lambda activation, dropout: make())
+    population = from_modules([make() for _ in range(2)], "mine", plain_models(2))
+    before = {name: tensor.clone() for name, tensor in population.weights.items()}
+    with pytest.raises(UserError, match=reason):
+        train(begin_variational(population) if form == "vd" else population, digits, Recipe("digits_seed", form, 1, variational=form == "vd"), progress=False)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in population.weights.items())
+
+
+def test_as_many_classes_as_predictions_can_tell(monkeypatch, digits):
+    monkeypatch.setitem(ARCHITECTURES, "mine", lambda activation, dropout: flat(nn.Dropout(dropout), classes=256))
+    many = replace(digits, y_train=digits.y_train + 246, y_test=digits.y_test + 246)
+    done = train(from_modules([flat(nn.Dropout(0.1), classes=256)], "mine", plain_models(1, dropout=0.1)), many, Recipe("digits_seed", "original", 3, 1e-2), progress=False)
+    assert done.metrics["test_acc"].iloc[-1] > 0.5

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TORCH', 'Recipe', 'State', 'begin', 'StreamDropout', 'training_module', 'loss_function', 'rates_and_decays',
-           'optimizer_step', 'alike', 'train_epoch', 'evaluate', 'accuracy', 'Engine', 'torch_arithmetic', 'groups',
-           'Measured', 'epochs', 'on_device']
+           'optimizer_step', 'alike', 'check_randomness', 'train_epoch', 'evaluate', 'accuracy', 'check_classes',
+           'Engine', 'torch_arithmetic', 'groups', 'Measured', 'epochs', 'on_device']
 
 # %% ../nbs/12_training.ipynb #adf53ed8
 import copy
@@ -189,7 +189,27 @@ def _one_of(
     factors = population.models.iloc[0]
     return build(population.architecture, factors["activation"], float(factors["dropout"]))
 
-# %% ../nbs/12_training.ipynb #6604b6c6
+# %% ../nbs/12_training.ipynb #73ec2937
+def check_randomness(
+    module: nn.Module,  # as `architectures.build` gives it, in the mode in which it will be used
+    x: Tensor,          # some images [N, C, H, W]
+) -> None:
+    "Raise `UserError` for a module that draws random numbers elsewhere than in `nn.Dropout`."
+    random_layers = (nn.modules.dropout._DropoutNd, nn.RReLU) if module.training else nn.RReLU
+    for path, layer in module.named_modules():
+        if isinstance(layer, random_layers) and not isinstance(layer, nn.Dropout):
+            raise UserError(f"The layer {path} is a {type(layer).__name__}, which has no random streams here: use nn.Dropout, or take it out.")
+    still = copy.deepcopy(module).to(x.device)
+    for layer in still.modules():
+        if isinstance(layer, nn.Dropout):
+            layer.p = 0.0
+    with torch.no_grad(), torch.random.fork_rng():
+        before = torch.get_rng_state()
+        same = torch.equal(still(x), still(x))
+        if not same or not torch.equal(before, torch.get_rng_state()):
+            raise UserError(f"{type(module).__name__} draws random numbers in its forward, by F.dropout for instance: use layers of nn.Dropout instead.")
+
+# %% ../nbs/12_training.ipynb #3c102d15
 def _copy_of(
     state: State,  # of any models
 ) -> State:        # the same, with tensors of its own where an optimizer writes
@@ -208,6 +228,7 @@ def train_epoch(
     "Train all models for one epoch; when it is interrupted the state is what it was before."
     epoch, moving = state.epoch + 1, _copy_of(state)
     population, n, size = moving.population, len(x), recipe.batch_size
+    check_randomness(_one_of(population).train(), x[:2])
     gradient = grad_and_value(loss_function(*training_module(_one_of(population), recipe.variational)), has_aux=True)
     step = vmap(gradient, in_dims=(0, 0, 0, 0, None, None, None))
     order = epoch_order(n, state.keys, epoch)
@@ -251,10 +272,12 @@ def _evaluate_alike(
     y: Tensor,                   # int64 [N]
 ) -> tuple[Tensor, Tensor]:      # as `evaluate`
     "Judge models of one activation, 256 images at a time."
+    check_randomness(module, x[:2])
     forward = vmap(lambda w, images: functional_call(module, w, (images,)), in_dims=(0, None))
     entropy, predictions = 0.0, []
     for images, labels in zip(x.split(256), y.split(256)):
         logits = forward(weights, images)
+        check_classes(logits, labels)
         targets = labels.expand(logits.shape[0], -1)
         entropy = entropy + F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").reshape(targets.shape).sum(1, dtype=torch.float64)
         predictions.append(logits.argmax(-1).to(torch.uint8))
@@ -267,6 +290,17 @@ def accuracy(
 ) -> Tensor:              # float64 [models], fractions
     "The share of right answers."
     return (predictions == y).double().mean(-1)
+
+# %% ../nbs/12_training.ipynb #62caa0c6
+def check_classes(
+    logits: Tensor,  # [models, N, classes]
+    labels: Tensor,  # int64 [N]
+) -> None:
+    "Raise `UserError` for more classes than predictions can tell, and for labels that are none of them."
+    if logits.ndim != 3 or logits.shape[-1] > 256:
+        raise UserError(f"A model gives {list(logits.shape[1:])} numbers for {len(labels)} images: it has to give one for each class, of which there may be 256.")
+    if not 0 <= labels.min() <= labels.max() < logits.shape[-1]:
+        raise UserError(f"The labels go from {labels.min()} to {labels.max()}, and the models know the classes 0 to {logits.shape[-1] - 1}.")
 
 # %% ../nbs/12_training.ipynb #49753644
 @dataclass(frozen=True)
