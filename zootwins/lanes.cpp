@@ -23,19 +23,19 @@
 #include <new>
 #include <utility>
 #include <vector>
-#if defined(__x86_64__) || defined(__i386__)
-#include <immintrin.h>
+
+#if defined(__AVX512F__)
+#define LANES 16
+#elif defined(__AVX2__) && defined(__FMA__)
+#define LANES 8
+#else
+#define LANES 4
 #endif
+#include "elementary.h"
 
 // ---------------------------------------------------------------------------------------------------------------- vectors
 
-#if defined(__AVX512F__)
-constexpr int L = 16;
-#elif defined(__AVX2__)
-constexpr int L = 8;
-#else
-constexpr int L = 4;
-#endif
+constexpr int L = LANES;
 
 #ifndef LANES_SCALAR  // the tests build the same templates in double precision to compare gradients with autograd
 #define LANES_SCALAR float
@@ -51,35 +51,14 @@ constexpr int L = 4;
 #endif
 
 using Scalar = LANES_SCALAR;
-template <class T, int bytes> struct Vector { typedef T type __attribute__((vector_size(bytes))); };
 using V = Vector<Scalar, L * sizeof(Scalar)>::type;    // one number per model
-using F = Vector<float, L * 4>::type;                  // the same in single precision (random numbers)
 using D = Vector<double, L * 8>::type;                 // sums over an epoch
-using I = Vector<int32_t, L * 4>::type;                // small integers: labels, predictions
-using U = Vector<uint32_t, L * 4>::type;               // random words
-using W = Vector<uint64_t, L * 4>::type;               // random words of every other lane, in the low halves
 using Byte = Vector<int8_t, L>::type;                  // positions within a pooling window, masks
+using Mask = decltype(V{} < V{});                      // what a comparison gives: integers as wide as Scalar, 0 or -1
 
 static inline V splat(Scalar s) { return s - V{}; }
 static inline V load(const V* p) { return *p; }
 static inline V load(const Scalar* p) { return splat(*p); }  // a number that all models share (evaluation)
-template <class T, class S> static inline T as(S s) { T t; static_assert(sizeof t == sizeof s); std::memcpy(&t, &s, sizeof t); return t; }
-template <class T, class S> static inline T to(S s) { return __builtin_convertvector(s, T); }
-
-// The larger and the smaller of two numbers; b if one of them is NaN. GCC would compare and blend.
-#if defined(__AVX512F__)
-static inline F larger(F a, F b) { return (F)_mm512_max_ps((__m512)a, (__m512)b); }
-static inline F smaller(F a, F b) { return (F)_mm512_min_ps((__m512)a, (__m512)b); }
-#elif defined(__AVX2__)
-static inline F larger(F a, F b) { return (F)_mm256_max_ps((__m256)a, (__m256)b); }
-static inline F smaller(F a, F b) { return (F)_mm256_min_ps((__m256)a, (__m256)b); }
-#else
-static inline F larger(F a, F b) { return a > b ? a : b; }
-static inline F smaller(F a, F b) { return a < b ? a : b; }
-#endif
-static inline D larger(D a, D b) { return a > b ? a : b; }
-
-using Mask = decltype(V{} < V{});                      // what a comparison gives: integers as wide as Scalar, 0 or -1
 
 static inline Mask widen(Byte b) {  // GCC would convert bytes one by one
 #if defined(__AVX512F__) && defined(LANES_FLOAT)
@@ -99,108 +78,10 @@ static inline Byte narrow(Mask m) {
 #endif
 }
 
-// ---------------------------------------------------------------------------------------------------- elementary functions
-// Near-minimax polynomials fitted for this file; errors are a few units in the last place. NaN comes out as NaN.
-
-#if defined(__AVX512F__)  // an estimate to 14 bits, and one Newton step
-static inline F reciprocal(F x) { F y = (F)_mm512_rcp14_ps((__m512)x); return y + y * (1.0f - x * y); }
-static inline F inverse_root(F x) { F y = (F)_mm512_rsqrt14_ps((__m512)x); return y + 0.5f * y * (1.0f - x * y * y); }
-#else
-static inline F reciprocal(F x) { return 1.0f / x; }
-static inline F inverse_root(F x) { UNROLL for (int l = 0; l < L; ++l) x[l] = std::sqrt(x[l]); return 1.0f / x; }
-#endif
-
-static inline F root(F x) {  // right for 0, denormals and infinity too, where the estimate is not
-    return x * inverse_root(smaller(larger(x, 1e-37f - F{}), 3e38f - F{}));
-}
-
-static inline F exponential_within(F x) {  // |x| at most 87
-    const F magic = 12582912.0f - F{};  // adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits
-    F shifted = x * 1.44269504f + magic;
-    F n = shifted - magic;
-    F r = x - n * 0.693359375f;
-    r = r + n * 2.12194440e-4f;
-    F p = 0.00138142198f - F{};
-    p = p * r + 0.00836889887f;
-    p = p * r + 0.0416684058f;
-    p = p * r + 0.166665191f;
-    p = p * r + 0.499999933f;
-    p = p * r * r + r + 1.0f;
-    return p * as<F>((as<I>(shifted) << 23) + 0x3f800000);
-}
-
-static inline F exponential(F x) {  // saturates at exp(-87) and exp(87)
-    return exponential_within(smaller(87.0f - F{}, larger(-87.0f - F{}, x)));
-}
-
-static inline F logarithm_of_normal(F x) {
-    I bits = as<I>(x);
-    I e = (bits - 0x3f3504f3) >> 23;  // so that the mantissa lies in [sqrt(1/2), sqrt(2))
-    F n = to<F>(e);
-    F f = as<F>(bits - (e << 23)) - 1.0f, s = f * f;
-    F p0 = -0.250008211f * f + 0.333333317f, p1 = -0.166233565f * f + 0.200012267f;
-    F p2 = -0.131601951f * f + 0.142017625f, p3 = -0.0763442991f * f + 0.127615504f;
-    F p = (p3 * s + p2) * (s * s) + (p1 * s + p0);
-    F low = p * f * s - 0.5f * s - n * 2.12194440e-4f;
-    return n * 0.693359375f + (low + f);
-}
-
-static inline F logarithm(F x) {  // of positive numbers that are not denormal
-    F result = logarithm_of_normal(x);
-    return x == x ? result : x;
-}
-
-// Far from zero 1 - 2 / (exp(2 |x|) + 1), rounded once: Adam sees the slope 1 - tanh^2 of saturated units, however small.
-static inline F hyperbolic_tangent(F x) {
-    const I sign = as<I>(x) & INT32_MIN;
-    F a = as<F>(as<I>(x) ^ sign), s = x * x;
-    F far = 1.0f - 2.0f * reciprocal(1.0f + exponential_within(2.0f * smaller(10.0f - F{}, a)));
-    F p = -0.00551516718f * s + 0.0204694235f;
-    p = p * s - 0.0536880245f;
-    p = p * s + 0.133308304f;
-    p = p * s - 0.333332598f;
-    return a < 0.65f ? p * s * x + x : as<F>(as<I>(far) | sign);
-}
-
-static inline F logistic(F x) { return reciprocal(1.0f + exponential(-x)); }
-
-// For a standard normal number: the probability of one below x, and its density there times sqrt(2 pi), exp(-x^2 / 2).
-static inline void normal_distribution(F x, F& below, F& density) {
-    F a = smaller(13.0f - F{}, as<F>(as<I>(x) & INT32_MAX)), t = reciprocal(0.3f * a + 1.0f);
-    F p = 0.0360363047f * t - 0.158713625f;
-    p = p * t + 0.208964615f;
-    p = p * t - 0.0560959011f;
-    p = p * t + 0.129843424f;
-    p = p * t + 0.0995230627f;
-    p = p * t + 0.120816892f;
-    p = p * t + 0.119625166f;
-    density = exponential_within(-0.5f * a * a);
-    F tail = p * t * density;
-    below = x < 0.0f ? tail : 1.0f - tail;
-}
-
-static inline void sine_cosine(F turns, F& sine, F& cosine) {  // of 2 pi turns, 0 <= turns <= 1
-    const F magic = 12582912.0f - F{};
-    F shifted = turns * 4.0f + magic;
-    I quarter = as<I>(shifted);
-    F f = turns - (shifted - magic) * 0.25f;  // exact, within an eighth of a turn
-    F s = f * f;
-    F a = -75.3916494f * s + 81.5923172f;
-    a = a * s - 41.3416613f;
-    a = (a * s + 6.28318529f) * f;
-    F b = 59.2443807f * s - 85.4437001f;
-    b = b * s + 64.9393261f;
-    b = b * s - 19.7392087f;
-    b = b * s + 1.0f;
-    I odd = -(quarter & 1);
-    F sin0 = odd ? b : a, cos0 = odd ? a : b;
-    sine = as<F>(as<I>(sin0) ^ ((quarter & 2) << 30));
-    cosine = as<F>(as<I>(cos0) ^ (((quarter + 1) & 2) << 30));
-}
-
-// In double precision (tests only) the standard library does the work, lane by lane.
+// In double precision (tests only) the standard library does the work, lane by lane, and a multiply-add may round twice.
 template <class G> static inline D each(D x, G g) { for (int l = 0; l < L; ++l) x[l] = g(x[l]); return x; }
-static inline D reciprocal(D x) { return 1.0 / x; }
+static inline D multiply_add(D a, D b, D c) { return a * b + c; }
+static inline D larger(D a, D b) { return a > b ? a : b; }
 static inline D inverse_root(D x) { return 1.0 / each(x, [](double v) { return std::sqrt(v); }); }
 static inline D root(D x) { return each(x, [](double v) { return std::sqrt(v); }); }
 static inline D exponential(D x) { return each(x, [](double v) { return std::exp(v); }); }
@@ -212,21 +93,7 @@ static inline void normal_distribution(D x, D& below, D& density) {
 }
 
 // ---------------------------------------------------------------------------------------------------------- random numbers
-// Philox4x32 with 7 rounds: word = f(key of the model, counter). Even and odd lanes live in the low halves of 64-bit
-// elements, because processors multiply 32 x 32 -> 64 bits there; the high halves hold rubbish that nothing reads.
-
-constexpr int ROUNDS = 7;
-constexpr uint32_t M0 = 0xD2511F53u, M1 = 0xCD9E8D57u, W0 = 0x9E3779B9u, W1 = 0xBB67AE85u;
-
-static inline W multiply(W a, uint32_t m) {
-#if defined(__AVX512F__)
-    return (W)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi32((int)m));
-#elif defined(__AVX2__)
-    return (W)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi32((int)m));
-#else
-    return (a & 0xffffffffu) * (uint64_t)m;
-#endif
-}
+// Philox4x32: even and odd lanes in turn, because a product of two words takes the place of two lanes.
 
 struct Philox {
     W k0[ROUNDS][2], k1[ROUNDS][2];  // round keys of the even [0] and odd [1] lanes
@@ -246,26 +113,12 @@ struct Philox {
         W half[2][4];
         UNROLL for (int h = 0; h < 2; ++h) {
             W c0 = k0[0][h] ^ ((second >> 32) ^ site), c1 = W{} + second, c2 = k1[0][h] ^ ((first >> 32) ^ epoch), c3 = W{} + first;
-            UNROLL for (int r = 1; r < ROUNDS; ++r) {
-                W p0 = multiply(c0, M0), p1 = multiply(c2, M1);
-                c0 = (p1 >> 32) ^ c1 ^ k0[r][h], c1 = p1;
-                c2 = (p0 >> 32) ^ c3 ^ k1[r][h], c3 = p0;
-            }
+            UNROLL for (int r = 1; r < ROUNDS; ++r) philox_round(c0, c1, c2, c3, k0[r][h], k1[r][h]);
             half[h][0] = c0, half[h][1] = c1, half[h][2] = c2, half[h][3] = c3;
         }
         UNROLL for (int i = 0; i < 4; ++i) word[i] = as<U>((half[0][i] & 0xffffffffu) | (half[1][i] << 32));
     }
 };
-
-static inline F uniform(U x) { return to<F>(x) * 0x1p-32f + 0x1p-33f; }
-
-// Box-Muller: two words give two independent standard normal numbers.
-static inline void normal_pair(U a, U b, F& first, F& second) {
-    F square = larger(-2.0f * logarithm_of_normal(uniform(a)), 1e-37f - F{}), radius = square * inverse_root(square);
-    F sine, cosine;
-    sine_cosine(uniform(b), sine, cosine);
-    first = radius * cosine, second = radius * sine;
-}
 
 // First many words, then many numbers: either loop alone has independent steps that the processor can overlap.
 static void normals(const Philox& stream, uint32_t site, uint32_t position, uint32_t epoch, int count, V* out) {
@@ -319,13 +172,13 @@ template <class G> static inline void map(V* y, V* slope, int n, G g) { for (int
 
 static __attribute__((noinline)) void activate(int activation, V* y, V* slope, int n) {
     switch (activation) {
-    case TANH: map(y, slope, n, [](V& v, V& d) { v = hyperbolic_tangent(v), d = 1 - v * v; }); break;
+    case TANH: map(y, slope, n, [](V& v, V& d) { v = hyperbolic_tangent(v), d = multiply_add(-v, v, splat(1)); }); break;
     case RELU: map(y, slope, n, [](V& v, V& d) { d = v > 0 ? splat(1) : V{}, v = v <= 0 ? V{} : v; }); break;
     case SIGMOID: map(y, slope, n, [](V& v, V& d) { v = logistic(v), d = v * (1 - v); }); break;
     default: map(y, slope, n, [](V& v, V& d) {
         V below, density;
         normal_distribution(v, below, density);
-        d = below + v * Scalar(0.39894228040143268) * density, v = v * below; });
+        d = multiply_add(v * Scalar(0.39894228040143268), density, below), v = v * below; });
     }
 }
 
@@ -377,7 +230,7 @@ template <int CI_, int H_, int W_, int CO_, int K_, int P_> struct Convolution {
                                     UNROLL for (int q = 0; q < Q; ++q) value[q] = load(corner + (q / P) * WIDTH + q % P);
                                     UNROLL for (int c = 0; c < channels; ++c) {
                                         V weight = w[s][((o + c) * CI + i) * KK + ky * K + kx];
-                                        UNROLL for (int q = 0; q < Q; ++q) sum[s][c][q] += weight * value[q];
+                                        UNROLL for (int q = 0; q < Q; ++q) sum[s][c][q] = multiply_add(weight, value[q], sum[s][c][q]);
                                     }
                                 }
                         if (i0 + inputs == CI)
@@ -419,7 +272,7 @@ template <int CI_, int H_, int W_, int CO_, int K_, int P_> struct Convolution {
         UNROLL for (int q = 0; q < Q; ++q) {
             V total = variance(q) + Scalar(1e-15);
             ratio[q] = inverse_root(total) * noise[(q / P) * OW + q % P];
-            z[q] = mean(q) + total * ratio[q];
+            z[q] = multiply_add(total, ratio[q], mean(q));
         }
         Byte where;
         t.y[at] = pool([&](int q) { return z[q]; }, where);
@@ -478,7 +331,7 @@ template <int CI_, int H_, int W_, int CO_, int K_, int P_> struct Convolution {
                             for (int c0 = 0; c0 < UW; ++c0) {
                                 V value[K];
                                 UNROLL for (int kx = 0; kx < K; ++kx) value[kx] = in[c0 + kx];
-                                UNROLL for (int c = 0; c < channels; ++c) UNROLL for (int kx = 0; kx < K; ++kx) sum[c][kx] += before[c][r][c0] * value[kx];
+                                UNROLL for (int c = 0; c < channels; ++c) UNROLL for (int kx = 0; kx < K; ++kx) sum[c][kx] = multiply_add(before[c][r][c0], value[kx], sum[c][kx]);
                             }
                         }
                         UNROLL for (int c = 0; c < channels; ++c) UNROLL for (int kx = 0; kx < K; ++kx) kernel[c * CI * KK + kx] = sum[c][kx];
@@ -524,7 +377,7 @@ template <int CI_, int H_, int W_, int CO_, int K_, int P_> struct Convolution {
                             UNROLL for (int c = 0; c < UW; ++c) value[c] = g[c];
                             UNROLL for (int kx = 0; kx < K; ++kx) UNROLL for (int j = 0; j < inputs; ++j) {
                                 V weight = w[(o * CI + i + j) * KK + ky * K + kx];
-                                UNROLL for (int c = 0; c < UW; ++c) sum[j][c + kx] += value[c] * weight;
+                                UNROLL for (int c = 0; c < UW; ++c) sum[j][c + kx] = multiply_add(value[c], weight, sum[j][c + kx]);
                             }
                         }
                     UNROLL for (int j = 0; j < inputs; ++j) UNROLL for (int c = 0; c < WIDTH; ++c) row[j * H * WIDTH + c] = sum[j][c];
@@ -559,13 +412,13 @@ template <int CI_, int H_, int W_, int CO_> struct Winograd : Convolution<CI_, H
     template <int n, int m> static inline void apply(const Scalar (&matrix)[n][m], const V (&in)[m], V (&out)[n]) {
         UNROLL for (int i = 0; i < n; ++i) {
             out[i] = V{};
-            UNROLL for (int j = 0; j < m; ++j) if (matrix[i][j] != 0) out[i] += matrix[i][j] * in[j];
+            UNROLL for (int j = 0; j < m; ++j) if (matrix[i][j] != 0) out[i] = multiply_add(splat(matrix[i][j]), in[j], out[i]);
         }
     }
     template <int n, int m> static inline void apply_transposed(const Scalar (&matrix)[n][m], const V (&in)[n], V (&out)[m]) {
         UNROLL for (int j = 0; j < m; ++j) {
             out[j] = V{};
-            UNROLL for (int i = 0; i < n; ++i) if (matrix[i][j] != 0) out[j] += matrix[i][j] * in[i];
+            UNROLL for (int i = 0; i < n; ++i) if (matrix[i][j] != 0) out[j] = multiply_add(splat(matrix[i][j]), in[i], out[j]);
         }
     }
 
@@ -612,7 +465,7 @@ template <int CI_, int H_, int W_, int CO_> struct Winograd : Convolution<CI_, H
         UNROLL for (int j = 0; j < columns; ++j) value[j] = right(j);
         UNROLL for (int i = 0; i < rows; ++i) {
             V factor = left(i);
-            UNROLL for (int j = 0; j < columns; ++j) sum[i][j] += factor * value[j];
+            UNROLL for (int j = 0; j < columns; ++j) sum[i][j] = multiply_add(factor, value[j], sum[i][j]);
         }
     }
 
@@ -755,7 +608,7 @@ template <int CI_, int CO_> struct Linear {
         for (int o = 0; o < CO; o += outputs) {
             V sum[outputs];
             UNROLL for (int c = 0; c < outputs; ++c) sum[c] = bias ? bias[o + c] : V{};
-            for (int i = 0; i < CI; ++i) UNROLL for (int c = 0; c < outputs; ++c) sum[c] += w[(o + c) * CI + i] * x[i];
+            for (int i = 0; i < CI; ++i) UNROLL for (int c = 0; c < outputs; ++c) sum[c] = multiply_add(w[(o + c) * CI + i], x[i], sum[c]);
             UNROLL for (int c = 0; c < outputs; ++c) y[o + c] = sum[c];
         }
     }
@@ -768,7 +621,7 @@ template <int CI_, int CO_> struct Linear {
         multiply(t.squares, variance, nullptr, total);
         for (int o = 0; o < CO; ++o) {
             V sum = total[o] + Scalar(1e-15), inverse = inverse_root(sum);
-            t.y[o] += sum * inverse * t.noise[o];
+            t.y[o] = multiply_add(sum * inverse, t.noise[o], t.y[o]);
             t.ratio[o] = Scalar(0.5) * inverse * t.noise[o];
         }
     }
@@ -777,7 +630,10 @@ template <int CI_, int CO_> struct Linear {
     static void gradients(const V* x, const V* g, const V* w, V* gw, const Trace&, Finish finish) {
         V dx[CI] = {};
         for (int o = 0; o < CO; ++o)
-            for (int i = 0; i < CI; ++i) gw[o * CI + i] += g[o] * x[i], dx[i] += g[o] * w[o * CI + i];
+            for (int i = 0; i < CI; ++i) {
+                gw[o * CI + i] = multiply_add(g[o], x[i], gw[o * CI + i]);
+                dx[i] = multiply_add(g[o], w[o * CI + i], dx[i]);
+            }
         for (int i = 0; i < CI; ++i) finish(i, dx[i]);
     }
 
@@ -868,9 +724,17 @@ static inline V cross_entropy(const V* z, V label, Scalar scale, V* gradient, V&
     return logarithm(sum) - (own - best);
 }
 
+// By squaring, because the C library's own function rounds differently from library to library.
+static double power(double base, int64_t exponent) {
+    double result = 1;
+    for (; exponent; exponent >>= 1, base *= base)
+        if (exponent & 1) result *= base;
+    return result;
+}
+
 // log alpha = log sigma^2 - 2 ln(|w| + 1e-15), clamped; the clamp stops gradients strictly outside.
 static inline V log_alpha(V w, V log_sigma2, Scalar bound, Mask& inside) {
-    V raw = log_sigma2 - 2 * logarithm((w < 0 ? -w : w) + Scalar(1e-15));
+    V raw = multiply_add(splat(-2), logarithm((w < 0 ? -w : w) + Scalar(1e-15)), log_sigma2);
     inside = (raw >= -bound) & (raw <= bound);
     return raw < -bound ? splat(-bound) : (raw > bound ? splat(bound) : raw);
 }
@@ -987,7 +851,7 @@ template <class A, class B, class C, class Fc1, class Fc2> struct Network {
             T::template gradients<(n > 0)>(t.x, t.g, kernel<n>(0), kernel_gradient<n>(0), t, [&](int i, V value) { dx[i] = value; });
             if constexpr (T::TRANSFORMED) T::transform_inputs(t.squares, t.tiles);
             T::template gradients<(n > 0)>(t.squares, t.gv, kernel<n>(1), kernel_gradient<n>(1), t,
-                                           [&](int i, V value) { below[i] *= dx[i] + 2 * t.x[i] * value; });
+                                           [&](int i, V value) { below[i] *= multiply_add(2 * t.x[i], value, dx[i]); });
         } else
             T::template gradients<(n > 0)>(t.x, t.g, kernel<n>(0), kernel_gradient<n>(0), t, [&](int i, V value) { below[i] *= value; });
         if constexpr (n > 0) backward<n - 1>();
@@ -1019,11 +883,11 @@ template <class A, class B, class C, class Fc1, class Fc2> struct Network {
             V w = weights[plain], size = (w < 0 ? -w : w) + Scalar(1e-15), sign = w > 0 ? splat(1) : (w < 0 ? splat(-1) : V{});
             Mask inside;
             V log_alpha = ::log_alpha(w, weights[log_sigma2], bound, inside), alpha = exponential(log_alpha), by_variance = gradient[log_sigma2];
-            V s = logistic(k2 + k3 * log_alpha);
-            V kl = -k1 * k3 * s * (1 - s) - Scalar(0.5) * logistic(-log_alpha);
-            V by_log_alpha = by_variance * (alpha * w * w) + Scalar(job.kl_weight) * kl;
+            V s = logistic(multiply_add(splat(k3), log_alpha, splat(k2)));
+            V kl = multiply_add(-k1 * k3 * s, 1 - s, Scalar(-0.5) * logistic(-log_alpha));
+            V by_log_alpha = multiply_add(by_variance, alpha * w * w, Scalar(job.kl_weight) * kl);
             by_log_alpha = inside ? by_log_alpha : V{};
-            gradient[plain] += by_variance * alpha * 2 * w - by_log_alpha * 2 * sign / size;
+            gradient[plain] += multiply_add(by_variance * alpha, 2 * w, by_log_alpha * -2 * sign / size);
             gradient[log_sigma2] = by_log_alpha;
         });
     }
@@ -1032,18 +896,18 @@ template <class A, class B, class C, class Fc1, class Fc2> struct Network {
 
     // With a share of 1 for the gradient and a divisor of 1, Adam's step is that of SGD with momentum.
     void update(int64_t step) {
-        const double bias1 = 1 - std::pow(0.9, (double)step);
-        const Scalar bias2 = (Scalar)(1 / std::sqrt(1 - std::pow(0.999, (double)step)));
+        const double bias1 = 1 - power(0.9, step);
+        const Scalar bias2 = (Scalar)(1 / std::sqrt(1 - power(0.999, step)));
         const V share = adam ? splat(Scalar(0.1)) : splat(1);
         V pace;
         for (int l = 0; l < L; ++l) pace[l] = (Scalar)(rate[l] / (adam[l] ? bias1 : 1));
         for (int t = 0; t < tensors; ++t) {
             const bool masked = job.masks[t];
             for (int i = offset(t); i < offset(t) + SIZE[t]; ++i) {
-                V w = weights[i], g = gradient[i] + decay * w;
+                V w = weights[i], g = multiply_add(decay, w, gradient[i]);
                 if (masked) g *= to<V>(widen(masks[i]));
-                V m = Scalar(0.9) * first[i] + share * g, v = Scalar(0.999) * second[i] + Scalar(0.001) * (g * g);
-                V divisor = adam ? root(v) * bias2 + Scalar(1e-8) : splat(1);
+                V m = multiply_add(splat(0.9), first[i], share * g), v = multiply_add(splat(0.999), second[i], Scalar(0.001) * (g * g));
+                V divisor = adam ? multiply_add(root(v), splat(bias2), splat(1e-8)) : splat(1);
                 first[i] = m, second[i] = adam ? v : V{}, weights[i] = w - pace * m / divisor;
             }
         }
@@ -1247,7 +1111,7 @@ double lanes_peak() {
     const auto start = std::chrono::steady_clock::now();
     double seconds = 0, operations = 0;
     while (seconds < 0.1) {
-        for (int k = 0; k < 100000; ++k) UNROLL for (int i = 0; i < 16; ++i) sum[i] = sum[i] * factor + term;
+        for (int k = 0; k < 100000; ++k) UNROLL for (int i = 0; i < 16; ++i) sum[i] = multiply_add(sum[i], factor, term);
         operations += 100000. * 16 * L * 2;
         seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     }
