@@ -178,7 +178,16 @@ ELEMENTARY void random_words(U k0, U k1, U block, U site, U position, U epoch, U
 }
 #endif
 
-ELEMENTARY F uniform(U x) { return multiply_add(to<F>(x), number(0x1p-32f), number(0x1p-33f)); }
+// The nearest number; compilers that convert words by halves themselves round them twice.
+ELEMENTARY F word_to_number(U x) {
+#if defined(LANES) && !defined(__AVX512F__)
+    return to<F>(as<I>(x >> 16)) * 65536.0f + to<F>(as<I>(x & 0xffffu));
+#else
+    return to<F>(x);
+#endif
+}
+
+ELEMENTARY F uniform(U x) { return multiply_add(word_to_number(x), number(0x1p-32f), number(0x1p-33f)); }
 
 // Box-Muller: two words give two independent standard normal numbers.
 ELEMENTARY void normal_pair(U a, U b, F& first, F& second) {

@@ -60,6 +60,16 @@ static inline V splat(Scalar s) { return s - V{}; }
 static inline V load(const V* p) { return *p; }
 static inline V load(const Scalar* p) { return splat(*p); }  // a number that all models share (evaluation)
 
+// A number that several multiply-adds are about to use, in a register: GCC would load it anew for each of them.
+static inline V hold(V x) {
+#if defined(__AVX512F__) && defined(LANES_FLOAT) && !defined(__clang__)
+    asm("" : "+v"(x));
+#elif defined(__AVX2__) && defined(LANES_FLOAT) && !defined(__clang__)
+    asm("" : "+x"(x));
+#endif
+    return x;
+}
+
 static inline Mask widen(Byte b) {  // GCC would convert bytes one by one
 #if defined(__AVX512F__) && defined(LANES_FLOAT)
     return (Mask)_mm512_cvtepi8_epi32((__m128i)b);
@@ -120,13 +130,14 @@ struct Philox {
     }
 };
 
-// First many words, then many numbers: either loop alone has independent steps that the processor can overlap.
-static void normals(const Philox& stream, uint32_t site, uint32_t position, uint32_t epoch, int count, V* out) {
+// The normal numbers of a site from `first_number` on, a multiple of four. First many words, then many numbers: either loop
+// alone has independent steps that the processor can overlap.
+static void normals(const Philox& stream, uint32_t site, uint32_t position, uint32_t epoch, int first_number, int count, V* out) {
     constexpr int CHUNK = 64;
     U word[CHUNK];
     for (int start = 0; start < count; start += CHUNK) {
         const int n = std::min(CHUNK, count - start);
-        for (int i = 0; i < n; i += 4) stream.draw((start + i) / 4, site, position, epoch, word + i);
+        for (int i = 0; i < n; i += 4) stream.draw((first_number + start + i) / 4, site, position, epoch, word + i);
         for (int i = 0; i < n; i += 2) {
             F first, second;
             normal_pair(word[i], word[i + 1], first, second);
@@ -192,7 +203,7 @@ struct Trace {
     V *y, *slope;       // output after pooling, activation and dropout; its derivative
     V *ratio;           // d output / d variance (variational)
     V *g, *gv;          // gradient with respect to mean and variance, before pooling; g takes the place of slope
-    V *noise;
+    V *noise;           // of the windows at work
     V *tiles, *scratch; // transformed input; room that all layers use in turn
     Byte* where;        // winner of each pooling window
 };
@@ -202,16 +213,32 @@ template <int CI_, int H_, int W_, int CO_, int K_, int P_> struct Convolution {
     static constexpr int CI = CI_, H = H_, WIDTH = W_, CO = CO_, K = K_, P = P_, Q = P * P, KK = K * K;
     static constexpr int OH = H - K + 1, OW = WIDTH - K + 1, PH = OH / P, PW = OW / P;    // before and after pooling
     static constexpr int UH = PH * P, UW = PW * P;                                        // rows and columns the pooling uses
-    static constexpr int INPUTS = CI * H * WIDTH, BEFORE = CO * OH * OW, USED = CO * UH * UW, OUTPUTS = CO * PH * PW;
+    static constexpr int INPUTS = CI * H * WIDTH, USED = CO * UH * UW, OUTPUTS = CO * PH * PW;
     static constexpr int WEIGHTS = CO * CI * KK, BIASES = CO;
     static constexpr int TRANSFORMED = 0, ROOM = 0, SCRATCH = USED + INPUTS;
     static constexpr bool NOISY_BIAS = true;
+    template <int sets> static constexpr int channels = divisor(CO, 24 / (sets * Q));     // output channels side by side
+
+    // Noise is drawn just before the windows that it disturbs, so that it stays in the first cache: for a row of windows of these
+    // channels or, where rows are not made of whole draws of four numbers, for all of their rows.
+    static constexpr bool BY_ROWS = P * OW % 4 == 0 && OH * OW % 4 == 0;
+    static constexpr int NOISE = channels<1> * (BY_ROWS ? P : OH) * OW;
+    template <int sets, class Draw> static inline void draw_band(int part, V* noise, Draw draw) {  // draw(first number, how many, where to)
+        static_assert(BY_ROWS || channels<sets> * OH * OW % 4 == 0);
+        const int o = part / PH * channels<sets>, py = part % PH;
+        if constexpr (BY_ROWS)
+            for (int c = 0; c < channels<sets>; ++c) draw((o + c) * OH * OW + P * py * OW, P * OW, noise + c * P * OW);
+        else if (py == 0) draw(o * OH * OW, channels<sets> * OH * OW, noise);
+    }
+    template <int sets> static constexpr int noise_at(int o, int py, int px) {  // of a window's corner
+        return BY_ROWS ? o % channels<sets> * P * OW + P * px : (o % channels<sets> * OH + P * py) * OW + P * px;
+    }
 
     // One window of `channels` output channels at a time stays in registers; `finish` receives it.
     // SETS = 2 convolves two inputs with two kernels side by side: mean and variance of a variational layer.
     template <int SETS, class X, class Meanwhile, class Finish>
     static inline void convolve(const X* const (&x)[SETS], const V* const (&w)[SETS], const V* const (&bias)[SETS], Meanwhile meanwhile, Finish finish) {
-        constexpr int channels = divisor(CO, 24 / (SETS * Q));
+        constexpr int channels = Convolution::channels<SETS>;
         constexpr int inputs = divisor(CI, std::max(1, 160 / (SETS * channels * KK)));  // their kernels stay in the first cache
         V row[inputs == CI ? 1 : PW][SETS][channels][Q];
         for (int o = 0; o < CO; o += channels)
@@ -227,7 +254,7 @@ template <int CI_, int H_, int W_, int CO_, int K_, int P_> struct Convolution {
                                 UNROLL for (int kx = 0; kx < K; ++kx) UNROLL for (int s = 0; s < SETS; ++s) {
                                     const X* corner = x[s] + (i * H + P * py + ky) * WIDTH + P * px + kx;
                                     V value[Q];
-                                    UNROLL for (int q = 0; q < Q; ++q) value[q] = load(corner + (q / P) * WIDTH + q % P);
+                                    UNROLL for (int q = 0; q < Q; ++q) value[q] = hold(load(corner + (q / P) * WIDTH + q % P));
                                     UNROLL for (int c = 0; c < channels; ++c) {
                                         V weight = w[s][((o + c) * CI + i) * KK + ky * K + kx];
                                         UNROLL for (int q = 0; q < Q; ++q) sum[s][c][q] = multiply_add(weight, value[q], sum[s][c][q]);
@@ -265,9 +292,9 @@ template <int CI_, int H_, int W_, int CO_, int K_, int P_> struct Convolution {
     }
 
     // One window of out = mean + sqrt(variance + 1e-15) noise.
-    template <class Mean, class Variance> static inline void noisy_window(int o, int py, int px, Mean mean, Variance variance, Trace& t) {
+    template <int sets, class Mean, class Variance> static inline void noisy_window(int o, int py, int px, Mean mean, Variance variance, Trace& t) {
         int at = (o * PH + py) * PW + px;
-        const V* noise = t.noise + (o * OH + P * py) * OW + P * px;
+        const V* noise = t.noise + noise_at<sets>(o, py, px);
         V z[Q], ratio[Q];  // noise / standard deviation, twice the slope
         UNROLL for (int q = 0; q < Q; ++q) {
             V total = variance(q) + Scalar(1e-15);
@@ -282,13 +309,14 @@ template <int CI_, int H_, int W_, int CO_, int K_, int P_> struct Convolution {
         t.where[at] = where, t.ratio[at] = Scalar(0.5) * chosen;
     }
 
-    template <class Meanwhile>
-    static void forward_noisy(const V* w, const V* bias, const V* variance, const V* bias_variance, Trace& t, Meanwhile meanwhile) {
+    template <class Meanwhile, class Draw>
+    static void forward_noisy(const V* w, const V* bias, const V* variance, const V* bias_variance, Trace& t, Meanwhile meanwhile, Draw draw) {
         const V* const inputs[2] = {t.x, t.squares};
         const V* const kernels[2] = {w, variance};
         const V* const biases[2] = {bias, bias_variance};
-        convolve<2>(inputs, kernels, biases, meanwhile, [&](int o, int py, int px, auto value) {
-            noisy_window(o, py, px, [&](int q) { return value(0, q); }, [&](int q) { return value(1, q); }, t);
+        auto before_band = [&](int part, int parts) { meanwhile(part, parts), draw_band<2>(part, t.noise, draw); };
+        convolve<2>(inputs, kernels, biases, before_band, [&](int o, int py, int px, auto value) {
+            noisy_window<2>(o, py, px, [&](int q) { return value(0, q); }, [&](int q) { return value(1, q); }, t);
         });
     }
 
@@ -330,7 +358,7 @@ template <int CI_, int H_, int W_, int CO_, int K_, int P_> struct Convolution {
                             const V* in = x + (i * H + top * P + r + ky) * WIDTH;
                             for (int c0 = 0; c0 < UW; ++c0) {
                                 V value[K];
-                                UNROLL for (int kx = 0; kx < K; ++kx) value[kx] = in[c0 + kx];
+                                UNROLL for (int kx = 0; kx < K; ++kx) value[kx] = hold(in[c0 + kx]);
                                 UNROLL for (int c = 0; c < channels; ++c) UNROLL for (int kx = 0; kx < K; ++kx) sum[c][kx] = multiply_add(before[c][r][c0], value[kx], sum[c][kx]);
                             }
                         }
@@ -409,16 +437,24 @@ template <int CI_, int H_, int W_, int CO_> struct Winograd : Convolution<CI_, H
     static constexpr int PRODUCTS = POINTS * PH * GROUP * PAIR, SCRATCH = std::max(TILES, PRODUCTS + Direct::USED);
     static_assert(UW % STEP == 0 && CO % (2 * GROUP) == 0 && CI % GROUP == 0);
 
+    // Add factor x, where the compiler knows the factor, which is often 0, 1 or -1, and whether there is something to add to.
+    static inline void add(V& sum, bool& begun, Scalar factor, V x) {
+        if (factor == 0) return;
+        if (!begun) sum = factor * x;
+        else if (factor == 1 || factor == -1) sum += factor * x;
+        else sum = multiply_add(splat(factor), x, sum);
+        begun = true;
+    }
     template <int n, int m> static inline void apply(const Scalar (&matrix)[n][m], const V (&in)[m], V (&out)[n]) {
         UNROLL for (int i = 0; i < n; ++i) {
-            out[i] = V{};
-            UNROLL for (int j = 0; j < m; ++j) if (matrix[i][j] != 0) out[i] = multiply_add(splat(matrix[i][j]), in[j], out[i]);
+            bool begun = false;
+            UNROLL for (int j = 0; j < m; ++j) add(out[i], begun, matrix[i][j], in[j]);
         }
     }
     template <int n, int m> static inline void apply_transposed(const Scalar (&matrix)[n][m], const V (&in)[n], V (&out)[m]) {
         UNROLL for (int j = 0; j < m; ++j) {
-            out[j] = V{};
-            UNROLL for (int i = 0; i < n; ++i) if (matrix[i][j] != 0) out[j] = multiply_add(splat(matrix[i][j]), in[i], out[j]);
+            bool begun = false;
+            UNROLL for (int i = 0; i < n; ++i) add(out[j], begun, matrix[i][j], in[i]);
         }
     }
 
@@ -462,7 +498,7 @@ template <int CI_, int H_, int W_, int CO_> struct Winograd : Convolution<CI_, H
     // One step of a product of matrices: a column times a row is added to a block of sums in registers.
     template <int rows, int columns, class Left, class Right> static inline void add_product(V (&sum)[rows][columns], Left left, Right right) {
         V value[columns];
-        UNROLL for (int j = 0; j < columns; ++j) value[j] = right(j);
+        UNROLL for (int j = 0; j < columns; ++j) value[j] = hold(right(j));
         UNROLL for (int i = 0; i < rows; ++i) {
             V factor = left(i);
             UNROLL for (int j = 0; j < columns; ++j) sum[i][j] = multiply_add(factor, value[j], sum[i][j]);
@@ -506,16 +542,17 @@ template <int CI_, int H_, int W_, int CO_> struct Winograd : Convolution<CI_, H
     }
 
     // The variances are convolved directly: differences would make them less accurate, and some of them negative.
-    template <class Meanwhile>
-    static void forward_noisy(const V* u, const V* bias, const V* variance, const V* bias_variance, Trace& t, Meanwhile meanwhile) {
+    template <class Meanwhile, class Draw>
+    static void forward_noisy(const V* u, const V* bias, const V* variance, const V* bias_variance, Trace& t, Meanwhile, Draw draw) {
         V* means = t.scratch + PRODUCTS;
         convolve(t.x, u, bias, t, [&](int o, int py, int px, auto value) {
             UNROLL for (int q = 0; q < Q; ++q) means[((o * PH + py) * PW + px) * Q + q] = value(q);
         });
         const V *const inputs[1] = {t.squares}, *const kernels[1] = {variance}, *const biases[1] = {bias_variance};
-        Direct::template convolve<1>(inputs, kernels, biases, meanwhile, [&](int o, int py, int px, auto value) {
+        auto before_band = [&](int part, int) { Direct::template draw_band<1>(part, t.noise, draw); };
+        Direct::template convolve<1>(inputs, kernels, biases, before_band, [&](int o, int py, int px, auto value) {
             const V* mean = means + ((o * PH + py) * PW + px) * Q;
-            Direct::noisy_window(o, py, px, [&](int q) { return mean[q]; }, [&](int q) { return value(0, q); }, t);
+            Direct::template noisy_window<1>(o, py, px, [&](int q) { return mean[q]; }, [&](int q) { return value(0, q); }, t);
         });
     }
 
@@ -598,7 +635,7 @@ template <int CI_, int H_, int W_, int CO_> struct Winograd : Convolution<CI_, H
 // A fully connected layer, the same interface.
 template <int CI_, int CO_> struct Linear {
     static constexpr int CI = CI_, CO = CO_;
-    static constexpr int INPUTS = CI, BEFORE = CO, USED = CO, OUTPUTS = CO, WEIGHTS = CI * CO, BIASES = CO;
+    static constexpr int INPUTS = CI, NOISE = CO, USED = CO, OUTPUTS = CO, WEIGHTS = CI * CO, BIASES = CO;
     static constexpr int TRANSFORMED = 0, ROOM = 0, SCRATCH = 0;
     static constexpr bool NOISY_BIAS = false;
 
@@ -615,8 +652,10 @@ template <int CI_, int CO_> struct Linear {
 
     template <class Meanwhile> static void forward(const V* x, const V* w, const V* bias, Trace& t, Meanwhile) { multiply(x, w, bias, t.y); }
 
-    template <class Meanwhile> static void forward_noisy(const V* w, const V* bias, const V* variance, const V*, Trace& t, Meanwhile) {
+    template <class Meanwhile, class Draw>
+    static void forward_noisy(const V* w, const V* bias, const V* variance, const V*, Trace& t, Meanwhile, Draw draw) {
         V total[CO];
+        draw(0, CO, t.noise);
         multiply(t.x, w, bias, t.y);
         multiply(t.squares, variance, nullptr, total);
         for (int o = 0; o < CO; ++o) {
@@ -777,7 +816,7 @@ template <class A, class B, class C, class Fc1, class Fc2> struct Network {
         lay_out<0>(next, winner);
     }
 
-    template <int n> static constexpr size_t layer_size() { return 4 * (size_t)Layer<n>::OUTPUTS + Layer<n>::INPUTS + Layer<n>::BEFORE + Layer<n>::ROOM; }
+    template <int n> static constexpr size_t layer_size() { return 4 * (size_t)Layer<n>::OUTPUTS + Layer<n>::INPUTS + Layer<n>::NOISE + Layer<n>::ROOM; }
     static constexpr size_t trace_size() { return layer_size<0>() + layer_size<1>() + layer_size<2>() + layer_size<3>() + layer_size<4>(); }
 
     template <int n> void lay_out(V*& next, Byte*& winner) {
@@ -785,7 +824,7 @@ template <class A, class B, class C, class Fc1, class Fc2> struct Network {
         auto take = [&](int size) { V* p = next; next += size; return p; };
         Trace& t = trace[n];
         t.y = take(T::OUTPUTS), t.slope = t.g = take(T::OUTPUTS), t.tiles = take(T::ROOM), t.scratch = scratch;
-        if (noisy) t.ratio = take(T::OUTPUTS), t.gv = take(T::OUTPUTS), t.squares = take(T::INPUTS), t.noise = take(T::BEFORE);
+        if (noisy) t.ratio = take(T::OUTPUTS), t.gv = take(T::OUTPUTS), t.squares = take(T::INPUTS), t.noise = take(T::NOISE);
         t.where = winner, winner += T::OUTPUTS;
         if constexpr (n == 0) t.x = image; else t.x = trace[n - 1].y;
         if constexpr (n < 4) lay_out<n + 1>(next, winner);
@@ -827,8 +866,8 @@ template <class A, class B, class C, class Fc1, class Fc2> struct Network {
         };
         if (noisy) {
             for (int i = 0; i < T::INPUTS; ++i) t.squares[i] = t.x[i] * t.x[i];
-            normals(stream, job.noise_site[n], position, job.epoch, T::BEFORE, t.noise);
-            T::forward_noisy(kernel<n>(0), bias<n>(weights), weight<n>(variance), bias<n>(variance), t, meanwhile);
+            auto draw = [&](int first, int count, V* out) { normals(stream, job.noise_site[n], position, job.epoch, first, count, out); };
+            T::forward_noisy(kernel<n>(0), bias<n>(weights), weight<n>(variance), bias<n>(variance), t, meanwhile, draw);
         } else
             T::forward(t.x, kernel<n>(0), bias<n>(weights), t, meanwhile);
         if constexpr (n < 4) {
@@ -923,10 +962,12 @@ template <class A, class B, class C, class Fc1, class Fc2> struct Network {
             }
     }
 
+    template <class T> static T plain(T x) { return x == x ? x : T(NAN); }  // what is no number has many forms, which depend on the processor
+
     void unpack(const V* lanes, Scalar* const* stacked, int64_t start) const {
         for (int t = 0; t < tensors; ++t)
             for (int l = 0; l < L && start + l < job.models && stacked[t]; ++l)
-                for (int i = 0; i < SIZE[t]; ++i) stacked[t][(start + l) * SIZE[t] + i] = lanes[offset(t) + i][l];
+                for (int i = 0; i < SIZE[t]; ++i) stacked[t][(start + l) * SIZE[t] + i] = plain(lanes[offset(t) + i][l]);
     }
 
     void take_factors(int64_t start) {
@@ -1026,7 +1067,7 @@ template <class A, class B, class C, class Fc1, class Fc2> struct Network {
 
     void report(int64_t start, D loss, D right) const {
         for (int l = 0; l < L && start + l < job.models; ++l)
-            job.loss[start + l] = loss[l] / job.samples, job.accuracy[start + l] = right[l] / job.samples;
+            job.loss[start + l] = plain(loss[l] / job.samples), job.accuracy[start + l] = right[l] / job.samples;
     }
 
     // ------------------------------------------------------------------------------------------------------------- evaluation
@@ -1129,7 +1170,7 @@ void lanes_normals(const uint32_t* key, uint32_t site, uint32_t position, uint32
     Philox stream;
     stream.seed(keys);
     Buffer<V> lanes(count);
-    normals(stream, site, position, epoch, count, lanes);
+    normals(stream, site, position, epoch, 0, count, lanes);
     for (int i = 0; i < count; ++i) out[i] = lanes[i][0];
 }
 }
