@@ -50,6 +50,9 @@ constexpr int L = LANES;
 #define ROLL _Pragma("GCC unroll 1")  // for steps that fill the registers: several at once would spill them
 #endif
 
+#define PASS static __attribute__((noinline))  // over a layer: by itself, because registers are spent worse in a function of many passes
+#define INNER static inline __attribute__((always_inline))
+
 using Scalar = LANES_SCALAR;
 using V = Vector<Scalar, L * sizeof(Scalar)>::type;    // one number per model
 using D = Vector<double, L * 8>::type;                 // sums over an epoch
@@ -237,7 +240,7 @@ template <int CI_, int H_, int W_, int CO_, int K_, int P_> struct Convolution {
     // One window of `channels` output channels at a time stays in registers; `finish` receives it.
     // SETS = 2 convolves two inputs with two kernels side by side: mean and variance of a variational layer.
     template <int SETS, class X, class Meanwhile, class Finish>
-    static inline void convolve(const X* const (&x)[SETS], const V* const (&w)[SETS], const V* const (&bias)[SETS], Meanwhile meanwhile, Finish finish) {
+    PASS void convolve(const X* const (&x)[SETS], const V* const (&w)[SETS], const V* const (&bias)[SETS], Meanwhile meanwhile, Finish finish) {
         constexpr int channels = Convolution::channels<SETS>;
         constexpr int inputs = divisor(CI, std::max(1, 160 / (SETS * channels * KK)));  // their kernels stay in the first cache
         V row[inputs == CI ? 1 : PW][SETS][channels][Q];
@@ -270,7 +273,7 @@ template <int CI_, int H_, int W_, int CO_, int K_, int P_> struct Convolution {
     }
 
     // The first largest value of a window wins; a value that is no number makes the window one.
-    template <class G> static inline V pool(G value, Byte& where) {
+    template <class G> INNER V pool(G value, Byte& where) {
         V best = value(0);
         Mask broken = best != best;
         UNROLL for (int q = 1; q < Q; ++q) best = larger(best, value(q)), broken |= value(q) != value(q);
@@ -292,7 +295,7 @@ template <int CI_, int H_, int W_, int CO_, int K_, int P_> struct Convolution {
     }
 
     // One window of out = mean + sqrt(variance + 1e-15) noise.
-    template <int sets, class Mean, class Variance> static inline void noisy_window(int o, int py, int px, Mean mean, Variance variance, Trace& t) {
+    template <int sets, class Mean, class Variance> INNER void noisy_window(int o, int py, int px, Mean mean, Variance variance, Trace& t) {
         int at = (o * PH + py) * PW + px;
         const V* noise = t.noise + noise_at<sets>(o, py, px);
         V z[Q], ratio[Q];  // noise / standard deviation, twice the slope
@@ -321,7 +324,7 @@ template <int CI_, int H_, int W_, int CO_, int K_, int P_> struct Convolution {
     }
 
     // Three quarters of the gradients before a 2 x 2 pooling are zero; which ones differs from lane to lane.
-    static inline void unpool(const V* g, const Byte* where, V* before) {  // one window; `before` points at its corner
+    INNER void unpool(const V* g, const Byte* where, V* before) {  // one window; `before` points at its corner
         if constexpr (P == 1) *before = *g;
         else {
             Mask winner = widen(*where);
@@ -329,14 +332,14 @@ template <int CI_, int H_, int W_, int CO_, int K_, int P_> struct Convolution {
         }
     }
 
-    static void unpool_all(const V* g, const Byte* where, V* before) {
+    PASS void unpool_all(const V* g, const Byte* where, V* before) {
         for (int o = 0; o < CO; ++o)
             for (int py = 0; py < PH; ++py)
                 for (int px = 0; px < PW; ++px) unpool(g + (o * PH + py) * PW + px, where + (o * PH + py) * PW + px, before + (o * UH + P * py) * UW + P * px);
     }
 
     // d loss / d weight: a row of the kernel for a few channels stays in registers while a strip of the image passes.
-    static void weight_gradient(const V* x, const V* g, const Byte* where, V* gw) {
+    PASS void weight_gradient(const V* x, const V* g, const Byte* where, V* gw) {
         constexpr int channels = divisor(CO, 20 / K);
         constexpr int strip = std::min(PH, std::max(1, 320 / (channels * P * UW)));  // rows of windows
         V before[channels][strip * P][UW];
@@ -388,7 +391,7 @@ template <int CI_, int H_, int W_, int CO_, int K_, int P_> struct Convolution {
     }
 
     // d loss / d input: a row of the input (of a few channels, if it is short) stays in registers while a few output channels pass, which stay in the first cache.
-    static void input_gradient(const V* before, const V* w, V* dx) {
+    PASS void input_gradient(const V* before, const V* w, V* dx) {
         constexpr int inputs = divisor(CI, std::max(1, (31 - UW) / WIDTH));
         constexpr int outputs = divisor(CO, std::max(1, 288 / (K * UW)));
         for (int y = 0; y < H; ++y)
@@ -438,20 +441,20 @@ template <int CI_, int H_, int W_, int CO_> struct Winograd : Convolution<CI_, H
     static_assert(UW % STEP == 0 && CO % (2 * GROUP) == 0 && CI % GROUP == 0);
 
     // Add factor x, where the compiler knows the factor, which is often 0, 1 or -1, and whether there is something to add to.
-    static inline void add(V& sum, bool& begun, Scalar factor, V x) {
+    INNER void add(V& sum, bool& begun, Scalar factor, V x) {
         if (factor == 0) return;
         if (!begun) sum = factor * x;
         else if (factor == 1 || factor == -1) sum += factor * x;
         else sum = multiply_add(splat(factor), x, sum);
         begun = true;
     }
-    template <int n, int m> static inline void apply(const Scalar (&matrix)[n][m], const V (&in)[m], V (&out)[n]) {
+    template <int n, int m> INNER void apply(const Scalar (&matrix)[n][m], const V (&in)[m], V (&out)[n]) {
         UNROLL for (int i = 0; i < n; ++i) {
             bool begun = false;
             UNROLL for (int j = 0; j < m; ++j) add(out[i], begun, matrix[i][j], in[j]);
         }
     }
-    template <int n, int m> static inline void apply_transposed(const Scalar (&matrix)[n][m], const V (&in)[n], V (&out)[m]) {
+    template <int n, int m> INNER void apply_transposed(const Scalar (&matrix)[n][m], const V (&in)[n], V (&out)[m]) {
         UNROLL for (int j = 0; j < m; ++j) {
             bool begun = false;
             UNROLL for (int i = 0; i < n; ++i) add(out[j], begun, matrix[i][j], in[i]);
@@ -462,7 +465,7 @@ template <int CI_, int H_, int W_, int CO_> struct Winograd : Convolution<CI_, H
     static constexpr int tile_at(int p, int i, int y) { return ((p * CI + i) * DOWN + y) * ACROSS; }
     static constexpr int gradient_at(int o, int y) { return o * PADDED + (1 + y) * ACROSS; }
 
-    static void transform_kernels(const V* w, V* u) {
+    PASS void transform_kernels(const V* w, V* u) {
         for (int o = 0; o < CO; ++o)
             for (int i = 0; i < CI; ++i)
                 for (int ky = 0; ky < K; ++ky, w += K) {
@@ -473,7 +476,7 @@ template <int CI_, int H_, int W_, int CO_> struct Winograd : Convolution<CI_, H
                 }
     }
 
-    static void transform_gradients(const V* du, V* gw) {
+    PASS void transform_gradients(const V* du, V* gw) {
         for (int o = 0; o < CO; ++o)
             for (int i = 0; i < CI; ++i)
                 for (int ky = 0; ky < K; ++ky, gw += K) {
@@ -484,7 +487,7 @@ template <int CI_, int H_, int W_, int CO_> struct Winograd : Convolution<CI_, H
                 }
     }
 
-    static void transform_inputs(const V* x, V* tiles) {
+    PASS void transform_inputs(const V* x, V* tiles) {
         for (int i = 0; i < CI; ++i)
             for (int y = 0; y < DOWN; ++y)
                 UNROLL for (int t = 0; t < ACROSS; ++t) {
@@ -496,7 +499,7 @@ template <int CI_, int H_, int W_, int CO_> struct Winograd : Convolution<CI_, H
     }
 
     // One step of a product of matrices: a column times a row is added to a block of sums in registers.
-    template <int rows, int columns, class Left, class Right> static inline void add_product(V (&sum)[rows][columns], Left left, Right right) {
+    template <int rows, int columns, class Left, class Right> INNER void add_product(V (&sum)[rows][columns], Left left, Right right) {
         V value[columns];
         UNROLL for (int j = 0; j < columns; ++j) value[j] = hold(right(j));
         UNROLL for (int i = 0; i < rows; ++i) {
@@ -506,7 +509,7 @@ template <int CI_, int H_, int W_, int CO_> struct Winograd : Convolution<CI_, H
     }
 
     // `finish` receives each window.
-    template <class Finish> static void convolve(const V* x, const V* u, const V* bias, Trace& t, Finish finish) {
+    template <class Finish> PASS void convolve(const V* x, const V* u, const V* bias, Trace& t, Finish finish) {
         V* products = t.scratch;
         transform_inputs(x, t.tiles);
         for (int o = 0; o < CO; o += GROUP) {
@@ -557,7 +560,7 @@ template <int CI_, int H_, int W_, int CO_> struct Winograd : Convolution<CI_, H
     }
 
     // A^T dy for one point: the gradients of four neighbouring outputs, of which pooling lets through one in four.
-    static inline void transform_outputs(int p, const V* g, const Byte* where, V* dy) {
+    PASS void transform_outputs(int p, const V* g, const Byte* where, V* dy) {
         for (int o = 0; o < CO; ++o)
             for (int py = 0; py < PH; ++py)
                 UNROLL for (int a = 0; a < ACROSS; ++a) {
@@ -572,7 +575,7 @@ template <int CI_, int H_, int W_, int CO_> struct Winograd : Convolution<CI_, H
     }
 
     // Adds one point's sums over all tiles to d (G w).
-    static inline void kernel_gradient(int p, const V* dy, const V* tiles, V* du) {
+    PASS void kernel_gradient(int p, const V* dy, const V* tiles, V* du) {
         for (int o = 0; o < CO; o += GROUP)
             for (int i = 0; i < CI; i += 2) {
                 V sum[GROUP][2 * K], *kernels = du + kernel_at(p, o, i, 0);
@@ -587,7 +590,7 @@ template <int CI_, int H_, int W_, int CO_> struct Winograd : Convolution<CI_, H
     }
 
     // d (B d) of one point, two rows of tiles at a time; half of the output channels after the other, whose kernels stay in the first cache.
-    static inline void tile_gradient(int p, const V* dy, const V* u, V* back) {
+    PASS void tile_gradient(int p, const V* dy, const V* u, V* back) {
         for (int i = 0; i < CI; i += GROUP)
             for (int half = 0; half < CO; half += CO / 2)
                 for (int y = 0; y < DOWN; y += 2) {
@@ -605,7 +608,7 @@ template <int CI_, int H_, int W_, int CO_> struct Winograd : Convolution<CI_, H
     }
 
     // B^T: tiles overlap by two inputs.
-    template <class Finish> static inline void transform_back(const V* back, Finish finish) {
+    template <class Finish> PASS void transform_back(const V* back, Finish finish) {
         for (int i = 0; i < CI; ++i)
             for (int y = 0; y < H; ++y) {
                 V line[WIDTH] = {};
@@ -639,7 +642,7 @@ template <int CI_, int CO_> struct Linear {
     static constexpr int TRANSFORMED = 0, ROOM = 0, SCRATCH = 0;
     static constexpr bool NOISY_BIAS = false;
 
-    static inline void multiply(const V* x, const V* w, const V* bias, V* y) {
+    PASS void multiply(const V* x, const V* w, const V* bias, V* y) {
         constexpr int outputs = 10;
         static_assert(CO % outputs == 0);
         for (int o = 0; o < CO; o += outputs) {
@@ -666,7 +669,7 @@ template <int CI_, int CO_> struct Linear {
     }
 
     template <bool inward, class Finish>
-    static void gradients(const V* x, const V* g, const V* w, V* gw, const Trace&, Finish finish) {
+    PASS void gradients(const V* x, const V* g, const V* w, V* gw, const Trace&, Finish finish) {
         V dx[CI] = {};
         for (int o = 0; o < CO; ++o)
             for (int i = 0; i < CI; ++i) {
@@ -916,7 +919,7 @@ template <class A, class B, class C, class Fc1, class Fc2> struct Network {
 
     // From d loss / d variance to weights and log sigma^2, through variance = exp(log alpha) w^2, with the gradient of
     // kl_weight * KL, KL = -sum[k1 sigmoid(k2 + k3 log alpha) - ln(1 + exp(-log alpha)) / 2 - k1].
-    void chain_variances() {
+    __attribute__((noinline)) void chain_variances() {
         constexpr Scalar k1 = 0.63576, k2 = 1.8732, k3 = 1.48695;
         for_each_noisy([&](int plain, int log_sigma2, Scalar bound) {
             V w = weights[plain], size = (w < 0 ? -w : w) + Scalar(1e-15), sign = w > 0 ? splat(1) : (w < 0 ? splat(-1) : V{});
@@ -934,7 +937,7 @@ template <class A, class B, class C, class Fc1, class Fc2> struct Network {
     // ------------------------------------------------------------------------------------------------------------ optimizers
 
     // With a share of 1 for the gradient and a divisor of 1, Adam's step is that of SGD with momentum.
-    void update(int64_t step) {
+    __attribute__((noinline)) void update(int64_t step) {
         const double bias1 = 1 - power(0.9, step);
         const Scalar bias2 = (Scalar)(1 / std::sqrt(1 - power(0.999, step)));
         const V share = adam ? splat(Scalar(0.1)) : splat(1);
