@@ -23,19 +23,19 @@
 #include <new>
 #include <utility>
 #include <vector>
-#if defined(__x86_64__) || defined(__i386__)
-#include <immintrin.h>
+
+#if defined(__AVX512F__)
+#define LANES 16
+#elif defined(__AVX2__) && defined(__FMA__)
+#define LANES 8
+#else
+#define LANES 4
 #endif
+#include "elementary.h"
 
 // ---------------------------------------------------------------------------------------------------------------- vectors
 
-#if defined(__AVX512F__)
-constexpr int L = 16;
-#elif defined(__AVX2__)
-constexpr int L = 8;
-#else
-constexpr int L = 4;
-#endif
+constexpr int L = LANES;
 
 #ifndef LANES_SCALAR  // the tests build the same templates in double precision to compare gradients with autograd
 #define LANES_SCALAR float
@@ -50,36 +50,28 @@ constexpr int L = 4;
 #define ROLL _Pragma("GCC unroll 1")  // for steps that fill the registers: several at once would spill them
 #endif
 
+#define PASS static __attribute__((noinline))  // over a layer: by itself, because registers are spent worse in a function of many passes
+#define INNER static inline __attribute__((always_inline))
+
 using Scalar = LANES_SCALAR;
-template <class T, int bytes> struct Vector { typedef T type __attribute__((vector_size(bytes))); };
 using V = Vector<Scalar, L * sizeof(Scalar)>::type;    // one number per model
-using F = Vector<float, L * 4>::type;                  // the same in single precision (random numbers)
 using D = Vector<double, L * 8>::type;                 // sums over an epoch
-using I = Vector<int32_t, L * 4>::type;                // small integers: labels, predictions
-using U = Vector<uint32_t, L * 4>::type;               // random words
-using W = Vector<uint64_t, L * 4>::type;               // random words of every other lane, in the low halves
 using Byte = Vector<int8_t, L>::type;                  // positions within a pooling window, masks
+using Mask = decltype(V{} < V{});                      // what a comparison gives: integers as wide as Scalar, 0 or -1
 
 static inline V splat(Scalar s) { return s - V{}; }
 static inline V load(const V* p) { return *p; }
 static inline V load(const Scalar* p) { return splat(*p); }  // a number that all models share (evaluation)
-template <class T, class S> static inline T as(S s) { T t; static_assert(sizeof t == sizeof s); std::memcpy(&t, &s, sizeof t); return t; }
-template <class T, class S> static inline T to(S s) { return __builtin_convertvector(s, T); }
 
-// The larger and the smaller of two numbers; b if one of them is NaN. GCC would compare and blend.
-#if defined(__AVX512F__)
-static inline F larger(F a, F b) { return (F)_mm512_max_ps((__m512)a, (__m512)b); }
-static inline F smaller(F a, F b) { return (F)_mm512_min_ps((__m512)a, (__m512)b); }
-#elif defined(__AVX2__)
-static inline F larger(F a, F b) { return (F)_mm256_max_ps((__m256)a, (__m256)b); }
-static inline F smaller(F a, F b) { return (F)_mm256_min_ps((__m256)a, (__m256)b); }
-#else
-static inline F larger(F a, F b) { return a > b ? a : b; }
-static inline F smaller(F a, F b) { return a < b ? a : b; }
+// A number that several multiply-adds are about to use, in a register: GCC would load it anew for each of them.
+static inline V hold(V x) {
+#if defined(__AVX512F__) && defined(LANES_FLOAT) && !defined(__clang__)
+    asm("" : "+v"(x));
+#elif defined(__AVX2__) && defined(LANES_FLOAT) && !defined(__clang__)
+    asm("" : "+x"(x));
 #endif
-static inline D larger(D a, D b) { return a > b ? a : b; }
-
-using Mask = decltype(V{} < V{});                      // what a comparison gives: integers as wide as Scalar, 0 or -1
+    return x;
+}
 
 static inline Mask widen(Byte b) {  // GCC would convert bytes one by one
 #if defined(__AVX512F__) && defined(LANES_FLOAT)
@@ -99,108 +91,10 @@ static inline Byte narrow(Mask m) {
 #endif
 }
 
-// ---------------------------------------------------------------------------------------------------- elementary functions
-// Near-minimax polynomials fitted for this file; errors are a few units in the last place. NaN comes out as NaN.
-
-#if defined(__AVX512F__)  // an estimate to 14 bits, and one Newton step
-static inline F reciprocal(F x) { F y = (F)_mm512_rcp14_ps((__m512)x); return y + y * (1.0f - x * y); }
-static inline F inverse_root(F x) { F y = (F)_mm512_rsqrt14_ps((__m512)x); return y + 0.5f * y * (1.0f - x * y * y); }
-#else
-static inline F reciprocal(F x) { return 1.0f / x; }
-static inline F inverse_root(F x) { UNROLL for (int l = 0; l < L; ++l) x[l] = std::sqrt(x[l]); return 1.0f / x; }
-#endif
-
-static inline F root(F x) {  // right for 0, denormals and infinity too, where the estimate is not
-    return x * inverse_root(smaller(larger(x, 1e-37f - F{}), 3e38f - F{}));
-}
-
-static inline F exponential_within(F x) {  // |x| at most 87
-    const F magic = 12582912.0f - F{};  // adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits
-    F shifted = x * 1.44269504f + magic;
-    F n = shifted - magic;
-    F r = x - n * 0.693359375f;
-    r = r + n * 2.12194440e-4f;
-    F p = 0.00138142198f - F{};
-    p = p * r + 0.00836889887f;
-    p = p * r + 0.0416684058f;
-    p = p * r + 0.166665191f;
-    p = p * r + 0.499999933f;
-    p = p * r * r + r + 1.0f;
-    return p * as<F>((as<I>(shifted) << 23) + 0x3f800000);
-}
-
-static inline F exponential(F x) {  // saturates at exp(-87) and exp(87)
-    return exponential_within(smaller(87.0f - F{}, larger(-87.0f - F{}, x)));
-}
-
-static inline F logarithm_of_normal(F x) {
-    I bits = as<I>(x);
-    I e = (bits - 0x3f3504f3) >> 23;  // so that the mantissa lies in [sqrt(1/2), sqrt(2))
-    F n = to<F>(e);
-    F f = as<F>(bits - (e << 23)) - 1.0f, s = f * f;
-    F p0 = -0.250008211f * f + 0.333333317f, p1 = -0.166233565f * f + 0.200012267f;
-    F p2 = -0.131601951f * f + 0.142017625f, p3 = -0.0763442991f * f + 0.127615504f;
-    F p = (p3 * s + p2) * (s * s) + (p1 * s + p0);
-    F low = p * f * s - 0.5f * s - n * 2.12194440e-4f;
-    return n * 0.693359375f + (low + f);
-}
-
-static inline F logarithm(F x) {  // of positive numbers that are not denormal
-    F result = logarithm_of_normal(x);
-    return x == x ? result : x;
-}
-
-// Far from zero 1 - 2 / (exp(2 |x|) + 1), rounded once: Adam sees the slope 1 - tanh^2 of saturated units, however small.
-static inline F hyperbolic_tangent(F x) {
-    const I sign = as<I>(x) & INT32_MIN;
-    F a = as<F>(as<I>(x) ^ sign), s = x * x;
-    F far = 1.0f - 2.0f * reciprocal(1.0f + exponential_within(2.0f * smaller(10.0f - F{}, a)));
-    F p = -0.00551516718f * s + 0.0204694235f;
-    p = p * s - 0.0536880245f;
-    p = p * s + 0.133308304f;
-    p = p * s - 0.333332598f;
-    return a < 0.65f ? p * s * x + x : as<F>(as<I>(far) | sign);
-}
-
-static inline F logistic(F x) { return reciprocal(1.0f + exponential(-x)); }
-
-// For a standard normal number: the probability of one below x, and its density there times sqrt(2 pi), exp(-x^2 / 2).
-static inline void normal_distribution(F x, F& below, F& density) {
-    F a = smaller(13.0f - F{}, as<F>(as<I>(x) & INT32_MAX)), t = reciprocal(0.3f * a + 1.0f);
-    F p = 0.0360363047f * t - 0.158713625f;
-    p = p * t + 0.208964615f;
-    p = p * t - 0.0560959011f;
-    p = p * t + 0.129843424f;
-    p = p * t + 0.0995230627f;
-    p = p * t + 0.120816892f;
-    p = p * t + 0.119625166f;
-    density = exponential_within(-0.5f * a * a);
-    F tail = p * t * density;
-    below = x < 0.0f ? tail : 1.0f - tail;
-}
-
-static inline void sine_cosine(F turns, F& sine, F& cosine) {  // of 2 pi turns, 0 <= turns <= 1
-    const F magic = 12582912.0f - F{};
-    F shifted = turns * 4.0f + magic;
-    I quarter = as<I>(shifted);
-    F f = turns - (shifted - magic) * 0.25f;  // exact, within an eighth of a turn
-    F s = f * f;
-    F a = -75.3916494f * s + 81.5923172f;
-    a = a * s - 41.3416613f;
-    a = (a * s + 6.28318529f) * f;
-    F b = 59.2443807f * s - 85.4437001f;
-    b = b * s + 64.9393261f;
-    b = b * s - 19.7392087f;
-    b = b * s + 1.0f;
-    I odd = -(quarter & 1);
-    F sin0 = odd ? b : a, cos0 = odd ? a : b;
-    sine = as<F>(as<I>(sin0) ^ ((quarter & 2) << 30));
-    cosine = as<F>(as<I>(cos0) ^ (((quarter + 1) & 2) << 30));
-}
-
-// In double precision (tests only) the standard library does the work, lane by lane.
+// In double precision (tests only) the standard library does the work, lane by lane, and a multiply-add may round twice.
 template <class G> static inline D each(D x, G g) { for (int l = 0; l < L; ++l) x[l] = g(x[l]); return x; }
-static inline D reciprocal(D x) { return 1.0 / x; }
+static inline D multiply_add(D a, D b, D c) { return a * b + c; }
+static inline D larger(D a, D b) { return a > b ? a : b; }
 static inline D inverse_root(D x) { return 1.0 / each(x, [](double v) { return std::sqrt(v); }); }
 static inline D root(D x) { return each(x, [](double v) { return std::sqrt(v); }); }
 static inline D exponential(D x) { return each(x, [](double v) { return std::exp(v); }); }
@@ -212,21 +106,7 @@ static inline void normal_distribution(D x, D& below, D& density) {
 }
 
 // ---------------------------------------------------------------------------------------------------------- random numbers
-// Philox4x32 with 7 rounds: word = f(key of the model, counter). Even and odd lanes live in the low halves of 64-bit
-// elements, because processors multiply 32 x 32 -> 64 bits there; the high halves hold rubbish that nothing reads.
-
-constexpr int ROUNDS = 7;
-constexpr uint32_t M0 = 0xD2511F53u, M1 = 0xCD9E8D57u, W0 = 0x9E3779B9u, W1 = 0xBB67AE85u;
-
-static inline W multiply(W a, uint32_t m) {
-#if defined(__AVX512F__)
-    return (W)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi32((int)m));
-#elif defined(__AVX2__)
-    return (W)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi32((int)m));
-#else
-    return (a & 0xffffffffu) * (uint64_t)m;
-#endif
-}
+// Philox4x32: even and odd lanes in turn, because a product of two words takes the place of two lanes.
 
 struct Philox {
     W k0[ROUNDS][2], k1[ROUNDS][2];  // round keys of the even [0] and odd [1] lanes
@@ -246,34 +126,21 @@ struct Philox {
         W half[2][4];
         UNROLL for (int h = 0; h < 2; ++h) {
             W c0 = k0[0][h] ^ ((second >> 32) ^ site), c1 = W{} + second, c2 = k1[0][h] ^ ((first >> 32) ^ epoch), c3 = W{} + first;
-            UNROLL for (int r = 1; r < ROUNDS; ++r) {
-                W p0 = multiply(c0, M0), p1 = multiply(c2, M1);
-                c0 = (p1 >> 32) ^ c1 ^ k0[r][h], c1 = p1;
-                c2 = (p0 >> 32) ^ c3 ^ k1[r][h], c3 = p0;
-            }
+            UNROLL for (int r = 1; r < ROUNDS; ++r) philox_round(c0, c1, c2, c3, k0[r][h], k1[r][h]);
             half[h][0] = c0, half[h][1] = c1, half[h][2] = c2, half[h][3] = c3;
         }
         UNROLL for (int i = 0; i < 4; ++i) word[i] = as<U>((half[0][i] & 0xffffffffu) | (half[1][i] << 32));
     }
 };
 
-static inline F uniform(U x) { return to<F>(x) * 0x1p-32f + 0x1p-33f; }
-
-// Box-Muller: two words give two independent standard normal numbers.
-static inline void normal_pair(U a, U b, F& first, F& second) {
-    F square = larger(-2.0f * logarithm_of_normal(uniform(a)), 1e-37f - F{}), radius = square * inverse_root(square);
-    F sine, cosine;
-    sine_cosine(uniform(b), sine, cosine);
-    first = radius * cosine, second = radius * sine;
-}
-
-// First many words, then many numbers: either loop alone has independent steps that the processor can overlap.
-static void normals(const Philox& stream, uint32_t site, uint32_t position, uint32_t epoch, int count, V* out) {
+// The normal numbers of a site from `first_number` on, a multiple of four. First many words, then many numbers: either loop
+// alone has independent steps that the processor can overlap.
+static void normals(const Philox& stream, uint32_t site, uint32_t position, uint32_t epoch, int first_number, int count, V* out) {
     constexpr int CHUNK = 64;
     U word[CHUNK];
     for (int start = 0; start < count; start += CHUNK) {
         const int n = std::min(CHUNK, count - start);
-        for (int i = 0; i < n; i += 4) stream.draw((start + i) / 4, site, position, epoch, word + i);
+        for (int i = 0; i < n; i += 4) stream.draw((first_number + start + i) / 4, site, position, epoch, word + i);
         for (int i = 0; i < n; i += 2) {
             F first, second;
             normal_pair(word[i], word[i + 1], first, second);
@@ -319,13 +186,13 @@ template <class G> static inline void map(V* y, V* slope, int n, G g) { for (int
 
 static __attribute__((noinline)) void activate(int activation, V* y, V* slope, int n) {
     switch (activation) {
-    case TANH: map(y, slope, n, [](V& v, V& d) { v = hyperbolic_tangent(v), d = 1 - v * v; }); break;
+    case TANH: map(y, slope, n, [](V& v, V& d) { v = hyperbolic_tangent(v), d = multiply_add(-v, v, splat(1)); }); break;
     case RELU: map(y, slope, n, [](V& v, V& d) { d = v > 0 ? splat(1) : V{}, v = v <= 0 ? V{} : v; }); break;
     case SIGMOID: map(y, slope, n, [](V& v, V& d) { v = logistic(v), d = v * (1 - v); }); break;
     default: map(y, slope, n, [](V& v, V& d) {
         V below, density;
         normal_distribution(v, below, density);
-        d = below + v * Scalar(0.39894228040143268) * density, v = v * below; });
+        d = multiply_add(v * Scalar(0.39894228040143268), density, below), v = v * below; });
     }
 }
 
@@ -339,7 +206,7 @@ struct Trace {
     V *y, *slope;       // output after pooling, activation and dropout; its derivative
     V *ratio;           // d output / d variance (variational)
     V *g, *gv;          // gradient with respect to mean and variance, before pooling; g takes the place of slope
-    V *noise;
+    V *noise;           // of the windows at work
     V *tiles, *scratch; // transformed input; room that all layers use in turn
     Byte* where;        // winner of each pooling window
 };
@@ -349,16 +216,32 @@ template <int CI_, int H_, int W_, int CO_, int K_, int P_> struct Convolution {
     static constexpr int CI = CI_, H = H_, WIDTH = W_, CO = CO_, K = K_, P = P_, Q = P * P, KK = K * K;
     static constexpr int OH = H - K + 1, OW = WIDTH - K + 1, PH = OH / P, PW = OW / P;    // before and after pooling
     static constexpr int UH = PH * P, UW = PW * P;                                        // rows and columns the pooling uses
-    static constexpr int INPUTS = CI * H * WIDTH, BEFORE = CO * OH * OW, USED = CO * UH * UW, OUTPUTS = CO * PH * PW;
+    static constexpr int INPUTS = CI * H * WIDTH, USED = CO * UH * UW, OUTPUTS = CO * PH * PW;
     static constexpr int WEIGHTS = CO * CI * KK, BIASES = CO;
     static constexpr int TRANSFORMED = 0, ROOM = 0, SCRATCH = USED + INPUTS;
     static constexpr bool NOISY_BIAS = true;
+    template <int sets> static constexpr int channels = divisor(CO, 24 / (sets * Q));     // output channels side by side
+
+    // Noise is drawn just before the windows that it disturbs, so that it stays in the first cache: for a row of windows of these
+    // channels or, where rows are not made of whole draws of four numbers, for all of their rows.
+    static constexpr bool BY_ROWS = P * OW % 4 == 0 && OH * OW % 4 == 0;
+    static constexpr int NOISE = channels<1> * (BY_ROWS ? P : OH) * OW;
+    template <int sets, class Draw> static inline void draw_band(int part, V* noise, Draw draw) {  // draw(first number, how many, where to)
+        static_assert(BY_ROWS || channels<sets> * OH * OW % 4 == 0);
+        const int o = part / PH * channels<sets>, py = part % PH;
+        if constexpr (BY_ROWS)
+            for (int c = 0; c < channels<sets>; ++c) draw((o + c) * OH * OW + P * py * OW, P * OW, noise + c * P * OW);
+        else if (py == 0) draw(o * OH * OW, channels<sets> * OH * OW, noise);
+    }
+    template <int sets> static constexpr int noise_at(int o, int py, int px) {  // of a window's corner
+        return BY_ROWS ? o % channels<sets> * P * OW + P * px : (o % channels<sets> * OH + P * py) * OW + P * px;
+    }
 
     // One window of `channels` output channels at a time stays in registers; `finish` receives it.
     // SETS = 2 convolves two inputs with two kernels side by side: mean and variance of a variational layer.
     template <int SETS, class X, class Meanwhile, class Finish>
-    static inline void convolve(const X* const (&x)[SETS], const V* const (&w)[SETS], const V* const (&bias)[SETS], Meanwhile meanwhile, Finish finish) {
-        constexpr int channels = divisor(CO, 24 / (SETS * Q));
+    PASS void convolve(const X* const (&x)[SETS], const V* const (&w)[SETS], const V* const (&bias)[SETS], Meanwhile meanwhile, Finish finish) {
+        constexpr int channels = Convolution::channels<SETS>;
         constexpr int inputs = divisor(CI, std::max(1, 160 / (SETS * channels * KK)));  // their kernels stay in the first cache
         V row[inputs == CI ? 1 : PW][SETS][channels][Q];
         for (int o = 0; o < CO; o += channels)
@@ -374,10 +257,10 @@ template <int CI_, int H_, int W_, int CO_, int K_, int P_> struct Convolution {
                                 UNROLL for (int kx = 0; kx < K; ++kx) UNROLL for (int s = 0; s < SETS; ++s) {
                                     const X* corner = x[s] + (i * H + P * py + ky) * WIDTH + P * px + kx;
                                     V value[Q];
-                                    UNROLL for (int q = 0; q < Q; ++q) value[q] = load(corner + (q / P) * WIDTH + q % P);
+                                    UNROLL for (int q = 0; q < Q; ++q) value[q] = hold(load(corner + (q / P) * WIDTH + q % P));
                                     UNROLL for (int c = 0; c < channels; ++c) {
                                         V weight = w[s][((o + c) * CI + i) * KK + ky * K + kx];
-                                        UNROLL for (int q = 0; q < Q; ++q) sum[s][c][q] += weight * value[q];
+                                        UNROLL for (int q = 0; q < Q; ++q) sum[s][c][q] = multiply_add(weight, value[q], sum[s][c][q]);
                                     }
                                 }
                         if (i0 + inputs == CI)
@@ -390,7 +273,7 @@ template <int CI_, int H_, int W_, int CO_, int K_, int P_> struct Convolution {
     }
 
     // The first largest value of a window wins; a value that is no number makes the window one.
-    template <class G> static inline V pool(G value, Byte& where) {
+    template <class G> INNER V pool(G value, Byte& where) {
         V best = value(0);
         Mask broken = best != best;
         UNROLL for (int q = 1; q < Q; ++q) best = larger(best, value(q)), broken |= value(q) != value(q);
@@ -412,14 +295,14 @@ template <int CI_, int H_, int W_, int CO_, int K_, int P_> struct Convolution {
     }
 
     // One window of out = mean + sqrt(variance + 1e-15) noise.
-    template <class Mean, class Variance> static inline void noisy_window(int o, int py, int px, Mean mean, Variance variance, Trace& t) {
+    template <int sets, class Mean, class Variance> INNER void noisy_window(int o, int py, int px, Mean mean, Variance variance, Trace& t) {
         int at = (o * PH + py) * PW + px;
-        const V* noise = t.noise + (o * OH + P * py) * OW + P * px;
+        const V* noise = t.noise + noise_at<sets>(o, py, px);
         V z[Q], ratio[Q];  // noise / standard deviation, twice the slope
         UNROLL for (int q = 0; q < Q; ++q) {
             V total = variance(q) + Scalar(1e-15);
             ratio[q] = inverse_root(total) * noise[(q / P) * OW + q % P];
-            z[q] = mean(q) + total * ratio[q];
+            z[q] = multiply_add(total, ratio[q], mean(q));
         }
         Byte where;
         t.y[at] = pool([&](int q) { return z[q]; }, where);
@@ -429,18 +312,19 @@ template <int CI_, int H_, int W_, int CO_, int K_, int P_> struct Convolution {
         t.where[at] = where, t.ratio[at] = Scalar(0.5) * chosen;
     }
 
-    template <class Meanwhile>
-    static void forward_noisy(const V* w, const V* bias, const V* variance, const V* bias_variance, Trace& t, Meanwhile meanwhile) {
+    template <class Meanwhile, class Draw>
+    static void forward_noisy(const V* w, const V* bias, const V* variance, const V* bias_variance, Trace& t, Meanwhile meanwhile, Draw draw) {
         const V* const inputs[2] = {t.x, t.squares};
         const V* const kernels[2] = {w, variance};
         const V* const biases[2] = {bias, bias_variance};
-        convolve<2>(inputs, kernels, biases, meanwhile, [&](int o, int py, int px, auto value) {
-            noisy_window(o, py, px, [&](int q) { return value(0, q); }, [&](int q) { return value(1, q); }, t);
+        auto before_band = [&](int part, int parts) { meanwhile(part, parts), draw_band<2>(part, t.noise, draw); };
+        convolve<2>(inputs, kernels, biases, before_band, [&](int o, int py, int px, auto value) {
+            noisy_window<2>(o, py, px, [&](int q) { return value(0, q); }, [&](int q) { return value(1, q); }, t);
         });
     }
 
     // Three quarters of the gradients before a 2 x 2 pooling are zero; which ones differs from lane to lane.
-    static inline void unpool(const V* g, const Byte* where, V* before) {  // one window; `before` points at its corner
+    INNER void unpool(const V* g, const Byte* where, V* before) {  // one window; `before` points at its corner
         if constexpr (P == 1) *before = *g;
         else {
             Mask winner = widen(*where);
@@ -448,14 +332,14 @@ template <int CI_, int H_, int W_, int CO_, int K_, int P_> struct Convolution {
         }
     }
 
-    static void unpool_all(const V* g, const Byte* where, V* before) {
+    PASS void unpool_all(const V* g, const Byte* where, V* before) {
         for (int o = 0; o < CO; ++o)
             for (int py = 0; py < PH; ++py)
                 for (int px = 0; px < PW; ++px) unpool(g + (o * PH + py) * PW + px, where + (o * PH + py) * PW + px, before + (o * UH + P * py) * UW + P * px);
     }
 
     // d loss / d weight: a row of the kernel for a few channels stays in registers while a strip of the image passes.
-    static void weight_gradient(const V* x, const V* g, const Byte* where, V* gw) {
+    PASS void weight_gradient(const V* x, const V* g, const Byte* where, V* gw) {
         constexpr int channels = divisor(CO, 20 / K);
         constexpr int strip = std::min(PH, std::max(1, 320 / (channels * P * UW)));  // rows of windows
         V before[channels][strip * P][UW];
@@ -477,8 +361,8 @@ template <int CI_, int H_, int W_, int CO_, int K_, int P_> struct Convolution {
                             const V* in = x + (i * H + top * P + r + ky) * WIDTH;
                             for (int c0 = 0; c0 < UW; ++c0) {
                                 V value[K];
-                                UNROLL for (int kx = 0; kx < K; ++kx) value[kx] = in[c0 + kx];
-                                UNROLL for (int c = 0; c < channels; ++c) UNROLL for (int kx = 0; kx < K; ++kx) sum[c][kx] += before[c][r][c0] * value[kx];
+                                UNROLL for (int kx = 0; kx < K; ++kx) value[kx] = hold(in[c0 + kx]);
+                                UNROLL for (int c = 0; c < channels; ++c) UNROLL for (int kx = 0; kx < K; ++kx) sum[c][kx] = multiply_add(before[c][r][c0], value[kx], sum[c][kx]);
                             }
                         }
                         UNROLL for (int c = 0; c < channels; ++c) UNROLL for (int kx = 0; kx < K; ++kx) kernel[c * CI * KK + kx] = sum[c][kx];
@@ -507,7 +391,7 @@ template <int CI_, int H_, int W_, int CO_, int K_, int P_> struct Convolution {
     }
 
     // d loss / d input: a row of the input (of a few channels, if it is short) stays in registers while a few output channels pass, which stay in the first cache.
-    static void input_gradient(const V* before, const V* w, V* dx) {
+    PASS void input_gradient(const V* before, const V* w, V* dx) {
         constexpr int inputs = divisor(CI, std::max(1, (31 - UW) / WIDTH));
         constexpr int outputs = divisor(CO, std::max(1, 288 / (K * UW)));
         for (int y = 0; y < H; ++y)
@@ -524,7 +408,7 @@ template <int CI_, int H_, int W_, int CO_, int K_, int P_> struct Convolution {
                             UNROLL for (int c = 0; c < UW; ++c) value[c] = g[c];
                             UNROLL for (int kx = 0; kx < K; ++kx) UNROLL for (int j = 0; j < inputs; ++j) {
                                 V weight = w[(o * CI + i + j) * KK + ky * K + kx];
-                                UNROLL for (int c = 0; c < UW; ++c) sum[j][c + kx] += value[c] * weight;
+                                UNROLL for (int c = 0; c < UW; ++c) sum[j][c + kx] = multiply_add(value[c], weight, sum[j][c + kx]);
                             }
                         }
                     UNROLL for (int j = 0; j < inputs; ++j) UNROLL for (int c = 0; c < WIDTH; ++c) row[j * H * WIDTH + c] = sum[j][c];
@@ -556,16 +440,24 @@ template <int CI_, int H_, int W_, int CO_> struct Winograd : Convolution<CI_, H
     static constexpr int PRODUCTS = POINTS * PH * GROUP * PAIR, SCRATCH = std::max(TILES, PRODUCTS + Direct::USED);
     static_assert(UW % STEP == 0 && CO % (2 * GROUP) == 0 && CI % GROUP == 0);
 
-    template <int n, int m> static inline void apply(const Scalar (&matrix)[n][m], const V (&in)[m], V (&out)[n]) {
+    // Add factor x, where the compiler knows the factor, which is often 0, 1 or -1, and whether there is something to add to.
+    INNER void add(V& sum, bool& begun, Scalar factor, V x) {
+        if (factor == 0) return;
+        if (!begun) sum = factor * x;
+        else if (factor == 1 || factor == -1) sum += factor * x;
+        else sum = multiply_add(splat(factor), x, sum);
+        begun = true;
+    }
+    template <int n, int m> INNER void apply(const Scalar (&matrix)[n][m], const V (&in)[m], V (&out)[n]) {
         UNROLL for (int i = 0; i < n; ++i) {
-            out[i] = V{};
-            UNROLL for (int j = 0; j < m; ++j) if (matrix[i][j] != 0) out[i] += matrix[i][j] * in[j];
+            bool begun = false;
+            UNROLL for (int j = 0; j < m; ++j) add(out[i], begun, matrix[i][j], in[j]);
         }
     }
-    template <int n, int m> static inline void apply_transposed(const Scalar (&matrix)[n][m], const V (&in)[n], V (&out)[m]) {
+    template <int n, int m> INNER void apply_transposed(const Scalar (&matrix)[n][m], const V (&in)[n], V (&out)[m]) {
         UNROLL for (int j = 0; j < m; ++j) {
-            out[j] = V{};
-            UNROLL for (int i = 0; i < n; ++i) if (matrix[i][j] != 0) out[j] += matrix[i][j] * in[i];
+            bool begun = false;
+            UNROLL for (int i = 0; i < n; ++i) add(out[j], begun, matrix[i][j], in[i]);
         }
     }
 
@@ -573,7 +465,7 @@ template <int CI_, int H_, int W_, int CO_> struct Winograd : Convolution<CI_, H
     static constexpr int tile_at(int p, int i, int y) { return ((p * CI + i) * DOWN + y) * ACROSS; }
     static constexpr int gradient_at(int o, int y) { return o * PADDED + (1 + y) * ACROSS; }
 
-    static void transform_kernels(const V* w, V* u) {
+    PASS void transform_kernels(const V* w, V* u) {
         for (int o = 0; o < CO; ++o)
             for (int i = 0; i < CI; ++i)
                 for (int ky = 0; ky < K; ++ky, w += K) {
@@ -584,7 +476,7 @@ template <int CI_, int H_, int W_, int CO_> struct Winograd : Convolution<CI_, H
                 }
     }
 
-    static void transform_gradients(const V* du, V* gw) {
+    PASS void transform_gradients(const V* du, V* gw) {
         for (int o = 0; o < CO; ++o)
             for (int i = 0; i < CI; ++i)
                 for (int ky = 0; ky < K; ++ky, gw += K) {
@@ -595,7 +487,7 @@ template <int CI_, int H_, int W_, int CO_> struct Winograd : Convolution<CI_, H
                 }
     }
 
-    static void transform_inputs(const V* x, V* tiles) {
+    PASS void transform_inputs(const V* x, V* tiles) {
         for (int i = 0; i < CI; ++i)
             for (int y = 0; y < DOWN; ++y)
                 UNROLL for (int t = 0; t < ACROSS; ++t) {
@@ -607,17 +499,17 @@ template <int CI_, int H_, int W_, int CO_> struct Winograd : Convolution<CI_, H
     }
 
     // One step of a product of matrices: a column times a row is added to a block of sums in registers.
-    template <int rows, int columns, class Left, class Right> static inline void add_product(V (&sum)[rows][columns], Left left, Right right) {
+    template <int rows, int columns, class Left, class Right> INNER void add_product(V (&sum)[rows][columns], Left left, Right right) {
         V value[columns];
-        UNROLL for (int j = 0; j < columns; ++j) value[j] = right(j);
+        UNROLL for (int j = 0; j < columns; ++j) value[j] = hold(right(j));
         UNROLL for (int i = 0; i < rows; ++i) {
             V factor = left(i);
-            UNROLL for (int j = 0; j < columns; ++j) sum[i][j] += factor * value[j];
+            UNROLL for (int j = 0; j < columns; ++j) sum[i][j] = multiply_add(factor, value[j], sum[i][j]);
         }
     }
 
     // `finish` receives each window.
-    template <class Finish> static void convolve(const V* x, const V* u, const V* bias, Trace& t, Finish finish) {
+    template <class Finish> PASS void convolve(const V* x, const V* u, const V* bias, Trace& t, Finish finish) {
         V* products = t.scratch;
         transform_inputs(x, t.tiles);
         for (int o = 0; o < CO; o += GROUP) {
@@ -653,21 +545,22 @@ template <int CI_, int H_, int W_, int CO_> struct Winograd : Convolution<CI_, H
     }
 
     // The variances are convolved directly: differences would make them less accurate, and some of them negative.
-    template <class Meanwhile>
-    static void forward_noisy(const V* u, const V* bias, const V* variance, const V* bias_variance, Trace& t, Meanwhile meanwhile) {
+    template <class Meanwhile, class Draw>
+    static void forward_noisy(const V* u, const V* bias, const V* variance, const V* bias_variance, Trace& t, Meanwhile, Draw draw) {
         V* means = t.scratch + PRODUCTS;
         convolve(t.x, u, bias, t, [&](int o, int py, int px, auto value) {
             UNROLL for (int q = 0; q < Q; ++q) means[((o * PH + py) * PW + px) * Q + q] = value(q);
         });
         const V *const inputs[1] = {t.squares}, *const kernels[1] = {variance}, *const biases[1] = {bias_variance};
-        Direct::template convolve<1>(inputs, kernels, biases, meanwhile, [&](int o, int py, int px, auto value) {
+        auto before_band = [&](int part, int) { Direct::template draw_band<1>(part, t.noise, draw); };
+        Direct::template convolve<1>(inputs, kernels, biases, before_band, [&](int o, int py, int px, auto value) {
             const V* mean = means + ((o * PH + py) * PW + px) * Q;
-            Direct::noisy_window(o, py, px, [&](int q) { return mean[q]; }, [&](int q) { return value(0, q); }, t);
+            Direct::template noisy_window<1>(o, py, px, [&](int q) { return mean[q]; }, [&](int q) { return value(0, q); }, t);
         });
     }
 
     // A^T dy for one point: the gradients of four neighbouring outputs, of which pooling lets through one in four.
-    static inline void transform_outputs(int p, const V* g, const Byte* where, V* dy) {
+    PASS void transform_outputs(int p, const V* g, const Byte* where, V* dy) {
         for (int o = 0; o < CO; ++o)
             for (int py = 0; py < PH; ++py)
                 UNROLL for (int a = 0; a < ACROSS; ++a) {
@@ -682,7 +575,7 @@ template <int CI_, int H_, int W_, int CO_> struct Winograd : Convolution<CI_, H
     }
 
     // Adds one point's sums over all tiles to d (G w).
-    static inline void kernel_gradient(int p, const V* dy, const V* tiles, V* du) {
+    PASS void kernel_gradient(int p, const V* dy, const V* tiles, V* du) {
         for (int o = 0; o < CO; o += GROUP)
             for (int i = 0; i < CI; i += 2) {
                 V sum[GROUP][2 * K], *kernels = du + kernel_at(p, o, i, 0);
@@ -697,7 +590,7 @@ template <int CI_, int H_, int W_, int CO_> struct Winograd : Convolution<CI_, H
     }
 
     // d (B d) of one point, two rows of tiles at a time; half of the output channels after the other, whose kernels stay in the first cache.
-    static inline void tile_gradient(int p, const V* dy, const V* u, V* back) {
+    PASS void tile_gradient(int p, const V* dy, const V* u, V* back) {
         for (int i = 0; i < CI; i += GROUP)
             for (int half = 0; half < CO; half += CO / 2)
                 for (int y = 0; y < DOWN; y += 2) {
@@ -715,7 +608,7 @@ template <int CI_, int H_, int W_, int CO_> struct Winograd : Convolution<CI_, H
     }
 
     // B^T: tiles overlap by two inputs.
-    template <class Finish> static inline void transform_back(const V* back, Finish finish) {
+    template <class Finish> PASS void transform_back(const V* back, Finish finish) {
         for (int i = 0; i < CI; ++i)
             for (int y = 0; y < H; ++y) {
                 V line[WIDTH] = {};
@@ -745,39 +638,44 @@ template <int CI_, int H_, int W_, int CO_> struct Winograd : Convolution<CI_, H
 // A fully connected layer, the same interface.
 template <int CI_, int CO_> struct Linear {
     static constexpr int CI = CI_, CO = CO_;
-    static constexpr int INPUTS = CI, BEFORE = CO, USED = CO, OUTPUTS = CO, WEIGHTS = CI * CO, BIASES = CO;
+    static constexpr int INPUTS = CI, NOISE = CO, USED = CO, OUTPUTS = CO, WEIGHTS = CI * CO, BIASES = CO;
     static constexpr int TRANSFORMED = 0, ROOM = 0, SCRATCH = 0;
     static constexpr bool NOISY_BIAS = false;
 
-    static inline void multiply(const V* x, const V* w, const V* bias, V* y) {
+    PASS void multiply(const V* x, const V* w, const V* bias, V* y) {
         constexpr int outputs = 10;
         static_assert(CO % outputs == 0);
         for (int o = 0; o < CO; o += outputs) {
             V sum[outputs];
             UNROLL for (int c = 0; c < outputs; ++c) sum[c] = bias ? bias[o + c] : V{};
-            for (int i = 0; i < CI; ++i) UNROLL for (int c = 0; c < outputs; ++c) sum[c] += w[(o + c) * CI + i] * x[i];
+            for (int i = 0; i < CI; ++i) UNROLL for (int c = 0; c < outputs; ++c) sum[c] = multiply_add(w[(o + c) * CI + i], x[i], sum[c]);
             UNROLL for (int c = 0; c < outputs; ++c) y[o + c] = sum[c];
         }
     }
 
     template <class Meanwhile> static void forward(const V* x, const V* w, const V* bias, Trace& t, Meanwhile) { multiply(x, w, bias, t.y); }
 
-    template <class Meanwhile> static void forward_noisy(const V* w, const V* bias, const V* variance, const V*, Trace& t, Meanwhile) {
+    template <class Meanwhile, class Draw>
+    static void forward_noisy(const V* w, const V* bias, const V* variance, const V*, Trace& t, Meanwhile, Draw draw) {
         V total[CO];
+        draw(0, CO, t.noise);
         multiply(t.x, w, bias, t.y);
         multiply(t.squares, variance, nullptr, total);
         for (int o = 0; o < CO; ++o) {
             V sum = total[o] + Scalar(1e-15), inverse = inverse_root(sum);
-            t.y[o] += sum * inverse * t.noise[o];
+            t.y[o] = multiply_add(sum * inverse, t.noise[o], t.y[o]);
             t.ratio[o] = Scalar(0.5) * inverse * t.noise[o];
         }
     }
 
     template <bool inward, class Finish>
-    static void gradients(const V* x, const V* g, const V* w, V* gw, const Trace&, Finish finish) {
+    PASS void gradients(const V* x, const V* g, const V* w, V* gw, const Trace&, Finish finish) {
         V dx[CI] = {};
         for (int o = 0; o < CO; ++o)
-            for (int i = 0; i < CI; ++i) gw[o * CI + i] += g[o] * x[i], dx[i] += g[o] * w[o * CI + i];
+            for (int i = 0; i < CI; ++i) {
+                gw[o * CI + i] = multiply_add(g[o], x[i], gw[o * CI + i]);
+                dx[i] = multiply_add(g[o], w[o * CI + i], dx[i]);
+            }
         for (int i = 0; i < CI; ++i) finish(i, dx[i]);
     }
 
@@ -868,9 +766,17 @@ static inline V cross_entropy(const V* z, V label, Scalar scale, V* gradient, V&
     return logarithm(sum) - (own - best);
 }
 
+// By squaring, because the C library's own function rounds differently from library to library.
+static double power(double base, int64_t exponent) {
+    double result = 1;
+    for (; exponent; exponent >>= 1, base *= base)
+        if (exponent & 1) result *= base;
+    return result;
+}
+
 // log alpha = log sigma^2 - 2 ln(|w| + 1e-15), clamped; the clamp stops gradients strictly outside.
 static inline V log_alpha(V w, V log_sigma2, Scalar bound, Mask& inside) {
-    V raw = log_sigma2 - 2 * logarithm((w < 0 ? -w : w) + Scalar(1e-15));
+    V raw = multiply_add(splat(-2), logarithm((w < 0 ? -w : w) + Scalar(1e-15)), log_sigma2);
     inside = (raw >= -bound) & (raw <= bound);
     return raw < -bound ? splat(-bound) : (raw > bound ? splat(bound) : raw);
 }
@@ -913,7 +819,7 @@ template <class A, class B, class C, class Fc1, class Fc2> struct Network {
         lay_out<0>(next, winner);
     }
 
-    template <int n> static constexpr size_t layer_size() { return 4 * (size_t)Layer<n>::OUTPUTS + Layer<n>::INPUTS + Layer<n>::BEFORE + Layer<n>::ROOM; }
+    template <int n> static constexpr size_t layer_size() { return 4 * (size_t)Layer<n>::OUTPUTS + Layer<n>::INPUTS + Layer<n>::NOISE + Layer<n>::ROOM; }
     static constexpr size_t trace_size() { return layer_size<0>() + layer_size<1>() + layer_size<2>() + layer_size<3>() + layer_size<4>(); }
 
     template <int n> void lay_out(V*& next, Byte*& winner) {
@@ -921,7 +827,7 @@ template <class A, class B, class C, class Fc1, class Fc2> struct Network {
         auto take = [&](int size) { V* p = next; next += size; return p; };
         Trace& t = trace[n];
         t.y = take(T::OUTPUTS), t.slope = t.g = take(T::OUTPUTS), t.tiles = take(T::ROOM), t.scratch = scratch;
-        if (noisy) t.ratio = take(T::OUTPUTS), t.gv = take(T::OUTPUTS), t.squares = take(T::INPUTS), t.noise = take(T::BEFORE);
+        if (noisy) t.ratio = take(T::OUTPUTS), t.gv = take(T::OUTPUTS), t.squares = take(T::INPUTS), t.noise = take(T::NOISE);
         t.where = winner, winner += T::OUTPUTS;
         if constexpr (n == 0) t.x = image; else t.x = trace[n - 1].y;
         if constexpr (n < 4) lay_out<n + 1>(next, winner);
@@ -963,8 +869,8 @@ template <class A, class B, class C, class Fc1, class Fc2> struct Network {
         };
         if (noisy) {
             for (int i = 0; i < T::INPUTS; ++i) t.squares[i] = t.x[i] * t.x[i];
-            normals(stream, job.noise_site[n], position, job.epoch, T::BEFORE, t.noise);
-            T::forward_noisy(kernel<n>(0), bias<n>(weights), weight<n>(variance), bias<n>(variance), t, meanwhile);
+            auto draw = [&](int first, int count, V* out) { normals(stream, job.noise_site[n], position, job.epoch, first, count, out); };
+            T::forward_noisy(kernel<n>(0), bias<n>(weights), weight<n>(variance), bias<n>(variance), t, meanwhile, draw);
         } else
             T::forward(t.x, kernel<n>(0), bias<n>(weights), t, meanwhile);
         if constexpr (n < 4) {
@@ -987,7 +893,7 @@ template <class A, class B, class C, class Fc1, class Fc2> struct Network {
             T::template gradients<(n > 0)>(t.x, t.g, kernel<n>(0), kernel_gradient<n>(0), t, [&](int i, V value) { dx[i] = value; });
             if constexpr (T::TRANSFORMED) T::transform_inputs(t.squares, t.tiles);
             T::template gradients<(n > 0)>(t.squares, t.gv, kernel<n>(1), kernel_gradient<n>(1), t,
-                                           [&](int i, V value) { below[i] *= dx[i] + 2 * t.x[i] * value; });
+                                           [&](int i, V value) { below[i] *= multiply_add(2 * t.x[i], value, dx[i]); });
         } else
             T::template gradients<(n > 0)>(t.x, t.g, kernel<n>(0), kernel_gradient<n>(0), t, [&](int i, V value) { below[i] *= value; });
         if constexpr (n > 0) backward<n - 1>();
@@ -1013,17 +919,17 @@ template <class A, class B, class C, class Fc1, class Fc2> struct Network {
 
     // From d loss / d variance to weights and log sigma^2, through variance = exp(log alpha) w^2, with the gradient of
     // kl_weight * KL, KL = -sum[k1 sigmoid(k2 + k3 log alpha) - ln(1 + exp(-log alpha)) / 2 - k1].
-    void chain_variances() {
+    __attribute__((noinline)) void chain_variances() {
         constexpr Scalar k1 = 0.63576, k2 = 1.8732, k3 = 1.48695;
         for_each_noisy([&](int plain, int log_sigma2, Scalar bound) {
             V w = weights[plain], size = (w < 0 ? -w : w) + Scalar(1e-15), sign = w > 0 ? splat(1) : (w < 0 ? splat(-1) : V{});
             Mask inside;
             V log_alpha = ::log_alpha(w, weights[log_sigma2], bound, inside), alpha = exponential(log_alpha), by_variance = gradient[log_sigma2];
-            V s = logistic(k2 + k3 * log_alpha);
-            V kl = -k1 * k3 * s * (1 - s) - Scalar(0.5) * logistic(-log_alpha);
-            V by_log_alpha = by_variance * (alpha * w * w) + Scalar(job.kl_weight) * kl;
+            V s = logistic(multiply_add(splat(k3), log_alpha, splat(k2)));
+            V kl = multiply_add(-k1 * k3 * s, 1 - s, Scalar(-0.5) * logistic(-log_alpha));
+            V by_log_alpha = multiply_add(by_variance, alpha * w * w, Scalar(job.kl_weight) * kl);
             by_log_alpha = inside ? by_log_alpha : V{};
-            gradient[plain] += by_variance * alpha * 2 * w - by_log_alpha * 2 * sign / size;
+            gradient[plain] += multiply_add(by_variance * alpha, 2 * w, by_log_alpha * -2 * sign / size);
             gradient[log_sigma2] = by_log_alpha;
         });
     }
@@ -1031,19 +937,19 @@ template <class A, class B, class C, class Fc1, class Fc2> struct Network {
     // ------------------------------------------------------------------------------------------------------------ optimizers
 
     // With a share of 1 for the gradient and a divisor of 1, Adam's step is that of SGD with momentum.
-    void update(int64_t step) {
-        const double bias1 = 1 - std::pow(0.9, (double)step);
-        const Scalar bias2 = (Scalar)(1 / std::sqrt(1 - std::pow(0.999, (double)step)));
+    __attribute__((noinline)) void update(int64_t step) {
+        const double bias1 = 1 - power(0.9, step);
+        const Scalar bias2 = (Scalar)(1 / std::sqrt(1 - power(0.999, step)));
         const V share = adam ? splat(Scalar(0.1)) : splat(1);
         V pace;
         for (int l = 0; l < L; ++l) pace[l] = (Scalar)(rate[l] / (adam[l] ? bias1 : 1));
         for (int t = 0; t < tensors; ++t) {
             const bool masked = job.masks[t];
             for (int i = offset(t); i < offset(t) + SIZE[t]; ++i) {
-                V w = weights[i], g = gradient[i] + decay * w;
+                V w = weights[i], g = multiply_add(decay, w, gradient[i]);
                 if (masked) g *= to<V>(widen(masks[i]));
-                V m = Scalar(0.9) * first[i] + share * g, v = Scalar(0.999) * second[i] + Scalar(0.001) * (g * g);
-                V divisor = adam ? root(v) * bias2 + Scalar(1e-8) : splat(1);
+                V m = multiply_add(splat(0.9), first[i], share * g), v = multiply_add(splat(0.999), second[i], Scalar(0.001) * (g * g));
+                V divisor = adam ? multiply_add(root(v), splat(bias2), splat(1e-8)) : splat(1);
                 first[i] = m, second[i] = adam ? v : V{}, weights[i] = w - pace * m / divisor;
             }
         }
@@ -1059,10 +965,12 @@ template <class A, class B, class C, class Fc1, class Fc2> struct Network {
             }
     }
 
+    template <class T> static T plain(T x) { return x == x ? x : T(NAN); }  // what is no number has many forms, which depend on the processor
+
     void unpack(const V* lanes, Scalar* const* stacked, int64_t start) const {
         for (int t = 0; t < tensors; ++t)
             for (int l = 0; l < L && start + l < job.models && stacked[t]; ++l)
-                for (int i = 0; i < SIZE[t]; ++i) stacked[t][(start + l) * SIZE[t] + i] = lanes[offset(t) + i][l];
+                for (int i = 0; i < SIZE[t]; ++i) stacked[t][(start + l) * SIZE[t] + i] = plain(lanes[offset(t) + i][l]);
     }
 
     void take_factors(int64_t start) {
@@ -1162,7 +1070,7 @@ template <class A, class B, class C, class Fc1, class Fc2> struct Network {
 
     void report(int64_t start, D loss, D right) const {
         for (int l = 0; l < L && start + l < job.models; ++l)
-            job.loss[start + l] = loss[l] / job.samples, job.accuracy[start + l] = right[l] / job.samples;
+            job.loss[start + l] = plain(loss[l] / job.samples), job.accuracy[start + l] = right[l] / job.samples;
     }
 
     // ------------------------------------------------------------------------------------------------------------- evaluation
@@ -1247,7 +1155,7 @@ double lanes_peak() {
     const auto start = std::chrono::steady_clock::now();
     double seconds = 0, operations = 0;
     while (seconds < 0.1) {
-        for (int k = 0; k < 100000; ++k) UNROLL for (int i = 0; i < 16; ++i) sum[i] = sum[i] * factor + term;
+        for (int k = 0; k < 100000; ++k) UNROLL for (int i = 0; i < 16; ++i) sum[i] = multiply_add(sum[i], factor, term);
         operations += 100000. * 16 * L * 2;
         seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     }
@@ -1265,7 +1173,7 @@ void lanes_normals(const uint32_t* key, uint32_t site, uint32_t position, uint32
     Philox stream;
     stream.seed(keys);
     Buffer<V> lanes(count);
-    normals(stream, site, position, epoch, count, lanes);
+    normals(stream, site, position, epoch, 0, count, lanes);
     for (int i = 0; i < count; ++i) out[i] = lanes[i][0];
 }
 }
