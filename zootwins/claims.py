@@ -504,6 +504,12 @@ def kept_beyond(
     return after - after.mean() - slope * (before - before.mean())
 
 
+def _rank_correlation(before: np.ndarray, one: np.ndarray, two: np.ndarray) -> float:
+    "Spearman's correlation of what two twins of each model have kept; missing where one does not vary."
+    ranks = [stats.rankdata(kept_beyond(before, after).round(12)) for after in (one, two)]
+    return np.corrcoef(*ranks)[0, 1] if all(np.ptp(rank) for rank in ranks) else np.nan
+
+
 def friendly_models(rows: pd.DataFrame) -> list[Finding]:
     "Models that keep more at one level, or by one method, keep more at another."
     levels, found, before = levels_of(rows, 0, 0.8), [], of_originals(rows)
@@ -511,11 +517,10 @@ def friendly_models(rows: pd.DataFrame) -> list[Finding]:
     shared = next((level for level in reversed(levels) if dropped_at(rows, level).notna().any()), None)
     if shared is not None:
         pairs["methods"] = (f"by both methods at {shared:.0%}", pruned(rows, shared), dropped_at(rows, shared))
-    spearman = lambda start, one, two: stats.spearmanr(kept_beyond(start, one), kept_beyond(start, two))[0] if np.ptp(one) and np.ptp(two) else np.nan
     for of, (where, one, two) in pairs.items():
         both = pd.concat([before, one.rename("one"), two.rename("two")], axis=1, join="inner").dropna()
         if len(both) > 2:
-            found.append(finding(f"rank correlation of the accuracy kept beyond what is expected, {where}", bootstrap(spearman, *both.to_numpy().T, resamples=400), len(both), above=0, of=of))
+            found.append(finding(f"rank correlation of the accuracy kept beyond what is expected, {where}", bootstrap(_rank_correlation, *both.to_numpy().T, resamples=400), len(both), above=0, of=of))
     return found
 
 # %% ../nbs/34_claims.ipynb #3422f45c
