@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TORCH', 'Recipe', 'State', 'begin', 'StreamDropout', 'training_module', 'loss_function', 'rates_and_decays',
-           'optimizer_step', 'alike', 'train_epoch', 'evaluate', 'accuracy', 'Engine', 'groups', 'Measured', 'epochs',
-           'on_device', 'Trajectory', 'train']
+           'rate_factors', 'optimizer_step', 'alike', 'train_epoch', 'evaluate', 'accuracy', 'Engine', 'groups',
+           'Measured', 'epochs', 'on_device', 'Trajectory', 'model_keys', 'train']
 
 # %% ../nbs/12_training.ipynb #b4851cb2
 import copy
@@ -24,6 +24,7 @@ from .architectures import build
 from .core import UserError
 from .datasets import Images
 from .population import Population
+from .schedules import epoch_factors, initial_factors
 from .streams import Draws, dropout_keep, epoch_order, stream_keys
 from .variational import SparseConv2d, SparseLinear, deterministic, kl_weight, sparsify, total_divergence
 
@@ -39,6 +40,12 @@ class Recipe:
     batch_size: int = 10
     variational: bool = False  # with learned noise and the Kullback-Leibler term
     run_seed: int = 0        # for independent repetitions
+    schedule: str = "constant"      # how the rates run, one of schedules.SCHEDULES
+    history: tuple[float, ...] = ()  # rates of the original training, evenly spaced, for FT, LRW, SLR and CLR
+    original_epochs: int | None = None  # of the original training, for LRW and ALLR; none: as many as the history has entries
+    warm_up: float | None = None    # share of the epochs; none: as schedules.WARM_UP has it
+    per_step: bool = True           # a rate for every step; otherwise one per epoch
+    nesterov: bool = False          # for SGD: look ahead along the momentum
 
 
 @dataclass
@@ -141,20 +148,36 @@ class _Divergence(nn.Module):
 
 # %% ../nbs/12_training.ipynb #329b8115
 def rates_and_decays(
-    models: pd.DataFrame,  # generating factors
+    models: pd.DataFrame,  # generating factors; for ALLR with `damage`, from schedules.pruning_damage
     recipe: Recipe,        # may set the learning rate for all
-    device: torch.device,  # where the weights are
-) -> tuple[Tensor, Tensor]:  # float32 [models] each
-    "Every model's learning rate and weight decay."
+    device: torch.device | str,  # where the weights are
+) -> tuple[Tensor, Tensor]:  # float64 [models] each
+    "Every model's learning rate, before the schedule, and weight decay; raises `UserError` for ALLR without a column `damage`."
     rates = models["lr"] if recipe.lr is None else [recipe.lr] * len(models)
-    return tuple(torch.tensor(list(column), dtype=torch.float32, device=device) for column in (rates, models["wd"]))
+    rates, decays = (torch.tensor(list(column), dtype=torch.float64) for column in (rates, models["wd"]))
+    if recipe.schedule == "ALLR":
+        if "damage" not in models:
+            raise UserError("ALLR starts at a rate that depends on what pruning did: give the models a column `damage` from schedules.pruning_damage, or choose LLR.")
+        damage = torch.tensor(models["damage"].to_numpy(), dtype=torch.float64)
+        rates = rates * initial_factors(damage, recipe.epochs, recipe.original_epochs or len(recipe.history))
+    return rates.to(device), decays.to(device)
 
 
+def rate_factors(
+    recipe: Recipe,  # names the schedule
+    epoch: int,      # which, from 1
+    steps: int,      # of one epoch
+) -> Tensor:         # float64 [steps]
+    "What multiplies all rates at every step of an epoch; raises `UserError` as `schedules.check_schedule` does."
+    return epoch_factors(recipe.schedule, epoch, recipe.epochs, steps, recipe.history, recipe.original_epochs, recipe.warm_up, recipe.per_step)
+
+# %% ../nbs/12_training.ipynb #8d2e4b16
 def optimizer_step(
     state: State,                  # moved in place
     gradients: dict[str, Tensor],  # of the loss, stacked like the weights
     rates: Tensor,                 # float32 [models], learning rates
     decays: Tensor,                # float32 [models], weight decays
+    nesterov: bool = False,        # for SGD: look ahead along the momentum
 ) -> None:
     "One step of Adam or of SGD with momentum 0.9, with each model's learning rate and weight decay."
     state.steps += 1
@@ -169,8 +192,8 @@ def optimizer_step(
             state.second[name].mul_(0.999).addcmul_(gradient, gradient, value=0.001)
             weight.sub_(rate / correction1 * state.first[name] / (state.second[name].sqrt() / correction2 + 1e-8))
         else:
-            state.first[name].mul_(0.9).add_(gradient)
-            weight.sub_(rate * state.first[name])
+            momentum = state.first[name].mul_(0.9).add_(gradient)
+            weight.sub_(rate * (gradient + 0.9 * momentum if nesterov else momentum))
 
 # %% ../nbs/12_training.ipynb #d404b899
 def alike(
@@ -207,11 +230,12 @@ def train_epoch(
     right = torch.zeros_like(entropy)
     number = torch.tensor(epoch, device=x.device)
     rates, decays = rates_and_decays(population.models, recipe, x.device)
-    for start in range(0, n, size):
+    factors = rate_factors(recipe, epoch, -(-n // size)).to(x.device)
+    for step_number, start in enumerate(range(0, n, size)):
         batch = order[:, start : start + size]
         position = torch.arange(start, start + batch.shape[1], device=x.device)
         gradients, (_, (batch_entropy, batch_right)) = step(population.weights, x[batch], y[batch], state.keys, position, number, kl_weight(epoch))
-        optimizer_step(state, gradients, rates, decays)
+        optimizer_step(state, gradients, (rates * factors[step_number]).float(), decays.float(), recipe.nesterov)
         entropy += batch_entropy
         right += batch_right
     state.epoch = epoch
@@ -339,7 +363,7 @@ class Trajectory:
     "What came of training."
 
     population: Population              # after the last epoch
-    metrics: pd.DataFrame               # one row per model and epoch: model, epoch, train_loss, train_acc, test_loss, test_acc
+    metrics: pd.DataFrame               # one row per model, copy if there is one, and epoch: model, copy, epoch, train_loss, train_acc, test_loss, test_acc
     snapshots: dict[int, Population]    # the weights after the epochs that were asked for
 
 
@@ -349,10 +373,20 @@ def _rows(
 ) -> pd.DataFrame:         # tidy
     "Turn one epoch's measurements into rows."
     return pd.DataFrame({
-        "model": models["model"].to_numpy(), "epoch": measured.epoch,
+        **{name: models[name].to_numpy() for name in ("model", "copy") if name in models}, "epoch": measured.epoch,
         "train_loss": measured.train_loss.cpu(), "train_acc": measured.train_accuracy.cpu(),
         "test_loss": measured.test_loss.cpu(), "test_acc": measured.test_accuracy.cpu(),
     })
+
+# %% ../nbs/12_training.ipynb #3b90a4d2
+def model_keys(
+    recipe: Recipe,        # names the streams
+    models: pd.DataFrame,  # seed, and copy where there are copies
+) -> Tensor:               # int64 [models, 2]
+    "The random stream of every model and copy; that of copy 0 is the model's own."
+    copies = models["copy"] if "copy" in models else [0] * len(models)
+    stages = [recipe.stage if copy == 0 else f"{recipe.stage}, copy {copy}" for copy in copies]
+    return torch.cat([stream_keys(recipe.zoo, stage, [seed], recipe.run_seed) for stage, seed in zip(stages, models["seed"])])
 
 # %% ../nbs/12_training.ipynb #68726fc5
 def train(
@@ -371,7 +405,7 @@ def train(
     total = recipe.epochs * len(population) * len(images.x_train)
     with tqdm(total=total, desc=f"{recipe.stage}, {len(population)} models", unit=" model-samples", unit_scale=True, disable=not progress) as bar:
         for rows in groups(population.models, engine):
-            keys = stream_keys(recipe.zoo, recipe.stage, population.models["seed"].iloc[rows], recipe.run_seed)
+            keys = model_keys(recipe, population.models.iloc[rows])
             state = begin(population[rows], keys, {name: mask[rows] for name, mask in masks.items()}, device)
             for measured in epochs(state, images, recipe, engine):
                 frames.append(_rows(measured, state.population.models))
@@ -381,7 +415,8 @@ def train(
                 bar.update(len(rows) * len(images.x_train) if measured.epoch else 0)
             _put(ends, rows, state)
     finish = lambda weights: Population(weights, population.models, population.architecture)
-    metrics = pd.concat(frames).sort_values(["model", "epoch"], ignore_index=True)
+    metrics = pd.concat(frames)
+    metrics = metrics.sort_values([name for name in ("model", "copy", "epoch") if name in metrics], ignore_index=True)
     return Trajectory(finish(ends), metrics, {epoch: finish(weights) for epoch, weights in kept.items()})
 
 # %% ../nbs/12_training.ipynb #79879a7a
