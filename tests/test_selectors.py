@@ -184,10 +184,19 @@ def test_some_layers_only(zoo):
     assert masks[last].flatten(1).sum(1).eq(150).all() and all(mask.all() for name, mask in masks.items() if name != last)
 
 
+@pytest.mark.parametrize("name", ["global", "layerwise", "lamp", "erk"])
+def test_a_diverged_model_leaves_its_neighbours_alone(zoo, name):
+    hurt = Population({key: tensor.clone() for key, tensor in zoo.weights.items()}, zoo.models, zoo.architecture)
+    hurt.weights["module_list.3.weight"][1] = torch.nan
+    (_, calm), (_, masks) = prune(zoo, 0.8, name), prune(hurt, 0.8, name)
+    assert all(torch.equal(calm[key][[0, 2]], mask[[0, 2]]) for key, mask in masks.items())
+    assert sum(mask[1].sum() for mask in masks.values()) == 483
+    assert sum(mask[1].sum() for mask in prune(hurt, 0.9, name, masks)[1].values()) == 242
+
+
 @pytest.mark.parametrize("selector, level, message", [
     ("magnitude", 0.5, "global, layerwise"), ("snip", 0.5, "training images"), ("lamp", 1.0, "below 1"), ("lamp", 90, "fraction"),
     (lambda p, i: {"module_list.0.weight": torch.zeros(3, 7)}, 0.5, "do not fit"), (lambda p, i: {"nothing": torch.zeros(3, 7)}, 0.5, "do not fit"),
-    (lambda p, i: {"module_list.0.weight": torch.full((3, 8, 1, 5, 5), torch.nan)}, 0.5, "not numbers"),
 ])
 def test_mistakes_are_told(zoo, selector, level, message):
     with pytest.raises(UserError, match=message) as error:

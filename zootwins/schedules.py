@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .core import UserError, check_name
 
-# %% ../nbs/09_schedules.ipynb #869b169f
+# %% ../nbs/09_schedules.ipynb #fa67d036
 SCHEDULES = ("constant", "FT", "LRW", "SLR", "CLR", "LLR", "ALLR")
 WARM_UP = {"SLR": 0.1, "CLR": 0.1}  # share of a phase, in the paper's text
 FROM_HISTORY = ("FT", "LRW", "SLR")
@@ -24,9 +24,12 @@ FROM_HISTORY = ("FT", "LRW", "SLR")
 def relative_history(
     history: Sequence[float],  # learning rates of the original training, evenly spaced: one per epoch, or per step
 ) -> list[float]:              # divided by the largest; its own warm-up is replaced by 1
-    "Bring the rates of the original training into the form that schedules use; raises `UserError` if they are no rates."
+    "Divide the rates of the original training by their largest; raises `UserError` if they are no rates."
     if not history or min(history) < 0 or not 0 < max(history) < math.inf:
-        raise UserError(f"The history of learning rates has to hold at least one positive number and no negative one, and is {tuple(history)[:5]}.")
+        raise UserError(
+            "The history of learning rates has to hold at least one positive number and no negative one, "
+            f"and is {tuple(history)[:5]}."
+        )
     top = list(history).index(max(history))
     return [1.0] * top + [rate / max(history) for rate in history[top:]]
 
@@ -41,13 +44,21 @@ def check_schedule(
     "Raise `UserError` for an unknown schedule, for one that lacks what it needs, and for an impossible warm-up."
     check_name(schedule, SCHEDULES, "schedule of learning rates")
     if schedule in FROM_HISTORY and not history:
-        raise UserError(f"{schedule} repeats rates of the original training: give its history, one rate per epoch, or choose LLR, which needs none.")
+        raise UserError(
+            f"{schedule} repeats rates of the original training: give its history, one rate per epoch, "
+            "or choose LLR, which needs none."
+        )
     if history:
         relative_history(history)
     if schedule == "ALLR" and not (original_epochs or history):
-        raise UserError("ALLR compares the length of retraining with that of the original training: give original_epochs.")
+        raise UserError(
+            "ALLR compares the length of retraining with that of the original training: give original_epochs."
+        )
     if schedule == "LRW" and epochs > (original_epochs or len(history)):
-        raise UserError(f"LRW repeats the last {epochs} epochs of an original training that had {original_epochs or len(history)}: retrain for fewer epochs.")
+        raise UserError(
+            f"LRW repeats the last {epochs} epochs of an original training that had {original_epochs or len(history)}: "
+            "retrain for fewer epochs."
+        )
     if warm_up is not None and not 0 <= warm_up < 1:
         raise UserError(f"A warm-up is a share of the phase, at least 0 and below 1, and not {warm_up}.")
 
@@ -83,7 +94,7 @@ def factor_at(
     }
     return shapes[schedule]()
 
-# %% ../nbs/09_schedules.ipynb #ba823ba8
+# %% ../nbs/09_schedules.ipynb #5bfd81a2
 def epoch_factors(
     schedule: str,      # one of SCHEDULES
     epoch: int,         # which, from 1
@@ -96,15 +107,19 @@ def epoch_factors(
 ) -> Tensor:            # float64 [steps], what multiplies every model's rate
     "The factors of the learning rate in one epoch; raises `UserError` as `check_schedule` does."
     check_schedule(schedule, epochs, history, original_epochs, warm_up)
-    places = [(epoch - 1 + step / steps) / epochs for step in range(steps)] if per_step else [(epoch - 0.5) / epochs] * steps
-    return torch.tensor([factor_at(place, schedule, epochs, history, original_epochs, warm_up) for place in places], dtype=torch.float64)
+    places = (
+        [(epoch - 1 + step / steps) / epochs for step in range(steps)] if per_step else [(epoch - 0.5) / epochs] * steps
+    )
+    return torch.tensor(
+        [factor_at(place, schedule, epochs, history, original_epochs, warm_up) for place in places], dtype=torch.float64
+    )
 
-# %% ../nbs/09_schedules.ipynb #adebd1e6
+# %% ../nbs/09_schedules.ipynb #4ef3cf48
 def pruning_damage(
     weights: Mapping[str, Tensor],  # stacked parameters [models, ...] before this pruning step
     masks: Mapping[str, Tensor],    # weight name -> bool [models, ...] after it, True where a weight stays
     earlier: Mapping[str, Tensor] | None = None,  # masks before it; none: nothing was pruned
-    everything: bool = False,       # take the norm over all parameters, as the authors' code does; otherwise over prunable weights
+    everything: bool = False,       # norms of all parameters, as in the authors' code, not of prunable weights
 ) -> Tensor:                        # float64 [models], d_1; 0 where nothing was removed
     "How much of a model's norm a pruning step removes, relative to the most that it could (Zimmer et al. 2023)."
     count = lambda kept: sum(mask.flatten(1).sum(1).double() for mask in kept.values())

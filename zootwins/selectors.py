@@ -42,7 +42,7 @@ def magnitude_scores(
     "The absolute values of the weights (Han et al. 2015)."
     return {name: tensor.abs() for name, tensor in prunable(population.weights).items()}
 
-# %% ../nbs/15_selectors.ipynb #c6d796bf
+# %% ../nbs/15_selectors.ipynb #c334c473
 def _lamp(
     weights: Tensor,  # [models, n], of one layer
 ) -> Tensor:          # float64 [models, n]
@@ -58,9 +58,11 @@ def lamp_scores(
     images: Images | None = None,  # not used
 ) -> dict[str, Tensor]:            # weight name -> float64 [models, ...], between 0 and 1
     "Layer-adaptive magnitudes (LAMP, Lee et al. 2020)."
-    return {name: _lamp(tensor.flatten(1)).reshape(tensor.shape) for name, tensor in prunable(population.weights).items()}
+    return {
+        name: _lamp(tensor.flatten(1)).reshape(tensor.shape) for name, tensor in prunable(population.weights).items()
+    }
 
-# %% ../nbs/15_selectors.ipynb #5887e041
+# %% ../nbs/15_selectors.ipynb #1a91a570
 def random_scores(
     population: Population,        # models with seeds
     images: Images | None = None,  # not used
@@ -79,9 +81,11 @@ def filter_scores(
     images: Images | None = None,  # not used
 ) -> dict[str, Tensor]:            # name of a convolution's weight -> float [models, filters]
     "The Euclidean norm of every filter (paper, Appendix A.2)."
-    return {name: tensor.flatten(2).norm(dim=2) for name, tensor in prunable(population.weights).items() if tensor.ndim == 5}
+    return {
+        name: tensor.flatten(2).norm(dim=2) for name, tensor in prunable(population.weights).items() if tensor.ndim == 5
+    }
 
-# %% ../nbs/15_selectors.ipynb #9d67856a
+# %% ../nbs/15_selectors.ipynb #29ddc3fd
 SNIP_IMAGES = 256
 
 
@@ -91,7 +95,10 @@ def snip_scores(
 ) -> dict[str, Tensor]:      # weight name -> float [models, ...]
     "Sensitivity of the loss to every weight (SNIP, Lee et al. 2019); raises `UserError` without images."
     if images is None:
-        raise UserError("SNIP scores weights by the loss on training images: give images=, from datasets.load_images, or choose a selector that needs none.")
+        raise UserError(
+            "SNIP scores weights by the loss on training images: give images=, from datasets.load_images, "
+            "or choose a selector that needs none."
+        )
     x, y = images.x_train[:SNIP_IMAGES], images.y_train[:SNIP_IMAGES]
     found = {name: torch.zeros_like(tensor) for name, tensor in prunable(population.weights).items()}
     for activation, rows in population.models.groupby("activation").indices.items():
@@ -126,7 +133,7 @@ def layerwise_counts(
     "The same share of every layer, rounded."
     return {name: math.prod(shape) - round(level * math.prod(shape)) for name, shape in shapes.items()}
 
-# %% ../nbs/15_selectors.ipynb #546428d5
+# %% ../nbs/15_selectors.ipynb #6f9adaa3
 LAST_LAYER = 0.8  # uniform+ prunes the last layer by at most this share
 
 
@@ -144,16 +151,19 @@ def uniform_plus_counts(
     shapes: Mapping[str, tuple[int, ...]],  # of one model's prunable weights, in the order of the layers
     level: float,                           # fraction to prune
 ) -> dict[str, int]:                        # how many weights each layer keeps
-    "First layer dense, last at most 80 % sparse (uniform+, Gale et al. 2019); raises `UserError` where that is impossible."
+    "First layer dense, last at most 80 % sparse (uniform+, Gale et al. 2019); raises `UserError` where impossible."
     sizes = [math.prod(shape) for shape in shapes.values()]
     total = sum(sizes) - round(level * sum(sizes))
     bound = [sizes[0], *[0] * (len(sizes) - 2), sizes[-1] - round(LAST_LAYER * sizes[-1])]
     if sum(bound) > total:
-        raise UserError(f"Uniform+ cannot prune these models by {level:.1%}: the dense first layer and a fifth of the last are {sum(bound)} weights, and only {total} "
-                        f"of {sum(sizes)} may stay; the highest possible level is {1 - sum(bound) / sum(sizes):.1%}.")
+        raise UserError(
+            f"Uniform+ cannot prune these models by {level:.1%}: the dense first layer and a fifth of the last are "
+            f"{sum(bound)} weights, and only {total} "
+            f"of {sum(sizes)} may stay; the highest possible level is {1 - sum(bound) / sum(sizes):.1%}."
+        )
     return dict(zip(shapes, deal(sizes, bound, sizes, total)))
 
-# %% ../nbs/15_selectors.ipynb #4e725ec7
+# %% ../nbs/15_selectors.ipynb #a164089d
 Scores = Callable[[Population, Images | None], dict[str, Tensor]]
 Rule = Callable[[Mapping[str, tuple[int, ...]], float], dict[str, int]]
 
@@ -163,8 +173,8 @@ class Selector:
     "How weights are chosen."
 
     name: str
-    scores: Scores            # (population, images or none) -> weight name -> [models, ...], or [models, filters]; high ones stay
-    counts: Rule | None = None  # (shapes of the scores of one model, level) -> how many stay; none: one threshold for all layers
+    scores: Scores            # (population, images or none) -> name -> [models, ...] or [models, filters]; high stays
+    counts: Rule | None = None  # (shapes of one model's scores, level) -> how many stay; none: one threshold
     title: str = ""           # in words
 
 
@@ -201,7 +211,7 @@ def sparsity_per_phase(
         raise UserError(f"Pruning takes at least one phase, not {phases}.")
     return (*(1 - (1 - level) ** (phase / phases) for phase in range(1, phases)), level)
 
-# %% ../nbs/15_selectors.ipynb #2ca4671e
+# %% ../nbs/15_selectors.ipynb #217f5bbc
 def _score(
     population: Population,                # models
     selector: Selector,                    # how to choose
@@ -212,11 +222,15 @@ def _score(
     found = {}
     for name, scores in selector.scores(population, images).items():
         weight = population.weights.get(name)
-        if weight is None or scores.shape != weight.shape[: scores.ndim] or scores.isnan().any():
-            raise UserError(f"The selector {selector.name!r} gave scores for {name} that do not fit or are not numbers: "
-                            "scores have the shape of the weights, or [models, filters], under the same names.")
-        alive = earlier[name].flatten(scores.ndim).any(-1) if earlier and scores.ndim < weight.ndim else earlier[name] if earlier else None
-        found[name] = (scores if alive is None else scores.masked_fill(~alive, -torch.inf)).flatten(1)
+        if weight is None or scores.shape != weight.shape[: scores.ndim]:
+            raise UserError(
+                f"The selector {selector.name!r} gave scores for {name} that do not fit: "
+                "scores have the shape of the weights, or [models, filters], under the same names."
+            )
+        if earlier:
+            alive = earlier[name] if scores.ndim == weight.ndim else earlier[name].flatten(scores.ndim).any(-1)
+            scores = scores.masked_fill(~alive, -torch.inf)
+        found[name] = scores.flatten(1)
     return found
 
 
@@ -226,49 +240,65 @@ def _choose(
     selector: Selector,         # how to choose
     level: float,               # fraction to prune
 ) -> dict[str, Tensor]:         # name -> bool [models, units]
-    "Let scores compete, in all layers together or layer by layer; raises `UserError` where less is left than shall stay."
+    "Let scores compete, together or layer by layer; raises `UserError` where less is left than shall stay."
     if selector.counts is None:
         scores = {"": torch.cat([each.double() for each in scores.values()], 1)}
         counts = {"": scores[""].shape[1] - round(level * scores[""].shape[1])}
     else:
         counts = selector.counts(shapes, level)
     for name, each in scores.items():
-        left = int((each > -torch.inf).sum(1).min())
+        left = int((each != -torch.inf).sum(1).min())
         if left < counts[name]:
-            raise UserError(f"At {level:.1%} the selector {selector.name!r} keeps {counts[name]} of {each.shape[1]} in {name or 'the model'}, and earlier pruning left {left}: "
-                            "prune from phase to phase by rising levels and with one selector.")
+            raise UserError(
+                f"At {level:.1%} the selector {selector.name!r} keeps {counts[name]} of {each.shape[1]} in "
+                f"{name or 'the model'}, and earlier pruning left {left}: "
+                "prune from phase to phase by rising levels and with one selector."
+            )
     kept = {name: keep_highest(each, counts[name]) for name, each in scores.items()}
-    return kept if "" not in kept else dict(zip(shapes, kept[""].split([math.prod(shape) for shape in shapes.values()], 1)))
+    return (
+        kept
+        if "" not in kept
+        else dict(zip(shapes, kept[""].split([math.prod(shape) for shape in shapes.values()], 1)))
+    )
 
-# %% ../nbs/15_selectors.ipynb #65ae843a
+# %% ../nbs/15_selectors.ipynb #e2f5585c
 def prune(
     population: Population,                # trained models
-    level: float | Sequence[float],        # fraction of all prunable weights to be gone, of all models or of each; for "filters" the share of each convolution's filters
+    level: float | Sequence[float],        # fraction of prunable weights to be gone, for all models or each
     selector: str | Selector | Scores = "global",  # a name in SELECTORS, a selector, or a function that scores
     earlier: Mapping[str, Tensor] | None = None,   # masks of the phase before, within which the new ones lie
     images: Images | None = None,          # for selectors that look at data
 ) -> tuple[Population, dict[str, Tensor]]:  # the pruned models, and bool masks [models, ...] for all prunable weights
-    "Prune every model of a population; raises `UserError` for impossible levels, unknown selectors and scores that do not fit."
+    "Prune every model of a population; raises `UserError` for impossible levels, unknown selectors and unfit scores."
     levels = np.broadcast_to(np.asarray(level, dtype=float), len(population))
     how, weights = get_selector(selector), prunable(population.weights)
-    masks = {name: torch.ones_like(tensor, dtype=torch.bool) if earlier is None else earlier[name].clone() for name, tensor in weights.items()}
+    masks = {
+        name: torch.ones_like(tensor, dtype=torch.bool) if earlier is None else earlier[name].clone()
+        for name, tensor in weights.items()
+    }
     scores = _score(population, how, earlier, images)
-    shapes = {name: tuple(weights[name].shape[1:]) if each.shape[1] == weights[name][0].numel() else (each.shape[1],) for name, each in scores.items()}
+    shapes = {
+        name: tuple(weights[name].shape[1:]) if each.shape[1] == weights[name][0].numel() else (each.shape[1],)
+        for name, each in scores.items()
+    }
     for one in np.unique(levels):
         at = torch.as_tensor(np.flatnonzero(levels == one))
-        for name, kept in _choose({name: each[at] for name, each in scores.items()}, shapes, how, check_level(float(one))).items():
+        some = {name: each[at] for name, each in scores.items()}
+        for name, kept in _choose(some, shapes, how, check_level(float(one))).items():
             kept = kept.reshape(len(at), *shapes[name])
             masks[name][at] &= kept.reshape(*kept.shape, *[1] * (weights[name].ndim - kept.ndim))
     return Population(apply_masks(population.weights, masks), population.models, population.architecture), masks
 
-# %% ../nbs/15_selectors.ipynb #290c1426
+# %% ../nbs/15_selectors.ipynb #4993be70
 def kept_weights(
     masks: Mapping[str, Tensor],  # weight name -> bool [models, ...], or pruned weights
     architecture: str,            # a key of ARCHITECTURES
 ) -> pd.DataFrame:                # one row per model, one column per layer, "conv1" and so on
     "How many weights every layer of every model keeps."
     layers = layer_names(build(architecture))
-    return pd.DataFrame({layer: (masks[f"{path}.weight"] != 0).flatten(1).sum(1).numpy() for layer, path in layers.items()})
+    return pd.DataFrame(
+        {layer: (masks[f"{path}.weight"] != 0).flatten(1).sum(1).numpy() for layer, path in layers.items()}
+    )
 
 
 def empty_layers(
