@@ -16,8 +16,7 @@ from .core import UserError, check_name, progress_bar
 from .datasets import Images
 from .lanes import IMAGE_SHAPES, LANES, why_unavailable
 from .population import Population
-from .streams import stream_keys
-from .training import TORCH, Engine, Measured, Recipe, State, begin, epochs, groups, on_device
+from .training import TORCH, Engine, Measured, Recipe, State, begin, epochs, groups, model_keys, on_device
 
 # %% ../nbs/18_engines.ipynb #2f73c788
 ENGINES = {"lanes": LANES, "torch": TORCH}
@@ -62,7 +61,7 @@ class Trajectory:
     "What came of training."
 
     population: Population              # after the last epoch
-    metrics: pd.DataFrame               # one row per model and epoch: model, epoch, train_loss, train_acc, test_loss, test_acc
+    metrics: pd.DataFrame               # one row per model, copy and epoch: model, copy (if any), epoch, train_loss, train_acc, test_loss, test_acc
     snapshots: dict[int, Population]    # the weights after the epochs that were asked for
 
 
@@ -72,7 +71,7 @@ def _rows(
 ) -> pd.DataFrame:         # tidy
     "Turn one epoch's measurements into rows."
     return pd.DataFrame({
-        "model": models["model"].to_numpy(), "epoch": measured.epoch,
+        **{name: models[name].to_numpy() for name in ("model", "copy") if name in models}, "epoch": measured.epoch,
         "train_loss": measured.train_loss.cpu(), "train_acc": measured.train_accuracy.cpu(),
         "test_loss": measured.test_loss.cpu(), "test_acc": measured.test_accuracy.cpu(),
     })
@@ -96,7 +95,7 @@ def train(
     options = {"desc": f"{recipe.stage}, {len(population)} models", "unit": " model-samples", "unit_scale": True}
     with progress_bar(total=total, disable=not progress, **options) as bar:
         for rows in groups(population.models, engine):
-            keys = stream_keys(recipe.zoo, recipe.stage, population.models["seed"].iloc[rows], recipe.run_seed)
+            keys = model_keys(recipe, population.models.iloc[rows])
             state = begin(population[rows], keys, {name: mask[rows] for name, mask in masks.items()}, device)
             for measured in epochs(state, images, recipe, engine):
                 frames.append(_rows(measured, state.population.models))
@@ -106,7 +105,8 @@ def train(
                 bar.update(len(rows) * len(images.x_train) if measured.epoch else 0)
             _put(ends, rows, state)
     finish = lambda weights: Population(weights, population.models, population.architecture)
-    metrics = pd.concat(frames).sort_values(["model", "epoch"], ignore_index=True)
+    metrics = pd.concat(frames)
+    metrics = metrics.sort_values([name for name in ("model", "copy", "epoch") if name in metrics], ignore_index=True)
     return Trajectory(finish(ends), metrics, {epoch: finish(weights) for epoch, weights in kept.items()})
 
 

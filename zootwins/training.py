@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TORCH', 'Recipe', 'State', 'begin', 'StreamDropout', 'training_module', 'loss_function', 'rates_and_decays',
-           'optimizer_step', 'alike', 'check_randomness', 'train_epoch', 'evaluate', 'accuracy', 'check_classes',
-           'Engine', 'torch_arithmetic', 'groups', 'Measured', 'epochs', 'on_device']
+           'rate_factors', 'optimizer_step', 'alike', 'check_randomness', 'train_epoch', 'evaluate', 'accuracy',
+           'check_classes', 'Engine', 'torch_arithmetic', 'groups', 'Measured', 'epochs', 'on_device', 'model_keys']
 
 # %% ../nbs/12_training.ipynb #adf53ed8
 import copy
@@ -23,6 +23,7 @@ from .architectures import build
 from .core import UserError
 from .datasets import Images
 from .population import Population
+from .schedules import epoch_factors, initial_factors
 from .streams import Draws, dropout_keep, epoch_order, stream_keys
 from .variational import SparseConv2d, SparseLinear, deterministic, kl_weight, sparsify, total_divergence
 
@@ -38,6 +39,12 @@ class Recipe:
     batch_size: int = 10
     variational: bool = False  # with learned noise and the Kullback-Leibler term
     run_seed: int = 0        # for independent repetitions
+    schedule: str = "constant"      # how the rates run, one of schedules.SCHEDULES
+    history: tuple[float, ...] = ()  # rates of the original training, evenly spaced, for FT, LRW, SLR and CLR
+    original_epochs: int | None = None  # of the original training, for LRW and ALLR; none: as many as the history has entries
+    warm_up: float | None = None    # share of the epochs; none: as schedules.WARM_UP has it
+    per_step: bool = True           # a rate for every step; otherwise one per epoch
+    nesterov: bool = False          # for SGD: look ahead along the momentum
 
 
 @dataclass
@@ -140,20 +147,36 @@ class _Divergence(nn.Module):
 
 # %% ../nbs/12_training.ipynb #329b8115
 def rates_and_decays(
-    models: pd.DataFrame,  # generating factors
+    models: pd.DataFrame,  # generating factors; for ALLR with `damage`, from schedules.pruning_damage
     recipe: Recipe,        # may set the learning rate for all
-    device: torch.device,  # where the weights are
-) -> tuple[Tensor, Tensor]:  # float32 [models] each
-    "Every model's learning rate and weight decay."
+    device: torch.device | str,  # where the weights are
+) -> tuple[Tensor, Tensor]:  # float64 [models] each
+    "Every model's learning rate, before the schedule, and weight decay; raises `UserError` for ALLR without a column `damage`."
     rates = models["lr"] if recipe.lr is None else [recipe.lr] * len(models)
-    return tuple(torch.tensor(list(column), dtype=torch.float32, device=device) for column in (rates, models["wd"]))
+    rates, decays = (torch.tensor(list(column), dtype=torch.float64) for column in (rates, models["wd"]))
+    if recipe.schedule == "ALLR":
+        if "damage" not in models:
+            raise UserError("ALLR starts at a rate that depends on what pruning did: give the models a column `damage` from schedules.pruning_damage, or choose LLR.")
+        damage = torch.tensor(models["damage"].to_numpy(), dtype=torch.float64)
+        rates = rates * initial_factors(damage, recipe.epochs, recipe.original_epochs or len(recipe.history))
+    return rates.to(device), decays.to(device)
 
 
+def rate_factors(
+    recipe: Recipe,  # names the schedule
+    epoch: int,      # which, from 1
+    steps: int,      # of one epoch
+) -> Tensor:         # float64 [steps]
+    "What multiplies all rates at every step of an epoch; raises `UserError` as `schedules.check_schedule` does."
+    return epoch_factors(recipe.schedule, epoch, recipe.epochs, steps, recipe.history, recipe.original_epochs, recipe.warm_up, recipe.per_step)
+
+# %% ../nbs/12_training.ipynb #8d2e4b16
 def optimizer_step(
     state: State,                  # moved in place
     gradients: dict[str, Tensor],  # of the loss, stacked like the weights
     rates: Tensor,                 # float32 [models], learning rates
     decays: Tensor,                # float32 [models], weight decays
+    nesterov: bool = False,        # for SGD: look ahead along the momentum
 ) -> None:
     "One step of Adam or of SGD with momentum 0.9, with each model's learning rate and weight decay."
     state.steps += 1
@@ -168,8 +191,8 @@ def optimizer_step(
             state.second[name].mul_(0.999).addcmul_(gradient, gradient, value=0.001)
             weight.sub_(rate / correction1 * state.first[name] / (state.second[name].sqrt() / correction2 + 1e-8))
         else:
-            state.first[name].mul_(0.9).add_(gradient)
-            weight.sub_(rate * state.first[name])
+            momentum = state.first[name].mul_(0.9).add_(gradient)
+            weight.sub_(rate * (gradient + 0.9 * momentum if nesterov else momentum))
 
 # %% ../nbs/12_training.ipynb #d404b899
 def alike(
@@ -209,7 +232,7 @@ def check_randomness(
         if not same or not torch.equal(before, torch.get_rng_state()):
             raise UserError(f"{type(module).__name__} draws random numbers in its forward, by F.dropout for instance: use layers of nn.Dropout instead.")
 
-# %% ../nbs/12_training.ipynb #3c102d15
+# %% ../nbs/12_training.ipynb #2e254e6e
 def _copy_of(
     state: State,  # of any models
 ) -> State:        # the same, with tensors of its own where an optimizer writes
@@ -236,11 +259,12 @@ def train_epoch(
     right = torch.zeros_like(entropy)
     number = torch.tensor(epoch, device=x.device)
     rates, decays = rates_and_decays(population.models, recipe, x.device)
-    for start in range(0, n, size):
+    factors = rate_factors(recipe, epoch, -(-n // size)).to(x.device)
+    for step_number, start in enumerate(range(0, n, size)):
         batch = order[:, start : start + size]
         position = torch.arange(start, start + batch.shape[1], device=x.device)
         gradients, (_, (batch_entropy, batch_right)) = step(population.weights, x[batch], y[batch], state.keys, position, number, kl_weight(epoch))
-        optimizer_step(moving, gradients, rates, decays)
+        optimizer_step(moving, gradients, (rates * factors[step_number]).float(), decays.float(), recipe.nesterov)
         entropy += batch_entropy
         right += batch_right
     state.population, state.first, state.second = moving.population, moving.first, moving.second
@@ -381,3 +405,13 @@ def on_device(
     "Move a data set to a device."
     tensors = {f.name: getattr(images, f.name) for f in fields(images) if f.name != "name"}
     return replace(images, **{name: tensor.to(device) for name, tensor in tensors.items()})
+
+# %% ../nbs/12_training.ipynb #3b90a4d2
+def model_keys(
+    recipe: Recipe,        # names the streams
+    models: pd.DataFrame,  # seed, and copy where there are copies
+) -> Tensor:               # int64 [models, 2]
+    "The random stream of every model and copy; that of copy 0 is the model's own."
+    copies = models["copy"] if "copy" in models else [0] * len(models)
+    stages = [recipe.stage if copy == 0 else f"{recipe.stage}, copy {copy}" for copy in copies]
+    return torch.cat([stream_keys(recipe.zoo, stage, [seed], recipe.run_seed) for stage, seed in zip(stages, models["seed"])])
