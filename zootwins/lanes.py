@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SOURCE', 'HEADER', 'TENSORS', 'PLAIN_TENSORS', 'LAYERS', 'CLASSES', 'DONE', 'STOPPED', 'OUT_OF_MEMORY', 'OPTIMIZERS',
            'IMAGE_SHAPES', 'SLOW_START', 'LANES', 'compiler', 'library', 'why_unavailable', 'Job', 'tensor_shapes',
-           'noise_sites', 'processors', 'interrupt', 'train_epoch', 'evaluate', 'lane_count']
+           'noise_sites', 'processors', 'interrupt', 'train_epoch', 'evaluate', 'lane_count', 'arithmetic']
 
 # %% ../nbs/13_lanes.ipynb #5849d5e3
 import ctypes
@@ -16,10 +16,12 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from _thread import start_new_thread
 from functools import cache
 from importlib.resources import files
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -27,8 +29,8 @@ from torch import Tensor
 
 from .architectures import ACTIVATIONS, build, layer_names
 from .core import UserError, atomic_path, cache_folder
-from .population import parameter_shapes
-from .training import Engine, Recipe, State, StreamDropout, training_module
+from .population import Population, parameter_shapes, plain_models
+from .training import Engine, Recipe, State, StreamDropout, begin, training_module
 from .variational import kl_weight
 
 # %% ../nbs/13_lanes.ipynb #ced639e1
@@ -318,7 +320,7 @@ def _work_through(
                 raise RuntimeError("none of them came to work")
             blocks.rest.wait(0.05)
             blocks.rest.clear()
-    except (RuntimeError, MemoryError) as error:
+    except RuntimeError as error:
         raise UserError(f"{threads} threads could not be started ({error}): allow this process more memory and threads, or use fewer workers.") from None
     finally:
         blocks.stop.value = 1
@@ -332,7 +334,7 @@ def _run(
     dtype: torch.dtype,   # of the weights
     threads: int | None,  # at most so many; none: one per processor
 ) -> None:
-    "Work through all blocks of models; raises `MemoryError` when memory runs out, `UserError` without threads, and `InterruptedError`."
+    "Work through all blocks of models; raises `UserError` without threads, `MemoryError` and `InterruptedError`."
     engine = library("double" if dtype == torch.float64 else "float")
     call = lambda start: getattr(engine, function)(ctypes.byref(job), ctypes.c_int64(start), ctypes.byref(blocks.stop))
     blocks = _Blocks(call, range(0, job.models, engine.lanes_width()))
@@ -342,11 +344,22 @@ def _run(
     finally:
         _under_way.remove(blocks.stop)
     if set(blocks.codes) - {DONE, STOPPED}:
-        raise MemoryError("The fast engine ran out of memory: train fewer models at a time, or on fewer threads.")
+        raise MemoryError
     if STOPPED in blocks.codes:
         raise InterruptedError("The work of the fast engine was interrupted.")
 
 # %% ../nbs/13_lanes.ipynb #f9437dd3
+@contextmanager
+def _enough_memory() -> Iterator[None]:
+    "Say in one sentence that memory ran out, whoever noticed it."
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+            raise
+        raise UserError("Memory ran out in the fast engine: take fewer models at a time or fewer workers, or allow this process more.") from None
+
+
 def _copies(
     tensors: dict[str, Tensor],         # stacked
     dtype: torch.dtype | None = None,   # none: as they are
@@ -387,6 +400,7 @@ def _training_job(
     return job
 
 # %% ../nbs/13_lanes.ipynb #55397fa1
+@_enough_memory()
 def train_epoch(
     state: State,    # of any models; moved in place by one epoch
     x: Tensor,       # float32 [N, C, H, W]
@@ -405,6 +419,7 @@ def train_epoch(
     return job.loss_tensor, job.accuracy_tensor
 
 
+@_enough_memory()
 def evaluate(
     weights: dict[str, Tensor],  # plain stacked parameters: pruned or `variational.deterministic` where need be
     architecture: str,           # name of the architecture
@@ -418,7 +433,7 @@ def evaluate(
     _check_weights(weights, architecture, variational=False)
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     job = _common_job(plain, architecture, activations, x, y)
-    predictions = job.hold("predictions", torch.zeros(job.models, len(x), dtype=torch.uint8))
+    predictions = job.hold("predictions", torch.zeros(job.models, len(x), dtype=torch.uint8), (job.models, len(x)), torch.uint8)
     _run("lanes_evaluate", job, next(iter(plain.values())).dtype, threads)
     return job.loss_tensor, predictions
 
@@ -429,3 +444,40 @@ def lane_count() -> int:  # 16 with AVX-512, 8 with AVX2, else 4
 
 
 LANES = Engine("lanes", train_epoch, evaluate, mixes=True, width=lane_count, workers=processors, interrupt=interrupt)
+
+# %% ../nbs/13_lanes.ipynb #a95d3c10
+def _pattern(
+    shape: tuple[int, ...],  # any
+    offset: int,             # other numbers for another offset
+) -> Tensor:                 # float32, between -1/4 and 1/4
+    "Make numbers that are the same wherever integers are."
+    words = (torch.arange(offset, offset + torch.Size(shape).numel(), dtype=torch.int64) * 2654435761) % 2**32
+    return ((words.double() / 2**32 - 0.5) / 2).float().reshape(shape)
+
+
+def _small_training(
+    architecture: str,  # a key of IMAGE_SHAPES
+    variational: bool,  # with noise
+) -> list[Tensor]:      # all that moved, and the losses
+    "Train sixteen models of every kind for two epochs of five images in batches of three."
+    kinds = list(product(ACTIVATIONS, OPTIMIZERS, (0.0, 0.25)))
+    factors = {name: list(column) for name, column in zip(("activation", "optimizer", "dropout"), zip(*kinds))}
+    shapes = list(tensor_shapes(architecture).items())[: TENSORS if variational else PLAIN_TENSORS]
+    weights = {name: _pattern((len(kinds), *shape), 7**k) - 4 * ("log_sigma2" in name) for k, (name, shape) in enumerate(shapes)}
+    masks = {name: _pattern(weight.shape, 5) > 0 for name, weight in weights.items() if name.endswith(".weight") and not variational}
+    for mask in masks.values():
+        mask[::3] = True  # originals beside pruned models
+    keys = torch.arange(2 * len(kinds)).reshape(-1, 2) * 65537
+    state = begin(Population(weights, plain_models(len(kinds), **factors, wd=2.0**-10), architecture), keys, masks)
+    x, y = 4 * _pattern((5, *IMAGE_SHAPES[architecture]), 1), torch.arange(5)
+    for _ in range(2):
+        losses, _ = train_epoch(state, x, y, Recipe("", "", epochs=2, lr=2.0**-8, batch_size=3, variational=variational), threads=1)
+    return [*state.population.weights.values(), *state.first.values(), *state.second.values(), losses]
+
+
+@cache
+def arithmetic() -> str:  # such as "lanes-0123456789ab"
+    "Name the arithmetic by the bits that it yields; builds and machines that share the name give the same populations."
+    tensors = [tensor for architecture in IMAGE_SHAPES for noisy in (False, True) for tensor in _small_training(architecture, noisy)]
+    digest = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors))
+    return f"lanes-{digest.hexdigest()[:12]}"
