@@ -38,7 +38,7 @@ def test_importing_the_package_needs_neither_the_tools_it_is_written_with_nor_wi
 def test_the_wheel_holds_every_module_and_the_engines_source(tmp_path):
     subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(ROOT)], check=True)
     names = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
-    assert {f"zootwins/{module}.py" for module in default_exports()} | {"zootwins/lanes.cpp"} <= names
+    assert {f"zootwins/{module}.py" for module in default_exports()} | {"zootwins/lanes.cpp", "zootwins/elementary.h"} <= names
     assert not any(name.startswith(("tests", "nbs")) for name in names)
 
 
