@@ -37,12 +37,13 @@
 
 #if defined(__CUDACC__)
 #define DEVICE __device__ __forceinline__
-#define THREADS { const int t = threadIdx.x;
+#define THREADS { int t = threadIdx.x; asm volatile("" : "+r"(t));  // hides that t never changes, lest what depends on it fill the registers for an epoch
 #define BARRIER } __syncthreads();
 #define LOCAL(type, name, n) type name[n]
 #define OWN(name) name
 #define UNROLL _Pragma("unroll")
 #define ROLL _Pragma("unroll 1")
+#define UNROLL_3 _Pragma("unroll 3")
 #else
 #define DEVICE inline
 #if defined(REVERSED)
@@ -55,8 +56,9 @@
 #define OWN(name) name##_of[t]
 #define UNROLL
 #define ROLL
+#define UNROLL_3
 #endif
-#define FOR(i, n) for (int i = t; i < (n); i += THREADS_PER_BLOCK)  // the threads' share of n things
+#define FOR(i, n) ROLL for (int i = t; i < (n); i += THREADS_PER_BLOCK)  // the threads' share of n things
 
 // ---------------------------------------------------------------------------------------------------------------- numbers
 
@@ -98,8 +100,8 @@ DEVICE void activate(int activation, Real& y, Real& slope) {
 // fours can be read at once and neighbouring channels lie in different banks of shared memory.
 
 constexpr int SETS = 1 + NOISY, CLASSES = 10;
-constexpr int up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
-constexpr int apart(int n) { return up(n, 4) % 8 ? up(n, 4) : up(n, 4) + 4; }
+DEVICE constexpr int up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
+DEVICE constexpr int apart(int n) { return up(n, 4) % 8 ? up(n, 4) : up(n, 4) + 4; }
 
 // Convolution of size K without padding, then max-pooling of P x P windows (P = 1: none). LAST: a linear layer comes next.
 // A thread calculates GROUP output channels of a window. Kernels lie as [input channel][tap][output channel].
@@ -178,8 +180,8 @@ constexpr int PLACES = Place<4>::END, PLAIN = Place<4>::GIVEN_END, PARAMETERS = 
 // ------------------------------------------------------------------------------------------------- what Python hands over
 
 struct Job {
-    long long models, samples, batch, epoch;
-    long long dropout_site[4], noise_site[5];               // 0: that layer draws nothing
+    int models, samples, batch, epoch;
+    int dropout_site[4], noise_site[5];                     // 0: that layer draws nothing
     double kl_weight;
     const Real* images;                                     // [samples, channels, H, H]
     const int* labels;                                      // [samples]
@@ -218,6 +220,7 @@ struct Shared {
     Real partial[THREADS_PER_BLOCK][A::K];                  // sums of one thread each
     int label[S], winner[S];
     Real loss[S];
+    double total_loss, total_right;                         // over an epoch
 };
 
 // -------------------------------------------------------------------------------------------------------- random numbers
@@ -256,7 +259,6 @@ struct Block {
     const int model;
     const Stream stream;
     const int activation;
-    double loss = 0, right = 0;  // of thread 0: sums over an epoch
 
     DEVICE Block(const Job& j, Shared& shared, int m)
         : job(j), s(shared), model(m), stream{(U)(j.keys ? j.keys[2 * m] : 0), (U)(j.keys ? j.keys[2 * m + 1] : 0), (U)j.epoch}, activation(j.activation[m]) {}
@@ -273,19 +275,20 @@ struct Block {
         if constexpr (GRADIENTS_SHARED) return s.gradients[set];
         else return job.gradients + ((size_t)model * SETS + set) * PLACES;
     }
+    DEVICE size_t row(int i) const { return (size_t)model * job.samples + i; }      // the place of a sample among those of all models
     DEVICE size_t mine(int i) const { return (size_t)model * PARAMETERS + i; }  // the place of a parameter among those of all models
 
     // ------------------------------------------------------------------------------------------------------------ forward
 
-    template <bool SHUFFLED> DEVICE void gather(long long from, int count) {
+    template <bool SHUFFLED> DEVICE void gather(int from, int count) {
         constexpr int fours = A::H * A::H / 4;
         THREADS
             FOR(i, count * A::CI * fours) {
                 const int k = i / (A::CI * fours), c = i / fours % A::CI, p = i % fours;
-                const long long sample = SHUFFLED ? job.order[model * job.samples + from + k] : from + k;
+                const size_t sample = SHUFFLED ? job.order[row(from + k)] : from + k;
                 ((Four*)(s.a.x[k] + c * A::CHANNEL))[p] = ((const Four*)(job.images + (sample * A::CI + c) * A::H * A::H))[p];
             }
-            FOR(k, count) s.label[k] = job.labels[SHUFFLED ? job.order[model * job.samples + from + k] : from + k];
+            FOR(k, count) s.label[k] = job.labels[SHUFFLED ? job.order[row(from + k)] : from + k];
         BARRIER
     }
 
@@ -460,13 +463,13 @@ struct Block {
             }
         BARRIER
         THREADS
-            if (t == 0) for (int k = 0; k < count; ++k) loss += s.loss[k], right += s.winner[k] == s.label[k];
+            if (t == 0) for (int k = 0; k < count; ++k) s.total_loss += s.loss[k], s.total_right += s.winner[k] == s.label[k];
         BARRIER
     }
 
     DEVICE void report() {
         THREADS
-            if (t == 0) job.loss[model] = loss / job.samples, job.accuracy[model] = right / job.samples;
+            if (t == 0) job.loss[model] = s.total_loss / job.samples, job.accuracy[model] = s.total_right / job.samples;
         BARRIER
     }
 
@@ -638,7 +641,7 @@ struct Block {
             patch[r][to] = set ? v.a * v.a : v.a, patch[r][to + 1] = set ? v.b * v.b : v.b;
         };
         UNROLL for (int r = 0; r < EDGE; ++r) UNROLL for (int c = 0; c < EDGE - 2; c += 2) load(r, c, c + 2);
-        UNROLL for (int px = 0; px < A::PH; ++px) {
+        UNROLL_3 for (int px = 0; px < A::PH; ++px) {
             const int at = A::out(o, py, px), winner = s.a.winner[k][at];
             const Real g = set ? s.a.g[k][at] * s.a.ratio[NOISY ? k : 0][NOISY ? at : 0] : s.a.g[k][at];
             Real chosen[A::Q];
@@ -672,7 +675,7 @@ struct Block {
 
     struct Pace { bool adam; Real rate, decay, correction2; };  // of one model at one step
 
-    DEVICE Pace pace(long long step) const {
+    DEVICE Pace pace(int step) const {
         const bool adam = job.adam[model];
         return {adam, job.rate[model] * (adam ? job.correction1[step] : 1), job.decay[model], job.correction2[step]};
     }
@@ -716,7 +719,7 @@ struct Block {
         if constexpr (n < 4) for_each<n + 1>(t, g);
     }
 
-    DEVICE void update(long long step) {
+    DEVICE void update(int step) {
         const Pace now = pace(step);
         THREADS
             for_each<0>(t, [&](int given, int noise, int place, Real bound) {
@@ -729,6 +732,7 @@ struct Block {
     DEVICE void load() {
         THREADS
             FOR(i, SETS * PLACES) s.w[i / PLACES][i % PLACES] = 0;  // also what lies between
+            if (t == 0) s.total_loss = s.total_right = 0;
         BARRIER
         THREADS
             for_each<0>(t, [&](int given, int noise, int place, Real bound) {
@@ -756,10 +760,10 @@ struct Block {
 
     DEVICE bool train() {
         load();
-        long long step = 0;
-        ROLL for (long long from = 0; from < job.samples; from += job.batch, ++step) {
+        int step = 0;
+        ROLL for (int from = 0; from < job.samples; from += job.batch, ++step) {
             if (stopped()) return false;
-            const int batch = (int)(job.samples - from < job.batch ? job.samples - from : job.batch);
+            const int batch = job.samples - from < job.batch ? job.samples - from : job.batch;
             THREADS
                 FOR(i, SETS * PLACES) gradients(i / PLACES)[i % PLACES] = 0;
             BARRIER
@@ -779,14 +783,14 @@ struct Block {
 
     DEVICE bool evaluate() {
         load();
-        ROLL for (long long from = 0; from < job.samples; from += S) {
+        ROLL for (int from = 0; from < job.samples; from += S) {
             if (stopped()) return false;
-            const int count = (int)(job.samples - from < S ? job.samples - from : S);
+            const int count = job.samples - from < S ? job.samples - from : S;
             gather<false>(from, count);
             forward<0, false>(count, 0);
             judge(count, 1);
             THREADS
-                FOR(k, count) job.predictions[model * job.samples + from + k] = (unsigned char)s.winner[k];
+                FOR(k, count) job.predictions[row(from + k)] = (unsigned char)s.winner[k];
             BARRIER
         }
         report();
@@ -831,8 +835,8 @@ struct Sorter {
 
     DEVICE void shuffle(const Job& job, int model) {
         const Stream stream{(U)job.keys[2 * model], (U)job.keys[2 * model + 1], (U)job.epoch};
-        int *order = job.order + model * job.samples, *room = job.room + model * job.samples;
-        const int n = (int)job.samples;
+        int *order = job.order + (size_t)model * job.samples, *room = job.room + (size_t)model * job.samples;
+        const int n = job.samples;
         pass(stream, 0, nullptr, room, n);
         ROLL for (int shift = BITS; shift < 32; shift += BITS) pass(stream, shift, shift / BITS % 2 ? room : order, shift / BITS % 2 ? order : room, n);
     }
@@ -844,21 +848,22 @@ struct Sorter {
 
 #if defined(__CUDACC__)
 extern "C" {
-__device__ char shared_bytes[sizeof(Shared)], gradient_bytes[GRADIENTS_SHARED ? 1 : SETS * PLACES * sizeof(Real)];  // their sizes say how much a block needs
+// The sizes of these arrays say what a block needs.
+__device__ char threads_per_block[THREADS_PER_BLOCK], shared_bytes[sizeof(Shared)], gradient_bytes[GRADIENTS_SHARED ? 1 : SETS * PLACES * sizeof(Real)];
 
-__global__ void __launch_bounds__(THREADS_PER_BLOCK) train(const Job job) {
+__global__ void train(const Job job) {
     extern __shared__ __align__(16) char memory[];
     Block(job, *(Shared*)memory, blockIdx.x).train();
 }
 
 #if !NOISY
-__global__ void __launch_bounds__(THREADS_PER_BLOCK) evaluate(const Job job) {
+__global__ void evaluate(const Job job) {
     extern __shared__ __align__(16) char memory[];
     Block(job, *(Shared*)memory, blockIdx.x).evaluate();
 }
 #endif
 
-__global__ void __launch_bounds__(THREADS_PER_BLOCK) shuffle(const Job job) {
+__global__ void shuffle(const Job job) {
     __shared__ Sorter sorter;
     sorter.shuffle(job, blockIdx.x);
 }

@@ -104,13 +104,13 @@ def host_library(
 
 VARIANTS = [Variant(architecture, noisy) for architecture in IMAGE_SHAPES for noisy in (False, True)]
 
-# %% ../nbs/14_gpu.ipynb #f3202fd4
+# %% ../nbs/14_gpu.ipynb #77b8bbc0
 class Job(ctypes.Structure):
     "What to do with a population, field by field as in gpu.cu."
 
     _fields_ = [
-        *[(name, ctypes.c_longlong) for name in ("models", "samples", "batch", "epoch")],
-        ("dropout_site", ctypes.c_longlong * (LAYERS - 1)), ("noise_site", ctypes.c_longlong * LAYERS), ("kl_weight", ctypes.c_double),
+        *[(name, ctypes.c_int) for name in ("models", "samples", "batch", "epoch")],
+        ("dropout_site", ctypes.c_int * (LAYERS - 1)), ("noise_site", ctypes.c_int * LAYERS), ("kl_weight", ctypes.c_double),
         *[(name, ctypes.c_void_p) for name in ("images", "labels", "keys", "dropout_threshold", "activation", "adam", "rate", "decay", "dropout_scale",
                                                "correction1", "correction2", "masks", "weights", "first", "second", "gradients", "order", "room",
                                                "loss", "accuracy", "predictions", "stop")],
@@ -305,12 +305,12 @@ def cubin(
             temporary.write_bytes(compile_for_gpu(variant, architecture)[0])
     return path.read_bytes()
 
-# %% ../nbs/14_gpu.ipynb #578accf5
+# %% ../nbs/14_gpu.ipynb #b4c2f9d8
 class GpuProgram:
     "The engine on one GPU."
 
     FUNCTIONS = ("shuffle", "train", "evaluate")
-    MAX_THREADS, MAX_SHARED = 0, 8  # numbers of attributes in the driver's interface
+    MAX_SHARED = 8  # number of an attribute in the driver's interface
 
     def __init__(
         self,
@@ -323,7 +323,7 @@ class GpuProgram:
         self.context = context
         self._call("cuCtxSetCurrent", context)
         self._call("cuModuleLoadData", ctypes.byref(self.module), cubin(variant, "sm_{}{}".format(*capability)))
-        self.shared_size, self.gradient_size = self._size("shared_bytes"), self._size("gradient_bytes")
+        self.threads, self.shared_size, self.gradient_size = map(self._size, ("threads_per_block", "shared_bytes", "gradient_bytes"))
         if self.shared_size > properties.shared_memory_per_block_optin:
             raise UserError(f"{variant.architecture} needs {self.shared_size // 1024} kB of shared memory and {properties.name} has "
                             f"{properties.shared_memory_per_block_optin // 1024}: use engine='torch', or another GPU.")
@@ -339,7 +339,7 @@ class GpuProgram:
 
     def _size(
         self,
-        name: str,  # of an array in the source that says by its size how much memory a block needs
+        name: str,  # of an array in the source that says by its size what a block needs
     ) -> int:       # bytes
         "Ask for the size of an array."
         address, size = ctypes.c_void_p(), ctypes.c_size_t()
@@ -353,15 +353,14 @@ class GpuProgram:
     ) -> None:
         "Launch one block for each model, on PyTorch's stream."
         self._call("cuCtxSetCurrent", self.context)
-        function, threads = ctypes.c_void_p(), ctypes.c_int()
+        function = ctypes.c_void_p()
         self._call("cuModuleGetFunction", ctypes.byref(function), self.module, name.encode())
-        self._call("cuFuncGetAttribute", ctypes.byref(threads), self.MAX_THREADS, function)
         shared = 0 if name == "shuffle" else self.shared_size  # which needs little
         if shared:
             self._call("cuFuncSetAttribute", function, self.MAX_SHARED, shared)
         arguments = (ctypes.c_void_p * 1)(ctypes.addressof(job))
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        self._call("cuLaunchKernel", function, job.models, 1, 1, threads, 1, 1, shared, stream, arguments, None)
+        self._call("cuLaunchKernel", function, job.models, 1, 1, self.threads, 1, 1, shared, stream, arguments, None)
 
 # %% ../nbs/14_gpu.ipynb #377bccf1
 _under_way: list[ctypes.c_int] = []  # stop flags of all work on the host
