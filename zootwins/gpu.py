@@ -7,7 +7,7 @@ __all__ = ['SOURCE', 'HEADER', 'VARIANTS', 'GPU', 'Variant', 'host_library', 'Jo
            'compile_for_gpu', 'cubin', 'GpuProgram', 'interrupt', 'HostProgram', 'program', 'train_epoch', 'evaluate',
            'why_unavailable', 'block_width']
 
-# %% ../nbs/14_gpu.ipynb #81da7f33
+# %% ../nbs/14_gpu.ipynb #4f0b0f9a
 import ctypes
 import hashlib
 import importlib.util
@@ -15,7 +15,7 @@ import os
 import platform
 import subprocess
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -29,7 +29,6 @@ from .architectures import ACTIVATIONS
 from .core import UserError, atomic_path, cache_folder
 from .lanes import (IMAGE_SHAPES, LAYERS, PLAIN_TENSORS, TENSORS, _check_images, _check_models, _check_weights, _processor,
                             compiler, noise_sites, tensor_shapes)
-from .population import Population
 from .training import Engine, Recipe, State
 from .variational import kl_weight
 
