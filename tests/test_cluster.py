@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -20,7 +21,7 @@ import pytest
 import torch
 
 from zootwins import workers as w
-from zootwins.core import UserError
+from zootwins.core import UserError, cache_folder
 from zootwins.datasets import images_fingerprint, load_images
 from zootwins.plans import make_plan, make_stages
 from zootwins.store import finished_files, read_piece, read_predictions, read_stage, read_stage_metrics
@@ -261,6 +262,8 @@ class Host:
         self.processes, self.hidden = [], []
         for part in ("home", "tmp", "data"):
             (folder / part).mkdir(parents=True)
+        if (cache_folder() / "lanes").exists():  # the compiled engine: half a minute of every test otherwise
+            shutil.copytree(cache_folder() / "lanes", folder / "home/.cache/zootwins/lanes")
         subprocess.run(["ip", "netns", "add", self.space], check=True, capture_output=True)
         subprocess.run(["ip", "-n", self.space, "link", "set", "lo", "up"], check=True)
 
@@ -309,7 +312,7 @@ def hosts(tmp_path):
 def dask_worker(host, scheduler, **changes):
     "A worker of one thread that is not begun anew when it is killed."
     return host.start(sys.executable, "-m", "distributed.cli.dask_worker", scheduler, "--nthreads", 1, "--no-nanny", "--no-dashboard",
-                      "--listen-address", f"tcp://{host.address}:0", **changes)
+                      "--host", host.address, **changes)
 
 
 def dask_hosts(anna, berta):
@@ -349,3 +352,43 @@ def test_two_hosts_without_a_shared_folder_and_one_worker_killed_in_the_middle(t
     make_twins(same, images, progress=False)
     assert_same_bits(plan, same)
     assert not (berta.folder / "zoos").exists()
+
+
+def pids_of(host, start):
+    "The processes of a host whose command line begins so."
+    pids = subprocess.run(["ip", "netns", "pids", host.space], check=True, capture_output=True, text=True).stdout.split()
+    line = {}
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            line[int(pid)] = Path(f"/proc/{pid}/cmdline").read_bytes()
+    return [pid for pid, words in line.items() if words.startswith(start)]
+
+
+@pytest.mark.slow
+def test_ray_on_two_hosts_and_one_worker_killed_in_the_middle(tmp_path, images, hosts):
+    pytest.importorskip("ray")
+    anna, berta = hosts
+    address, slow = f"{anna.address}:6379", {"epochs": 40}
+    ray = [Path(sys.executable).parent / "ray", "start", "--block", "--num-cpus", 1, "--object-store-memory", 100_000_000]
+    short = {host.name: tempfile.mkdtemp(prefix="zt") for host in hosts}  # sockets have names of at most 107 characters
+    try:
+        anna.start(*ray, "--head", "--node-ip-address", anna.address, "--port", 6379, "--include-dashboard", "false", "--temp-dir", short["anna"],
+                   RAY_USAGE_STATS_ENABLED=0)
+        wait_for(lambda: "Ray runtime started" in anna.log(0), anna.processes[0])
+        berta.start(*ray, "--node-ip-address", berta.address, "--address", address, RAY_USAGE_STATS_ENABLED=0)
+        wait_for(lambda: "Ray runtime started" in berta.log(0), berta.processes[0])
+        (anna.folder / "driver.py").write_text(DRIVER)
+        process = anna.start(sys.executable, anna.folder / "driver.py", anna.folder, "ray", repr(slow), RAY_ADDRESS=address)
+        wait_for(lambda: pids_of(berta, b"ray::work_off"), process)
+        time.sleep(0.5)
+        os.kill(pids_of(berta, b"ray::work_off")[0], signal.SIGKILL)
+        assert process.wait(150) == 0, anna.log(1)
+        assert "done" in anna.log(1) and "on anna, berta" in anna.log(1)
+    finally:
+        for host in hosts:
+            for pid in pids_of(host, b""):
+                os.kill(pid, signal.SIGKILL)
+            shutil.rmtree(short[host.name], ignore_errors=True)
+    plan, same = plan_in(anna.folder, **slow), plan_in(tmp_path / "same", **slow)
+    make_twins(same, images, progress=False)
+    assert_same_bits(plan, same)
