@@ -15,7 +15,6 @@ from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -24,7 +23,7 @@ from zootwins import workers as w
 from zootwins.core import UserError, cache_folder
 from zootwins.datasets import images_fingerprint, load_images
 from zootwins.plans import make_plan, make_stages
-from zootwins.store import finished_files, read_piece, read_predictions, read_stage, read_stage_metrics
+from zootwins.store import finished_files, read_predictions, read_stage, read_stage_metrics
 from zootwins.twins import make_twins, make_zoos
 from zootwins.workers import open_workers
 from zootwins.zoos import get_zoo
