@@ -19,6 +19,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -45,7 +46,7 @@ from zootwins.store import (
 from .tables import Table, mean_std
 from .training import Engine, accuracy, on_device
 from .variational import deterministic, sparse_masks
-from .workers import Bar, Executor, Finished, Terms, code_digest, hand_out, me, take_turns
+from .workers import Bar, Executor, Finished, Terms, cost, hand_out, me, take_turns, weight
 
 # %% ../nbs/40_twins.ipynb #95af8365
 @dataclass(frozen=True)
@@ -57,8 +58,6 @@ class Crew:
     images: Images               # on that device, unless an executor has them
     image_size: int              # with which they were loaded
     executor: Executor | None    # none: the threads of this machine
-    bar: Bar | None              # that all stages share; none: each has its own
-    show: bool                   # draw bars
     stop: threading.Event        # set to end the work
 
 
@@ -69,7 +68,7 @@ def terms_of(
     "What travels with every block."
     return Terms(
         crew.images.name, crew.image_size, images_fingerprint(crew.images), crew.engine.name, crew.engine.arithmetic(), crew.device,
-        code_digest(), str(folder.resolve()), (folder / "store.json").read_text(encoding="utf-8"), me(),
+        str(folder.resolve()), (folder / "store.json").read_text(encoding="utf-8"), me(),
     )
 
 # %% ../nbs/40_twins.ipynb #a34f0335
@@ -85,7 +84,7 @@ def stored(
     try:
         while True:
             step = next(task)
-            bar.step(step)
+            bar.step(step, weight(block.stage))
             trained.append(step.samples)
             yield step
     except StopIteration as end:
@@ -109,7 +108,7 @@ def make_blocks(
 
     def take_in(finished: Finished) -> None:
         add_file(folder / finished.block.partition("-")[0], finished.block, finished.content)
-        bar.step(Step(0, finished.samples, finished.skipped))
+        bar.step(Step(0, finished.samples, finished.skipped), weight(blocks[0].stage))
         bar.finish(finished.worker)
         trained.append(finished.samples)
 
@@ -148,7 +147,7 @@ def make_stage(
     folder: Path,            # of the zoo in the store, opened
     crew: Crew,              # who works
     source: Source | None,   # of the originals; none: they are trained
-    title: str,              # of the bar
+    bar: Bar,                # told of what is done
 ) -> Report:
     "Make what is missing of a stage."
     started = time.monotonic()
@@ -156,13 +155,9 @@ def make_stage(
         sweep(folder, stage.name)
         missing = missing_rows(folder, stage.name, stage.rows, stage.last_epoch)
         blocks = blocks_of(replace(stage, rows=missing), folder, crew.engine, source) if len(missing) else []
-        bar = crew.bar or Bar(title, crew.show and len(blocks) > 0)
-        bar.expect(len(missing) * stage.recipe.epochs * len(crew.images.x_train), len(blocks))
-        try:
-            samples = make_blocks(blocks, crew, folder, bar) if blocks else 0
-        finally:
-            if crew.bar is None:
-                bar.close()
+        per_row = stage.recipe.epochs * len(crew.images.x_train)
+        bar.expect(len(missing) * per_row, len(blocks), weight(stage) * (len(stage.rows) - len(missing)) * per_row)
+        samples = make_blocks(blocks, crew, folder, bar) if blocks else 0
         report = Report(stage.name, len(missing), len(stage.rows) - len(missing), time.monotonic() - started, samples, 0)
         if blocks or read_manifest(folder, stage.name)["files"] != [path.name for path in finished_files(folder, stage.name)]:
             commit(folder, stage.name, made_by(report, crew, source) if blocks else None)
@@ -249,21 +244,52 @@ def make_twins(
     folder, stages = plan.folder, make_stages(plan)
     open_store(folder, fingerprint(plan, images))
     on = images if workers else on_device(images, plan.device)
-    crew = Crew(plan.engine, plan.device, on, plan.zoo.image_size, workers, bar, progress, stop or threading.Event())
-    titles = {stage.name: f"{plan.zoo.name} {stage.name} (stage {i} of {len(stages)})" for i, stage in enumerate(stages, start=1)}
-    wanted = [stage for stage in stages if only is None or stage.name in set(only)]
-    make = lambda stage: make_stage(stage, folder, crew, plan.source, titles[stage.name])
+    crew = Crew(plan.engine, plan.device, on, plan.zoo.image_size, workers, stop or threading.Event())
+    wanted, reports = [stage for stage in stages if only is None or stage.name in set(only)], []
     with interruptible(folder, crew.stop):
-        first = [make(stage) for stage in wanted if workers is None or stage.name == "original"]
-        rest = [stage for stage in wanted if workers is not None and stage.name != "original"]
-        return first + (_at_once([lambda stage=stage: make(stage) for stage in rest], crew.stop) if rest else [])
+        for group in _together(wanted, workers is not None):
+            shown = bar or _bar_of(group, stages, plan.zoo.name, len(images.x_train), progress)
+            try:
+                reports += _at_once([partial(make_stage, stage, folder, crew, plan.source, shown) for stage in group], crew.stop)
+            finally:
+                if bar is None:
+                    shown.close()
+    return reports
+
+
+def _together(
+    stages: Sequence[Stage],  # that are wanted
+    shared: bool,             # whether an executor makes their blocks
+) -> list[list[Stage]]:       # in turn
+    "Group stages that are made at once: with an executor, all kinds of twins."
+    if not shared:
+        return [[stage] for stage in stages]
+    kinds = [stage for stage in stages if stage.name == "original"], [stage for stage in stages if stage.name != "original"]
+    return [group for group in kinds if group]
+
+
+def _bar_of(
+    group: Sequence[Stage],   # that are made at once
+    stages: Sequence[Stage],  # all of the plan
+    zoo: str,                 # its name
+    samples: int,             # training images
+    show: bool,               # draw it
+) -> Bar:
+    "A bar that knows how much of the whole run comes before."
+    costs, names = {stage.name: cost(stage, samples) for stage in stages}, [stage.name for stage in group]
+    places = [list(costs).index(name) for name in names]
+    numbers = " and ".join(str(place + 1) for place in places)
+    title = f"{zoo} {', '.join(names)} (stage{'s' * (len(group) > 1)} {numbers} of {len(stages)})"
+    return Bar(title, show, sum(costs.values()), sum(list(costs.values())[: places[0]]))
 
 
 def _at_once(
     tasks: Sequence,        # functions without arguments
     stop: threading.Event,  # tells all to end
 ) -> list:                  # what they return, in their order
-    "Run tasks that mostly wait, side by side; the first that fails ends all."
+    "Run tasks that mostly wait, side by side; the first that fails ends all. A single one runs in this thread."
+    if len(tasks) == 1:
+        return [tasks[0]()]
     with ThreadPoolExecutor(len(tasks)) as pool:
         futures = [pool.submit(task) for task in tasks]
         try:
@@ -289,7 +315,9 @@ def make_zoos(
         for plan in plans:
             yield plan, make_twins(plan, images[plan.zoo.name], progress)
         return
-    stop, bar, done = threading.Event(), Bar(f"{len(plans)} zoos", progress), []
+    stop, done = threading.Event(), []
+    whole = sum(cost(stage, len(images[plan.zoo.name].x_train)) for plan in plans for stage in make_stages(plan))
+    bar = Bar(f"{len(plans)} zoo{'s' * (len(plans) > 1)}", progress, whole)
     with interruptible(plans[0].folder.parent, stop), ThreadPoolExecutor(len(plans)) as pool:
         futures = {pool.submit(make_twins, plan, images[plan.zoo.name], progress, workers, None, bar, stop): plan for plan in plans}
         try:
