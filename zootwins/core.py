@@ -104,6 +104,8 @@ def atomic_path(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())  # on disk before it is named
         temporary.replace(path)
     except OSError as error:
         raise cannot_write(path, error) from error

@@ -32,7 +32,7 @@ from .core import UserError, check_name, progress_bar
 from .datasets import Images, images_fingerprint, load_images
 from .lanes import processors
 from .plans import ENGINES
-from .store import pack
+from .store import Piece, pack
 from .training import Engine, on_device
 
 # %% ../nbs/29_workers.ipynb #3fa9dae5
@@ -91,7 +91,8 @@ def take_turns(
     interrupt: Callable[[], None] = lambda: None,    # ends what they are at, with an `InterruptedError`
 ) -> None:
     "Work through tasks step by step, on several threads; raises what a task raises, after closing all others."
-    later, waiting, failed = iter(tasks), deque(), []
+    waiting, begun, failed = deque(), [], []
+    later = (begun.append(task) or task for task in tasks)
     waiting.extend(islice(later, TOGETHER * workers))
     lock = threading.Lock()
 
@@ -112,7 +113,7 @@ def take_turns(
     try:
         _in_threads(work, workers, failed, interrupt)
     finally:
-        for task in waiting:
+        for task in begun:  # where an interruption found one in nobody's hands, it is closed as well
             with suppress(InterruptedError):
                 task.close()
     if failed:
@@ -248,13 +249,13 @@ def work_off(
     engine, images = check_terms(terms), images_for(terms)
     if terms.driver != me():
         torch.set_num_threads(1)  # one worker a processor
-    task, begun, samples, skipped = train_block(block, images, engine, terms.device, shared_parts(terms)), time.monotonic(), 0, 0
-    while True:
-        try:
-            step = next(task)
-        except StopIteration as end:
-            return Finished(block.name, pack(end.value), samples, skipped, time.monotonic() - begun, me())
-        samples, skipped = samples + step.samples, skipped + step.skipped
+    begun, samples, skipped = time.monotonic(), 0, 0
+    for step in train_block(block, images, engine, terms.device, shared_parts(terms)):
+        if isinstance(step, Piece):
+            content = pack(step)
+        else:
+            samples, skipped = samples + step.samples, skipped + step.skipped
+    return Finished(block.name, content, samples, skipped, time.monotonic() - begun, me())
 
 # %% ../nbs/29_workers.ipynb #5cc0032d
 AHEAD = 4096  # blocks handed out at a time
