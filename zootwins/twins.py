@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['MEMORY_SIGNS', 'Crew', 'terms_of', 'stored', 'make_blocks', 'take_stock', 'Report', 'blocks_of', 'make_stage',
-           'made_by', 'read_history', 'Interrupted', 'interruptible', 'make_twins', 'make_zoos', 'save_metrics',
-           'load_metrics', 'load_stage', 'load_epoch', 'load_models', 'load_twins', 'removal_frequencies',
-           'partner_agreements', 'predictions_of', 'table_reevaluation', 'run_record', 'begin_figures']
+           'count_diverged', 'made_by', 'read_history', 'Interrupted', 'interruptible', 'make_twins', 'make_zoos',
+           'save_metrics', 'load_metrics', 'load_stage', 'load_epoch', 'load_models', 'load_twins',
+           'removal_frequencies', 'partner_agreements', 'predictions_of', 'table_reevaluation', 'run_record',
+           'begin_figures']
 
 # %% ../nbs/40_twins.ipynb #9d4ac4c1
 import platform
@@ -39,7 +40,7 @@ from .plans import METHODS, Plan, Stage, fingerprint, make_stages
 from .population import Population, load_population
 from .sources import Source, source_fingerprint
 from zootwins.store import (
-    OutOfMemory, Piece, add_file, drop_parts, finished_files, finished_rows, locked, open_store, pack, read_manifest,
+    Piece, add_file, drop_parts, finished_files, finished_rows, locked, open_store, pack, read_manifest,
     read_predictions, read_stage, read_stage_metrics, row_names, sweep, write_manifest,
 )
 from .tables import Table, mean_std
@@ -180,6 +181,15 @@ def make_stage(
         drop_parts(folder / "parts", stage.name, there | set(row_names(missing)))
     return replace(report, diverged=count_diverged(stage, read_stage_metrics(folder, stage.name)))
 
+
+def count_diverged(
+    stage: Stage,           # that is done
+    metrics: pd.DataFrame,  # of the whole stage
+) -> int:                   # models, counted at every level
+    "Count the rows that ended in infinity or NaN: the grids have some, and they must not go unseen."
+    last = metrics[(metrics["epoch"] == stage.last_epoch) & ~np.isfinite(metrics["train_loss"])]
+    return len(set(row_names(last)) & set(row_names(stage.rows)))
+
 # %% ../nbs/40_twins.ipynb #81603f1b
 def _commit() -> str | None:  # none where zootwins does not run from a git checkout of its own
     "The checkout's commit."
@@ -236,8 +246,8 @@ def interruptible(
     except KeyboardInterrupt:
         stop.set()
         raise Interrupted(f"Interrupted: what is done is kept in {folder}; run again to go on.") from None
-    except (MemoryError, RuntimeError, OutOfMemory) as error:
-        if not any(sign in str(error) for sign in MEMORY_SIGNS) and not isinstance(error, (MemoryError, OutOfMemory)):
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in MEMORY_SIGNS):
             raise
         raise UserError("There is not enough memory, or there are too many threads: allow for more, or run on fewer processors; "
                         f"what is done is kept in {folder}.") from error
