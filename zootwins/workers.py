@@ -20,7 +20,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import CancelledError, Future
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import islice
@@ -35,7 +35,7 @@ from .datasets import Images, images_fingerprint, load_images
 from .lanes import processors
 from .engines import ENGINES
 from .plans import Stage
-from .store import pack
+from .store import Piece, pack
 from .training import Engine, on_device
 
 # %% ../nbs/29_workers.ipynb #3fa9dae5
@@ -141,7 +141,8 @@ def take_turns(
     interrupt: Callable[[], None] = lambda: None,    # ends what they are at, with an `InterruptedError`
 ) -> None:
     "Work through tasks step by step, on several threads; raises what a task raises, after closing all others."
-    later, waiting, failed = iter(tasks), deque(), []
+    waiting, begun, failed = deque(), [], []
+    later = (begun.append(task) or task for task in tasks)
     waiting.extend(islice(later, TOGETHER * workers))
     lock = threading.Lock()
 
@@ -162,7 +163,7 @@ def take_turns(
     try:
         _in_threads(work, workers, failed, interrupt)
     finally:
-        for task in waiting:
+        for task in begun:  # where an interruption found one in nobody's hands, it is closed as well
             with suppress(InterruptedError):
                 task.close()
     if failed:
@@ -299,7 +300,7 @@ def shared_parts(
             return Path(terms.store) / "parts"
     return None
 
-# %% ../nbs/29_workers.ipynb #863bfa7d
+# %% ../nbs/29_workers.ipynb #97fbcf00
 def made(
     block: Block,  # to make
     terms: Terms,  # of the driver
@@ -308,13 +309,14 @@ def made(
     engine, images = check_terms(terms), images_for(terms)
     if terms.driver != me():
         torch.set_num_threads(1)  # one worker a processor
-    task, begun, samples, skipped = train_block(block, images, engine, terms.device, shared_parts(terms)), time.process_time(), 0, 0
-    while True:
-        try:
-            step = next(task)
-        except StopIteration as end:
-            return Finished(block.name, pack(end.value), samples, skipped, time.process_time() - begun, me())
-        samples, skipped = samples + step.samples, skipped + step.skipped
+    begun, samples, skipped = time.process_time(), 0, 0
+    with closing(train_block(block, images, engine, terms.device, shared_parts(terms))) as task:
+        for step in task:
+            if isinstance(step, Piece):
+                content = pack(step)
+            else:
+                samples, skipped = samples + step.samples, skipped + step.skipped
+    return Finished(block.name, content, samples, skipped, time.process_time() - begun, me())
 
 
 def work_off(
