@@ -120,7 +120,7 @@ def parameter_shapes(
         raise UserError(f"The architecture {architecture!r} uses the same tensor twice ({', '.join(sorted(shared))}): give each layer its own.")
     return shapes
 
-# %% ../nbs/05_population.ipynb #34ce68e9
+# %% ../nbs/05_population.ipynb #fe42c0c6
 def plain_weights(
     saved: object,                         # a state dict, or a dictionary with one
     expected: dict[str, tuple[int, ...]],  # from parameter_shapes
@@ -205,7 +205,7 @@ def complete_models(
     check_factors(models)
     missing = [name for name in plain if name not in models]
     if set(missing) - {"model", "parent"}:
-        told = [f"{name} {plain[name][0]}" for name in missing if name not in ("model", "parent", "init")]
+        told = [f"{name} {plain[name][0]}" for name in missing if name not in ("model", "seed", "parent", "init")]
         warnings.warn(f"The table of factors lacks {', '.join(missing)}: all {n} models are given {', '.join(told)}.", stacklevel=3)
     return plain.assign(**models)
 
@@ -223,7 +223,7 @@ def check_factors(
         values = pd.to_numeric(models.get(name, pd.Series(dtype=float)), errors="coerce")
         wrong = (values < 0) | np.isinf(values) | (values.isna() & models.get(name, values).notna()) | ((values >= 1) & (name == "dropout"))
         if wrong.any():
-            raise UserError(f"The table of factors has the {name} {models[name][wrong].iloc[0]!r}: a number {range_} is needed.")
+            raise UserError(f"The table of factors has the {name} {one_line(models[name][wrong].iloc[0], 40)}: a number {range_} is needed.")
 
 # %% ../nbs/05_population.ipynb #8dfaad74
 def concatenate(
@@ -250,7 +250,7 @@ def save_population(
     with atomic_path(path.with_name(f"{path.name}.safetensors")) as temporary:
         temporary.write_bytes(safetensors.torch.save(tensors, {"architecture": population.architecture}))
 
-# %% ../nbs/05_population.ipynb #d0e410c1
+# %% ../nbs/05_population.ipynb #c4666570
 def load_population(
     path: Path | str,  # as given to save_population
 ) -> Population:       # on the CPU
