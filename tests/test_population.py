@@ -171,7 +171,7 @@ def test_a_table_without_the_column_model_is_taken_and_what_is_missing_is_named(
         assert from_state_dicts([own, own], "mine", whole).models["model"].tolist() == [0, 1]
 
 
-@pytest.mark.parametrize("change,reason", [(lambda w, m: (w, m.iloc[:1]), "for 1 models"), (lambda w, m: (w | {"extra.weight": w["module_list.0.bias"].clone()}, m), "extra.weight"),
+@pytest.mark.parametrize("change,reason", [(lambda w, m: (w, m.iloc[:1]), "for 1 models"), (lambda w, m: (w | {"x.weight": w["module_list.0.bias"].clone()}, m), "x.weight"),
                                            (lambda w, m: ({k: t for k, t in w.items() if k != "module_list.0.bias"}, m), "it has no module_list.0.bias"),
                                            (lambda w, m: (w | {"module_list.0.bias": w["module_list.0.bias"].double()}, m), "float64"),
                                            (lambda w, m: (w, m.drop(columns="model")), "numbers of models"),

@@ -120,7 +120,7 @@ def parameter_shapes(
         raise UserError(f"The architecture {architecture!r} uses the same tensor twice ({', '.join(sorted(shared))}): give each layer its own.")
     return shapes
 
-# %% ../nbs/05_population.ipynb #fe42c0c6
+# %% ../nbs/05_population.ipynb #34ce68e9
 def plain_weights(
     saved: object,                         # a state dict, or a dictionary with one
     expected: dict[str, tuple[int, ...]],  # from parameter_shapes
@@ -250,7 +250,7 @@ def save_population(
     with atomic_path(path.with_name(f"{path.name}.safetensors")) as temporary:
         temporary.write_bytes(safetensors.torch.save(tensors, {"architecture": population.architecture}))
 
-# %% ../nbs/05_population.ipynb #c4666570
+# %% ../nbs/05_population.ipynb #d0e410c1
 def load_population(
     path: Path | str,  # as given to save_population
 ) -> Population:       # on the CPU
@@ -261,7 +261,7 @@ def load_population(
         architecture, weights = read_stacked(path.with_name(f"{path.name}.safetensors"))
         models = read_table(path.with_name(f"{path.name}.parquet"))
     except Exception as error:  # damaged files raise errors of many kinds
-        raise UserError(f"{path} is not a readable population ({one_line(error)}): {remedy}.") from error
+        raise UserError(f"{path} is not a readable population ({one_line(error.__cause__ or error)}): {remedy}.") from error
     if architecture not in ARCHITECTURES:
         raise UserError(f"{path} holds models of the architecture {one_line(architecture)!r}, which is not known here: "
                         "add it to zootwins.architectures.ARCHITECTURES first.")

@@ -12,7 +12,7 @@ __all__ = ['LIMITS', 'STORAGES', 'KNOWN', 'INSTRUCTIONS', 'WRAPPERS', 'PREFIXES'
            'read_layout', 'locate', 'check_lengths', 'item_size', 'checksum_offsets', 'view', 'read_tensors',
            'read_checkpoint', 'read_table', 'listed_hashes', 'file_hash', 'check_hashes']
 
-# %% ../nbs/01_untrusted.ipynb #377610ed
+# %% ../nbs/01_untrusted.ipynb #58f09cd8
 import hashlib
 import io
 import math
@@ -24,7 +24,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -36,7 +36,7 @@ from pyarrow import parquet
 
 from .core import UserError, one_line
 
-# %% ../nbs/01_untrusted.ipynb #f75af408
+# %% ../nbs/01_untrusted.ipynb #31cd2e79
 @dataclass
 class Limits:
     "What is read of a file from elsewhere; sizes in bytes."
@@ -51,7 +51,7 @@ class Limits:
 
 LIMITS = Limits()
 
-# %% ../nbs/01_untrusted.ipynb #bc77c8ab
+# %% ../nbs/01_untrusted.ipynb #c6f8aa0b
 def read_file(
     path: Path,   # of an ordinary file
     limit: int,   # of its size, in bytes
@@ -81,7 +81,7 @@ def check_size(
     if size > limit:
         raise ValueError(f"{name} has {size:,} bytes, and no more than {limit:,} are read (zootwins.untrusted.LIMITS)")
 
-# %% ../nbs/01_untrusted.ipynb #923bb401
+# %% ../nbs/01_untrusted.ipynb #711f14e2
 class Stored(NamedTuple):
     "A tensor in a file: which numbers, and in what shape."
 
@@ -108,7 +108,7 @@ class Asked(NamedTuple):
     name: str
     make: Callable | None = None  # none: a Record
 
-# %% ../nbs/01_untrusted.ipynb #64e35033
+# %% ../nbs/01_untrusted.ipynb #109d5ea0
 STORAGES = {"FloatStorage": "<f4", "DoubleStorage": "<f8", "HalfStorage": "<f2", "BFloat16Storage": "bf16",
             "LongStorage": "<i8", "IntStorage": "<i4", "ShortStorage": "<i2", "CharStorage": "i1",
             "ByteStorage": "u1", "BoolStorage": "?"}
@@ -139,7 +139,7 @@ class Storage(NamedTuple):
     key: str
     count: int
 
-# %% ../nbs/01_untrusted.ipynb #fdaf4b50
+# %% ../nbs/01_untrusted.ipynb #73fb6198
 class Kind:
     "Stand-in for `numpy.dtype`."
 
@@ -168,7 +168,7 @@ def plain_bytes(
         raise pickle.UnpicklingError("it holds bytes of an unknown kind")
     return text.encode("latin1")
 
-# %% ../nbs/01_untrusted.ipynb #2bbbb337
+# %% ../nbs/01_untrusted.ipynb #18c0bd84
 def empty_dict(*content: object) -> dict:
     "Stand in for `collections.OrderedDict`; raises `UnpicklingError` for one that is filled when it is made."
     if content:
@@ -187,7 +187,7 @@ KNOWN = {
     "numpy._core.multiarray.scalar": plain_number,
 }
 
-# %% ../nbs/01_untrusted.ipynb #9a1e7c5a
+# %% ../nbs/01_untrusted.ipynb #04aad49f
 class Instructions(dict):
     "Methods of an unpickler by instruction."
 
@@ -202,7 +202,7 @@ INSTRUCTIONS = (
     b"hjqr\x94c\x93Q"                 # memory, names, storages
 )
 
-# %% ../nbs/01_untrusted.ipynb #d3006a96
+# %% ../nbs/01_untrusted.ipynb #2d883281
 class Unpickler(pickle._Unpickler):
     "Reads a pickle without running it."
 
@@ -237,7 +237,7 @@ class Unpickler(pickle._Unpickler):
             raise pickle.UnpicklingError("it describes numbers that cannot be")
         return Storage(STORAGES.get(pid[1].name.removeprefix("torch."), ""), pid[2], pid[4])
 
-# %% ../nbs/01_untrusted.ipynb #a1924b0d
+# %% ../nbs/01_untrusted.ipynb #b6ffc65e
 def instruction(
     *codes: bytes,  # of pickle's instructions
 ) -> Callable:
@@ -261,7 +261,7 @@ def call(
         raise pickle.UnpicklingError(f"it gives {asked.name} too much")
     machine.stack[-1] = make(*arguments) if make else Record(asked.name)
 
-# %% ../nbs/01_untrusted.ipynb #ea999ef2
+# %% ../nbs/01_untrusted.ipynb #cf20637b
 @instruction(pickle.NEWOBJ_EX)
 def call_with_names(machine: Unpickler) -> None:
     "The same with arguments that have names, which no stand-in needs."
@@ -280,7 +280,7 @@ def set_attributes(machine: Unpickler) -> None:
     elif type(target) not in (Record, Kind, dict):
         raise pickle.UnpicklingError("it changes something that has no attributes")
 
-# %% ../nbs/01_untrusted.ipynb #c58050d9
+# %% ../nbs/01_untrusted.ipynb #e9a940bf
 def put(
     machine: Unpickler,  # with a dictionary on its stack
     items: list,         # keys and values in turn
@@ -308,7 +308,7 @@ def put_many(machine: Unpickler) -> None:
     "Many keys and values."
     put(machine, machine.pop_mark())
 
-# %% ../nbs/01_untrusted.ipynb #a6bf0705
+# %% ../nbs/01_untrusted.ipynb #5a65076e
 def extend(
     machine: Unpickler,  # with a list on its stack
     items: list,         # for it
@@ -345,7 +345,7 @@ def frozen_set(machine: Unpickler) -> None:
     "So is one that cannot be changed."
     machine.append(machine.pop_mark())
 
-# %% ../nbs/01_untrusted.ipynb #33171e35
+# %% ../nbs/01_untrusted.ipynb #c5e11681
 class Unpickled(NamedTuple):
     "What a pickle described."
 
@@ -363,7 +363,7 @@ def unpickle(
     except Exception as error:
         raise ValueError(f"not a pickle of plain data: {one_line(error)}") from error
 
-# %% ../nbs/01_untrusted.ipynb #45aa47b7
+# %% ../nbs/01_untrusted.ipynb #e959b769
 @contextmanager
 def open_zip(
     path: Path,  # of a zip
@@ -393,7 +393,7 @@ def check_claims(
     if unpacked > LIMITS.unpacked * size:
         raise ValueError(f"it unpacks to {unpacked:,} bytes, more than {LIMITS.unpacked} times its size")
 
-# %% ../nbs/01_untrusted.ipynb #fd596651
+# %% ../nbs/01_untrusted.ipynb #46609ded
 def read_member(
     member: zipfile.ZipInfo,   # of a zip
     data: bytes | mmap.mmap,   # the whole zip
@@ -436,7 +436,7 @@ def content_start(
         raise ValueError("its table of contents is damaged")
     return at + 30 + name + extra
 
-# %% ../nbs/01_untrusted.ipynb #648eaac4
+# %% ../nbs/01_untrusted.ipynb #44d310ef
 class Member(NamedTuple):
     "A part of a zip that is not compressed."
 
@@ -455,7 +455,7 @@ def checked(
         raise ValueError("it is damaged")
     return content
 
-# %% ../nbs/01_untrusted.ipynb #ce311c1e
+# %% ../nbs/01_untrusted.ipynb #12491bcb
 def zip_members(
     archive: zipfile.ZipFile,  # saved by torch, so that nothing is compressed
     data: bytes | mmap.mmap,   # the whole file
@@ -466,8 +466,8 @@ def zip_members(
     for member in archive.infolist():
         if member.compress_type != zipfile.ZIP_STORED:
             raise ValueError("its parts are compressed, which PyTorch never does")
-        name = member.filename.partition("/")[2]
-        members[name] = Member(content_start(member, data), member.file_size, member.CRC)
+        with suppress(ValueError):  # a damaged part is missing, and missed by those who need it
+            members[member.filename.partition("/")[2]] = Member(content_start(member, data), member.file_size, member.CRC)
     if "data.pkl" not in members:
         raise ValueError("it holds no data.pkl")
     check_size("data.pkl", members["data.pkl"].length, max(LIMITS.pickle, len(data) // 3))
@@ -475,7 +475,7 @@ def zip_members(
         raise ValueError("it was saved on a machine of the other byte order")
     return members
 
-# %% ../nbs/01_untrusted.ipynb #20a723f9
+# %% ../nbs/01_untrusted.ipynb #5fada2f5
 WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "weights", "params")
 PREFIXES = ("module.", "_orig_mod.")
 
@@ -512,7 +512,7 @@ def _inner_state(
     other = next((f"{name!r} is {_what(value)}" for name, value in saved.items() if not is_tensor(value)), "it is empty")
     raise ValueError(f"it is not a state dict, whose values are all tensors: {one_line(other)}")
 
-# %% ../nbs/01_untrusted.ipynb #e7e92a49
+# %% ../nbs/01_untrusted.ipynb #cf2154e1
 def _what(
     value: object,  # that is no state dict
 ) -> str:
@@ -531,7 +531,7 @@ def _without_prefixes(
         state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     return state
 
-# %% ../nbs/01_untrusted.ipynb #85c2173b
+# %% ../nbs/01_untrusted.ipynb #9f279090
 def merge_masks(
     state: Mapping[str, torch.Tensor | np.ndarray],  # a state dict
 ) -> dict[str, torch.Tensor | np.ndarray]:           # with one tensor for each parameter
@@ -545,7 +545,7 @@ def merge_masks(
         merged[base if base in pairs else name] = tensor * state[f"{base}_mask"] if base in pairs else tensor
     return merged
 
-# %% ../nbs/01_untrusted.ipynb #ae6e288b
+# %% ../nbs/01_untrusted.ipynb #75aad812
 @dataclass(frozen=True, eq=False)
 class Layout:
     "Where the tensors of a saved state dict lie."
@@ -577,7 +577,7 @@ def read_layout(
     beside = () if all(map(is_tensor, saved.values())) else (one_line(name, 60) for name in saved if name not in WRAPPERS)
     return Layout(len(data), tuple(fixed), storages, state, tuple(beside))
 
-# %% ../nbs/01_untrusted.ipynb #a73621a0
+# %% ../nbs/01_untrusted.ipynb #110f6ee1
 def locate(
     state: dict[str, Stored],    # a state dict
     members: dict[str, Member],  # of its file
@@ -599,7 +599,9 @@ def check_lengths(
         if not tensor.dtype:
             raise ValueError(f"{one_line(name)} has numbers of a type that is not known here")
         member = members.get(f"data/{tensor.key}")
-        if member is None or member.length != tensor.count * item_size(tensor.dtype):
+        if member is None:
+            raise ValueError(f"the numbers of {one_line(name)} are missing or damaged")
+        if member.length != tensor.count * item_size(tensor.dtype):
             raise ValueError(f"the numbers of {one_line(name)} are not as many as it says")
 
 
@@ -609,7 +611,7 @@ def item_size(
     "How large a number is."
     return 2 if dtype == "bf16" else np.dtype(dtype).itemsize
 
-# %% ../nbs/01_untrusted.ipynb #125e3eff
+# %% ../nbs/01_untrusted.ipynb #edca99d8
 def checksum_offsets(
     archive: zipfile.ZipFile,  # open
     data: bytes,               # the whole file
@@ -634,7 +636,7 @@ def view(
         raise ValueError("a tensor reaches beyond its numbers") from error
     return (found.astype("<u4") << 16).view("<f4") if tensor.dtype == "bf16" else found
 
-# %% ../nbs/01_untrusted.ipynb #055e9d16
+# %% ../nbs/01_untrusted.ipynb #ee1bd70b
 OLD = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # how files of PyTorch before 1.6 begin
 
 
@@ -655,7 +657,7 @@ def read_tensors(
                 for key, (start, length, mark) in layout.storages.items()}
     return merge_masks({name: view(storages[tensor.key], tensor) for name, tensor in layout.tensors.items()})
 
-# %% ../nbs/01_untrusted.ipynb #03332d76
+# %% ../nbs/01_untrusted.ipynb #bd1d6c33
 def read_checkpoint(
     path: Path | str,          # saved by torch.save: a state dict, or a dictionary with one
 ) -> dict[str, torch.Tensor]:  # without prefixes and masks
@@ -669,7 +671,7 @@ def read_checkpoint(
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} is not a checkpoint that can be used: {one_line(error)}.") from error
 
-# %% ../nbs/01_untrusted.ipynb #9016fa75
+# %% ../nbs/01_untrusted.ipynb #dabf4128
 def read_table(
     path: Path | str,  # of a parquet file
 ) -> pd.DataFrame:
@@ -685,7 +687,7 @@ def read_table(
     except Exception as error:  # damaged files raise errors of many kinds
         raise UserError(f"{path} is not a readable table ({one_line(error)}): make or download it again.") from error
 
-# %% ../nbs/01_untrusted.ipynb #8351d6db
+# %% ../nbs/01_untrusted.ipynb #178b7c5e
 HASHES = "SHA256SUMS"
 CARD = "README.md"
 
@@ -711,7 +713,7 @@ def file_hash(
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
-# %% ../nbs/01_untrusted.ipynb #458472c8
+# %% ../nbs/01_untrusted.ipynb #db2bb408
 def check_hashes(
     folder: Path | str,  # a publication
 ) -> list[str]:          # what came to it on the way: files that are not listed, and a card that was rewritten
