@@ -34,11 +34,12 @@ def stages_of(
     "Which stages of a store to publish; raises `UserError` if there are none or one that is wanted is missing."
     there = [stage for stage in METHODS if (folder / f"{stage}.safetensors").exists()]
     if not there or not (folder / "store.json").exists():
-        raise UserError(f"{folder} holds no finished stage of a zoo: give the folder of a zoo in a store, such as zoos/digits_seed.")
+        raise UserError(f"{folder} holds no finished stage of a zoo: give the folder of a zoo in a store, such as "
+                        "zoos/digits_seed.")
     wanted = there if wanted is None else [check_name(stage, there, f"stage in {folder.name}") for stage in wanted]
     return [stage for stage in there if stage in wanted]
 
-
+# %% ../nbs/41_publishing.ipynb #745f1153
 def files_of(
     folder: Path,       # of a zoo in a store
     stages: list[str],  # from stages_of
@@ -46,7 +47,8 @@ def files_of(
 ) -> list[Path]:        # relative to the folder; the metrics are not among them
     "The files of some stages."
     names = [Path(f"{stage}.{suffix}") for stage in stages for suffix in ("safetensors", "parquet")]
-    epochs = [p.relative_to(folder) for stage in stages for p in sorted((folder / "trajectory").glob(f"{stage}_epoch_*"))] if trajectory else []
+    epochs = [p.relative_to(folder) for stage in stages
+              for p in sorted((folder / "trajectory").glob(f"{stage}_epoch_*"))] if trajectory else []
     return [*names, *epochs, *(Path(name) for name in ("store.json", "history.json") if (folder / name).exists())]
 
 # %% ../nbs/41_publishing.ipynb #48e4a55e
@@ -71,9 +73,10 @@ def header(
         "tags": [*TAGS, *(METHOD_TAGS[stage] for stage in stages if stage in METHOD_TAGS)],
         "configs": configs,
     }
-    return "\n".join(["---", *(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in fields.items()), "---", ""])
+    return "\n".join(["---", *(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in fields.items()),
+                      "---", ""])
 
-
+# %% ../nbs/41_publishing.ipynb #003dc9c3
 STAGE_TITLES = {"original": "original models", "mp": "magnitude-pruned twins", "vd": "twins by variational dropout"}
 
 
@@ -93,7 +96,8 @@ def summary(
     rows = {}
     for (method, level), group in last.groupby(["method", "level"], dropna=False, sort=False):
         name = STAGE_TITLES[method] + ("" if pd.isna(level) else f", {level:.0%}")
-        cells = {column: mean_std(100 * group[column].mean(), 100 * group[column].std()) for column in ("test_acc", "sparsity", "agreement")}
+        cells = {column: mean_std(100 * group[column].mean(), 100 * group[column].std()) for column in ("test_acc",
+            "sparsity", "agreement")}
         rows[name] = {"models": len(group), "epoch": group["epoch"].max(), **cells}
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("stage", axis=0).rename_axis("", axis=1)
     return table.rename(columns={"test_acc": "test accuracy", "agreement": "agreement with the original"})
@@ -113,7 +117,8 @@ def content(
             "models": len(population), "architecture": population.architecture, "numbers per model": f"{size:,}",
             "what they are": "weights and the logarithms of their noise" if noisy else "weights",
         }
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("file (.safetensors, .parquet)", axis=0).rename_axis("", axis=1)
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("file (.safetensors, .parquet)",
+                                                                    axis=0).rename_axis("", axis=1)
 
 # %% ../nbs/41_publishing.ipynb #a2bfe130
 def provenance(
@@ -124,7 +129,8 @@ def provenance(
     "How the models of a store were made."
     zoo, data = store["zoo"], store["images"]
     rate = lambda value: "each model's own learning rate" if value is None else f"learning rate {value:g}"
-    given = next((record["source"] for record in history if record["stage"] == "original" and record.get("source", "train") != "train"), "another zoo")
+    given = next((record["source"] for record in history if record["stage"] == "original" and record.get("source",
+        "train") != "train"), "another zoo")
     epoch = (store["source"]["epoch"] if "source" in store else None) or zoo["epochs"]
     source = f"taken as they are, after {epoch} epochs, from `{given}`" if "source" in store else f"trained for {epoch} epochs, in batches of {zoo['batch_size']}"
     lines = {
@@ -133,9 +139,11 @@ def provenance(
         "vd": f"Variational dropout trains for {zoo['vd_epochs']} epochs, {rate(zoo['vd_learning_rate'])}; a weight counts as zero where its log alpha is at least 3.",
     }
     told = [f"- {lines[stage]}" for stage in METHODS if stage in ("original", *stages)]
-    told.append(f"- Images: {data['name']}, {data['train']:,} for training and {data['test']:,} for the test. Seed of the run: {store['seed']}.")
+    told.append(f"- Images: {data['name']}, {data['train']:,} for training and {data['test']:,} for the test. "
+                f"Seed of the run: {store['seed']}.")
     for run in (run for run in history if run["stage"] in stages):
-        told.append(f"- {run['made']:,} rows of `{run['stage']}` by zootwins at commit `{run['commit'] or 'unknown'}`, engine {run['engine']} on {run['device']}.")
+        told.append(f"- {run['made']:,} rows of `{run['stage']}` by zootwins at commit "
+                    f"`{run['commit'] or 'unknown'}`, engine {run['engine']} on {run['device']}.")
     return "\n".join(told)
 
 # %% ../nbs/41_publishing.ipynb #aa31cc4e
@@ -175,7 +183,8 @@ def card(
     files = content(folder, paths)
     n_models = int(files.loc[[f"`{stage}`" for stage in stages], "models"].sum())
     parts = [
-        header(store, stages, n_models, licence), f"# {title_of(store)}", f"{n_models:,} models: {', '.join(STAGE_TITLES[stage] for stage in stages)}.",
+        header(store, stages, n_models,
+            licence), f"# {title_of(store)}", f"{n_models:,} models: {', '.join(STAGE_TITLES[stage] for stage in stages)}.",
         "## The models", "After the last epoch; mean (standard deviation) over the models, in %.", markdown_table(summary(metrics)),
         "## The files", markdown_table(files), "## Loading", LOADING.format(folder=name, stage=stages[-1]),
         "## How they were made", provenance(store, history, stages), "## References", REFERENCES,
@@ -187,7 +196,8 @@ def hashes(
     folder: Path,  # a publication
 ) -> str:          # one line per file, as sha256sum writes them
     "The hashes of all files but the list itself."
-    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() and path.name != HASHES)
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
+                   and path.name != HASHES)
     return "".join(f"{file_hash(folder / name)}  {name}\n" for name in files)
 
 # %% ../nbs/41_publishing.ipynb #75150f72
@@ -206,7 +216,7 @@ def new_folder(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
-
+# %% ../nbs/41_publishing.ipynb #6e090400
 def publish(
     folder: Path | str,                # of a zoo in a store, such as zoos/digits_seed
     to: Path | str,                    # the folder to make; its name is the publication's
@@ -225,7 +235,8 @@ def publish(
             (temporary / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / path, temporary / path)
         save_metrics(metrics, temporary / "metrics.parquet")
-        (temporary / "README.md").write_text(card(temporary, to.name, paths, metrics, stages, licence), encoding="utf-8", newline="\n")
+        (temporary / "README.md").write_text(card(temporary, to.name, paths, metrics, stages, licence),
+                                             encoding="utf-8", newline="\n")
         (temporary / HASHES).write_text(hashes(temporary), encoding="utf-8", newline="\n")
         check_hashes(temporary)
     return to
@@ -243,11 +254,12 @@ def parts_of(
         rows = metrics[(metrics["method"] == stage) & here]
         populations = {int(rows["epoch"].max()): population[np.flatnonzero(there)]}
         if trajectory:
-            kept = {int(p.stem.rpartition("_")[2]): p for p in (folder / "trajectory").glob(f"{stage}_epoch_*.safetensors")}
+            kept = {int(p.stem.rpartition("_")[2]): p
+                    for p in (folder / "trajectory").glob(f"{stage}_epoch_*.safetensors")}
             populations |= {epoch: load_population(path.with_suffix("")) for epoch, path in sorted(kept.items())}
         yield stage if np.isnan(level) else f"{stage}_{100 * level:g}", populations, rows
 
-
+# %% ../nbs/41_publishing.ipynb #361b8550
 def export_zoo(
     folder: Path | str,                # of a zoo in a store, such as zoos/digits_seed
     to: Path | str,                    # the folder to make
@@ -260,10 +272,12 @@ def export_zoo(
         parents = {}
         for stage in stages_of(folder, stages):
             for name, populations, metrics in parts_of(folder, stage, trajectory):
-                linked = {epoch: replace(p, models=p.models.assign(origin=p.models["model"].map(parents))) if parents else p for epoch, p in populations.items()}
+                linked = {epoch: replace(p, models=p.models.assign(origin=p.models["model"].map(parents))) if parents
+                          else p for epoch, p in populations.items()}
                 write_zoo(linked, metrics, temporary / name)
                 if stage == "original":
                     epoch, models = max(populations), populations[max(populations)].models["model"]
                     folders = sorted(path.name for path in (temporary / name).iterdir())
-                    parents = {model: f"../original/{path}/checkpoint_{epoch:06d}/checkpoints" for model, path in zip(sorted(models), folders)}
+                    parents = {model: f"../original/{path}/checkpoint_{epoch:06d}/checkpoints" for model,
+                               path in zip(sorted(models), folders)}
     return to

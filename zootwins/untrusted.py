@@ -12,7 +12,7 @@ __all__ = ['LIMITS', 'STORAGES', 'KNOWN', 'INSTRUCTIONS', 'WRAPPERS', 'PREFIXES'
            'read_layout', 'locate', 'check_lengths', 'item_size', 'checksum_offsets', 'view', 'read_tensors',
            'read_checkpoint', 'read_table', 'listed_hashes', 'file_hash', 'check_hashes']
 
-# %% ../nbs/01_untrusted.ipynb #58f09cd8
+# %% ../nbs/01_untrusted.ipynb #377610ed
 import hashlib
 import io
 import math
@@ -36,7 +36,7 @@ from pyarrow import parquet
 
 from .core import UserError, one_line
 
-# %% ../nbs/01_untrusted.ipynb #31cd2e79
+# %% ../nbs/01_untrusted.ipynb #f75af408
 @dataclass
 class Limits:
     "What is read of a file from elsewhere; sizes in bytes."
@@ -51,7 +51,7 @@ class Limits:
 
 LIMITS = Limits()
 
-# %% ../nbs/01_untrusted.ipynb #c6f8aa0b
+# %% ../nbs/01_untrusted.ipynb #bc77c8ab
 def read_file(
     path: Path,   # of an ordinary file
     limit: int,   # of its size, in bytes
@@ -61,7 +61,7 @@ def read_file(
     with open(path, "rb") as file:
         return file.read(limit)
 
-
+# %% ../nbs/01_untrusted.ipynb #c4108ef0
 def ordinary_size(
     path: Path,  # of a file
 ) -> int:        # its size in bytes
@@ -71,7 +71,7 @@ def ordinary_size(
         raise ValueError(f"{path.name} is not an ordinary file")
     return status.st_size
 
-
+# %% ../nbs/01_untrusted.ipynb #a75f3629
 def check_size(
     name: str,    # of a file
     size: int,    # in bytes
@@ -81,7 +81,7 @@ def check_size(
     if size > limit:
         raise ValueError(f"{name} has {size:,} bytes, and no more than {limit:,} are read (zootwins.untrusted.LIMITS)")
 
-# %% ../nbs/01_untrusted.ipynb #711f14e2
+# %% ../nbs/01_untrusted.ipynb #923bb401
 class Stored(NamedTuple):
     "A tensor in a file: which numbers, and in what shape."
 
@@ -92,7 +92,7 @@ class Stored(NamedTuple):
     shape: tuple[int, ...]
     stride: tuple[int, ...]   # in numbers
 
-
+# %% ../nbs/01_untrusted.ipynb #b471804c
 class Record:
     "An object of a class that is not known here: its attributes alone."
 
@@ -101,14 +101,14 @@ class Record:
     def __init__(self, name: str):
         self.name, self.state = name, {}
 
-
+# %% ../nbs/01_untrusted.ipynb #962acb89
 class Asked(NamedTuple):
     "A name that a pickle asks for, and what stands in for it."
 
     name: str
     make: Callable | None = None  # none: a Record
 
-# %% ../nbs/01_untrusted.ipynb #109d5ea0
+# %% ../nbs/01_untrusted.ipynb #64e35033
 STORAGES = {"FloatStorage": "<f4", "DoubleStorage": "<f8", "HalfStorage": "<f2", "BFloat16Storage": "bf16",
             "LongStorage": "<i8", "IntStorage": "<i4", "ShortStorage": "<i2", "CharStorage": "i1",
             "ByteStorage": "u1", "BoolStorage": "?"}
@@ -131,7 +131,7 @@ def stored_tensor(
         raise pickle.UnpicklingError("a tensor reaches beyond its numbers")
     return Stored(storage.key, storage.dtype, storage.count, offset, shape, stride)
 
-
+# %% ../nbs/01_untrusted.ipynb #2b7b47a2
 class Storage(NamedTuple):
     "The numbers of one or more tensors."
 
@@ -139,7 +139,7 @@ class Storage(NamedTuple):
     key: str
     count: int
 
-# %% ../nbs/01_untrusted.ipynb #73fb6198
+# %% ../nbs/01_untrusted.ipynb #fdaf4b50
 class Kind:
     "Stand-in for `numpy.dtype`."
 
@@ -148,7 +148,7 @@ class Kind:
     def __init__(self, code: object, *rest: object):
         self.code = code if type(code) is str and re.fullmatch("[fiub][1248]", code) else ""
 
-
+# %% ../nbs/01_untrusted.ipynb #4d2deec0
 def plain_number(
     kind: object,  # a Kind
     raw: object,   # bytes
@@ -158,7 +158,7 @@ def plain_number(
         raise pickle.UnpicklingError("it holds a number of an unknown kind")
     return np.frombuffer(raw, kind.code)[0].item()
 
-
+# %% ../nbs/01_untrusted.ipynb #2fdfff5b
 def plain_bytes(
     text: object,      # one character for each byte
     *rest: object,     # the encoding, which is latin1
@@ -168,7 +168,7 @@ def plain_bytes(
         raise pickle.UnpicklingError("it holds bytes of an unknown kind")
     return text.encode("latin1")
 
-# %% ../nbs/01_untrusted.ipynb #18c0bd84
+# %% ../nbs/01_untrusted.ipynb #2bbbb337
 def empty_dict(*content: object) -> dict:
     "Stand in for `collections.OrderedDict`; raises `UnpicklingError` for one that is filled when it is made."
     if content:
@@ -187,7 +187,7 @@ KNOWN = {
     "numpy._core.multiarray.scalar": plain_number,
 }
 
-# %% ../nbs/01_untrusted.ipynb #04aad49f
+# %% ../nbs/01_untrusted.ipynb #9a1e7c5a
 class Instructions(dict):
     "Methods of an unpickler by instruction."
 
@@ -202,7 +202,7 @@ INSTRUCTIONS = (
     b"hjqr\x94c\x93Q"                 # memory, names, storages
 )
 
-# %% ../nbs/01_untrusted.ipynb #2d883281
+# %% ../nbs/01_untrusted.ipynb #d3006a96
 class Unpickler(pickle._Unpickler):
     "Reads a pickle without running it."
 
@@ -237,7 +237,7 @@ class Unpickler(pickle._Unpickler):
             raise pickle.UnpicklingError("it describes numbers that cannot be")
         return Storage(STORAGES.get(pid[1].name.removeprefix("torch."), ""), pid[2], pid[4])
 
-# %% ../nbs/01_untrusted.ipynb #b6ffc65e
+# %% ../nbs/01_untrusted.ipynb #a1924b0d
 def instruction(
     *codes: bytes,  # of pickle's instructions
 ) -> Callable:
@@ -247,7 +247,7 @@ def instruction(
         return method
     return register
 
-
+# %% ../nbs/01_untrusted.ipynb #cc44055d
 @instruction(pickle.REDUCE, pickle.NEWOBJ)
 def call(
     machine: Unpickler,  # with a name and arguments on its stack
@@ -261,14 +261,14 @@ def call(
         raise pickle.UnpicklingError(f"it gives {asked.name} too much")
     machine.stack[-1] = make(*arguments) if make else Record(asked.name)
 
-# %% ../nbs/01_untrusted.ipynb #cf20637b
+# %% ../nbs/01_untrusted.ipynb #ea999ef2
 @instruction(pickle.NEWOBJ_EX)
 def call_with_names(machine: Unpickler) -> None:
     "The same with arguments that have names, which no stand-in needs."
     machine.stack.pop()
     call(machine)
 
-
+# %% ../nbs/01_untrusted.ipynb #50b23820
 @instruction(pickle.BUILD)
 def set_attributes(machine: Unpickler) -> None:
     "Give a record its attributes; those of dictionaries are not needed."
@@ -280,7 +280,7 @@ def set_attributes(machine: Unpickler) -> None:
     elif type(target) not in (Record, Kind, dict):
         raise pickle.UnpicklingError("it changes something that has no attributes")
 
-# %% ../nbs/01_untrusted.ipynb #e9a940bf
+# %% ../nbs/01_untrusted.ipynb #c58050d9
 def put(
     machine: Unpickler,  # with a dictionary on its stack
     items: list,         # keys and values in turn
@@ -295,20 +295,20 @@ def put(
         else:
             machine.unknown[f"a key of type {type(key).__name__}"] += 1
 
-
+# %% ../nbs/01_untrusted.ipynb #ab318f8c
 @instruction(pickle.SETITEM)
 def put_one(machine: Unpickler) -> None:
     "One key and its value."
     value, key = machine.stack.pop(), machine.stack.pop()
     put(machine, [key, value])
 
-
+# %% ../nbs/01_untrusted.ipynb #e97e0af8
 @instruction(pickle.SETITEMS)
 def put_many(machine: Unpickler) -> None:
     "Many keys and values."
     put(machine, machine.pop_mark())
 
-# %% ../nbs/01_untrusted.ipynb #5a65076e
+# %% ../nbs/01_untrusted.ipynb #a6bf0705
 def extend(
     machine: Unpickler,  # with a list on its stack
     items: list,         # for it
@@ -320,39 +320,39 @@ def extend(
     elif type(target) is not Record:
         raise pickle.UnpicklingError("it fills something that is no list")
 
-
+# %% ../nbs/01_untrusted.ipynb #62063e82
 @instruction(pickle.APPEND)
 def append_one(machine: Unpickler) -> None:
     "One element."
     item = machine.stack.pop()
     extend(machine, [item])
 
-
+# %% ../nbs/01_untrusted.ipynb #ce6317f7
 @instruction(pickle.APPENDS, pickle.ADDITEMS)
 def append_many(machine: Unpickler) -> None:
     "Many elements, of a list or of what was a set."
     extend(machine, machine.pop_mark())
 
-
+# %% ../nbs/01_untrusted.ipynb #d08ea8c9
 @instruction(pickle.EMPTY_SET)
 def empty_set(machine: Unpickler) -> None:
     "A set is a list here."
     machine.append([])
 
-
+# %% ../nbs/01_untrusted.ipynb #a92e51bc
 @instruction(pickle.FROZENSET)
 def frozen_set(machine: Unpickler) -> None:
     "So is one that cannot be changed."
     machine.append(machine.pop_mark())
 
-# %% ../nbs/01_untrusted.ipynb #c5e11681
+# %% ../nbs/01_untrusted.ipynb #11e714c5
 class Unpickled(NamedTuple):
     "What a pickle described."
 
     value: object
     unknown: Counter  # names that were replaced by records, and keys that were dropped
 
-
+# %% ../nbs/01_untrusted.ipynb #4a8b2e53
 def unpickle(
     program: bytes,  # a pickle
 ) -> Unpickled:
@@ -363,7 +363,7 @@ def unpickle(
     except Exception as error:
         raise ValueError(f"not a pickle of plain data: {one_line(error)}") from error
 
-# %% ../nbs/01_untrusted.ipynb #e959b769
+# %% ../nbs/01_untrusted.ipynb #45aa47b7
 @contextmanager
 def open_zip(
     path: Path,  # of a zip
@@ -381,7 +381,7 @@ def open_zip(
                             "or give the folder that it was unpacked to.") from error
         yield archive, data
 
-
+# %% ../nbs/01_untrusted.ipynb #5fe90c3a
 def check_claims(
     members: list[zipfile.ZipInfo],  # of a zip
     size: int,                       # of the zip
@@ -393,7 +393,7 @@ def check_claims(
     if unpacked > LIMITS.unpacked * size:
         raise ValueError(f"it unpacks to {unpacked:,} bytes, more than {LIMITS.unpacked} times its size")
 
-# %% ../nbs/01_untrusted.ipynb #46609ded
+# %% ../nbs/01_untrusted.ipynb #fd596651
 def read_member(
     member: zipfile.ZipInfo,   # of a zip
     data: bytes | mmap.mmap,   # the whole zip
@@ -412,7 +412,7 @@ def read_member(
         raise ValueError(f"{name} is damaged in the zip")
     return content
 
-
+# %% ../nbs/01_untrusted.ipynb #632481fb
 def inflate(
     content: bytes,  # deflated
     size: int,       # of the result
@@ -423,7 +423,7 @@ def inflate(
     except zlib.error as error:
         raise ValueError("it is damaged in the zip") from error
 
-
+# %% ../nbs/01_untrusted.ipynb #71693936
 def content_start(
     member: zipfile.ZipInfo,  # of a zip
     data: bytes | mmap.mmap,  # the whole zip
@@ -436,7 +436,7 @@ def content_start(
         raise ValueError("its table of contents is damaged")
     return at + 30 + name + extra
 
-# %% ../nbs/01_untrusted.ipynb #44d310ef
+# %% ../nbs/01_untrusted.ipynb #e77e63fc
 class Member(NamedTuple):
     "A part of a zip that is not compressed."
 
@@ -444,7 +444,7 @@ class Member(NamedTuple):
     length: int    # in bytes
     checksum: int  # CRC-32
 
-
+# %% ../nbs/01_untrusted.ipynb #feb3b1c7
 def checked(
     data: bytes | mmap.mmap,  # a zip
     member: Member,           # of it
@@ -455,7 +455,7 @@ def checked(
         raise ValueError("it is damaged")
     return content
 
-# %% ../nbs/01_untrusted.ipynb #12491bcb
+# %% ../nbs/01_untrusted.ipynb #ce311c1e
 def zip_members(
     archive: zipfile.ZipFile,  # saved by torch, so that nothing is compressed
     data: bytes | mmap.mmap,   # the whole file
@@ -467,7 +467,8 @@ def zip_members(
         if member.compress_type != zipfile.ZIP_STORED:
             raise ValueError("its parts are compressed, which PyTorch never does")
         with suppress(ValueError):  # a damaged part is missing, and missed by those who need it
-            members[member.filename.partition("/")[2]] = Member(content_start(member, data), member.file_size, member.CRC)
+            members[member.filename.partition("/")[2]] = Member(content_start(member, data), member.file_size,
+                                                                member.CRC)
     if "data.pkl" not in members:
         raise ValueError("it holds no data.pkl")
     check_size("data.pkl", members["data.pkl"].length, max(LIMITS.pickle, len(data) // 3))
@@ -475,7 +476,7 @@ def zip_members(
         raise ValueError("it was saved on a machine of the other byte order")
     return members
 
-# %% ../nbs/01_untrusted.ipynb #5fada2f5
+# %% ../nbs/01_untrusted.ipynb #20a723f9
 WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "weights", "params")
 PREFIXES = ("module.", "_orig_mod.")
 
@@ -484,7 +485,7 @@ def is_tensor(value: object) -> bool:
     "Whether this is a tensor, in memory or in a file."
     return isinstance(value, (Stored, torch.Tensor, np.ndarray))
 
-
+# %% ../nbs/01_untrusted.ipynb #d61d31c1
 def find_state(
     saved: object,      # what was saved, in memory or as described by a file
 ) -> dict[str, object]:  # tensors by name, without prefixes
@@ -497,7 +498,7 @@ def find_state(
         saved = _inner_state(saved)
     raise ValueError("its state dict lies too deep: save module.state_dict() alone")
 
-
+# %% ../nbs/01_untrusted.ipynb #6fa3699b
 def _inner_state(
     saved: Mapping[str, object],  # not a state dict itself
 ) -> Mapping[str, object]:        # perhaps one
@@ -508,11 +509,13 @@ def _inner_state(
     if len(found) == 1:
         return saved[found[0]]
     if found:
-        raise ValueError(f"it holds {len(found)} state dicts ({', '.join(map(str, found))}): save the one that is meant")
-    other = next((f"{name!r} is {_what(value)}" for name, value in saved.items() if not is_tensor(value)), "it is empty")
+        raise ValueError(f"it holds {len(found)} state dicts ({', '.join(map(str, found))}): save the one that is "
+                         "meant")
+    other = next((f"{name!r} is {_what(value)}" for name, value in saved.items() if not is_tensor(value)),
+                 "it is empty")
     raise ValueError(f"it is not a state dict, whose values are all tensors: {one_line(other)}")
 
-# %% ../nbs/01_untrusted.ipynb #cf2154e1
+# %% ../nbs/01_untrusted.ipynb #e7e92a49
 def _what(
     value: object,  # that is no state dict
 ) -> str:
@@ -521,7 +524,7 @@ def _what(
         return f"an object of {value.name}"
     return "a whole module" if isinstance(value, torch.nn.Module) else f"a value of type {type(value).__name__}"
 
-
+# %% ../nbs/01_untrusted.ipynb #05417fef
 def _without_prefixes(
     state: Mapping[str, object],  # a state dict
 ) -> dict[str, object]:
@@ -531,7 +534,7 @@ def _without_prefixes(
         state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     return state
 
-# %% ../nbs/01_untrusted.ipynb #9f279090
+# %% ../nbs/01_untrusted.ipynb #85c2173b
 def merge_masks(
     state: Mapping[str, torch.Tensor | np.ndarray],  # a state dict
 ) -> dict[str, torch.Tensor | np.ndarray]:           # with one tensor for each parameter
@@ -545,7 +548,7 @@ def merge_masks(
         merged[base if base in pairs else name] = tensor * state[f"{base}_mask"] if base in pairs else tensor
     return merged
 
-# %% ../nbs/01_untrusted.ipynb #75aad812
+# %% ../nbs/01_untrusted.ipynb #ae6e288b
 @dataclass(frozen=True, eq=False)
 class Layout:
     "Where the tensors of a saved state dict lie."
@@ -556,7 +559,7 @@ class Layout:
     tensors: dict[str, Stored]
     beside: tuple[str, ...] = ()             # what else was saved with them, such as "epoch"
 
-
+# %% ../nbs/01_untrusted.ipynb #d4755a01
 def read_layout(
     data: bytes,  # a file saved by torch
 ) -> Layout:      # that of all files like it
@@ -574,10 +577,11 @@ def read_layout(
     starts, ends = [archive.start_dir, *(mark + 4 for mark in free)], [*free, len(data)]
     fixed = [(program.start, data[program.start : program.start + program.length])]
     fixed += [(start, data[start:end]) for start, end in zip(starts, ends)]
-    beside = () if all(map(is_tensor, saved.values())) else (one_line(name, 60) for name in saved if name not in WRAPPERS)
+    beside = () if all(map(is_tensor, saved.values())) else (one_line(name, 60) for name in saved
+                                                             if name not in WRAPPERS)
     return Layout(len(data), tuple(fixed), storages, state, tuple(beside))
 
-# %% ../nbs/01_untrusted.ipynb #110f6ee1
+# %% ../nbs/01_untrusted.ipynb #a73621a0
 def locate(
     state: dict[str, Stored],    # a state dict
     members: dict[str, Member],  # of its file
@@ -589,7 +593,7 @@ def locate(
     check_lengths(state, members)
     return {tensor.key: (*members[f"data/{tensor.key}"][:2], marks[f"data/{tensor.key}"]) for tensor in state.values()}
 
-
+# %% ../nbs/01_untrusted.ipynb #acb3df7c
 def check_lengths(
     state: dict[str, Stored],    # a state dict
     members: dict[str, Member],  # of its file
@@ -604,14 +608,14 @@ def check_lengths(
         if member.length != tensor.count * item_size(tensor.dtype):
             raise ValueError(f"the numbers of {one_line(name)} are not as many as it says")
 
-
+# %% ../nbs/01_untrusted.ipynb #096b3896
 def item_size(
     dtype: str,  # as in Stored
 ) -> int:        # bytes of a number
     "How large a number is."
     return 2 if dtype == "bf16" else np.dtype(dtype).itemsize
 
-# %% ../nbs/01_untrusted.ipynb #edca99d8
+# %% ../nbs/01_untrusted.ipynb #125e3eff
 def checksum_offsets(
     archive: zipfile.ZipFile,  # open
     data: bytes,               # the whole file
@@ -623,7 +627,7 @@ def checksum_offsets(
         at += 46 + sum(int.from_bytes(data[at + i : at + i + 2], "little") for i in (28, 30, 32))
     return marks
 
-
+# %% ../nbs/01_untrusted.ipynb #8319bbec
 def view(
     storage: bytes,  # numbers
     tensor: Stored,  # which of them
@@ -636,7 +640,7 @@ def view(
         raise ValueError("a tensor reaches beyond its numbers") from error
     return (found.astype("<u4") << 16).view("<f4") if tensor.dtype == "bf16" else found
 
-# %% ../nbs/01_untrusted.ipynb #ee1bd70b
+# %% ../nbs/01_untrusted.ipynb #055e9d16
 OLD = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # how files of PyTorch before 1.6 begin
 
 
@@ -648,7 +652,8 @@ def read_tensors(
     if data.startswith(OLD):
         raise ValueError("it was saved by PyTorch before 1.6, without checksums: load and save it with a current one")
     known = (layout for layout in layouts if layout.size == len(data))
-    layout = next((known for known in known if all(data[at : at + len(part)] == part for at, part in known.fixed)), None)
+    layout = next((known for known in known if all(data[at : at + len(part)] == part for at, part in known.fixed)),
+                  None)
     if layout is None:
         layout = read_layout(data)
         layouts[:] = [layout, *layouts[:9]]
@@ -657,7 +662,7 @@ def read_tensors(
                 for key, (start, length, mark) in layout.storages.items()}
     return merge_masks({name: view(storages[tensor.key], tensor) for name, tensor in layout.tensors.items()})
 
-# %% ../nbs/01_untrusted.ipynb #bd1d6c33
+# %% ../nbs/01_untrusted.ipynb #03332d76
 def read_checkpoint(
     path: Path | str,          # saved by torch.save: a state dict, or a dictionary with one
 ) -> dict[str, torch.Tensor]:  # without prefixes and masks
@@ -671,7 +676,7 @@ def read_checkpoint(
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} is not a checkpoint that can be used: {one_line(error)}.") from error
 
-# %% ../nbs/01_untrusted.ipynb #dabf4128
+# %% ../nbs/01_untrusted.ipynb #9016fa75
 def read_table(
     path: Path | str,  # of a parquet file
 ) -> pd.DataFrame:
@@ -687,7 +692,7 @@ def read_table(
     except Exception as error:  # damaged files raise errors of many kinds
         raise UserError(f"{path} is not a readable table ({one_line(error)}): make or download it again.") from error
 
-# %% ../nbs/01_untrusted.ipynb #178b7c5e
+# %% ../nbs/01_untrusted.ipynb #8351d6db
 HASHES = "SHA256SUMS"
 CARD = "README.md"
 
@@ -705,7 +710,7 @@ def listed_hashes(
         raise UserError(f"{folder / HASHES} is not a list of hashes as sha256sum writes it: download it again.")
     return {match[2]: match[1] for match in found}
 
-
+# %% ../nbs/01_untrusted.ipynb #a8a5ae59
 def file_hash(
     path: Path,  # of an ordinary file
 ) -> str:        # SHA-256
@@ -713,7 +718,7 @@ def file_hash(
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
-# %% ../nbs/01_untrusted.ipynb #db2bb408
+# %% ../nbs/01_untrusted.ipynb #458472c8
 def check_hashes(
     folder: Path | str,  # a publication
 ) -> list[str]:          # what came to it on the way: files that are not listed, and a card that was rewritten
@@ -725,7 +730,8 @@ def check_hashes(
     wrong = sorted(name for name in changed if name != CARD or not (folder / name).is_file())
     if wrong:
         raise UserError(f"{folder} is not as it was published: {', '.join(wrong)} "
-                        f"{'differs' if len(wrong) == 1 else 'differ'} from {HASHES} or cannot be read; download it again.")
+                        f"{'differs' if len(wrong) == 1 else 'differ'} from {HASHES} or cannot be read; download "
+                        "it again.")
     found = {path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir()}
     extra = Counter(path.parts[0] for path in found if path.as_posix() not in {*listed, HASHES})
     return [*(f"{name} (rewritten)" for name in changed),
