@@ -23,7 +23,7 @@ from .core import UserError, check_name, read_json, write_json
 from .metrics import METHODS
 from .population import Population, save_population
 from .published import write_zoo
-from .store import epochs_in, listed, opened, read_manifest, read_stage, read_stage_metrics
+from .store import listed, opened, read_manifest, read_stage, read_stage_metrics, told_by
 from .tables import last_epoch, markdown_table, mean_std
 from .twins import read_history, save_metrics
 from .untrusted import HASHES, check_hashes, file_hash
@@ -36,11 +36,12 @@ def stages_of(
     "Which stages of a store to publish; raises `UserError` if there are none or one that is wanted is missing."
     there = [stage for stage in METHODS if read_manifest(folder, stage)["files"]]
     if not there or not (folder / "store.json").exists():
-        raise UserError(f"{folder} holds no finished stage of a zoo: give the folder of a zoo in a store, such as zoos/digits_seed.")
+        raise UserError(f"{folder} holds no finished stage of a zoo: give the folder of a zoo in a store, such as "
+                        "zoos/digits_seed.")
     wanted = there if wanted is None else [check_name(stage, there, f"stage in {folder.name}") for stage in wanted]
     return [stage for stage in there if stage in wanted]
 
-
+# %% ../nbs/41_publishing.ipynb #db74e607
 def populations_of(
     folder: Path,       # of a zoo in a store
     stages: list[str],  # from stages_of
@@ -59,7 +60,7 @@ def kept_epochs(
 ) -> list[int]:    # empty if only the last one is kept
     "The epochs whose weights a stage keeps, if it keeps more than the last."
     with opened(listed(folder, stage)[0]) as file:
-        epochs = epochs_in(file)
+        epochs = told_by(file)["epochs"]
     return epochs if len(epochs) > 1 else []
 
 # %% ../nbs/41_publishing.ipynb #48e4a55e
@@ -84,9 +85,10 @@ def header(
         "tags": [*TAGS, *(METHOD_TAGS[stage] for stage in stages if stage in METHOD_TAGS)],
         "configs": configs,
     }
-    return "\n".join(["---", *(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in fields.items()), "---", ""])
+    return "\n".join(["---", *(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in fields.items()),
+                      "---", ""])
 
-
+# %% ../nbs/41_publishing.ipynb #003dc9c3
 STAGE_TITLES = {"original": "original models", "mp": "magnitude-pruned twins", "vd": "twins by variational dropout"}
 
 
@@ -106,7 +108,8 @@ def summary(
     rows = {}
     for (method, level), group in last.groupby(["method", "level"], dropna=False, sort=False):
         name = STAGE_TITLES[method] + ("" if pd.isna(level) else f", {level:.0%}")
-        cells = {column: mean_std(100 * group[column].mean(), 100 * group[column].std()) for column in ("test_acc", "sparsity", "agreement")}
+        cells = {column: mean_std(100 * group[column].mean(), 100 * group[column].std()) for column in ("test_acc",
+            "sparsity", "agreement")}
         rows[name] = {"models": len(group), "epoch": group["epoch"].max(), **cells}
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("stage", axis=0).rename_axis("", axis=1)
     return table.rename(columns={"test_acc": "test accuracy", "agreement": "agreement with the original"})
@@ -126,7 +129,7 @@ def content(
         }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("file (.safetensors, .parquet)", axis=0).rename_axis("", axis=1)
 
-# %% ../nbs/41_publishing.ipynb #2c998100
+# %% ../nbs/41_publishing.ipynb #37ac2f81
 def provenance(
     store: dict[str, object],          # from store.json
     history: list[dict[str, object]],  # from read_history
@@ -135,7 +138,8 @@ def provenance(
     "How the models of a store were made."
     zoo, data = store["zoo"], store["images"]
     rate = lambda value: "each model's own learning rate" if value is None else f"learning rate {value:g}"
-    given = next((record["source"] for record in history if record["stage"] == "original" and record.get("source", "train") != "train"), "another zoo")
+    given = next((record["source"] for record in history if record["stage"] == "original" and record.get("source",
+        "train") != "train"), "another zoo")
     epoch = (store["source"]["epoch"] if "source" in store else None) or zoo["epochs"]
     source = f"taken as they are, after {epoch} epochs, from `{given}`" if "source" in store else f"trained for {epoch} epochs, in batches of {zoo['batch_size']}"
     lines = {
@@ -146,7 +150,8 @@ def provenance(
     told = [f"- {lines[stage]}" for stage in METHODS if stage in ("original", *stages)]
     told.append(f"- Images: {data['name']}, {data['n_train']:,} for training and {data['n_test']:,} for the test. Seed of the run: {store['seed']}.")
     for run in (run for run in history if run["stage"] in stages):
-        told.append(f"- {run['made']:,} rows of `{run['stage']}` by zootwins at commit `{run['commit'] or 'unknown'}`, engine {run['engine']} on {run['device']}.")
+        told.append(f"- {run['made']:,} rows of `{run['stage']}` by zootwins at commit "
+                    f"`{run['commit'] or 'unknown'}`, engine {run['engine']} on {run['device']}.")
     return "\n".join(told)
 
 # %% ../nbs/41_publishing.ipynb #aa31cc4e
@@ -198,10 +203,11 @@ def hashes(
     folder: Path,  # a publication
 ) -> str:          # one line per file, as sha256sum writes them
     "The hashes of all files but the list itself."
-    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() and path.name != HASHES)
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
+                   and path.name != HASHES)
     return "".join(f"{file_hash(folder / name)}  {name}\n" for name in files)
 
-# %% ../nbs/41_publishing.ipynb #aa43229b
+# %% ../nbs/41_publishing.ipynb #75150f72
 @contextmanager
 def new_folder(
     to: Path,  # where the folder shall be in the end
@@ -217,7 +223,7 @@ def new_folder(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
-
+# %% ../nbs/41_publishing.ipynb #7ee1e273
 def publish(
     folder: Path | str,                # of a zoo in a store, such as zoos/digits_seed
     to: Path | str,                    # the folder to make; its name is the publication's
@@ -243,7 +249,7 @@ def publish(
         check_hashes(temporary)
     return to
 
-# %% ../nbs/41_publishing.ipynb #77d00273
+# %% ../nbs/41_publishing.ipynb #3edebf11
 def parts_of(
     folder: Path,       # of a zoo in a store
     stage: str,         # one of METHODS
@@ -259,7 +265,7 @@ def parts_of(
         populations |= {epoch: read_stage(folder, stage, epoch)[np.flatnonzero(there)] for epoch in epochs}
         yield stage if np.isnan(level) else f"{stage}_{100 * level:g}", populations, rows
 
-
+# %% ../nbs/41_publishing.ipynb #361b8550
 def export_zoo(
     folder: Path | str,                # of a zoo in a store, such as zoos/digits_seed
     to: Path | str,                    # the folder to make
@@ -272,10 +278,12 @@ def export_zoo(
         parents = {}
         for stage in stages_of(folder, stages):
             for name, populations, metrics in parts_of(folder, stage, trajectory):
-                linked = {epoch: replace(p, models=p.models.assign(origin=p.models["model"].map(parents))) if parents else p for epoch, p in populations.items()}
+                linked = {epoch: replace(p, models=p.models.assign(origin=p.models["model"].map(parents))) if parents
+                          else p for epoch, p in populations.items()}
                 write_zoo(linked, metrics, temporary / name)
                 if stage == "original":
                     epoch, models = max(populations), populations[max(populations)].models["model"]
                     folders = sorted(path.name for path in (temporary / name).iterdir())
-                    parents = {model: f"../original/{path}/checkpoint_{epoch:06d}/checkpoints" for model, path in zip(sorted(models), folders)}
+                    parents = {model: f"../original/{path}/checkpoint_{epoch:06d}/checkpoints" for model,
+                               path in zip(sorted(models), folders)}
     return to
