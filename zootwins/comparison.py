@@ -8,7 +8,7 @@ __all__ = ['LEVEL', 'EQUIVALENT', 'POINT', 'VERDICTS', 'TESTED', 'HALF_POINT', '
            'paper_models', 'match', 'as_samples', 'contrasts', 'grid_mean', 'as_designs', 'compare_means',
            'compare_correlations', 'by_design', 'calibrated', 'within', 'judge', 'first_rule', 'adjusted', 'compare',
            'state_label', 'labelled', 'model_note', 'side_by_side', 'beside_print', 'distinct_states', 'scorecard',
-           'worst', 'shifted_verdicts', 'smallest_error', 'disturbed_scores', 'figure_disturbances',
+           'worst', 'shifted_verdicts', 'smallest_error', 'headline', 'disturbed_scores', 'figure_disturbances',
            'compare_layer_spread', 'compare_windows', 'share_grid', 'figure_scorecard', 'our_originals',
            'beside_recorded', 'matched_models', 'recorded_by_factor', 'recorded_epochs', 'figure_recorded']
 
@@ -384,6 +384,19 @@ def smallest_error(
         multiple = next((shift for shift in np.arange(1, 101) / 20 if caught(shift)), np.inf)
         found[zoo] = {"cells": len(cells), "standard deviations": multiple, "points of accuracy": multiple * cells.loc[cells["metric"] == "test_acc", "unit"].median()}
     return pd.DataFrame.from_dict(found, orient="index", columns=["cells", "standard deviations", "points of accuracy"]).rename_axis("zoo")
+
+# %% ../nbs/33_comparison.ipynb #b2c0de51
+def headline(
+    comparison: pd.DataFrame,  # from compare
+) -> pd.DataFrame:             # index zoo, then "all"; text
+    "Counts of every zoo that was run and is printed."
+    cells = comparison[comparison["zoo"] != ""]
+    cells = cells[cells["zoo"].isin(cells.loc[cells["verdict"] != "not run", "zoo"])]
+    score, caught, models = scorecard(cells, "zoo"), smallest_error(cells), cells.groupby("zoo")["ours_n"].max()
+    shown = score[["predicted", "distinct", *TESTED, "within a point", "calibrated", "of these equivalent", "doubtful"]].astype(int).astype(str)
+    error = [f"{caught.loc[zoo, 'standard deviations']:.2f} ({caught.loc[zoo, 'points of accuracy']:.1f})" if zoo in caught.index else "" for zoo in score.index]
+    shown.insert(0, "models", [f"{models[zoo]:.0f}" if zoo in models.index else "" for zoo in score.index])
+    return shown.assign(**{"smallest error caught, std (points)": error})
 
 # %% ../nbs/33_comparison.ipynb #b2c0de26
 def _late(rows: pd.DataFrame) -> pd.DataFrame:
