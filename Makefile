@@ -12,7 +12,7 @@ RUNS := runs
 export MPLBACKEND := Agg
 export SOURCE_DATE_EPOCH := 0
 
-.PHONY: run test lab readme clean-check export-check readme-check notebooks lint pytest
+.PHONY: run test lab mutants readme clean-check export-check readme-check notebooks lint pytest
 
 $(VENV)/ready: setup.py settings.ini constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -46,6 +46,10 @@ lint: $(VENV)/ready
 
 pytest: $(VENV)/ready
 	$(BIN)/python -m pytest -q tests
+
+# How many small errors in the measures and the rules of verdicts the tests find; takes most of an hour.
+mutants: $(VENV)/ready
+	$(BIN)/python tests/mutants.py
 
 readme: $(VENV)/ready
 	$(BIN)/python tests/fresh.py readme

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from zootwins.claims import tables_of
+from zootwins.claims import CLAIMS, tables_of
 from zootwins.comparison import COMPARED, TESTED, beside_print, compare, headline, side_by_side
 from zootwins.metrics import read_metrics
 from zootwins.reported import reported
@@ -31,7 +31,8 @@ def differences(kept, made):
     for name in kept:
         one, two = kept[name], made[name]
         numeric = pd.api.types.is_numeric_dtype(one) and pd.api.types.is_numeric_dtype(two)
-        same = np.isclose(one.astype(float), two.astype(float), rtol=1e-4, atol=1e-6, equal_nan=True) if numeric else (one.fillna("").astype(str) == two.fillna("").astype(str)).to_numpy()
+        same = np.isclose(one.astype(float), two.astype(float), rtol=1e-4, atol=1e-6,
+            equal_nan=True) if numeric else (one.fillna("").astype(str) == two.fillna("").astype(str)).to_numpy()
         found += [f"{name}, line {line + 2}: {one[line]} for {two[line]}" for line in np.flatnonzero(~same)]
     return found
 
@@ -69,7 +70,8 @@ def test_the_papers_tables_follow_from_the_metrics(metrics, made, comparison):
     folder, every = ROOT / "figures" / "paper", pd.concat(metrics.values(), ignore_index=True)
     tables = {table.name: table.numbers for table in all_tables(every)} | {"comparison": side_by_side(comparison).numbers}
     tables |= {f"table_{number}_beside": beside_print(comparison, number).numbers for number in COMPARED}
-    tables["claims"] = pd.concat([made[zoo]["claims"].numbers for zoo in KEPT], ignore_index=True)
+    order = [claim.name for claim in CLAIMS]
+    tables["claims"] = pd.concat([made[zoo]["claims"].numbers for zoo in KEPT]).sort_values("claim", key=lambda names: names.map(order.index), kind="stable", ignore_index=True)
     wrong = {name: differences(pd.read_csv(folder / f"{name}.csv"), saved(numbers)) for name, numbers in tables.items()}
     assert not any(wrong.values()), wrong
 
@@ -126,7 +128,8 @@ def wrong_cells(text, rows, metrics):
             for title, *cells in lines:
                 for column, cell in zip(heading[1:], cells):
                     seen += 1
-                    wrong += [f"{title}, {column}: {cell}"] if cell not in (rows.get(title, {}).get(column), "-" if title in titles and not ZOOS[titles[title]].in_paper else None) else []
+                    wrong += [f"{title}, {column}: {cell}"] if cell not in (rows.get(title, {}).get(column),
+                        "-" if title in titles and not ZOOS[titles[title]].in_paper else None) else []
             wrong += [f"{title} is missing" for title in set(titles) - {line[0] for line in lines}]
         elif heading[0] in titles and any(name.startswith("accuracy") for name in heading):
             zoo = titles[heading[0]]

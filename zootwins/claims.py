@@ -516,14 +516,17 @@ def _rank_correlation(before: np.ndarray, one: np.ndarray, two: np.ndarray) -> f
 def friendly_models(rows: pd.DataFrame) -> list[Finding]:
     "Models that keep more at one level, or by one method, keep more at another."
     levels, found, before = levels_of(rows, 0, 0.8), [], of_originals(rows)
-    pairs = {"levels": (f"at {levels[-2]:.0%} and {levels[-1]:.0%}", pruned(rows, levels[-2]), pruned(rows, levels[-1]))} if len(levels) > 1 else {}
+    pairs = {}
+    if len(levels) > 1:
+        pairs["levels"] = (f"at {levels[-2]:.0%} and {levels[-1]:.0%}", pruned(rows, levels[-2]), pruned(rows, levels[-1]))
     shared = next((level for level in reversed(levels) if dropped_at(rows, level).notna().any()), None)
     if shared is not None:
         pairs["methods"] = (f"by both methods at {shared:.0%}", pruned(rows, shared), dropped_at(rows, shared))
     for of, (where, one, two) in pairs.items():
         both = pd.concat([before, one.rename("one"), two.rename("two")], axis=1, join="inner").dropna()
         if len(both) > 2:
-            found.append(finding(f"rank correlation of the accuracy kept beyond what is expected, {where}", bootstrap(_rank_correlation, *both.to_numpy().T, resamples=400), len(both), above=0, of=of))
+            estimate = bootstrap(_rank_correlation, *both.to_numpy().T, resamples=400)
+            found.append(finding(f"rank correlation of the accuracy kept beyond what is expected, {where}", estimate, len(both), above=0, of=of))
     return found
 
 # %% ../nbs/34_claims.ipynb #3422f45c

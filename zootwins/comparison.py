@@ -329,8 +329,8 @@ def distinct_states(
 ) -> int:
     "How many different numbers the cells show: one state stands in several tables, and the originals at both methods' starts."
     start = (comparison["epoch"] == 0) & ((comparison["method"] == "vd") | (comparison["level"] == 0))
-    states = comparison[["zoo", "method", "level", "epoch", "layer", "metric"]].assign(method=comparison["method"].where(~start, "original"), level=comparison["level"].where(~start))
-    return len(states.drop_duplicates())
+    states = comparison.assign(method=comparison["method"].where(~start, "original"), level=comparison["level"].where(~start))
+    return len(states.drop_duplicates(["zoo", "method", "level", "epoch", "layer", "metric"]))
 
 
 def scorecard(
@@ -344,9 +344,10 @@ def scorecard(
         tested = group["verdict"].isin(TESTED)
         fitted, predicted = group[tested & group["calibrated"]], group[tested & ~group["calibrated"]]
         rows[name] = {
-            "printed": len(group), "not run": (group["verdict"] == "not run").sum(), "by design": (group["verdict"] == "by design").sum(), "doubtful": (group["verdict"] == "doubtful").sum(),
+            "printed": len(group), **{name: (group["verdict"] == name).sum() for name in ("not run", "by design", "doubtful")},
             "calibrated": len(fitted), "of these equivalent": (fitted["verdict"] == "equivalent").sum(), "predicted": len(predicted), "distinct": distinct_states(predicted),
-            **{verdict: (predicted["verdict"] == verdict).sum() for verdict in TESTED}, "within a point": predicted["within_point"].sum(), "agrees (first rule)": (predicted["first"] == "agrees").sum(),
+            **{verdict: (predicted["verdict"] == verdict).sum() for verdict in TESTED},
+            "within a point": predicted["within_point"].sum(), "agrees (first rule)": (predicted["first"] == "agrees").sum(),
         }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis(by)
 
@@ -379,9 +380,9 @@ def smallest_error(
     "The smallest common error that the verdicts of each zoo would catch in four cells of five; infinite beyond five standard deviations."
     tested = comparison[comparison["verdict"].isin(TESTED) & np.isfinite(comparison["df"])]
     found = {}
+    caught = lambda cells, shift: min((shifted_verdicts(cells, sign * shift) == "different").mean() for sign in (-1, 1)) >= 0.8
     for zoo, cells in tested.groupby("zoo", sort=False):
-        caught = lambda shift: min((shifted_verdicts(cells, sign * shift) == "different").mean() for sign in (-1, 1)) >= 0.8
-        multiple = next((shift for shift in np.arange(1, 101) / 20 if caught(shift)), np.inf)
+        multiple = next((shift for shift in np.arange(1, 101) / 20 if caught(cells, shift)), np.inf)
         found[zoo] = {"cells": len(cells), "standard deviations": multiple, "points of accuracy": multiple * cells.loc[cells["metric"] == "test_acc", "unit"].median()}
     return pd.DataFrame.from_dict(found, orient="index", columns=["cells", "standard deviations", "points of accuracy"]).rename_axis("zoo")
 
@@ -445,16 +446,17 @@ DISTURBANCES: dict[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
 def disturbed_scores(
     metrics: pd.DataFrame,              # tidy metrics of registered zoos
     cells: pd.DataFrame | None = None,  # printed cells; none: from reported.read_reported
-) -> pd.DataFrame:                      # zoo, disturbance, tested, then the number of cells with each of TESTED, within a point, and lost: equivalent as it is and not any more
+) -> pd.DataFrame:                      # zoo, disturbance, tested, the number of cells with each of TESTED, within a point, and lost: equivalent only without the error
     "Judge the same runs as they are and with each deliberate error."
     rows = []
     for zoo, of_zoo in metrics.groupby("zoo", sort=False):
+        before = compare(of_zoo, cells).query("zoo != ''")["verdict"] == "equivalent"
         for name, disturb in DISTURBANCES.items():
             found = compare(disturb(of_zoo), cells).query("zoo != ''")
-            equivalent = found["verdict"] == "equivalent"
-            before = equivalent if name == "as it is" else before
+            tested = found["verdict"].isin(TESTED)
             counts = {verdict: (found["verdict"] == verdict).sum() for verdict in TESTED}
-            rows.append({"zoo": zoo, "disturbance": name, "tested": sum(counts.values()), **counts, "within a point": (found["within_point"] & found["verdict"].isin(TESTED)).sum(), "lost": (before & ~equivalent).sum()})
+            lost = (before & (found["verdict"] != "equivalent")).sum()
+            rows.append({"zoo": zoo, "disturbance": name, "tested": tested.sum(), **counts, "within a point": (found["within_point"] & tested).sum(), "lost": lost})
     return pd.DataFrame(rows)
 
 # %% ../nbs/33_comparison.ipynb #b2c0de29
@@ -613,7 +615,10 @@ def recorded_by_factor(
     "Matched differences, level by level of every factor, and over all models."
     groups = [(zoo, factor, str(level), of) for zoo, rows in matched.groupby("zoo", sort=False) for factor in FACTORS for level, of in rows.groupby(factor)]
     groups += [(zoo, "all", "", rows) for zoo, rows in matched.groupby("zoo", sort=False)]
-    found = [{"zoo": zoo, "factor": factor, "level": level, "models": len(of), **of[["ours", "real", "difference"]].mean(), "error": of["difference"].sem()} for zoo, factor, level, of in groups]
+    found = [
+        {"zoo": zoo, "factor": factor, "level": level, "models": len(of), **of[["ours", "real", "difference"]].mean(), "error": of["difference"].sem()}
+        for zoo, factor, level, of in groups
+    ]
     return pd.DataFrame(found, columns=["zoo", "factor", "level", "models", "ours", "real", "difference", "error"]).set_index(["zoo", "factor", "level"])
 
 # %% ../nbs/33_comparison.ipynb #b2c0de46
