@@ -9,7 +9,7 @@ from scipy import stats
 from zootwins.comparison import (
     COMPARED, COMPARISON, DISTURBANCES, EQUIVALENT, HALF_POINT, LEVEL, NEAR, POINT, SMALL, TESTED, VERDICTS, adjusted, as_designs, as_samples, beside_print, beside_recorded,
     by_design, calibrated, compare, compare_correlations, compare_layer_spread, compare_means, compare_windows, contrasts, distinct_states, disturbed_scores,
-    figure_disturbances, figure_recorded, figure_scorecard, first_rule, grid_mean, judge, match, matched_models, our_originals, paper_models, reached, recorded_by_factor,
+    figure_disturbances, figure_recorded, figure_scorecard, first_rule, grid_mean, judge, match, matched_models, our_originals, reached, recorded_by_factor,
     recorded_epochs, regenerated, scorecard, share_grid, shifted_verdicts, side_by_side, smallest_error, within, worst,
 )
 from zootwins.layers import FREQUENCY_COLUMNS, layer_sizes
@@ -310,6 +310,12 @@ def test_scores_add_up(comparison, by):
     assert total["agrees (first rule)"] == (comparison["first"] == "agrees").sum()
 
 
+def test_distinct_states_of_all_zoos_are_those_of_each():
+    both = compare(pd.concat([drawn_zoo(n=40), drawn_zoo("mnist_seed", n=40)], ignore_index=True))
+    score = scorecard(both[both["zoo"] != ""], "zoo")
+    assert score.loc["all", "distinct"] == score.loc["usps_seed", "distinct"] + score.loc["mnist_seed", "distinct"] > 200
+
+
 def test_what_was_fitted_is_counted_apart():
     comparison = compare(drawn_zoo("cifar10_seed"))
     fitted = comparison[comparison["calibrated"]]
@@ -580,7 +586,12 @@ def test_table_2_needs_the_printed_sparsity(metrics):
     most = metrics[metrics["method"] == "vd"].groupby("epoch")["sparsity"].mean().max()
     assert reached(metrics, 2, "usps_seed") and not reached(metrics.assign(sparsity=metrics["sparsity"] * 0.8849 / most), 2, "usps_seed")
     assert reached(metrics.assign(sparsity=metrics["sparsity"] * 0.88501 / most), 2, "usps_seed")
-    assert paper_models("usps_seed") == 1000 and paper_models("mnist_fixed") == 2560 and paper_models("") == 13_120
+
+
+def test_table_6_counts_the_twins_that_exist(comparison):
+    found = compare(grid_metrics())
+    of = found[(found["zoo"] == "mnist_fixed")].groupby("table")["paper_n"].first()
+    assert of[6] == 2493 and of[5] == of[8] == 2560
 
 
 def test_shares_of_the_heat_map(comparison):

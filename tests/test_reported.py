@@ -6,8 +6,9 @@ import pytest
 from zootwins.core import UserError
 from zootwins.layers import layer_sizes
 from zootwins.reported import (
-    CHECKS, SHIFTED, STATE, VERDICT, check_all, check_counts, check_statements, check_table_8_windows, dropout_states, layer_average, layer_spread, locate_states, read_recorded,
-    read_recorded_curves, read_reported, recorded_factors, reported, shifted_windows,
+    CHECKS, EXISTING, SHIFTED, STATE, VERDICT, check_all, check_counts, check_statements, check_table_8_windows, dropout_states, layer_average, layer_spread,
+    locate_states, missing_originals,
+    printed_models, read_recorded, read_recorded_curves, read_reported, recorded_factors, reported, shifted_windows,
 )
 from zootwins.tables import TABLE_1_STATES, TABLE_2_STATES
 from zootwins.zoos import FACTORS, ZOOS
@@ -234,3 +235,16 @@ def test_trials_of_a_grid_are_in_the_order_of_their_folders():
     row = lambda trial: factors.loc[trial, ["dropout", "init", "activation", "lr", "optimizer", "wd", "seed_place"]].tolist()
     assert row(3) == [0.5, "normal", "tanh", 1e-3, "adam", 1e-3, 0] and row(12) == [0.0, "kaiming_uniform", "relu", 1e-3, "adam", 1e-3, 0]
     assert row(2541) == [0.5, "kaiming_uniform", "relu", 1e-4, "sgd", 1e-4, 9] and row(64)[4] == "sgd" and row(128)[5] == 1e-4 and row(256)[6] == 1
+
+
+def test_the_number_of_models_behind_a_cell():
+    assert [printed_models(table, "mnist_fixed") for table in (5, 6, 7)] == [2560, 2493, 2560] and printed_models(6, "usps_seed") == 1000 and printed_models(5, "") == 13_120
+    assert all(0.94 < EXISTING[zoo] / printed_models(5, zoo) < 1 for zoo in EXISTING)
+
+
+def test_missing_twins_cannot_explain_table_6(cells):
+    found = missing_originals(cells).set_index("zoo")
+    assert set(found.index) == {"mnist_seed", "mnist_fixed", "mnist_random"} and found["missing"].to_dict() == {"mnist_seed": 4, "mnist_fixed": 67, "mnist_random": 69}
+    assert found.loc["mnist_fixed", "needed"] == pytest.approx((75.05 * 2560 - 73.85 * 2493) / 67) and not found.loc["mnist_fixed", "possible"]
+    mild = cells.assign(mean=cells["mean"].mask((cells["table"] == 6) & (cells["zoo"] == "mnist_fixed") & (cells["epoch"] == 0) & (cells["metric"] == "test_acc"), 75.0))
+    assert missing_originals(mild).set_index("zoo").loc["mnist_fixed", "possible"]

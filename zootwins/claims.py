@@ -25,11 +25,11 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from .comparison import LABELS, LEVEL, compare, paper_models, side_by_side
+from .comparison import LABELS, LEVEL, compare, side_by_side
 from .correlation import COEFFICIENTS, correlate, paired_accuracy
 from .layers import layer_sizes
 from .metrics import read_metrics
-from .reported import ROUNDING, read_reported
+from .reported import ROUNDING, printed_models, read_reported
 from .tables import METHOD_TITLES, TABLE_2_STATES, Table, all_tables, choose_states, last_epoch, model_counts, rows_of_states, save_table, zoo_title
 from .zoos import ZOOS
 
@@ -688,7 +688,7 @@ def reproduces(
     for state in choose_states(metrics, TABLE_2_STATES).itertuples():
         if (state.zoo, state.method, "pearson") not in goal.index or (state.method == "mp" and not np.isclose(state.level, state.target)):
             continue
-        rows, more = metrics[metrics["zoo"] == state.zoo], paper_models(state.zoo)
+        rows, more = metrics[metrics["zoo"] == state.zoo], printed_models(2, state.zoo)
         for family, definition, x, y in candidates(rows, state.method, None if np.isnan(state.level) else state.level, state.epoch):
             both = pd.concat([x.rename("x"), y.rename("y")], axis=1).dropna()
             if len(both) > 4 and both["x"].nunique() > 1 and both["y"].nunique() > 1:

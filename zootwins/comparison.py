@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['LEVEL', 'EQUIVALENT', 'POINT', 'VERDICTS', 'TESTED', 'HALF_POINT', 'SMALL', 'NEAR', 'COMPARED', 'CHOSEN', 'CELL',
            'SIDES', 'COMPARISON', 'LABELS', 'DISTURBANCES', 'FAILED', 'RECORDED_EPOCH', 'regenerated', 'reached',
-           'paper_models', 'match', 'as_samples', 'contrasts', 'grid_mean', 'as_designs', 'compare_means',
-           'compare_correlations', 'by_design', 'calibrated', 'within', 'judge', 'first_rule', 'adjusted', 'compare',
-           'state_label', 'labelled', 'model_note', 'side_by_side', 'beside_print', 'distinct_states', 'scorecard',
-           'worst', 'shifted_verdicts', 'smallest_error', 'headline', 'disturbed_scores', 'figure_disturbances',
-           'compare_layer_spread', 'compare_windows', 'share_grid', 'figure_scorecard', 'our_originals',
-           'beside_recorded', 'matched_models', 'recorded_by_factor', 'recorded_epochs', 'figure_recorded']
+           'match', 'as_samples', 'contrasts', 'grid_mean', 'as_designs', 'compare_means', 'compare_correlations',
+           'by_design', 'calibrated', 'within', 'judge', 'first_rule', 'adjusted', 'compare', 'state_label', 'labelled',
+           'model_note', 'side_by_side', 'beside_print', 'distinct_states', 'scorecard', 'worst', 'shifted_verdicts',
+           'smallest_error', 'headline', 'disturbed_scores', 'figure_disturbances', 'compare_layer_spread',
+           'compare_windows', 'share_grid', 'figure_scorecard', 'our_originals', 'beside_recorded', 'matched_models',
+           'recorded_by_factor', 'recorded_epochs', 'figure_recorded']
 
 # %% ../nbs/33_comparison.ipynb #a82f0276
 from collections.abc import Callable
@@ -25,9 +25,9 @@ from scipy import stats
 
 from .figures import BLUE, GREY, ORANGE, WIDTH, percent_axis, styled
 from .layers import frequency_spread, layer_sizes
-from .reported import ROUNDING, SHIFTED, read_recorded, read_recorded_curves, read_reported, recorded_factors, shifted_windows
+from .reported import ROUNDING, SHIFTED, printed_models, read_recorded, read_recorded_curves, read_reported, recorded_factors, shifted_windows
 from .tables import METHOD_TITLES, NAMES, TABLE_1_STATES, TABLE_2_STATES, TABLES, Table, mean_std, model_counts, zoo_title
-from .zoos import CALIBRATED, FACTORS, ZOOS, get_zoo, model_table, zoo_size
+from .zoos import CALIBRATED, FACTORS, ZOOS, get_zoo, model_table
 
 # %% ../nbs/33_comparison.ipynb #4e85723c
 LEVEL = 0.05       # of the tests, after the correction
@@ -69,13 +69,6 @@ def reached(
     rows = metrics[(metrics["zoo"] == zoo) & (metrics["method"] == "vd")]
     return bool(rows.groupby("epoch")["sparsity"].mean().max() >= CHOSEN[table][zoo][1])
 
-
-def paper_models(
-    zoo: str,  # name in the registry; empty: all zoos with magnitude pruning
-) -> int:      # as Table 4's grids make them
-    "Number of models behind a printed cell."
-    return zoo_size(get_zoo(zoo)) if zoo else sum(zoo_size(entry) for entry in ZOOS.values() if entry.mp_in_paper)
-
 # %% ../nbs/33_comparison.ipynb #1c468aef
 SIDES = [f"{side}_{name}" for side in ("ours", "paper") for name in ("mean", "std", "n")]
 
@@ -86,7 +79,8 @@ def match(
 ) -> pd.DataFrame:          # one row per printed cell: row, CELL, SIDES, low, high, doubtful; ours is missing where there is no such state
     "Put printed cells and ours side by side."
     printed = cells[cells["table"].isin(list(COMPARED))].rename(columns={"mean": "paper_mean", "std": "paper_std"})
-    printed["paper_n"] = printed["zoo"].map({zoo: paper_models(zoo) for zoo in printed["zoo"].unique()})
+    behind = {key: printed_models(*key) for key in printed[["table", "zoo"]].drop_duplicates().itertuples(index=False, name=None)}
+    printed["paper_n"] = [behind[key] for key in zip(printed["table"], printed["zoo"])]
     ours = regenerated(metrics).rename(columns={"mean": "ours_mean", "std": "ours_std", "n": "ours_n"})
     tuned = printed["zoo"].map({zoo.name: zoo.mp_epochs for zoo in ZOOS.values()}).where(printed["method"] == "mp")
     printed["at"] = printed["epoch"].astype(float).fillna(tuned).fillna(-1)
@@ -338,9 +332,8 @@ def scorecard(
     by: str = "table",         # or "zoo", "metric"
 ) -> pd.DataFrame:             # one row per table or zoo, and "all": counts of cells
     "Count cells: the verdicts of predicted ones, calibrated ones with how many of them are equivalent, and the rest."
-    both = pd.concat([comparison.astype({by: object}), comparison.assign(**{by: "all"})])
-    rows = {}
-    for name, group in both.groupby(by, sort=False):
+    groups, rows = [*comparison.groupby(by, sort=False), ("all", comparison)], {}
+    for name, group in groups:
         tested = group["verdict"].isin(TESTED)
         fitted, predicted = group[tested & group["calibrated"]], group[tested & ~group["calibrated"]]
         rows[name] = {
@@ -493,7 +486,7 @@ def compare_layer_spread(
     "Spread of the removal frequency within each layer beside Tables 7 and 8, brought to the paper's number of models."
     found = frequency_spread(frequencies).astype({"zoo": str, "method": str, "layer": str})
     lasting = (found["std"] ** 2 - found["chance"] ** 2).clip(lower=0)
-    theirs = found["chance"] ** 2 * found["models"] / found["zoo"].map({zoo: paper_models(zoo) for zoo in found["zoo"].unique()})
+    theirs = found["chance"] ** 2 * found["models"] / found["zoo"].map({zoo: printed_models(7, zoo) for zoo in found["zoo"].unique()})
     found = found.assign(ours_mean=100 * found["mean"], ours_std=100 * np.sqrt(lasting + theirs), n=found["models"])
     printed = (read_reported() if cells is None else cells).query("table in [7, 8] and layer != ''")
     printed = printed.rename(columns={"mean": "paper_mean", "std": "paper_std"})
@@ -523,7 +516,7 @@ def compare_windows(
                 window, whole = shares[first:last], shares[ends[cell.layer] - layer_sizes(entry.architecture)[cell.layer]:ends[cell.layer]]
                 share, models = window.mean() / 100, pruned["models"].iloc[0]
                 lasting = max(0, window.var(ddof=1) - 1e4 * share * (1 - share) / models)
-                spread = np.sqrt(lasting + 1e4 * share * (1 - share) / paper_models(zoo))
+                spread = np.sqrt(lasting + 1e4 * share * (1 - share) / printed_models(8, zoo))
                 found.append([zoo, cell.level, cell.layer, cell.mean, cell.std, window.mean(), spread, whole.mean(), window.mean() - cell.mean, whole.mean() - cell.mean])
     columns = ["zoo", "level", "layer", "paper_mean", "paper_std", "window_mean", "window_std", "layer_mean", "window_difference", "layer_difference"]
     return pd.DataFrame(found, columns=columns)
