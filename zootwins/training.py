@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TORCH', 'Recipe', 'State', 'begin', 'StreamDropout', 'training_module', 'loss_function', 'rates_and_decays',
            'rate_factors', 'optimizer_step', 'alike', 'check_randomness', 'train_epoch', 'evaluate', 'accuracy',
-           'check_classes', 'Engine', 'torch_arithmetic', 'groups', 'Measured', 'epochs', 'on_device', 'model_keys']
+           'check_classes', 'Engine', 'torch_arithmetic', 'groups', 'Measured', 'epochs', 'model_keys', 'on_device']
 
 # %% ../nbs/12_training.ipynb #adf53ed8
 import copy
@@ -232,7 +232,7 @@ def check_randomness(
         if not same or not torch.equal(before, torch.get_rng_state()):
             raise UserError(f"{type(module).__name__} draws random numbers in its forward, by F.dropout for instance: use layers of nn.Dropout instead.")
 
-# %% ../nbs/12_training.ipynb #2e254e6e
+# %% ../nbs/12_training.ipynb #3c102d15
 def _copy_of(
     state: State,  # of any models
 ) -> State:        # the same, with tensors of its own where an optimizer writes
@@ -338,6 +338,7 @@ class Engine:
     width: Callable[[], int] = lambda: 256          # how many models to train together
     workers: Callable[[], int] = lambda: 1          # how many such blocks at a time
     interrupt: Callable[[], None] = lambda: None    # ends what the workers are at, with an `InterruptedError`
+    schedules: bool = False                         # whether it follows schedules and takes Nesterov's momentum
     arithmetic: Callable[[], str] = lambda: ""      # names how numbers are rounded: two that differ may give other bits
 
 
@@ -346,7 +347,7 @@ def torch_arithmetic() -> str:  # such as "torch 2.13.0 AVX512"
     return f"torch {torch.__version__} {torch.backends.cpu.get_cpu_capability()}"
 
 
-TORCH = Engine("torch", train_epoch, evaluate, arithmetic=torch_arithmetic)
+TORCH = Engine("torch", train_epoch, evaluate, schedules=True, arithmetic=torch_arithmetic)
 
 
 def groups(
@@ -390,21 +391,17 @@ def epochs(
     engine: Engine = TORCH,  # who trains
 ) -> Iterator[Measured]:     # epoch 0 if nothing was done yet, then every epoch that is left
     "Train to the end of the recipe and measure after every epoch; the state between two items can be saved and gone on from."
+    if not engine.schedules and (recipe.schedule != "constant" or recipe.nesterov):
+        raise UserError(
+            f"The engine {engine.name} knows constant learning rates and plain momentum only: use engine='torch' "
+            f"for {'Nesterov momentum' if recipe.schedule == 'constant' else recipe.schedule}."
+        )
     if state.epoch == 0:
         train_loss, train_accuracy, _ = _judge(state, images.x_train, images.y_train, recipe, engine)
         yield Measured(0, train_loss, train_accuracy, *_judge(state, images.x_test, images.y_test, recipe, engine))
     while state.epoch < recipe.epochs:
         train_loss, train_accuracy = engine.train_epoch(state, images.x_train, images.y_train, recipe)
         yield Measured(state.epoch, train_loss, train_accuracy, *_judge(state, images.x_test, images.y_test, recipe, engine))
-
-# %% ../nbs/12_training.ipynb #ee8c3a2f
-def on_device(
-    images: Images,  # a data set
-    device: str,     # "cpu" or "cuda"
-) -> Images:         # the same on that device
-    "Move a data set to a device."
-    tensors = {f.name: getattr(images, f.name) for f in fields(images) if f.name != "name"}
-    return replace(images, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
 # %% ../nbs/12_training.ipynb #3b90a4d2
 def model_keys(
@@ -415,3 +412,12 @@ def model_keys(
     copies = models["copy"] if "copy" in models else [0] * len(models)
     stages = [recipe.stage if copy == 0 else f"{recipe.stage}, copy {copy}" for copy in copies]
     return torch.cat([stream_keys(recipe.zoo, stage, [seed], recipe.run_seed) for stage, seed in zip(stages, models["seed"])])
+
+# %% ../nbs/12_training.ipynb #ee8c3a2f
+def on_device(
+    images: Images,  # a data set
+    device: str,     # "cpu" or "cuda"
+) -> Images:         # the same on that device
+    "Move a data set to a device."
+    tensors = {f.name: getattr(images, f.name) for f in fields(images) if f.name != "name"}
+    return replace(images, **{name: tensor.to(device) for name, tensor in tensors.items()})
