@@ -14,7 +14,7 @@ RUNS ?= runs
 export MPLBACKEND := Agg
 export SOURCE_DATE_EPOCH := 0
 
-.PHONY: run test test-all lab keep readme clean-check export-check readme-check notebooks lint pytest
+.PHONY: run test test-all sanitize mutants lab keep readme clean-check export-check readme-check notebooks lint pytest
 
 $(VENV)/ready: setup.py settings.ini constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -59,6 +59,14 @@ lint: $(VENV)/ready
 
 pytest: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests
+
+# The C++ engine under ASan and UBSan, in small trainings of all architectures.
+sanitize: $(VENV)/ready
+	$(BIN)/python -m pytest -q tests/test_lanes.py -k sanitizers
+
+# How many small errors in the measures and the rules of verdicts the tests find; takes most of an hour.
+mutants: $(VENV)/ready
+	$(BIN)/python tests/mutants.py
 
 readme: $(VENV)/ready
 	$(BIN)/python tests/fresh.py readme

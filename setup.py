@@ -23,7 +23,7 @@ setup(
     install_requires=settings["requirements"].split(),
     extras_require={"dev": settings["dev_requirements"].split()},
     packages=find_packages(include=["zootwins", "zootwins.*"]),
-    package_data={"zootwins": ["*.cpp", "*.csv"]},
+    package_data={"zootwins": ["*.cpp", "*.cu", "*.h", "*.csv"]},
     include_package_data=True,
     entry_points={"nbdev": [f"{settings['lib_name']}={settings['lib_path']}._modidx:d"]},
     classifiers=[

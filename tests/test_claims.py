@@ -167,7 +167,8 @@ def test_a_sparsity_that_few_models_reach_is_left_out(good):
 def test_the_end_of_variational_dropout_is_compared_on_a_straight_line(good):
     twins = good[good["method"] == "vd"]
     ends = {0: 0.75, 1: 0.79, 2: 0.9}
-    short = pd.concat([good[good["method"] != "vd"], *(twins[(twins["model"] == model) & (twins["sparsity"] <= end + 1e-9)] for model, end in ends.items()), twins[twins["model"] > 2]])
+    short = pd.concat([good[good["method"] != "vd"], *(twins[(twins["model"] == model) & (twins["sparsity"] <= end + 1e-9)] for model, end in ends.items()),
+        twins[twins["model"] > 2]])
     found = c.at_the_end(short, (0.7, 0.8))
     low, high = c.pruned(good, 0.7), c.pruned(good, 0.8)
     for model in ends:
@@ -294,7 +295,8 @@ def states(**of):
     parts = []
     for (method, level, epoch), columns in of["rows"].items():
         n = max(np.size(value) for value in columns.values())
-        base = {"zoo": "usps_seed", "method": method, "level": level, "model": range(n), "epoch": epoch, "test_acc": 0.9, "train_acc": 0.9, "ggap": 0.05, "train_loss": 1.0, "test_loss": 1.0, "sparsity": 0.0, "agreement": 1.0}
+        base = {"zoo": "usps_seed", "method": method, "level": level, "model": range(n), "epoch": epoch, "test_acc": 0.9, "train_acc": 0.9, "ggap": 0.05, "train_loss": 1.0,
+            "test_loss": 1.0, "sparsity": 0.0, "agreement": 1.0}
         parts.append(pd.DataFrame(base | {f"sparsity_{layer}": 0.0 for layer in LAYERS} | columns))
     return pd.concat(parts, ignore_index=True)[METRIC_COLUMNS]
 
@@ -331,7 +333,8 @@ def test_high_agreement_is_60_and_relatively_high_ends_at_80(agreement, high, be
 @pytest.mark.parametrize("more, verdict", [(0, FAILS), (50, FAILS), (100, OPEN), (150, HOLDS), (200, HOLDS), (250, HOLDS), (300, OPEN), (350, FAILS), (400, FAILS)])
 def test_no_preference_is_between_a_quarter_and_three_quarters(more, verdict):
     agreement = np.where(np.arange(400) < more, 0.9, 0.7)
-    rows = states(rows={ORIGINAL: {"test_acc": np.full(400, 0.9)}, ("mp", 0.9, 15): {"agreement": agreement}, ("vd", np.nan, 1): {"agreement": np.full(400, 0.8), "sparsity": 0.885}})
+    rows = states(rows={ORIGINAL: {"test_acc": np.full(400, 0.9)}, ("mp", 0.9, 15): {"agreement": agreement},
+        ("vd", np.nan, 1): {"agreement": np.full(400, 0.8), "sparsity": 0.885}})
     found = c.agreement_prefers_none(rows)
     assert only(found) == [verdict] and found[0].value == more / 400
     tied = rows.assign(agreement=0.8)
@@ -387,7 +390,8 @@ def test_half_of_a_layer_is_met_on_a_straight_line():
     assert c.half_epochs(rows.assign(epoch=rows["epoch"] * 2)).iloc[0, 0] == pytest.approx(3.0)
 
 
-@pytest.mark.parametrize("shared, of, verdict", [(10, 10, HOLDS), (9, 10, HOLDS), (8, 10, OPEN), (5, 10, OPEN), (2, 10, OPEN), (1, 10, FAILS), (0, 10, FAILS), (62, 100, HOLDS), (38, 100, FAILS)])
+@pytest.mark.parametrize("shared, of, verdict", [(10, 10, HOLDS), (9, 10, HOLDS), (8, 10, OPEN), (5, 10, OPEN), (2, 10, OPEN), (1, 10, FAILS), (0, 10, FAILS),
+    (62, 100, HOLDS), (38, 100, FAILS)])
 def test_likely_is_more_often_than_not(shared, of, verdict):
     n = 10 * of
     before = np.arange(n, dtype=float)[::-1]
@@ -476,4 +480,5 @@ def test_student_intervals_are_scipys():
     for confidence in (0.95, 0.99):
         low, high = stats.t.interval(confidence, 11, values.mean(), stats.sem(values))
         assert c.mean_interval(np.append(values, np.nan), confidence) == pytest.approx((values.mean(), low, high))
-    assert np.isnan(c.mean_interval([1.0])[1]) and np.isnan(c.mean_interval([])[0]) and np.isnan(c.bootstrap(np.mean, np.ones(2))[0]) and c.bootstrap(np.mean, np.ones(3)) == (1, 1, 1)
+    assert np.isnan(c.mean_interval([1.0])[1]) and np.isnan(c.mean_interval([])[0]) and np.isnan(c.bootstrap(np.mean, np.ones(2))[0]) and c.bootstrap(np.mean,
+        np.ones(3)) == (1, 1, 1)

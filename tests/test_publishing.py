@@ -10,11 +10,13 @@ import yaml
 
 from zootwins.core import UserError
 from zootwins.datasets import load_images, subset
+from zootwins.plans import make_plan
 from zootwins.population import load_population
 from zootwins.published import read_zoo
 from zootwins.publishing import export_zoo, publish
+from zootwins.store import read_stage
+from zootwins.twins import load_metrics, make_twins
 from zootwins.untrusted import HASHES, check_hashes
-from zootwins.twins import make_plan, make_twins
 from zootwins.zoos import get_zoo
 
 
@@ -39,11 +41,11 @@ def test_what_is_published_is_what_was_stored(tmp_path, plan, stages, trajectory
     check_hashes(folder)
     chosen = stages or ["original", "mp", "vd"]
     for stage in chosen:
-        one, other = (load_population(place / stage) for place in (plan.folder, folder))
+        one, other = read_stage(plan.folder, stage), load_population(folder / stage)
         assert all(torch.equal(one.weights[name], other.weights[name]) for name in one.weights) and one.models.equals(other.models)
     assert {p.stem for p in folder.glob("*.safetensors")} == set(chosen)
     assert len(list(folder.rglob("trajectory/*.safetensors"))) == (3 if trajectory else 0)
-    stored = pd.read_parquet(plan.folder / "metrics.parquet")
+    stored = load_metrics(plan)
     assert pd.read_parquet(folder / "metrics.parquet").equals(stored[stored["method"].isin(chosen)].reset_index(drop=True))
     head = front_matter(folder)
     assert all((folder / config["data_files"]).exists() for config in head["configs"]) and head["license"] == "cc-by-4.0"
@@ -53,7 +55,7 @@ def test_what_is_published_is_what_was_stored(tmp_path, plan, stages, trajectory
 
 def test_the_card_tells_the_numbers_of_the_data(tmp_path, plan):
     text = (publish(plan.folder, tmp_path / "public", licence="cc0-1.0") / "README.md").read_text(encoding="utf-8")
-    metrics = pd.read_parquet(plan.folder / "metrics.parquet")
+    metrics = load_metrics(plan)
     last = metrics.query("method == 'vd' and epoch == 2")
     assert f"{100 * last['test_acc'].mean():.1f} ({100 * last['test_acc'].std():.1f})" in text
     assert "12 models" in text and 'license: "cc0-1.0"' in text and "80 for training and 50 for the test" in text
@@ -105,7 +107,7 @@ def test_links_of_a_hubs_cache_are_followed(tmp_path, plan):
 def test_a_publication_is_whole_or_not_there(tmp_path, plan):
     store = tmp_path / "store"
     shutil.copytree(plan.folder, store)
-    (store / "mp.parquet").unlink()
+    next((store / "mp").iterdir()).unlink()
     with pytest.raises((UserError, OSError)):
         publish(store, tmp_path / "public")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["store"]
@@ -118,20 +120,12 @@ def test_a_publication_is_whole_or_not_there(tmp_path, plan):
         publish(plan.folder, tmp_path / "public")
 
 
-def test_a_publication_can_be_gone_on_with(tmp_path, plan):
-    "It is a store: under the zoo's name nothing has to be made again."
-    publish(plan.folder, tmp_path / "digits_seed", trajectory=True)
-    there = replace(make_plan("digits_seed", 3, levels="0,90", store=str(tmp_path), figures=str(tmp_path)), zoo=plan.zoo)
-    reports = make_twins(there, subset(load_images("digits"), 80, 50), progress=False)
-    assert [r.made for r in reports] == [0, 0, 0]
-
-
 def test_export_in_the_authors_layout(tmp_path, plan):
     folder = export_zoo(plan.folder, tmp_path / "exported")
     assert sorted(p.name for p in folder.iterdir()) == ["mp_0", "mp_90", "original", "vd"]
-    stored = {stage: load_population(plan.folder / stage) for stage in ("original", "mp", "vd")}
+    stored = {stage: read_stage(plan.folder, stage) for stage in ("original", "mp", "vd")}
     stored |= {"mp_0": stored["mp"][:3], "mp_90": stored.pop("mp")[3:]}
-    metrics = pd.read_parquet(plan.folder / "metrics.parquet")
+    metrics = load_metrics(plan)
     for name, population in stored.items():
         read = read_zoo(folder / name, epochs="all", progress=False)
         last = read.populations[max(read.populations)]
@@ -153,7 +147,7 @@ def test_a_publication_is_a_source(tmp_path, plan):
     public = publish(plan.folder, tmp_path / "public", ["original"])
     there = replace(make_plan("digits_seed", source=str(public), methods="vd", store=str(tmp_path), figures=str(tmp_path)), zoo=plan.zoo)
     make_twins(there, subset(load_images("digits"), 80, 50), progress=False)
-    one, other = (load_population(p.folder / "vd") for p in (plan, there))
+    one, other = (read_stage(p.folder, "vd") for p in (plan, there))
     assert all(torch.equal(one.weights[name], other.weights[name]) for name in one.weights)
     card = (publish(there.folder, tmp_path / "twins") / "README.md").read_text(encoding="utf-8")
     assert "taken as they are, after 3 epochs, from `public`" in card

@@ -13,21 +13,24 @@ __all__ = ['CHANGES', 'HOLDS', 'FAILS', 'OPEN', 'SHORT', 'COLLAPSED', 'FIGURE_4_
            'pruning_correlates', 'dropout_correlates_less', 'best_tenth', 'best_stay_best', 'best_is_best',
            'kept_beyond', 'friendly_models', 'Claim', 'all_claims', 'claims_table', 'verdict_table', 'changed_verdicts',
            'least_train_test_correlation', 'candidates', 'fisher_errors', 'reproduces', 'nearest_candidates',
-           'common_candidates', 'shifted_gaps', 'latent_space_wins']
+           'common_candidates', 'shifted_gaps', 'latent_space_wins', 'tables_of', 'refresh']
 
 # %% ../nbs/34_claims.ipynb #ab3ca5c8
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-from .comparison import LABELS, LEVEL, paper_models
+from .comparison import LABELS, LEVEL, compare, side_by_side
 from .correlation import COEFFICIENTS, correlate, paired_accuracy
 from .layers import layer_sizes
-from .reported import ROUNDING, read_reported
-from .tables import METHOD_TITLES, TABLE_2_STATES, Table, choose_states, last_epoch, model_counts, rows_of_states, zoo_title
+from .metrics import read_metrics
+from .reported import ROUNDING, printed_models, read_reported
+from .tables import METHOD_TITLES, TABLE_2_STATES, Table, all_tables, choose_states, last_epoch, model_counts, rows_of_states, save_table, zoo_title
 from .zoos import ZOOS
 
 # %% ../nbs/34_claims.ipynb #c3c0de01
@@ -513,14 +516,17 @@ def _rank_correlation(before: np.ndarray, one: np.ndarray, two: np.ndarray) -> f
 def friendly_models(rows: pd.DataFrame) -> list[Finding]:
     "Models that keep more at one level, or by one method, keep more at another."
     levels, found, before = levels_of(rows, 0, 0.8), [], of_originals(rows)
-    pairs = {"levels": (f"at {levels[-2]:.0%} and {levels[-1]:.0%}", pruned(rows, levels[-2]), pruned(rows, levels[-1]))} if len(levels) > 1 else {}
+    pairs = {}
+    if len(levels) > 1:
+        pairs["levels"] = (f"at {levels[-2]:.0%} and {levels[-1]:.0%}", pruned(rows, levels[-2]), pruned(rows, levels[-1]))
     shared = next((level for level in reversed(levels) if dropped_at(rows, level).notna().any()), None)
     if shared is not None:
         pairs["methods"] = (f"by both methods at {shared:.0%}", pruned(rows, shared), dropped_at(rows, shared))
     for of, (where, one, two) in pairs.items():
         both = pd.concat([before, one.rename("one"), two.rename("two")], axis=1, join="inner").dropna()
         if len(both) > 2:
-            found.append(finding(f"rank correlation of the accuracy kept beyond what is expected, {where}", bootstrap(_rank_correlation, *both.to_numpy().T, resamples=400), len(both), above=0, of=of))
+            estimate = bootstrap(_rank_correlation, *both.to_numpy().T, resamples=400)
+            found.append(finding(f"rank correlation of the accuracy kept beyond what is expected, {where}", estimate, len(both), above=0, of=of))
     return found
 
 # %% ../nbs/34_claims.ipynb #3422f45c
@@ -682,7 +688,7 @@ def reproduces(
     for state in choose_states(metrics, TABLE_2_STATES).itertuples():
         if (state.zoo, state.method, "pearson") not in goal.index or (state.method == "mp" and not np.isclose(state.level, state.target)):
             continue
-        rows, more = metrics[metrics["zoo"] == state.zoo], paper_models(state.zoo)
+        rows, more = metrics[metrics["zoo"] == state.zoo], printed_models(2, state.zoo)
         for family, definition, x, y in candidates(rows, state.method, None if np.isnan(state.level) else state.level, state.epoch):
             both = pd.concat([x.rename("x"), y.rename("y")], axis=1).dropna()
             if len(both) > 4 and both["x"].nunique() > 1 and both["y"].nunique() > 1:
@@ -747,3 +753,31 @@ def latent_space_wins(
     wide = table.pivot_table(index=["zoo", "property"], columns="features", values="r2", sort=False)
     both = wide[["hyper-representation", baseline]].dropna()
     return both.assign(wins=both["hyper-representation"] > both[baseline]).rename_axis(columns=None).reset_index()
+
+# %% ../nbs/34_claims.ipynb #c3c0de21
+def tables_of(
+    metrics: pd.DataFrame,  # tidy metrics of one zoo
+) -> list[Table]:           # all that `run_zoo` keeps and that needs nothing but metrics
+    "Tables 1, 2 and 5 to 9, the comparison with print if there is one, and the statements."
+    tables = [table for table in all_tables(metrics) if table.name != "table_4"]
+    comparison = compare(metrics)
+    comparison = comparison[comparison["zoo"] == metrics["zoo"].iloc[0]]
+    return [*tables, *([side_by_side(comparison)] if len(comparison) else []), claims_table(all_claims(metrics))]
+
+
+def refresh(
+    folder: Path | str,  # such as "figures"
+) -> list[str]:          # files that changed
+    "Make the kept tables of every zoo in a folder again."
+    changed = []
+    for path in sorted(Path(folder).glob("*/metrics.parquet")):
+        for table in tables_of(read_metrics(path)):
+            files = [path.with_name(f"{table.name}{suffix}") for suffix in (".csv", ".md", ".tex")]
+            before = [file.read_bytes() if file.exists() else b"" for file in files]
+            save_table(table, files[0])
+            changed += [str(file) for file, old in zip(files, before) if file.read_bytes() != old]
+    return changed
+
+
+if __name__ == "__main__" and Path(sys.argv[0]).stem == "claims":  # run as a module, not read by a notebook
+    print("\n".join(refresh(sys.argv[1])))

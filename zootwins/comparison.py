@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['LEVEL', 'EQUIVALENT', 'POINT', 'VERDICTS', 'TESTED', 'HALF_POINT', 'SMALL', 'NEAR', 'COMPARED', 'CHOSEN', 'CELL',
            'SIDES', 'COMPARISON', 'LABELS', 'DISTURBANCES', 'FAILED', 'RECORDED_EPOCH', 'regenerated', 'reached',
-           'paper_models', 'match', 'as_samples', 'contrasts', 'grid_mean', 'as_designs', 'compare_means',
-           'compare_correlations', 'by_design', 'calibrated', 'within', 'judge', 'first_rule', 'adjusted', 'compare',
-           'state_label', 'labelled', 'model_note', 'side_by_side', 'beside_print', 'distinct_states', 'scorecard',
-           'worst', 'shifted_verdicts', 'smallest_error', 'disturbed_scores', 'figure_disturbances',
-           'compare_layer_spread', 'compare_windows', 'share_grid', 'figure_scorecard', 'our_originals',
-           'beside_recorded', 'matched_models', 'recorded_by_factor', 'recorded_epochs', 'figure_recorded']
+           'match', 'as_samples', 'contrasts', 'grid_mean', 'as_designs', 'compare_means', 'compare_correlations',
+           'by_design', 'calibrated', 'within', 'judge', 'first_rule', 'adjusted', 'compare', 'state_label', 'labelled',
+           'model_note', 'side_by_side', 'beside_print', 'distinct_states', 'scorecard', 'worst', 'shifted_verdicts',
+           'smallest_error', 'headline', 'disturbed_scores', 'figure_disturbances', 'compare_layer_spread',
+           'compare_windows', 'share_grid', 'figure_scorecard', 'our_originals', 'beside_recorded', 'matched_models',
+           'recorded_by_factor', 'recorded_epochs', 'figure_recorded']
 
 # %% ../nbs/33_comparison.ipynb #a82f0276
 from collections.abc import Callable
@@ -25,9 +25,9 @@ from scipy import stats
 
 from .figures import BLUE, GREY, ORANGE, WIDTH, percent_axis, styled
 from .layers import frequency_spread, layer_sizes
-from .reported import ROUNDING, SHIFTED, read_recorded, read_recorded_curves, read_reported, recorded_factors, shifted_windows
+from .reported import ROUNDING, SHIFTED, printed_models, read_recorded, read_recorded_curves, read_reported, recorded_factors, shifted_windows
 from .tables import METHOD_TITLES, NAMES, TABLE_1_STATES, TABLE_2_STATES, TABLES, Table, mean_std, model_counts, zoo_title
-from .zoos import CALIBRATED, FACTORS, ZOOS, get_zoo, model_table, zoo_size
+from .zoos import CALIBRATED, FACTORS, ZOOS, get_zoo, model_table
 
 # %% ../nbs/33_comparison.ipynb #4e85723c
 LEVEL = 0.05       # of the tests, after the correction
@@ -69,13 +69,6 @@ def reached(
     rows = metrics[(metrics["zoo"] == zoo) & (metrics["method"] == "vd")]
     return bool(rows.groupby("epoch")["sparsity"].mean().max() >= CHOSEN[table][zoo][1])
 
-
-def paper_models(
-    zoo: str,  # name in the registry; empty: all zoos with magnitude pruning
-) -> int:      # as Table 4's grids make them
-    "Number of models behind a printed cell."
-    return zoo_size(get_zoo(zoo)) if zoo else sum(zoo_size(entry) for entry in ZOOS.values() if entry.mp_in_paper)
-
 # %% ../nbs/33_comparison.ipynb #1c468aef
 SIDES = [f"{side}_{name}" for side in ("ours", "paper") for name in ("mean", "std", "n")]
 
@@ -86,7 +79,8 @@ def match(
 ) -> pd.DataFrame:          # one row per printed cell: row, CELL, SIDES, low, high, doubtful; ours is missing where there is no such state
     "Put printed cells and ours side by side."
     printed = cells[cells["table"].isin(list(COMPARED))].rename(columns={"mean": "paper_mean", "std": "paper_std"})
-    printed["paper_n"] = printed["zoo"].map({zoo: paper_models(zoo) for zoo in printed["zoo"].unique()})
+    behind = {key: printed_models(*key) for key in printed[["table", "zoo"]].drop_duplicates().itertuples(index=False, name=None)}
+    printed["paper_n"] = [behind[key] for key in zip(printed["table"], printed["zoo"])]
     ours = regenerated(metrics).rename(columns={"mean": "ours_mean", "std": "ours_std", "n": "ours_n"})
     tuned = printed["zoo"].map({zoo.name: zoo.mp_epochs for zoo in ZOOS.values()}).where(printed["method"] == "mp")
     printed["at"] = printed["epoch"].astype(float).fillna(tuned).fillna(-1)
@@ -329,8 +323,8 @@ def distinct_states(
 ) -> int:
     "How many different numbers the cells show: one state stands in several tables, and the originals at both methods' starts."
     start = (comparison["epoch"] == 0) & ((comparison["method"] == "vd") | (comparison["level"] == 0))
-    states = comparison[["zoo", "method", "level", "epoch", "layer", "metric"]].assign(method=comparison["method"].where(~start, "original"), level=comparison["level"].where(~start))
-    return len(states.drop_duplicates())
+    states = comparison.assign(method=comparison["method"].where(~start, "original"), level=comparison["level"].where(~start))
+    return len(states.drop_duplicates(["zoo", "method", "level", "epoch", "layer", "metric"]))
 
 
 def scorecard(
@@ -338,15 +332,15 @@ def scorecard(
     by: str = "table",         # or "zoo", "metric"
 ) -> pd.DataFrame:             # one row per table or zoo, and "all": counts of cells
     "Count cells: the verdicts of predicted ones, calibrated ones with how many of them are equivalent, and the rest."
-    both = pd.concat([comparison.astype({by: object}), comparison.assign(**{by: "all"})])
-    rows = {}
-    for name, group in both.groupby(by, sort=False):
+    groups, rows = [*comparison.groupby(by, sort=False), ("all", comparison)], {}
+    for name, group in groups:
         tested = group["verdict"].isin(TESTED)
         fitted, predicted = group[tested & group["calibrated"]], group[tested & ~group["calibrated"]]
         rows[name] = {
-            "printed": len(group), "not run": (group["verdict"] == "not run").sum(), "by design": (group["verdict"] == "by design").sum(), "doubtful": (group["verdict"] == "doubtful").sum(),
+            "printed": len(group), **{name: (group["verdict"] == name).sum() for name in ("not run", "by design", "doubtful")},
             "calibrated": len(fitted), "of these equivalent": (fitted["verdict"] == "equivalent").sum(), "predicted": len(predicted), "distinct": distinct_states(predicted),
-            **{verdict: (predicted["verdict"] == verdict).sum() for verdict in TESTED}, "within a point": predicted["within_point"].sum(), "agrees (first rule)": (predicted["first"] == "agrees").sum(),
+            **{verdict: (predicted["verdict"] == verdict).sum() for verdict in TESTED},
+            "within a point": predicted["within_point"].sum(), "agrees (first rule)": (predicted["first"] == "agrees").sum(),
         }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis(by)
 
@@ -379,11 +373,24 @@ def smallest_error(
     "The smallest common error that the verdicts of each zoo would catch in four cells of five; infinite beyond five standard deviations."
     tested = comparison[comparison["verdict"].isin(TESTED) & np.isfinite(comparison["df"])]
     found = {}
+    caught = lambda cells, shift: min((shifted_verdicts(cells, sign * shift) == "different").mean() for sign in (-1, 1)) >= 0.8
     for zoo, cells in tested.groupby("zoo", sort=False):
-        caught = lambda shift: min((shifted_verdicts(cells, sign * shift) == "different").mean() for sign in (-1, 1)) >= 0.8
-        multiple = next((shift for shift in np.arange(1, 101) / 20 if caught(shift)), np.inf)
+        multiple = next((shift for shift in np.arange(1, 101) / 20 if caught(cells, shift)), np.inf)
         found[zoo] = {"cells": len(cells), "standard deviations": multiple, "points of accuracy": multiple * cells.loc[cells["metric"] == "test_acc", "unit"].median()}
     return pd.DataFrame.from_dict(found, orient="index", columns=["cells", "standard deviations", "points of accuracy"]).rename_axis("zoo")
+
+# %% ../nbs/33_comparison.ipynb #b2c0de51
+def headline(
+    comparison: pd.DataFrame,  # from compare
+) -> pd.DataFrame:             # index zoo, then "all"; text
+    "Counts of every zoo that was run and is printed."
+    cells = comparison[comparison["zoo"] != ""]
+    cells = cells[cells["zoo"].isin(cells.loc[cells["verdict"] != "not run", "zoo"])]
+    score, caught, models = scorecard(cells, "zoo"), smallest_error(cells), cells.groupby("zoo")["ours_n"].max()
+    shown = score[["predicted", "distinct", *TESTED, "within a point", "calibrated", "of these equivalent", "doubtful"]].astype(int).astype(str)
+    error = [f"{caught.loc[zoo, 'standard deviations']:.2f} ({caught.loc[zoo, 'points of accuracy']:.1f})" if zoo in caught.index else "" for zoo in score.index]
+    shown.insert(0, "models", [f"{models[zoo]:.0f}" if zoo in models.index else "" for zoo in score.index])
+    return shown.assign(**{"smallest error caught, std (points)": error})
 
 # %% ../nbs/33_comparison.ipynb #b2c0de26
 def _late(rows: pd.DataFrame) -> pd.DataFrame:
@@ -432,16 +439,17 @@ DISTURBANCES: dict[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
 def disturbed_scores(
     metrics: pd.DataFrame,              # tidy metrics of registered zoos
     cells: pd.DataFrame | None = None,  # printed cells; none: from reported.read_reported
-) -> pd.DataFrame:                      # zoo, disturbance, tested, then the number of cells with each of TESTED, within a point, and lost: equivalent as it is and not any more
+) -> pd.DataFrame:                      # zoo, disturbance, tested, the number of cells with each of TESTED, within a point, and lost: equivalent only without the error
     "Judge the same runs as they are and with each deliberate error."
     rows = []
     for zoo, of_zoo in metrics.groupby("zoo", sort=False):
+        before = compare(of_zoo, cells).query("zoo != ''")["verdict"] == "equivalent"
         for name, disturb in DISTURBANCES.items():
             found = compare(disturb(of_zoo), cells).query("zoo != ''")
-            equivalent = found["verdict"] == "equivalent"
-            before = equivalent if name == "as it is" else before
+            tested = found["verdict"].isin(TESTED)
             counts = {verdict: (found["verdict"] == verdict).sum() for verdict in TESTED}
-            rows.append({"zoo": zoo, "disturbance": name, "tested": sum(counts.values()), **counts, "within a point": (found["within_point"] & found["verdict"].isin(TESTED)).sum(), "lost": (before & ~equivalent).sum()})
+            lost = (before & (found["verdict"] != "equivalent")).sum()
+            rows.append({"zoo": zoo, "disturbance": name, "tested": tested.sum(), **counts, "within a point": (found["within_point"] & tested).sum(), "lost": lost})
     return pd.DataFrame(rows)
 
 # %% ../nbs/33_comparison.ipynb #b2c0de29
@@ -478,7 +486,7 @@ def compare_layer_spread(
     "Spread of the removal frequency within each layer beside Tables 7 and 8, brought to the paper's number of models."
     found = frequency_spread(frequencies).astype({"zoo": str, "method": str, "layer": str})
     lasting = (found["std"] ** 2 - found["chance"] ** 2).clip(lower=0)
-    theirs = found["chance"] ** 2 * found["models"] / found["zoo"].map({zoo: paper_models(zoo) for zoo in found["zoo"].unique()})
+    theirs = found["chance"] ** 2 * found["models"] / found["zoo"].map({zoo: printed_models(7, zoo) for zoo in found["zoo"].unique()})
     found = found.assign(ours_mean=100 * found["mean"], ours_std=100 * np.sqrt(lasting + theirs), n=found["models"])
     printed = (read_reported() if cells is None else cells).query("table in [7, 8] and layer != ''")
     printed = printed.rename(columns={"mean": "paper_mean", "std": "paper_std"})
@@ -508,7 +516,7 @@ def compare_windows(
                 window, whole = shares[first:last], shares[ends[cell.layer] - layer_sizes(entry.architecture)[cell.layer]:ends[cell.layer]]
                 share, models = window.mean() / 100, pruned["models"].iloc[0]
                 lasting = max(0, window.var(ddof=1) - 1e4 * share * (1 - share) / models)
-                spread = np.sqrt(lasting + 1e4 * share * (1 - share) / paper_models(zoo))
+                spread = np.sqrt(lasting + 1e4 * share * (1 - share) / printed_models(8, zoo))
                 found.append([zoo, cell.level, cell.layer, cell.mean, cell.std, window.mean(), spread, whole.mean(), window.mean() - cell.mean, whole.mean() - cell.mean])
     columns = ["zoo", "level", "layer", "paper_mean", "paper_std", "window_mean", "window_std", "layer_mean", "window_difference", "layer_difference"]
     return pd.DataFrame(found, columns=columns)
@@ -600,7 +608,10 @@ def recorded_by_factor(
     "Matched differences, level by level of every factor, and over all models."
     groups = [(zoo, factor, str(level), of) for zoo, rows in matched.groupby("zoo", sort=False) for factor in FACTORS for level, of in rows.groupby(factor)]
     groups += [(zoo, "all", "", rows) for zoo, rows in matched.groupby("zoo", sort=False)]
-    found = [{"zoo": zoo, "factor": factor, "level": level, "models": len(of), **of[["ours", "real", "difference"]].mean(), "error": of["difference"].sem()} for zoo, factor, level, of in groups]
+    found = [
+        {"zoo": zoo, "factor": factor, "level": level, "models": len(of), **of[["ours", "real", "difference"]].mean(), "error": of["difference"].sem()}
+        for zoo, factor, level, of in groups
+    ]
     return pd.DataFrame(found, columns=["zoo", "factor", "level", "models", "ours", "real", "difference", "error"]).set_index(["zoo", "factor", "level"])
 
 # %% ../nbs/33_comparison.ipynb #b2c0de46

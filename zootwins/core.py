@@ -104,6 +104,9 @@ def atomic_path(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        if temporary.is_file():
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())  # on disk before it has its name
         temporary.replace(path)
     except OSError as error:
         raise cannot_write(path, error) from error

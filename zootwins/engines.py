@@ -61,7 +61,7 @@ class Trajectory:
     "What came of training."
 
     population: Population              # after the last epoch
-    metrics: pd.DataFrame               # one row per model, copy if there is one, and epoch: train_loss, train_acc, test_loss, test_acc
+    metrics: pd.DataFrame               # one row per model, copy and epoch: model, copy (if any), epoch, train_loss, train_acc, test_loss, test_acc
     snapshots: dict[int, Population]    # the weights after the epochs that were asked for
 
 

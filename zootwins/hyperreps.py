@@ -11,9 +11,9 @@ __all__ = ['Layout', 'CONFIGS', 'PARAMETERS', 'WEIGHT_LIMIT', 'MEASURES', 'SAVE_
            'has_trajectory', 'find_trajectory', 'layer_statistics', 'Training', 'random_source', 'begin_training',
            'learning_rate', 'losses', 'train_step', 'in_batches', 'reconstruct', 'explained', 'reconstruction_quality',
            'train_epoch', 'describe_training', 'training_folder', 'save_training', 'resume_training', 'open_training',
-           'train_autoencoder']
+           'train_autoencoder', 'train_on']
 
-# %% ../nbs/60_hyperreps.ipynb #e016da05
+# %% ../nbs/60_hyperreps.ipynb #91a0fe97
 import hashlib
 import json
 import math
@@ -21,19 +21,19 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
-import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .architectures import build, layer_names
-from .core import UserError, atomic_path, check_name, progress_bar, read_json, write_json
-from .streams import epoch_order, stream_keys
+from .core import UserError, check_name, digest, progress_bar, read_json, write_json
 from .plans import Plan, check_parameters, make_plan
+from .store import locked, read_part, save_part
+from .streams import epoch_order, stream_keys
 from .twins import load_epoch, load_metrics
 from .variational import THRESHOLD, log_alphas
 from .zoos import ZOOS
@@ -515,7 +515,7 @@ def layer_statistics(
     parts = states.weights.split([layer.neurons * layer.width for layer in layout], dim=1)
     return tuple(torch.cat([value(part).expand(part.shape[1]) for part in parts]) for value in (torch.mean, lambda part: part.std().clamp(min=1e-4)))
 
-# %% ../nbs/60_hyperreps.ipynb #ec1e72ca
+# %% ../nbs/60_hyperreps.ipynb #600cf7e6
 @dataclass
 class Training:
     "An auto-encoder in training."
@@ -533,8 +533,8 @@ def random_source(
     *what: object,       # what the numbers are for, such as "step", 12, seed
 ) -> torch.Generator:    # on the CPU
     "A generator that depends on nothing but its purpose."
-    digest = hashlib.blake2b("|".join(map(str, what)).encode(), digest_size=7).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    name = hashlib.blake2b("|".join(map(str, what)).encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(name, "little"))
 
 
 def begin_training(
@@ -659,8 +659,8 @@ def train_epoch(
     training.epoch += 1
     return pd.DataFrame(found).mean().to_dict()
 
-# %% ../nbs/60_hyperreps.ipynb #8455989a
-SAVE_EVERY = 60.0  # seconds
+# %% ../nbs/60_hyperreps.ipynb #fda24a48
+SAVE_EVERY = 10.0  # seconds
 
 
 def describe_training(
@@ -668,9 +668,10 @@ def describe_training(
     states: States,      # what it learns from
 ) -> dict[str, object]:  # JSON types
     "All that the outcome depends on."
-    digest = hashlib.blake2b(states.weights[:: max(1, len(states) // 50)].contiguous().numpy().tobytes(), digest_size=8).hexdigest()
+    numbers = [tensor.contiguous().numpy().data for tensor in (states.weights, states.log_alphas)]
+    content = digest(*numbers, states.rows.to_csv(index=False).encode())
     config = json.loads(json.dumps(asdict(training.config)))
-    return {"zoo": states.zoo, "states": len(states), "models": int(states.rows["model"].nunique()), "weights": digest, "seed": training.seed, "config": config}
+    return {"zoo": states.zoo, "states": len(states), "models": int(states.rows["model"].nunique()), "content": content, "seed": training.seed, "config": config}
 
 
 def training_folder(
@@ -679,8 +680,7 @@ def training_folder(
     seed: int,       # of split and training
 ) -> Path:           # such as "zoos/usps_seed/hyperreps/small-1f0c9a2b"
     "Where an auto-encoder is kept; another one for each configuration, seed and number of models."
-    digest = hashlib.blake2b(f"{config}|{seed}|{plan.n_models}".encode(), digest_size=4).hexdigest()
-    return plan.folder / "hyperreps" / f"{config.name}-{digest}"
+    return plan.folder / "hyperreps" / f"{config.name}-{digest(f'{config}|{seed}|{plan.n_models}'.encode())[:8]}"
 
 
 def save_training(
@@ -688,41 +688,36 @@ def save_training(
     training: Training,     # as it stands
     history: pd.DataFrame,  # one row per epoch
 ) -> None:
-    "Save progress, each file whole or not at all."
-    with atomic_path(folder / "losses.parquet") as temporary:
-        history.to_parquet(temporary, index=False)
-    tensors = {f"model/{name}": tensor for name, tensor in training.model.state_dict().items()}
+    "Save progress in one file, whole or not at all."
+    tensors = {f"model/{name}": tensor.detach() for name, tensor in training.model.state_dict().items()}
     for i, moments in training.optimizer.state_dict()["state"].items():
         tensors |= {f"adam/{i}/{name}": tensor for name, tensor in moments.items()}
-    metadata = {"epoch": str(training.epoch), "step": str(training.step)}
-    with atomic_path(folder / "training.safetensors") as temporary:
-        temporary.write_bytes(safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata))
+    save_part(folder, "training", tensors, history, {"epoch": training.epoch, "step": training.step})
 
 
 def resume_training(
     folder: Path,         # of this training
-    training: Training,   # before its first step; moved to where the files are
+    training: Training,   # before its first step; moved to where it was left
 ) -> pd.DataFrame:        # one row per finished epoch; empty if there is nothing to go on from
-    "Go on from saved files; raises `UserError` if they are damaged."
-    if not (folder / "training.safetensors").exists():
+    "Go on from a saved training; raises `UserError` for one of another model."
+    part = read_part(folder, "training")
+    if part is None:
         return pd.DataFrame()
+    tensors, history, told = part
+    moments: dict[int, dict[str, Tensor]] = {}
     try:
-        with safe_open(folder / "training.safetensors", framework="pt") as file:
-            tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
         training.model.load_state_dict({name.removeprefix("model/"): tensor for name, tensor in tensors.items() if name.startswith("model/")})
-        moments: dict[int, dict[str, Tensor]] = {}
         for name in tensors:
             if name.startswith("adam/"):
                 _, i, moment = name.split("/")
                 moments.setdefault(int(i), {})[moment] = tensors[name]
         training.optimizer.load_state_dict(training.optimizer.state_dict() | {"state": moments})
-        training.epoch, training.step = int(metadata["epoch"]), int(metadata["step"])
-        history = pd.read_parquet(folder / "losses.parquet")
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"The training in {folder} cannot be read ({error}): delete that folder and run again.") from error
-    return history[history["epoch"] <= training.epoch]
+        training.epoch, training.step = told["epoch"], told["step"]
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"The training in {folder} cannot be gone on with ({error}): delete that folder and run again.") from error
+    return history
 
-# %% ../nbs/60_hyperreps.ipynb #a7a09f06
+# %% ../nbs/60_hyperreps.ipynb #ba78db46
 def open_training(
     folder: Path,        # of this training
     training: Training,  # before its first step
@@ -746,18 +741,31 @@ def train_autoencoder(
     progress: bool = True,  # show a bar
 ) -> tuple[HyperAutoEncoder, pd.DataFrame]:  # trained, and the losses and validation R^2 of every epoch
     "Train an auto-encoder, or what is left to train of it."
+    folder = Path(folder)
+    with locked(folder, "training"):
+        training = begin_training(states, config, seed, device)
+        history = open_training(folder, training, states)
+        with progress_bar(total=config.epochs, initial=training.epoch, desc=f"{states.zoo} {config.name}", unit=" epochs", disable=not progress) as bar:
+            history = train_on(states, training, history, folder, bar)
+    return training.model.eval(), history
+
+
+def train_on(
+    states: States,         # all of them
+    training: Training,     # moved to its end
+    history: pd.DataFrame,  # one row per finished epoch
+    folder: Path,           # keeps progress and result
+    bar: Any,               # from core.progress_bar
+) -> pd.DataFrame:          # one row per epoch
+    "Do what is left of a training."
     train, held = (states[states.rows["split"] == part] for part in ("train", "val"))
-    training = begin_training(states, config, seed, device)
-    history = open_training(Path(folder), training, states)
-    saved = time.monotonic()
-    with progress_bar(total=config.epochs, initial=training.epoch, desc=f"{states.zoo} {config.name}", unit=" epochs", disable=not progress) as bar:
-        while training.epoch < config.epochs:
-            found = train_epoch(training, train) | reconstruction_quality(training.model, train, held)
-            history = pd.concat([history, pd.DataFrame([{"epoch": training.epoch, **found}])], ignore_index=True)
-            bar.set_postfix({name: f"{found[name]:.3f}" for name in ("loss", "r2_weights", "r2_alphas")}, refresh=False)
-            bar.update()
-            if training.epoch == config.epochs or time.monotonic() - saved > SAVE_EVERY:
-                save_training(Path(folder), training, history)
-                saved = time.monotonic()
-    training.model.eval()
-    return training.model, history
+    epochs, saved = training.config.epochs, time.monotonic()
+    while training.epoch < epochs:
+        found = train_epoch(training, train) | reconstruction_quality(training.model, train, held)
+        history = pd.concat([history, pd.DataFrame([{"epoch": training.epoch, **found}])], ignore_index=True)
+        bar.set_postfix({name: f"{found[name]:.3f}" for name in ("loss", "r2_weights", "r2_alphas")}, refresh=False)
+        bar.update()
+        if training.epoch == epochs or time.monotonic() - saved > SAVE_EVERY:
+            save_training(folder, training, history)
+            saved = time.monotonic()
+    return history

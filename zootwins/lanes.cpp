@@ -14,11 +14,11 @@
 // of the loss: gw with respect to weights, gb with respect to biases, gv with respect to the variances of variational layers.
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <ctime>
 #include <memory>
 #include <new>
 #include <utility>
@@ -95,7 +95,6 @@ static inline Byte narrow(Mask m) {
 template <class G> static inline D each(D x, G g) { for (int l = 0; l < L; ++l) x[l] = g(x[l]); return x; }
 static inline D multiply_add(D a, D b, D c) { return a * b + c; }
 static inline D larger(D a, D b) { return a > b ? a : b; }
-static inline D inverse_root(D x) { return 1.0 / each(x, [](double v) { return std::sqrt(v); }); }
 static inline D root(D x) { return each(x, [](double v) { return std::sqrt(v); }); }
 static inline D exponential(D x) { return each(x, [](double v) { return std::exp(v); }); }
 static inline D logarithm(D x) { return each(x, [](double v) { return std::log(v); }); }
@@ -222,19 +221,21 @@ template <int CI_, int H_, int W_, int CO_, int K_, int P_> struct Convolution {
     static constexpr bool NOISY_BIAS = true;
     template <int sets> static constexpr int channels = divisor(CO, 24 / (sets * Q));     // output channels side by side
 
-    // Noise is drawn just before the windows that it disturbs, so that it stays in the first cache: for a row of windows of these
+    // Noise is drawn just before the windows that it disturbs, so that it stays in the first cache: for some rows of windows of these
     // channels or, where rows are not made of whole draws of four numbers, for all of their rows.
     static constexpr bool BY_ROWS = P * OW % 4 == 0 && OH * OW % 4 == 0;
-    static constexpr int NOISE = channels<1> * (BY_ROWS ? P : OH) * OW;
+    template <int sets> static constexpr int ROWS = divisor(PH, std::max(1, 384 / (channels<sets> * P * OW)));  // of windows at a time
+    static constexpr int NOISE = channels<1> * (BY_ROWS ? std::max(ROWS<1>, ROWS<2>) * P : OH) * OW;
     template <int sets, class Draw> static inline void draw_band(int part, V* noise, Draw draw) {  // draw(first number, how many, where to)
         static_assert(BY_ROWS || channels<sets> * OH * OW % 4 == 0);
         const int o = part / PH * channels<sets>, py = part % PH;
         if constexpr (BY_ROWS)
-            for (int c = 0; c < channels<sets>; ++c) draw((o + c) * OH * OW + P * py * OW, P * OW, noise + c * P * OW);
+            for (int c = 0; c < channels<sets> && py % ROWS<sets> == 0; ++c)
+                draw((o + c) * OH * OW + P * py * OW, ROWS<sets> * P * OW, noise + c * ROWS<sets> * P * OW);
         else if (py == 0) draw(o * OH * OW, channels<sets> * OH * OW, noise);
     }
     template <int sets> static constexpr int noise_at(int o, int py, int px) {  // of a window's corner
-        return BY_ROWS ? o % channels<sets> * P * OW + P * px : (o % channels<sets> * OH + P * py) * OW + P * px;
+        return BY_ROWS ? (o % channels<sets> * ROWS<sets> + py % ROWS<sets>) * P * OW + P * px : (o % channels<sets> * OH + P * py) * OW + P * px;
     }
 
     // One window of `channels` output channels at a time stays in registers; `finish` receives it.
@@ -298,18 +299,20 @@ template <int CI_, int H_, int W_, int CO_, int K_, int P_> struct Convolution {
     template <int sets, class Mean, class Variance> INNER void noisy_window(int o, int py, int px, Mean mean, Variance variance, Trace& t) {
         int at = (o * PH + py) * PW + px;
         const V* noise = t.noise + noise_at<sets>(o, py, px);
-        V z[Q], ratio[Q];  // noise / standard deviation, twice the slope
+        V z[Q], deviation[Q];
         UNROLL for (int q = 0; q < Q; ++q) {
-            V total = variance(q) + Scalar(1e-15);
-            ratio[q] = inverse_root(total) * noise[(q / P) * OW + q % P];
-            z[q] = multiply_add(total, ratio[q], mean(q));
+            deviation[q] = root(variance(q) + Scalar(1e-15));
+            z[q] = multiply_add(deviation[q], noise[(q / P) * OW + q % P], mean(q));
         }
         Byte where;
         t.y[at] = pool([&](int q) { return z[q]; }, where);
         Mask winner = widen(where);
-        V chosen = ratio[0];
-        UNROLL for (int q = 1; q < Q; ++q) chosen = winner == q ? ratio[q] : chosen;
-        t.where[at] = where, t.ratio[at] = Scalar(0.5) * chosen;
+        V own_noise = noise[0], own_deviation = deviation[0];
+        UNROLL for (int q = 1; q < Q; ++q) {
+            own_noise = winner == q ? noise[(q / P) * OW + q % P] : own_noise;
+            own_deviation = winner == q ? deviation[q] : own_deviation;
+        }
+        t.where[at] = where, t.ratio[at] = Scalar(0.5) * own_noise / own_deviation;
     }
 
     template <class Meanwhile, class Draw>
@@ -662,9 +665,9 @@ template <int CI_, int CO_> struct Linear {
         multiply(t.x, w, bias, t.y);
         multiply(t.squares, variance, nullptr, total);
         for (int o = 0; o < CO; ++o) {
-            V sum = total[o] + Scalar(1e-15), inverse = inverse_root(sum);
-            t.y[o] = multiply_add(sum * inverse, t.noise[o], t.y[o]);
-            t.ratio[o] = Scalar(0.5) * inverse * t.noise[o];
+            V deviation = root(total[o] + Scalar(1e-15));
+            t.y[o] = multiply_add(deviation, t.noise[o], t.y[o]);
+            t.ratio[o] = Scalar(0.5) * t.noise[o] / deviation;
         }
     }
 
@@ -687,15 +690,16 @@ template <int CI_, int CO_> struct Linear {
 
 struct Job {
     int64_t architecture, variational;                       // architecture: 0 small 1ch, 1 small 3ch, 2 large
-    int64_t models, samples, batch, epoch, steps;
+    int64_t models, samples, batch, epoch, steps, nesterov;  // steps: before this epoch; nesterov: 1 if SGD looks ahead
     double kl_weight;
     int64_t dropout_site[4], noise_site[5];                  // 0: that layer draws nothing
     const Scalar* images;                                    // [samples, inputs]
     const int64_t* labels;                                   // [samples]
-    const uint32_t* keys;                                    // [models, 2]
+    const int64_t* keys;                                     // [models, 2], words below 2^32
     const int64_t* activation;                               // [models]
     const double *adam, *rate, *decay, *dropout;             // [models]; adam: 1, or 0 for SGD
     Scalar *weights[18], *first[18], *second[18];            // each [models, size], moved in place; second: Adam only
+    const double* factor;                                    // [steps of this epoch], of every model's rate; null: all 1
     const uint8_t* masks[18];                                // each [models, size] or null
     double *loss, *accuracy;                                 // [models]
     uint8_t* predictions;                                    // [models, samples], evaluation only
@@ -936,13 +940,13 @@ template <class A, class B, class C, class Fc1, class Fc2> struct Network {
 
     // ------------------------------------------------------------------------------------------------------------ optimizers
 
-    // With a share of 1 for the gradient and a divisor of 1, Adam's step is that of SGD with momentum.
-    __attribute__((noinline)) void update(int64_t step) {
+    // With a share of 1 for the gradient and a divisor of 1, Adam's step is that of SGD with momentum; Nesterov's goes on from there.
+    __attribute__((noinline)) void update(int64_t step, double factor) {
         const double bias1 = 1 - power(0.9, step);
         const Scalar bias2 = (Scalar)(1 / std::sqrt(1 - power(0.999, step)));
         const V share = adam ? splat(Scalar(0.1)) : splat(1);
         V pace;
-        for (int l = 0; l < L; ++l) pace[l] = (Scalar)(rate[l] / (adam[l] ? bias1 : 1));
+        for (int l = 0; l < L; ++l) pace[l] = (Scalar)(rate[l] * factor / (adam[l] ? bias1 : 1));
         for (int t = 0; t < tensors; ++t) {
             const bool masked = job.masks[t];
             for (int i = offset(t); i < offset(t) + SIZE[t]; ++i) {
@@ -950,7 +954,8 @@ template <class A, class B, class C, class Fc1, class Fc2> struct Network {
                 if (masked) g *= to<V>(widen(masks[i]));
                 V m = multiply_add(splat(0.9), first[i], share * g), v = multiply_add(splat(0.999), second[i], Scalar(0.001) * (g * g));
                 V divisor = adam ? multiply_add(root(v), splat(bias2), splat(1e-8)) : splat(1);
-                first[i] = m, second[i] = adam ? v : V{}, weights[i] = w - pace * m / divisor;
+                V direction = job.nesterov ? (adam ? m : multiply_add(splat(0.9), m, g)) : m;
+                first[i] = m, second[i] = adam ? v : V{}, weights[i] = w - pace * direction / divisor;
             }
         }
     }
@@ -981,7 +986,7 @@ template <class A, class B, class C, class Fc1, class Fc2> struct Network {
             const int64_t m = std::min(start + l, job.models - 1);
             present[job.activation[m]] = true, activated[job.activation[m]][l] = -1;
             if (!job.keys) continue;  // evaluation
-            keys[l][0] = job.keys[2 * m], keys[l][1] = job.keys[2 * m + 1];
+            keys[l][0] = (uint32_t)job.keys[2 * m], keys[l][1] = (uint32_t)job.keys[2 * m + 1];
             adam[l] = job.adam[m] ? -1 : 0, rate[l] = job.rate[m], decay[l] = (Scalar)job.decay[m];
             dropout_threshold[l] = (uint32_t)std::floor(job.dropout[m] * 4294967296.0), dropout_scale[l] = (Scalar)(1 / (1 - job.dropout[m]));
             dropping |= job.dropout[m] > 0;
@@ -1036,8 +1041,8 @@ template <class A, class B, class C, class Fc1, class Fc2> struct Network {
         shuffle(order);
 
         D loss = {}, right = {};
-        int64_t step = job.steps;
-        for (int64_t from = 0; from < job.samples; from += job.batch) {
+        int64_t step = 0;
+        for (int64_t from = 0; from < job.samples; from += job.batch, ++step) {
             if (*stop) return false;
             const int64_t until = std::min(from + job.batch, job.samples);
             std::memset((void*)gradient.data, 0, parameters * sizeof(V));
@@ -1059,7 +1064,7 @@ template <class A, class B, class C, class Fc1, class Fc2> struct Network {
             }
             transform_gradients<0>();
             if (noisy) chain_variances();
-            update(++step);
+            update(job.steps + step + 1, job.factor ? job.factor[step] : 1);
         }
         unpack(weights, job.weights, start);
         unpack(first, job.first, start);
@@ -1147,20 +1152,29 @@ int lanes_train(const Job* job, int64_t start, const volatile int* stop) {
 int lanes_evaluate(const Job* job, int64_t start, const volatile int* stop) {
     return with_network(*job, [&](auto& network) { return network.evaluate(start, stop); });
 }
-// Floating-point operations per second of this core, from a tenth of a second of independent multiply-adds.
+// Floating-point operations per second of this core, from a tenth of a second of its own time and a product of matrices that
+// stays in registers, as in a convolution. Multiply-adds of nothing but registers run at a third of it on some processors.
 double lanes_peak() {
-    V sum[16], factor = splat(Scalar(0.999)), term = splat(Scalar(1e-3));
-    for (int i = 0; i < 16; ++i) sum[i] = splat(Scalar(i));
-    FlushDenormals flush;
-    const auto start = std::chrono::steady_clock::now();
-    double seconds = 0, operations = 0;
-    while (seconds < 0.1) {
-        for (int k = 0; k < 100000; ++k) UNROLL for (int i = 0; i < 16; ++i) sum[i] = multiply_add(sum[i], factor, term);
-        operations += 100000. * 16 * L * 2;
-        seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    constexpr int rows = L == 8 ? 2 : 4, columns = 4, depth = 8;  // AVX2 has half as many registers
+    V left[depth][rows], right[depth][columns], sum[rows][columns] = {};
+    for (int k = 0; k < depth; ++k) {
+        for (int i = 0; i < rows; ++i) left[k][i] = splat(Scalar(0.5));
+        for (int j = 0; j < columns; ++j) right[k][j] = splat(Scalar(0.25));
     }
+    auto now = [] { timespec t; clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t); return t.tv_sec + 1e-9 * t.tv_nsec; };
+    const double start = now();
+    double seconds = 0, operations = 0;
+    for (; seconds < 0.1; seconds = now() - start, operations += 10000. * depth * rows * columns * L * 2)
+        for (int k = 0; k < 10000 * depth; ++k) {
+            V value[columns];
+            UNROLL for (int j = 0; j < columns; ++j) value[j] = hold(right[k % depth][j]);
+            UNROLL for (int i = 0; i < rows; ++i) {
+                V factor = hold(left[k % depth][i]);
+                UNROLL for (int j = 0; j < columns; ++j) sum[i][j] = multiply_add(factor, value[j], sum[i][j]);
+            }
+        }
     V total = V{};
-    for (int i = 0; i < 16; ++i) total += sum[i];
+    for (int i = 0; i < rows; ++i) for (int j = 0; j < columns; ++j) total += sum[i][j];
     volatile Scalar used = total[0];
     (void)used;
     return operations / seconds;

@@ -132,30 +132,35 @@ def parameter_shapes(
     module = build(architecture)
     for path, layer in module.named_modules():
         held = [name for name, _ in (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False))]
-        if strange := [name for name in held if name not in ("weight", "bias") or not isinstance(layer, (nn.Conv2d, nn.Linear))]:
+        if strange := [name for name in held if name not in ("weight", "bias") or not isinstance(layer,
+            (nn.Conv2d, nn.Linear))]:
             raise UserError(
-                f"The architecture {architecture!r} has {', '.join(strange)} in {path or 'the module'} ({type(layer).__name__}): only the "
-                "weight and bias of Conv2d and Linear can be taken; take that layer out, fold it into its neighbour, or remove its parametrisation.")
+                f"The architecture {architecture!r} has {', '.join(strange)} in {path or 'the module'} "
+                f"({type(layer).__name__}): only the "
+                "weight and bias of Conv2d and Linear can be taken; take that layer out, fold it into its "
+                "neighbour, or remove its parametrisation.")
     shapes = {name: tuple(tensor.shape) for name, tensor in module.named_parameters()}
     if shared := module.state_dict().keys() - shapes.keys():
-        raise UserError(f"The architecture {architecture!r} uses the same tensor twice ({', '.join(sorted(shared))}): give each layer its own.")
+        raise UserError(f"The architecture {architecture!r} uses the same tensor twice "
+                        f"({', '.join(sorted(shared))}): give each layer its own.")
     return shapes
 
-# %% ../nbs/05_population.ipynb #34ce68e9
+# %% ../nbs/05_population.ipynb #fe42c0c6
 def plain_weights(
     saved: object,                         # a state dict, or a dictionary with one
     expected: dict[str, tuple[int, ...]],  # from parameter_shapes
 ) -> dict[str, Tensor]:                    # float32 on the CPU, in that order
     "Take one model's weights; raises `ValueError` that says what does not fit."
     state = merge_masks(find_state(saved))
-    common = {name.removesuffix(ours) for name in state for ours in expected if name.endswith(f".{ours}") and name != ours}
+    common = {name.removesuffix(ours) for name in state for ours in expected if name.endswith(f".{ours}")
+              and name != ours}
     for prefix in common:
         if {f"{prefix}{name}" for name in expected} == state.keys():
             state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     check_weights(state, expected)
     return {name: state[name].detach().float().cpu() for name in expected}
 
-
+# %% ../nbs/05_population.ipynb #124cfb8a
 def check_weights(
     state: Mapping[str, Tensor],           # of one model
     expected: dict[str, tuple[int, ...]],  # from parameter_shapes
@@ -194,7 +199,7 @@ def from_state_dicts(
             raise UserError(f"Module {i} does not fit the architecture {architecture!r}: {one_line(error)}.") from error
     return Population({name: torch.stack([one[name] for one in taken]) for name in expected}, models, architecture)
 
-
+# %% ../nbs/05_population.ipynb #a9f90f9e
 def from_modules(
     modules: Sequence[nn.Module],         # alike in structure
     architecture: str,                    # a name in ARCHITECTURES that builds such modules
@@ -209,10 +214,11 @@ def plain_models(
     **factors,       # factors that differ from the defaults, such as activation="relu"
 ) -> pd.DataFrame:   # one row per model
     "A table of generating factors for models that come without one."
-    defaults = {"activation": "tanh", "init": "", "optimizer": "adam", "lr": 1e-3, "wd": 0.0, "dropout": 0.0, "parent": ""}
+    defaults = {"activation": "tanh", "init": "", "optimizer": "adam", "lr": 1e-3, "wd": 0.0, "dropout": 0.0,
+                "parent": ""}
     return pd.DataFrame({"model": range(n), "seed": range(1, n + 1), **defaults, **factors})
 
-
+# %% ../nbs/05_population.ipynb #d1190567
 def complete_models(
     models: pd.DataFrame | None,  # generating factors, some columns perhaps missing; none: nothing is known
     n: int,                       # how many there are to be
@@ -221,16 +227,18 @@ def complete_models(
     if models is None:
         return plain_models(n)
     if not isinstance(models, pd.DataFrame) or len(models) != n:
-        raise UserError(f"The table of factors has to be a DataFrame with a row for each of the {n} models, and not {type(models).__name__} of {len(models)}.")
+        raise UserError(f"The table of factors has to be a DataFrame with a row for each of the {n} models, and "
+                        f"not {type(models).__name__} of {len(models)}.")
     models, plain = models.reset_index(drop=True), plain_models(n)
     check_factors(models)
     missing = [name for name in plain if name not in models]
     if set(missing) - {"model", "parent"}:
-        told = [f"{name} {plain[name][0]}" for name in missing if name not in ("model", "parent", "init")]
-        warnings.warn(f"The table of factors lacks {', '.join(missing)}: all {n} models are given {', '.join(told)}.", stacklevel=3)
+        told = [f"{name} {plain[name][0]}" for name in missing if name not in ("model", "seed", "parent", "init")]
+        warnings.warn(f"The table of factors lacks {', '.join(missing)}: all {n} models are given {', '.join(told)}.",
+                      stacklevel=3)
     return plain.assign(**models)
 
-
+# %% ../nbs/05_population.ipynb #f6da0c26
 RANGES = {"lr": "at least 0", "wd": "at least 0", "dropout": "from 0 to below 1"}
 
 
@@ -239,12 +247,15 @@ def check_factors(
 ) -> None:
     "Raise `UserError` for models of the same number and for factors that cannot be; a missing number may be NaN."
     if "model" in models and models["model"].duplicated().any():
-        raise UserError(f"The table of factors has the model {models['model'][models['model'].duplicated()].iloc[0]} twice: number the models.")
+        raise UserError(f"The table of factors has the model "
+                        f"{models['model'][models['model'].duplicated()].iloc[0]} twice: number the models.")
     for name, range_ in RANGES.items():
         values = pd.to_numeric(models.get(name, pd.Series(dtype=float)), errors="coerce")
-        wrong = (values < 0) | np.isinf(values) | (values.isna() & models.get(name, values).notna()) | ((values >= 1) & (name == "dropout"))
+        wrong = (values < 0) | np.isinf(values) | (values.isna() & models.get(name,
+            values).notna()) | ((values >= 1) & (name == "dropout"))
         if wrong.any():
-            raise UserError(f"The table of factors has the {name} {models[name][wrong].iloc[0]!r}: a number {range_} is needed.")
+            raise UserError(f"The table of factors has the {name} {one_line(models[name][wrong].iloc[0], 40)}: a "
+                            f"number {range_} is needed.")
 
 # %% ../nbs/05_population.ipynb #8dfaad74
 def concatenate(

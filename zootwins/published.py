@@ -5,15 +5,17 @@
 # %% auto #0
 __all__ = ['WANTED', 'PACKED', 'Passed', 'FACTOR_NAMES', 'ORIGIN', 'SETTINGS', 'IDLE', 'EPOCH_NAMES', 'RESULT_NAMES',
            'RESULT_KEYS', 'NOT_MEASURED', 'LIMIT', 'EXPECTED', 'PROPERTY_NAMES', 'ZENODO', 'SITE', 'Fit',
-           'stored_layers', 'own_columns', 'fit', 'shapes_of', 'row_of', 'ModelFiles', 'open_zoo', 'refuse_packed',
-           'find_models', 'passed_table', 'flattened', 'read_number', 'read_text', 'read_factors', 'passed_factors',
-           'Recorded', 'recorded_value', 'recorded_epoch', 'read_result', 'passed_fields', 'in_fractions', 'Numbering',
-           'by_counts', 'find_numbering', 'noted_offset', 'PublishedZoo', 'Found', 'read_records', 'noted_offsets',
-           'Reading', 'begin_reading', 'put_weights', 'first_fit', 'wanted_epochs', 'read_raw', 'read_weights',
+           'stored_layers', 'own_columns', 'fit', 'shapes_of', 'row_of', 'check_row', 'ModelFiles', 'open_zoo',
+           'refuse_packed', 'find_models', 'passed_table', 'flattened', 'read_number', 'read_text', 'read_factors',
+           'passed_factors', 'Recorded', 'recorded_value', 'Unusable', 'recorded_epoch', 'read_result', 'add_record',
+           'passed_fields', 'in_fractions', 'Numbering', 'by_counts', 'find_numbering', 'noted_offset', 'PublishedZoo',
+           'Found', 'read_records', 'noted_offsets', 'Reading', 'begin_reading', 'put_weights', 'first_fit',
+           'wanted_epochs', 'read_raw', 'number_checkpoints', 'present_models', 'read_weights', 'no_checkpoint',
            'collect', 'left_out_table', 'take_populations', 'cut_rows', 'method_of', 'collect_records',
-           'recorded_metrics', 'State', 'find_parts', 'part_states', 'property_factors', 'property_record',
-           'mapped_tensors', 'read_preprocessed', 'first_state_fit', 'open_saved', 'label_numbering', 'read_states',
-           'read_state', 'read_zoo', 'write_zoo', 'ZenodoRecord', 'Resuming', 'record_files', 'download']
+           'recorded_metrics', 'State', 'find_parts', 'part_states', 'usable_properties', 'property_factors',
+           'property_record', 'mapped_tensors', 'read_preprocessed', 'find_states', 'first_state_fit', 'open_saved',
+           'label_numbering', 'read_states', 'places_of', 'read_state', 'read_zoo', 'write_zoo', 'ZenodoRecord',
+           'Resuming', 'record_files', 'download']
 
 # %% ../nbs/06_published.ipynb #c6fcf02e
 import errno
@@ -23,6 +25,7 @@ import mmap
 import os
 import re
 import shutil
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -41,7 +44,8 @@ from .architectures import ARCHITECTURES, build, layer_names
 from .core import UserError, atomic_path, check_name, data_folder, one_line
 from .datasets import quiet_pooch
 from .population import Population
-from .untrusted import (LIMITS, OLD, Layout, Member, Record, Stored, check_lengths, checked, find_state, item_size,
+from .untrusted import (LIMITS, OLD, Layout, Member, Record, Stored, check_lengths, checked, find_state,
+                                item_size,
                                 merge_masks, open_zip, ordinary_size, read_file, read_member, read_tensors, unpickle, view,
                                 zip_members)
 
@@ -87,7 +91,8 @@ def own_columns(
     if layers and "log_sigma2" in layers[0]:
         kinds |= {"log_sigma2": "weight", "log_sigma2_bias": "bias"}
     columns = [(layer.get(kind), f"{path}.{kind}", tuple(getattr(own[path], like).shape))
-               for layer, path in zip(layers, own) for kind, like in kinds.items() if getattr(own[path], like) is not None
+               for layer, path in zip(layers, own) for kind, like in kinds.items() if getattr(own[path],
+                                                                                              like) is not None
                and not (kind == "log_sigma2_bias" and isinstance(own[path], torch.nn.Linear))]
     return columns if len(layers) == len(own) else []
 
@@ -106,7 +111,7 @@ def fit(
     weights = [list(shapes[layer["weight"]]) for layer in layers]
     raise ValueError(f"its layers are those of no known architecture ({one_line(weights, 150)})")
 
-
+# %% ../nbs/06_published.ipynb #24857468
 def shapes_of(
     tensors: dict[str, np.ndarray | Stored],  # a state dict
 ) -> tuple[tuple[str, tuple[int, ...]], ...]:  # for `fit`
@@ -128,12 +133,21 @@ def row_of(
         raise ValueError("its weights are not floating-point numbers")
     with np.errstate(over="ignore"):
         row = np.concatenate(arrays).astype(np.float32, copy=False)
+    check_row(row, own.bounded, limit)
+    return row
+
+# %% ../nbs/06_published.ipynb #ba6a7769
+def check_row(
+    row: np.ndarray,      # float32, the parameters of a model
+    bounded: np.ndarray,  # bool, which of them are weights and biases
+    limit: float | None,  # of their absolute values; none: there is none
+) -> None:
+    "Raise `ValueError` for numbers that are not finite or too large."
     if not np.isfinite(row).all():
         raise ValueError("it has weights that are not finite")
-    largest = np.abs(row[own.bounded]).max()
+    largest = np.abs(row[bounded]).max()
     if limit is not None and largest > limit:
         raise ValueError(f"it has a weight of {largest:.3g}, beyond {limit:g}")
-    return row
 
 # %% ../nbs/06_published.ipynb #1a8aea0e
 WANTED = ("params.json", "result.json", "checkpoints", ".tune_metadata")
@@ -149,14 +163,15 @@ class ModelFiles:
     checkpoints: dict[int, str] = field(default_factory=dict)  # number -> name
     markers: dict[int, str] = field(default_factory=dict)      # number -> name of what Ray noted beside it
 
-
+# %% ../nbs/06_published.ipynb #045683c2
 @contextmanager
 def open_zoo(
     path: Path,  # a folder or a zip
 ) -> Iterator[tuple[list[str], Callable[[str, int], bytes]]]:  # file names, and a function of name and limit that reads
     "Open a raw zoo; raises `UserError` if there is none."
     if path.is_dir():
-        names = [PurePath(folder, file).relative_to(path).as_posix() for folder, _, files in os.walk(path) for file in files]
+        names = [PurePath(folder, file).relative_to(path).as_posix() for folder, _, files in os.walk(path)
+                 for file in files]
         yield refuse_packed(path, names), lambda name, limit: read_file(path / name, limit)
         return
     with open_zip(path) as (archive, data):
@@ -192,7 +207,8 @@ def find_models(
         elif number:
             files = found.setdefault(above, ModelFiles())
             (files.checkpoints if file == "checkpoints" else files.markers)[int(number[1])] = name
-    return {folder: found[folder] for folder in sorted(found) if found[folder] != ModelFiles(markers=found[folder].markers)}
+    return {folder: found[folder] for folder in sorted(found)
+            if found[folder] != ModelFiles(markers=found[folder].markers)}
 
 # %% ../nbs/06_published.ipynb #8d26548c
 Passed = Counter[tuple[str, str, str]]  # kind, name and reason -> how often
@@ -223,12 +239,13 @@ ORIGIN = "training::init_checkpoint_path"  # of a twin: the checkpoint that it b
 SETTINGS = {"optim::momentum": 0.9, "momentum": 0.9, "training::batchsize": 10, "batch_size": 10}  # the same for all here
 IDLE = ("model::", "training::", "dataset::", "testloader::", "wandb", "cuda")  # beginnings of names that are not needed
 
-
+# %% ../nbs/06_published.ipynb #f661a42d
 def flattened(
     params: dict[str, object],  # from JSON
 ) -> dict[str, object]:         # {"optim": {"lr": 1}} -> {"optim::lr": 1}
     "Take one level out of nested parameters."
-    nested = {f"{key}::{name}": value for key, part in params.items() if isinstance(part, dict) for name, value in part.items()}
+    nested = {f"{key}::{name}": value for key, part in params.items() if isinstance(part, dict) for name,
+              value in part.items()}
     return {key: value for key, value in params.items() if not isinstance(value, dict)} | nested
 
 # %% ../nbs/06_published.ipynb #ca22f995
@@ -244,7 +261,7 @@ def read_number(
         raise ValueError(f"its {name} is {one_line(value, 40)}")
     return number
 
-
+# %% ../nbs/06_published.ipynb #2af80846
 def read_text(
     name: str,       # of a factor
     value: object,   # as it was written; none: not told
@@ -261,7 +278,8 @@ def read_factors(
     "Read a model's generating factors; raises `ValueError` if they cannot be read."
     try:
         params = flattened(json.loads(text))
-        used = {ours: next((name for name in names if params.get(name) is not None), None) for ours, names in FACTOR_NAMES.items()}
+        used = {ours: next((name for name in names if params.get(name) is not None), None) for ours,
+                names in FACTOR_NAMES.items()}
         given = {ours: params.get(name) for ours, name in used.items()}
         seed = np.int64(-1 if given["seed"] is None else int(given["seed"])).item()
         numbers = {name: read_number(name, given[name]) for name in ("lr", "wd", "dropout")}
@@ -287,17 +305,18 @@ def passed_factors(
             passed["factor", one_line(name, 60), idle] += 1
     return passed
 
-# %% ../nbs/06_published.ipynb #d5781fa6
+# %% ../nbs/06_published.ipynb #b30056bf
 EPOCH_NAMES = ("training_iteration", "epoch", "iteration")
 RESULT_NAMES = {
-    "train_loss": ("train_loss", "training_loss", "loss_train"), "train_acc": ("train_acc", "train_accuracy", "acc_train"),
+    "train_loss": ("train_loss", "training_loss", "loss_train"), "train_acc": ("train_acc", "train_accuracy",
+                                                                               "acc_train"),
     "test_loss": ("test_loss", "loss_test"), "test_acc": ("test_acc", "test_accuracy", "acc_test"),
     "sparsity_ratio": ("sparsity_ratio", "sparsity"),
 }
 RESULT_KEYS = tuple(RESULT_NAMES)
 NOT_MEASURED = -999
 
-
+# %% ../nbs/06_published.ipynb #97208471
 @dataclass
 class Recorded:
     "What a result.json tells of a model."
@@ -306,7 +325,7 @@ class Recorded:
     offsets: Counter[int] = field(default_factory=Counter)  # epoch minus the number of the checkpoint that a record names
     passed: Passed = field(default_factory=Counter)
 
-
+# %% ../nbs/06_published.ipynb #b74f55d9
 def recorded_value(
     record: dict[str, object],  # a line of result.json
     key: str,                   # one of RESULT_KEYS
@@ -323,18 +342,22 @@ def recorded_value(
         passed["value", key, "not recorded" if value is None else "not a number"] += 1
     return math.nan if number == NOT_MEASURED else number
 
-# %% ../nbs/06_published.ipynb #3741be5a
+# %% ../nbs/06_published.ipynb #fe41d2e1
+class Unusable(ValueError):
+    "A record that is JSON, and of no use."
+
+# %% ../nbs/06_published.ipynb #21941e03
 def recorded_epoch(
     record: object,   # a line of result.json
 ) -> int:
-    "Find the epoch of a record; raises `ValueError` that says why there is none."
+    "Find the epoch of a record; raises `Unusable` that says why there is none."
     if not isinstance(record, dict):
-        raise ValueError("not a record")
+        raise Unusable("not a record")
     value = next((record[name] for name in EPOCH_NAMES if name in record), None)
     if value is None:
-        raise ValueError(f"has no {' or '.join(EPOCH_NAMES)}")
+        raise Unusable(f"has no {' or '.join(EPOCH_NAMES)}")
     if type(value) not in (int, float) or not 0 <= value < 10**9 or value != int(value):
-        raise ValueError("has an epoch that cannot be")
+        raise Unusable("has an epoch that cannot be")
     return int(value)
 
 # %% ../nbs/06_published.ipynb #adb8db9b
@@ -345,27 +368,30 @@ def read_result(
     found, fields = Recorded(), Counter()
     for line in filter(bytes.strip, text.splitlines()):
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            found.passed["record", "a line", "not JSON"] += 1
-            continue
-        try:
-            epoch = recorded_epoch(record)
-        except ValueError as error:
-            found.passed["record", "a line", str(error)] += 1
-            continue
-        found.passed["record", "an epoch that comes twice", "the later one counts"] += epoch in found.values
-        values = tuple(recorded_value(record, key, found.passed) for key in RESULT_KEYS)
-        if all(math.isnan(value) for value in values):
-            found.passed["record", "a line", "has no loss or accuracy"] += 1
-        else:
-            found.values[epoch] = values
-        fields.update(list(record)[:1_000])
-        if named := re.fullmatch(r"checkpoint_(\d{1,9})", str(record.get("checkpoint_dir_name") or "")[:30]):
-            found.offsets[epoch - int(named[1])] += 1
+            add_record(json.loads(line), found, fields)
+        except (ValueError, RecursionError) as error:
+            reason = "not JSON" if not isinstance(error, Unusable) else str(error)
+            found.passed["record", "a line", reason] += 1
     found.values = dict(sorted(found.values.items()))
     found.passed = +found.passed + passed_fields(fields)
     return found
+
+# %% ../nbs/06_published.ipynb #c0aa8cab
+def add_record(
+    record: object,        # a line of result.json
+    found: Recorded,       # to add to
+    fields: Counter[str],  # to count in
+) -> None:
+    "Enter a record; raises `Unusable` if nothing can be read of it."
+    epoch = recorded_epoch(record)
+    fields.update(list(record)[:1_000])
+    if named := re.fullmatch(r"checkpoint_(\d{1,9})", str(record.get("checkpoint_dir_name") or "")[:30]):
+        found.offsets[epoch - int(named[1])] += 1
+    values = tuple(recorded_value(record, key, found.passed) for key in RESULT_KEYS)
+    if all(map(math.isnan, values)):
+        raise Unusable("has no loss or accuracy")
+    found.passed["record", "an epoch that comes twice", "the later one counts"] += epoch in found.values
+    found.values[epoch] = values
 
 # %% ../nbs/06_published.ipynb #c0ae51db
 def passed_fields(
@@ -373,7 +399,8 @@ def passed_fields(
 ) -> Passed:
     "Count the fields of records that are not read."
     known = {name for names in RESULT_NAMES.values() for name in names} | {*EPOCH_NAMES, "checkpoint_dir_name"}
-    return Counter({("field", one_line(name, 60), "not needed here"): n for name, n in fields.items() if name not in known})
+    return Counter({("field", one_line(name, 60), "not needed here"): n for name, n in fields.items()
+                    if name not in known})
 
 # %% ../nbs/06_published.ipynb #929fc615
 def in_fractions(
@@ -393,7 +420,7 @@ def in_fractions(
               for n in which.groupby(records["model"]).sum() if n]
     return (values / unit).where(right), passed
 
-# %% ../nbs/06_published.ipynb #7f796349
+# %% ../nbs/06_published.ipynb #96601cdd
 @dataclass(frozen=True)
 class Numbering:
     "How the numbers of checkpoints became epochs."
@@ -402,7 +429,7 @@ class Numbering:
     evidence: str
     certain: bool
 
-
+# %% ../nbs/06_published.ipynb #bba2436e
 def by_counts(
     numbers: set[int],  # of a model's checkpoints
     epochs: set[int],   # of its records
@@ -427,7 +454,8 @@ def find_numbering(
         if choices:
             offset = max(choices, key=choices.get)
             why = "no other numbers were all recorded" if certain else "the last checkpoint meets the last record"
-            return Numbering(offset, f"{why}, in {choices[offset]} of {votes.total()} models", certain and len(choices) == 1)
+            return Numbering(offset, f"{why}, in {choices[offset]} of {votes.total()} models", certain
+                             and len(choices) == 1)
     return Numbering(0, f"as they are named; the records of {votes.total()} models tell nothing of it", False)
 
 # %% ../nbs/06_published.ipynb #329ed42c
@@ -455,7 +483,7 @@ class PublishedZoo:
     passed_over: pd.DataFrame            # kind, name, reason, times, models: what else was not used, or is missing
     numbering: Numbering                 # how the numbers of checkpoints became epochs
 
-
+# %% ../nbs/06_published.ipynb #784e5462
 LIMIT = 5.0  # of absolute weights, as in the authors' preprocessing
 
 
@@ -481,16 +509,14 @@ def read_records(
         factors, passed = read_factors(read(files.params, LIMITS.json))
     except Exception as error:
         return Found(reason=one_line(error))
-    found = Found(factors, passed=passed)
     try:
-        found.recorded = read_result(read(files.result, LIMITS.json)) if files.result else Recorded()
+        recorded = read_result(read(files.result, LIMITS.json)) if files.result else Recorded()
     except Exception as error:  # the weights can do without
-        passed["record", "result.json", one_line(error, 100)] += 1
-    if not files.result:
-        passed["record", "result.json", "missing"] += 1
-    return found
+        recorded = Recorded(passed=Counter({("record", "result.json", one_line(error, 100)): 1}))
+    passed["record", "result.json", "missing"] += not files.result
+    return Found(factors, recorded, passed)
 
-
+# %% ../nbs/06_published.ipynb #b705548f
 def noted_offsets(
     models: Iterable[ModelFiles],       # of the zoo
     read: Callable[[str, int], bytes],  # reads a file
@@ -518,7 +544,7 @@ class Reading:
     rows: dict[int, np.ndarray]      # epoch -> float32 [models that have it, parameters]
     layouts: list[Layout] = field(default_factory=list)
 
-
+# %% ../nbs/06_published.ipynb #5e682f87
 def begin_reading(
     fitted: Fit,                   # of the zoo
     limit: float | None,           # of absolute weights
@@ -527,9 +553,10 @@ def begin_reading(
     "Make room for the weights that there are, and no more."
     place = {epoch: {model: i for i, model in enumerate(sorted(models))} for epoch, models in present.items()}
     width = len(fitted.bounded)
-    return Reading(fitted, limit, place, {epoch: np.empty((len(models), width), np.float32) for epoch, models in place.items()})
+    return Reading(fitted, limit, place, {epoch: np.empty((len(models), width), np.float32) for epoch,
+                                          models in place.items()})
 
-
+# %% ../nbs/06_published.ipynb #6b9cf846
 def put_weights(
     reading: Reading,                            # where to put them
     model: int,                                  # whose
@@ -558,8 +585,10 @@ def first_fit(
             return fit(shapes_of(read_tensors(read(name, LIMITS.checkpoint), [])))
         except Exception as error:
             reason = one_line(error)
-    raise UserError(f"No model of this zoo can be read ({reason}): a published zoo has a folder per model with params.json, result.json and "
-                    f"checkpoint_NNNNNN/checkpoints, and its models are of a known architecture ({', '.join(ARCHITECTURES)}).")
+    raise UserError(f"No model of this zoo can be read ({reason}): a published zoo has a folder per model with "
+                    "params.json, result.json and "
+                    f"checkpoint_NNNNNN/checkpoints, and its models are of a known architecture "
+                    f"({', '.join(ARCHITECTURES)}).")
 
 # %% ../nbs/06_published.ipynb #c6818ac1
 def wanted_epochs(
@@ -591,40 +620,64 @@ def read_raw(
         models = find_models(names)
         fitted = first_fit(models, read)
         found = list(pool.map(lambda files: read_records(files, read), models.values()))
-        told = sum((one.recorded.offsets for one in found), Counter()) or noted_offsets(models.values(), read)
-        pairs = [(set(files.checkpoints), set(one.recorded.values)) for files, one in zip(models.values(), found)]
-        numbering = find_numbering(told, pairs)
-        reading = read_weights(path, models, found, numbering, (fitted, limit, epochs), read, (pool, progress))
-    folders = [folder.rpartition("/")[2] or path.stem for folder in models]
-    return collect(path.stem, reading, folders, found, numbering)
+        numbering = number_checkpoints(models, found, read)
+        files = [{number + numbering.offset: name for number, name in one.checkpoints.items()}
+                 for one in models.values()]
+        reading = begin_reading(fitted, limit, present_models(files, found, epochs))
+        bar = lambda function, items: list(tqdm(pool.map(function, items), total=len(items), desc=path.name,
+                                                unit=" models",
+                                                disable=not progress))
+        read_weights(reading, files, found, read, bar)
+    return collect(path.stem, reading, [folder.rpartition("/")[2] or path.stem for folder in models], found, numbering)
 
-# %% ../nbs/06_published.ipynb #35ef7fb2
-def read_weights(
-    path: Path,                         # of the zoo
-    models: dict[str, ModelFiles],      # its files
-    found: list[Found],                 # what is known of every model
-    numbering: Numbering,               # of checkpoints
-    wanted: tuple[Fit, float | None, Sequence[int] | str | None],  # architecture, limit of weights, epochs
+# %% ../nbs/06_published.ipynb #f5049360
+def number_checkpoints(
+    models: dict[str, ModelFiles],      # of the zoo
+    found: list[Found],                 # their records
     read: Callable[[str, int], bytes],  # reads a file
-    how: tuple[ThreadPoolExecutor, bool],  # who reads, and whether a bar is shown
-) -> Reading:
-    "Read the weights of a raw zoo."
-    fitted, limit, epochs = wanted
-    files = [{number + numbering.offset: name for number, name in one.checkpoints.items()} for one in models.values()]
+) -> Numbering:
+    "Find out how the checkpoints of a raw zoo are numbered."
+    told = sum((one.recorded.offsets for one in found), Counter()) or noted_offsets(models.values(), read)
+    pairs = [(set(files.checkpoints), set(one.recorded.values)) for files, one in zip(models.values(), found)]
+    return find_numbering(told, pairs)
+
+# %% ../nbs/06_published.ipynb #67b740d6
+def present_models(
+    files: list[dict[int, str]],         # of every model: epoch -> name of the checkpoint
+    found: list[Found],                  # what is known of every model
+    epochs: Sequence[int] | str | None,  # which are wanted
+) -> dict[int, set[int]]:                # epoch -> models that have it
+    "Which models have which epoch; raises `UserError` for an epoch that none has."
     chosen = wanted_epochs(epochs, (epoch for own in files for epoch in own))
-    reading = begin_reading(fitted, limit, {epoch: {i for i, own in enumerate(files) if epoch in own and not found[i].reason} for epoch in chosen})
+    return {epoch: {i for i, own in enumerate(files) if epoch in own and not found[i].reason} for epoch in chosen}
+
+# %% ../nbs/06_published.ipynb #1dade912
+def read_weights(
+    reading: Reading,                   # where to put them
+    files: list[dict[int, str]],        # of every model: epoch -> name of the checkpoint
+    found: list[Found],                 # what is known of every model
+    read: Callable[[str, int], bytes],  # reads a file
+    progress: Callable,                 # maps a function over the models
+) -> None:
+    "Read the weights of a raw zoo."
+    def load(name: str) -> dict[str, np.ndarray]:
+        return read_tensors(read(name, LIMITS.checkpoint), reading.layouts)
 
     def read_one(model: int) -> None:
-        load = lambda name: read_tensors(read(name, LIMITS.checkpoint), reading.layouts)
-        for epoch in chosen if not found[model].reason else ():
+        for epoch in reading.place if not found[model].reason else ():
             if epoch in files[model]:
                 put_weights(reading, model, found[model], epoch, load, files[model][epoch])
             else:
-                last = f"no checkpoint of this epoch; the last one is of epoch {max(files[model])}" if files[model] else "no checkpoint at all"
-                found[model].reasons[epoch] = last
+                found[model].reasons[epoch] = no_checkpoint(files[model])
 
-    list(tqdm(how[0].map(read_one, range(len(files))), total=len(files), desc=path.name, unit=" models", disable=not how[1]))
-    return reading
+    progress(read_one, range(len(files)))
+
+# %% ../nbs/06_published.ipynb #df7e5899
+def no_checkpoint(
+    files: dict[int, str],  # of a model, by epoch
+) -> str:
+    "Why there is no checkpoint of an epoch."
+    return f"no checkpoint of this epoch; the last one is of epoch {max(files)}" if files else "no checkpoint at all"
 
 # %% ../nbs/06_published.ipynb #092bf91b
 def collect(
@@ -639,24 +692,28 @@ def collect(
     left_out = left_out_table(folders, found)
     good = [i for i, model in enumerate(found) if not model.reason and len(model.reasons) < len(reading.rows)]
     if not good:
-        raise UserError(f"No model of {name} could be used; the first of them was left out because: {left_out['reason'].iloc[0]}.")
+        raise UserError(f"No model of {name} could be used; the first of them was left out because: "
+                        f"{left_out['reason'].iloc[0]}.")
     number = {model: i for i, model in enumerate(good)}
     table = pd.DataFrame([found[i].factors | {"parent": folders[i]} for i in good])
     table.insert(0, "model", range(len(table)))
     populations = take_populations(reading, table, found, number)
     metrics, units = collect_records(name, reading.fitted, {number[i]: found[i].recorded.values for i in good})
-    beside = Counter({("checkpoint", what, "beside the weights"): 1 for layout in reading.layouts for what in layout.beside})
+    beside = Counter({("checkpoint", what, "beside the weights"): 1 for layout in reading.layouts
+                      for what in layout.beside})
     counts = [found[i].passed + found[i].recorded.passed for i in good]
-    return PublishedZoo(method_of(reading.fitted), populations, metrics, left_out, passed_table([*counts, *units, beside, passed or Counter()]), numbering)
+    return PublishedZoo(method_of(reading.fitted), populations, metrics, left_out,
+                        passed_table([*counts, *units, beside, passed or Counter()]), numbering)
 
-
+# %% ../nbs/06_published.ipynb #db5913d6
 def left_out_table(
     folders: Sequence[str],  # of all models
     found: Sequence[Found],  # every model
 ) -> pd.DataFrame:           # model, epoch (missing: all), reason
     "List what is left out."
     rows = [(folder, None, model.reason) for folder, model in zip(folders, found) if model.reason]
-    rows += [(folder, epoch, reason) for folder, model in zip(folders, found) for epoch, reason in sorted(model.reasons.items())]
+    rows += [(folder, epoch, reason) for folder, model in zip(folders, found) for epoch,
+             reason in sorted(model.reasons.items())]
     return pd.DataFrame(rows, columns=["model", "epoch", "reason"]).astype({"epoch": "Int64"})
 
 # %% ../nbs/06_published.ipynb #e3925a0b
@@ -678,7 +735,7 @@ def take_populations(
             populations[epoch] = cut_rows(weights, reading.fitted, factors)
     return populations
 
-
+# %% ../nbs/06_published.ipynb #d5d3b76d
 def cut_rows(
     rows: np.ndarray,       # float32 [models, parameters]
     fitted: Fit,            # what the columns are
@@ -687,7 +744,8 @@ def cut_rows(
     "Cut rows into parameters."
     ends = np.cumsum([math.prod(shape) for _, _, shape in fitted.columns])
     parts = np.split(rows, ends[:-1], axis=1)
-    weights = {ours: torch.from_numpy(np.ascontiguousarray(part)).reshape(-1, *shape) for (_, ours, shape), part in zip(fitted.columns, parts)}
+    weights = {ours: torch.from_numpy(np.ascontiguousarray(part)).reshape(-1, *shape) for (_, ours, shape),
+               part in zip(fitted.columns, parts)}
     return Population(weights, models, fitted.architecture)
 
 # %% ../nbs/06_published.ipynb #adcd676d
@@ -697,7 +755,7 @@ def method_of(
     "Tell twins from originals."
     return "vd" if any("log_sigma2" in ours for _, ours, _ in fitted.columns) else "original"
 
-
+# %% ../nbs/06_published.ipynb #d50bd32a
 def collect_records(
     zoo: str,                                      # name of the zoo
     fitted: Fit,                                   # its architecture
@@ -705,13 +763,14 @@ def collect_records(
 ) -> tuple[pd.DataFrame, list[Passed]]:            # tidy; what was changed, model by model
     "Put the records of all models into one frame, as fractions."
     rows = [(model, epoch, *row) for model, records in values.items() for epoch, row in records.items()]
-    records, changed = pd.DataFrame(rows, columns=["model", "epoch", *RESULT_KEYS]).astype(dict.fromkeys(RESULT_KEYS, float)), []
+    records, changed = pd.DataFrame(rows, columns=["model", "epoch", *RESULT_KEYS]).astype(dict.fromkeys(RESULT_KEYS,
+                                                                                                         float)), []
     for column in ("train_acc", "test_acc", "sparsity_ratio"):
         records[column], passed = in_fractions(records, column)
         changed += passed
     return recorded_metrics(zoo, method_of(fitted), records, list(layer_names(build(fitted.architecture)))), changed
 
-
+# %% ../nbs/06_published.ipynb #ef0812b3
 def recorded_metrics(
     zoo: str,                # name of the zoo
     method: str,             # "original" or "vd"
@@ -721,10 +780,12 @@ def recorded_metrics(
     "What the authors recorded, in the columns of zootwins.metrics. Sparsity by layer was not recorded of twins, nor agreement of either."
     dense = method == "original"
     by_layer = {f"sparsity_{layer}": 0.0 if dense else np.nan for layer in layers}
-    frame = records.assign(zoo=zoo, method=method, level=np.nan, ggap=records["train_acc"] - records["test_acc"], agreement=np.nan,
+    frame = records.assign(zoo=zoo, method=method, level=np.nan, ggap=records["train_acc"] - records["test_acc"],
+                           agreement=np.nan,
                            sparsity=0.0 if dense else records["sparsity_ratio"], **by_layer)
     measures = ["train_acc", "test_acc", "ggap", "train_loss", "test_loss", "sparsity", *by_layer, "agreement"]
-    return frame[["zoo", "method", "level", "model", "epoch", *measures]].astype({"model": int, "epoch": int, **dict.fromkeys(measures, float)})
+    return frame[["zoo", "method", "level", "model", "epoch", *measures]].astype({"model": int, "epoch": int,
+                                                                                  **dict.fromkeys(measures, float)})
 
 # %% ../nbs/06_published.ipynb #f7c4105a
 EXPECTED = {"checkpoints_to_datasets.dataset_base.ModelDatasetBase", "pathlib.PosixPath", "pathlib.PurePosixPath"}
@@ -739,20 +800,22 @@ class State:
     state: object                 # its state dict, or whatever is there
     properties: dict[str, object]  # of the authors' names
 
-
+# %% ../nbs/06_published.ipynb #75c04771
 def find_parts(
     saved: object,   # what the file describes
     passed: Passed,  # to count in
 ) -> list[dict[str, object]]:  # attributes of the parts
     "Find training, validation and test part; raises `ValueError` that says what is there instead."
     parts = saved if isinstance(saved, dict) else {}
-    found = [part.state for part in parts.values() if isinstance(part, Record) and isinstance(part.state.get("data_in"), list)]
+    found = [part.state for part in parts.values() if isinstance(part, Record) and isinstance(part.state.get("data_in"),
+                                                                                              list)]
     if not found:
         try:
             find_state(saved)
         except ValueError as error:
             raise ValueError(f"it is no preprocessed zoo: none of its parts has a list data_in; {one_line(error)}") from error
-        raise ValueError("it is one model's state dict; give the folder of a zoo, or stack such files by zootwins.population.from_state_dicts")
+        raise ValueError("it is one model's state dict; give the folder of a zoo, or stack such files by "
+                         "zootwins.population.from_state_dicts")
     for name, part in parts.items():
         if not isinstance(part, Record) or not any(part.state is one for one in found):
             passed["part", one_line(name, 60), "holds no states"] += 1
@@ -764,24 +827,33 @@ def part_states(
     passed: Passed,           # to count in
 ) -> Iterator[State]:
     "The states of a part; raises `ValueError` if it has another form."
-    labels, states, properties = part.get("labels_in"), part["data_in"], part.get("properties")
+    labels, states = part.get("labels_in"), part["data_in"]
     if not isinstance(labels, list) or len(labels) != len(states):
         raise ValueError("its labels_in is no list with a label for each state")
-    if not isinstance(properties, dict):
-        passed["property", "properties", "there are none"] += 1
-        properties = {}
-    for name, values in properties.items():
-        if not isinstance(values, list) or len(values) != len(labels):
-            passed["property", one_line(name, 60), "is no list with a value for each state"] += 1
-        elif name not in PROPERTY_NAMES.values() and name not in ("test_acc", "ggap", "training_iteration"):
-            passed["property", one_line(name, 60), "not known here"] += 1
-    usable = {name: values for name, values in properties.items() if isinstance(values, list) and len(values) == len(labels)}
+    properties = usable_properties(part.get("properties"), len(labels), passed)
     for i, (label, state) in enumerate(zip(labels, states)):
         match = re.fullmatch(r"(.*?)#_#epoch_(\d{1,9})(#_#.*)?", label, re.S) if isinstance(label, str) else None
         if match:
-            yield State(match[1], int(match[2]), state, {name: values[i] for name, values in usable.items()})
+            yield State(match[1], int(match[2]), state, {name: values[i] for name, values in properties.items()})
         else:
             passed["state", "a label", "not understood"] += 1
+
+# %% ../nbs/06_published.ipynb #0a1b7c04
+def usable_properties(
+    properties: object,  # of a part
+    n: int,              # states of it
+    passed: Passed,      # to count in
+) -> dict[str, list]:    # lists of n values
+    "Which properties of a part can be read."
+    if not isinstance(properties, dict):
+        passed["property", "properties", "there are none"] += 1
+        return {}
+    for name, values in properties.items():
+        if not isinstance(values, list) or len(values) != n:
+            passed["property", one_line(name, 60), "is no list with a value for each state"] += 1
+        elif name not in (*PROPERTY_NAMES.values(), "test_acc", "ggap", "training_iteration"):
+            passed["property", one_line(name, 60), "not known here"] += 1
+    return {name: values for name, values in properties.items() if isinstance(values, list) and len(values) == n}
 
 # %% ../nbs/06_published.ipynb #a13a95d3
 PROPERTY_NAMES = {ours: names[0] for ours, names in FACTOR_NAMES.items() if ours != "seed"}
@@ -800,14 +872,16 @@ def property_factors(
     numbers = {name: read_number(name, given[name]) for name in ("lr", "wd", "dropout")}
     return {"seed": -1, **texts, **numbers, "origin": ""}
 
-
+# %% ../nbs/06_published.ipynb #ab156064
 def property_record(
     state: State,    # of a model
     passed: Passed,  # to count in
 ) -> tuple[float, ...]:  # RESULT_KEYS
     "The accuracies that a preprocessed file tells of a state."
-    test, gap = (recorded_value({"test_acc": state.properties.get(name)}, "test_acc", Counter()) for name in ("test_acc", "ggap"))
-    passed.update(("value", name, "not recorded") for name, value in (("test_acc", test), ("ggap", gap)) if math.isnan(value))
+    test, gap = (recorded_value({"test_acc": state.properties.get(name)}, "test_acc", Counter())
+                 for name in ("test_acc", "ggap"))
+    passed.update(("value", name, "not recorded") for name, value in (("test_acc", test), ("ggap", gap))
+                  if math.isnan(value))
     return (math.nan, test + gap, math.nan, test, math.nan)
 
 # %% ../nbs/06_published.ipynb #5c385314
@@ -845,16 +919,30 @@ def read_preprocessed(
     passed: Passed = Counter()
     with open_saved(path) as (archive, data):
         try:
-            members = zip_members(archive, data)
-            saved = unpickle(checked(data, members["data.pkl"]))
-            states = [state for part in find_parts(saved.value, passed) for state in part_states(part, passed)]
+            members, states = find_states(archive, data, passed)
             fitted = first_state_fit(states, data, members)
         except Exception as error:  # a broken file raises whatever its fields lead to
-            raise UserError(f"{path} was not read ({one_line(error)}): give a preprocessed dataset_*.pt of a published zoo, or the raw zoo.") from error
-        passed.update({("class", one_line(name, 60), "only its attributes were read, if any"): n for name, n in saved.unknown.items() if name not in EXPECTED})
-        folders, found, reading = read_states(states, fitted, limit, epochs, (data, members), path.name if progress else "")
+            raise UserError(f"{path} was not read ({one_line(error)}): give a preprocessed dataset_*.pt, or the "
+                            "raw zoo.") from error
+        place, present = places_of(states, epochs)
+        reading = begin_reading(fitted, limit, present)
+        found = read_states(states, reading, place, (data, members), path.name if progress else "")
     told = Counter(n - s.epoch for s in states if type(n := s.properties.get("training_iteration")) is int)
-    return collect(path.stem, reading, [PurePosixPath(folder).name for folder in folders], found, label_numbering(told), passed)
+    return collect(path.stem, reading, [PurePosixPath(name).name for name in place], found, label_numbering(told),
+                   passed)
+
+# %% ../nbs/06_published.ipynb #97faf122
+def find_states(
+    archive: zipfile.ZipFile,  # a preprocessed file
+    data: mmap.mmap,           # all of it
+    passed: Passed,            # to count in
+) -> tuple[dict[str, Member], list[State]]:  # where the numbers are, and all states
+    "Read the description of a preprocessed file; raises `ValueError` if it is that of something else."
+    members = zip_members(archive, data)
+    value, unknown = unpickle(checked(data, members["data.pkl"]))
+    why = "only its attributes were read, if any"
+    passed.update({("class", one_line(name, 60), why): n for name, n in unknown.items() if name not in EXPECTED})
+    return members, [state for part in find_parts(value, passed) for state in part_states(part, passed)]
 
 # %% ../nbs/06_published.ipynb #23d811ba
 def first_state_fit(
@@ -884,11 +972,12 @@ def open_saved(
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({one_line(error)}).") from error
     if start == OLD:
-        raise UserError(f"{path} was saved by PyTorch before 1.6, without checksums: load and save it with a current PyTorch, or use the raw zoo.")
+        raise UserError(f"{path} was saved by PyTorch before 1.6, without checksums: load and save it with a "
+                        "current PyTorch, or use the raw zoo.")
     with open_zip(path) as opened:
         yield opened
 
-
+# %% ../nbs/06_published.ipynb #576e4c5d
 def label_numbering(
     told: Counter[int],  # recorded iteration minus epoch of the label, over all states
 ) -> Numbering:
@@ -897,32 +986,41 @@ def label_numbering(
     evidence = f"as the labels say; {told[0]} of {told.total()} recorded iterations are the same"
     return Numbering(0, evidence, right and bool(told))
 
-# %% ../nbs/06_published.ipynb #55eec04f
+# %% ../nbs/06_published.ipynb #de1c8b85
 def read_states(
     states: list[State],                 # of the whole file
-    fitted: Fit,                         # their architecture
-    limit: float | None,                 # of absolute weights
-    epochs: Sequence[int] | str | None,  # which
+    reading: Reading,                    # where to put their weights
+    place: dict[str, int],               # path of a model -> its position
     opened: tuple[mmap.mmap, dict[str, Member]],  # the file, and where its storages are
     title: str,                          # of the bar; empty: none
-) -> tuple[list[str], list[Found], Reading]:  # paths of models, what is known of them, their weights
+) -> list[Found]:                        # what is known of every model
     "Read the states of a preprocessed file."
-    folders = sorted({state.path for state in states})
-    place, found = {folder: i for i, folder in enumerate(folders)}, [Found() for _ in folders]
-    chosen = wanted_epochs(epochs, (state.epoch for state in states))
-    present = {epoch: {place[state.path] for state in states if state.epoch == epoch} for epoch in chosen}
-    reading = begin_reading(fitted, limit, present)
-    for model, own in enumerate(found):
-        own.reasons.update((epoch, "not in the file") for epoch in chosen if model not in present[epoch])
+    found = [Found(reasons={epoch: "not in the file" for epoch, has in reading.place.items() if i not in has})
+             for i in place.values()]
     seen, whole, labels = set(), set(), set()
     for state in tqdm(states, desc=title, unit=" states", disable=not title):
-        model = place[state.path]
-        found[model].passed["state", "an epoch that comes twice", "the later one counts"] += (model, state.epoch) in labels
-        labels.add((model, state.epoch))
-        read_state(state, found[model])
-        if state.epoch in present and not found[model].reason:
-            put_weights(reading, model, found[model], state.epoch, mapped_tensors, *opened, state.state, whole, seen)
-    return folders, found, reading
+        model = found[place[state.path]]
+        model.passed["state", "an epoch that comes twice", "the later one counts"] += (state.path,
+                                                                                       state.epoch) in labels
+        labels.add((state.path, state.epoch))
+        read_state(state, model)
+        if state.epoch in reading.place and not model.reason:
+            put_weights(reading, place[state.path], model, state.epoch, mapped_tensors, *opened, state.state, whole,
+                        seen)
+    return found
+
+# %% ../nbs/06_published.ipynb #e19fe31f
+def places_of(
+    states: list[State],                 # of a preprocessed file
+    epochs: Sequence[int] | str | None,  # which are wanted
+) -> tuple[dict[str, int], dict[int, set[int]]]:  # path of a model -> its position; epoch -> positions of those that have it
+    "Number the models of a preprocessed file; raises `UserError` for an epoch that none has."
+    place = {path: i for i, path in enumerate(sorted({state.path for state in states}))}
+    present: dict[int, set[int]] = {epoch: set() for epoch in wanted_epochs(epochs, (state.epoch for state in states))}
+    for state in states:
+        if state.epoch in present:
+            present[state.epoch].add(place[state.path])
+    return place, present
 
 # %% ../nbs/06_published.ipynb #d1e4a356
 def read_state(
@@ -950,7 +1048,8 @@ def read_zoo(
     "Read a published zoo; raises `UserError` if there is no model in it that can be used."
     path = Path(path).expanduser()
     if not path.exists():
-        raise UserError(f"There is no zoo at {path}: give the folder or the zip file of a published zoo, or one of its preprocessed .pt files.")
+        raise UserError(f"There is no zoo at {path}: give the folder or the zip file of a published zoo, or one "
+                        "of its preprocessed .pt files.")
     if not path.is_dir() and path.suffix in (".pt", ".pth"):
         return read_preprocessed(path, epochs, limit, progress)
     return read_raw(path, epochs, limit, progress, workers)
@@ -967,7 +1066,7 @@ def _state_dict(
             state[f"{name}_bias"] = torch.full_like(state[name.replace("log_sigma2", "bias")], -10.0)
     return state
 
-
+# %% ../nbs/06_published.ipynb #8d1b2181
 def _params(
     model: pd.Series,    # generating factors
     architecture: str,   # of the zoo
@@ -980,10 +1079,11 @@ def _params(
     factors = {names[0]: model[ours] for ours, names in FACTOR_NAMES.items()}
     momentum = {"optim::momentum": 0.9} if model["optimizer"] == "sgd" else {}
     parent = {"training::init_checkpoint_path": model.get("origin") or model["parent"]} if variational else {}
-    return {"model::type": kind, "model::channels_in": channels, "model::o_dim": 10, "cuda": False, "training::batchsize": 10, "training::epochs_train": epochs,
+    return {"model::type": kind, "model::channels_in": channels, "model::o_dim": 10, "cuda": False,
+            "training::batchsize": 10, "training::epochs_train": epochs,
             "training::start_epoch": 1, "training::output_epoch": 1, "training::val_epochs": 1, "training::checkpoint_dir": None, **factors, **momentum, **parent}
 
-
+# %% ../nbs/06_published.ipynb #16d90924
 def write_zoo(
     populations: dict[int, Population],  # by epoch; models have a column `model`
     metrics: pd.DataFrame,               # tidy, of one method and level
@@ -1001,27 +1101,29 @@ def write_zoo(
                     path.parent.mkdir(parents=True, exist_ok=True)
                     torch.save(_state_dict(population, i), path)
             for _, model in _all_models(populations).iterrows():
-                _write_records(temporary / _folder_name(model), model, next(iter(populations.values())), metrics[metrics["model"] == model["model"]])
+                _write_records(temporary / _folder_name(model), model, next(iter(populations.values())),
+                               metrics[metrics["model"] == model["model"]])
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
     return folder
 
-
+# %% ../nbs/06_published.ipynb #785ecb82
 def _folder_name(
     model: pd.Series,  # with model and seed
 ) -> str:              # as Ray named a trial, without its date
     "Name a model's folder."
     return f"NN_tune_trainable_zootwins_{model['model']:05d}_{model['model']}_seed={model['seed']}"
 
-
+# %% ../nbs/06_published.ipynb #17226ddf
 def _all_models(
     populations: dict[int, Population],  # by epoch
 ) -> pd.DataFrame:                       # every model once
     "The models of all epochs."
-    return pd.concat([population.models for population in populations.values()]).drop_duplicates("model").sort_values("model")
+    return pd.concat([population.models
+                      for population in populations.values()]).drop_duplicates("model").sort_values("model")
 
-
+# %% ../nbs/06_published.ipynb #482ce598
 def _write_records(
     folder: Path,            # of the model
     model: pd.Series,        # generating factors
@@ -1031,14 +1133,16 @@ def _write_records(
     "Write params.json and result.json."
     variational = any("log_sigma2" in name for name in population.weights)
     channels, last = next(iter(population.weights.values())).shape[2], metrics["epoch"].max() if len(metrics) else None
-    (folder / "params.json").write_text(json.dumps(_params(model, population.architecture, channels, variational, last), indent=4, default=_plain), encoding="utf-8")
+    (folder / "params.json").write_text(json.dumps(_params(model, population.architecture, channels, variational, last),
+                                                   indent=4, default=_plain), encoding="utf-8")
     lines = []
     for row in metrics.sort_values("epoch").to_dict("records"):
-        record = {key: row[key] for key in RESULT_KEYS[:4]} | ({"sparsity_ratio": row["sparsity"]} if variational else {})
+        record = {key: row[key] for key in RESULT_KEYS[:4]} | ({"sparsity_ratio": row["sparsity"]} if variational
+                                                               else {})
         lines.append(json.dumps({"training_iteration": row["epoch"], **record}, default=_plain))
     (folder / "result.json").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
-
+# %% ../nbs/06_published.ipynb #2c14741a
 def _plain(
     value: object,  # a number of numpy's
 ) -> object:        # Python's own
@@ -1073,8 +1177,10 @@ ZENODO: dict[str, ZenodoRecord] = {
     "eurosat": ZenodoRecord("EuroSAT, CNN small, raw", 8141666, None, False),
     "mnist_sparsified": ZenodoRecord("MNIST, variational twins, raw", 7023335, 7023336, False),
     "svhn_sparsified": ZenodoRecord("SVHN, variational twins, raw", 7027566, 7027567, False),
-    "cifar10_sample": ZenodoRecord("A sample of CIFAR-10, CNN large, epochs 21 to 25", None, 13144018, True, {"cifar10_cnn_sample_ep21-25.zip": ""}),
-    "weight_space_2021": ZenodoRecord("Zoos of Schürholt et al. 2021", None, 5645138, True, {"dataset_21_mnist_seed.pt": "", "dataset_31_f-mnist_seed.pt": ""}),
+    "cifar10_sample": ZenodoRecord("A sample of CIFAR-10, CNN large, epochs 21 to 25", None, 13144018, True,
+                                   {"cifar10_cnn_sample_ep21-25.zip": ""}),
+    "weight_space_2021": ZenodoRecord("Zoos of Schürholt et al. 2021", None, 5645138, True,
+                                      {"dataset_21_mnist_seed.pt": "", "dataset_31_f-mnist_seed.pt": ""}),
 }
 
 # %% ../nbs/06_published.ipynb #903bcf5f
@@ -1114,7 +1220,7 @@ class Resuming:
                     raise requests.ConnectionError("the connection ended early")
         self.part.replace(output_file)
 
-
+# %% ../nbs/06_published.ipynb #18252c31
 def record_files(
     record: int,        # number of a version
     site: str = SITE,   # that has it
@@ -1124,7 +1230,7 @@ def record_files(
     response.raise_for_status()
     return {file["key"]: file["checksum"] for file in response.json()["files"]}
 
-
+# %% ../nbs/06_published.ipynb #f8cef5ce
 def download(
     name: str,                   # a key of ZENODO
     file: str,                   # of its files
@@ -1135,7 +1241,8 @@ def download(
     "Fetch a published file if it is not there yet; raises `UserError` with its address if that fails."
     record = ZENODO[check_name(name, ZENODO, "record")]
     if record.record is None:
-        raise UserError(f"It is not known which version of {name} has the files: look at https://doi.org/10.5281/zenodo.{record.concept} and give the file to read_zoo.")
+        raise UserError(f"It is not known which version of {name} has the files: look at "
+                        f"https://doi.org/10.5281/zenodo.{record.concept} and give the file to read_zoo.")
     folder = folder or data_folder() / "published" / name
     path, url = folder / file, f"{site}/records/{record.record}/files/{file}?download=1"
     if path.exists():
@@ -1149,8 +1256,10 @@ def download(
         raise
     except (OSError, KeyError) as error:
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        raise UserError(f"{file} could not be downloaded ({'no space left' if full else type(error).__name__}); what has come is kept: run again, "
+        raise UserError(f"{file} could not be downloaded ({'no space left' if full else type(error).__name__}); "
+                        "what has come is kept: run again, "
                         f"or fetch {url} by hand and put it into {folder}.") from error
     except ValueError as error:
         part.unlink(missing_ok=True)
-        raise UserError(f"{url} did not deliver the file whose checksum Zenodo gives ({checksum[file]}): run again, or fetch it by hand and put it into {folder}.") from error
+        raise UserError(f"{url} did not deliver the file whose checksum Zenodo gives ({checksum[file]}): run "
+                        f"again, or fetch it by hand and put it into {folder}.") from error

@@ -7,11 +7,12 @@ __all__ = ['APART', 'LONGER', 'PARAMETERS', 'Chain', 'check_chain', 'story_chain
            'phase_stage', 'read_candidates', 'read_soup', 'beginnings', 'make_phase', 'make_soups', 'reprune',
            'chain_table', 'story_table', 'soup_cells', 'story_gains']
 
-# %% ../nbs/45_soups.ipynb #a5f44a23
+# %% ../nbs/45_soups.ipynb #218e64f1
 import json
 import threading
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 
 import pandas as pd
@@ -24,9 +25,18 @@ from .plans import Plan, Stage, fingerprint
 from .population import Population
 from .schedules import check_schedule
 from .selectors import SELECTORS, prunable, prune, sparsity_per_phase
-from .store import commit, locked, missing_rows, open_store, read_predictions, read_stage, row_names, sweep
+from zootwins.store import (
+    drop_parts,
+    finished_rows,
+    locked,
+    open_store,
+    read_predictions,
+    read_stage,
+    read_stage_metrics,
+)
+from .store import row_names, sweep, write_manifest
 from .training import Recipe, on_device
-from .twins import Crew, Report, interruptible, make_blocks, made_by
+from .twins import Crew, Report, count_diverged, interruptible, make_blocks, made_by, take_stock
 from .workers import Bar, Executor
 
 # %% ../nbs/45_soups.ipynb #d863a300
@@ -200,38 +210,38 @@ def beginnings(
     before = read_candidates(plan, chain, number - 1)
     return [(before[before.models["copy"].to_numpy() == copy], [copy]) for copy in range(chain.m)]
 
-# %% ../nbs/45_soups.ipynb #8908208c
+# %% ../nbs/45_soups.ipynb #1ff6e95a
 def make_phase(
     plan: Plan,      # the zoo, whose originals are in the store
     chain: Chain,    # how
     number: int,     # of the phase, from 1
     crew: Crew,      # who works
+    show: bool,      # draw a bar
 ) -> Report:
     "Make what is missing of a phase."
     started, folder, stage = time.monotonic(), plan.folder, phase_stage(plan, chain, number)
     with locked(folder, stage.name):
         sweep(folder, stage.name)
-        missing, blocks = missing_rows(folder, stage.name, stage.rows, stage.last_epoch), []
+        taken_up, there = take_stock(folder, stage.name), finished_rows(folder, stage.name)
+        missing, blocks = stage.rows[[name not in there for name in row_names(stage.rows)]], []
         if len(missing):
             write_json(phase_settings(plan, chain, number), folder / f"{stage.name}.settings.json")
             predictions = read_predictions(folder, "original")
             for models, which in beginnings(plan, chain, number, crew.images):
-                rows = missing[missing["copy"].isin(which)]
+                rows = missing[missing["copy"].isin(which)].reset_index(drop=True)
                 blocks += cut_blocks(replace(stage, rows=rows), crew.engine, models, predictions) if len(rows) else []
-        bar = crew.bar or Bar(f"{plan.zoo.name}, phase {number} of {chain.phases}", crew.show and len(blocks) > 0)
-        bar.expect(len(missing) * stage.recipe.epochs * len(crew.images.x_train), len(blocks))
-        try:
+        with closing(Bar(f"{plan.zoo.name}, phase {number} of {chain.phases}", show)) as bar:
+            bar.expect(len(missing) * stage.recipe.epochs * len(crew.images.x_train), len(blocks))
             samples = make_blocks(blocks, crew, folder, bar) if blocks else 0
-        finally:
-            if crew.bar is None:
-                bar.close()
         report = Report(
             stage.name, len(missing), len(stage.rows) - len(missing), time.monotonic() - started, samples, 0
         )
-        commit(folder, stage.name, made_by(report, crew, None) if blocks else None)
-    return report
+        if blocks or taken_up is not None:
+            write_manifest(folder, stage.name, made_by(report, crew, None) | {"taken_up": taken_up or 0})
+        drop_parts(folder / "parts", stage.name, there | set(row_names(missing)))
+    return replace(report, diverged=count_diverged(stage, read_stage_metrics(folder, stage.name)))
 
-# %% ../nbs/45_soups.ipynb #4aa18668
+# %% ../nbs/45_soups.ipynb #22e04b30
 def make_soups(
     plan: Plan,                # the zoo, whose originals are in the store
     images: Images,            # to train on, to choose by, and to judge by
@@ -243,9 +253,11 @@ def make_soups(
     chains = [check_chain(chain) for chain in chains]
     open_store(plan.folder, fingerprint(plan, images))
     on = images if workers else on_device(images, plan.device)
-    crew = Crew(plan.engine, plan.device, on, plan.zoo.image_size, workers, None, progress, threading.Event())
+    crew = Crew(plan.engine, plan.device, on, plan.zoo.image_size, workers, threading.Event())
     with interruptible(plan.folder, crew.stop):
-        return [make_phase(plan, chain, number, crew) for chain in chains for number in range(1, chain.phases + 1)]
+        return [
+            make_phase(plan, chain, number, crew, progress) for chain in chains for number in range(1, chain.phases + 1)
+        ]
 
 # %% ../nbs/45_soups.ipynb #a7ece8bc
 def reprune(

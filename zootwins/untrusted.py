@@ -24,7 +24,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -61,7 +61,7 @@ def read_file(
     with open(path, "rb") as file:
         return file.read(limit)
 
-
+# %% ../nbs/01_untrusted.ipynb #c4108ef0
 def ordinary_size(
     path: Path,  # of a file
 ) -> int:        # its size in bytes
@@ -71,7 +71,7 @@ def ordinary_size(
         raise ValueError(f"{path.name} is not an ordinary file")
     return status.st_size
 
-
+# %% ../nbs/01_untrusted.ipynb #a75f3629
 def check_size(
     name: str,    # of a file
     size: int,    # in bytes
@@ -92,7 +92,7 @@ class Stored(NamedTuple):
     shape: tuple[int, ...]
     stride: tuple[int, ...]   # in numbers
 
-
+# %% ../nbs/01_untrusted.ipynb #b471804c
 class Record:
     "An object of a class that is not known here: its attributes alone."
 
@@ -101,7 +101,7 @@ class Record:
     def __init__(self, name: str):
         self.name, self.state = name, {}
 
-
+# %% ../nbs/01_untrusted.ipynb #962acb89
 class Asked(NamedTuple):
     "A name that a pickle asks for, and what stands in for it."
 
@@ -131,7 +131,7 @@ def stored_tensor(
         raise pickle.UnpicklingError("a tensor reaches beyond its numbers")
     return Stored(storage.key, storage.dtype, storage.count, offset, shape, stride)
 
-
+# %% ../nbs/01_untrusted.ipynb #2b7b47a2
 class Storage(NamedTuple):
     "The numbers of one or more tensors."
 
@@ -148,7 +148,7 @@ class Kind:
     def __init__(self, code: object, *rest: object):
         self.code = code if type(code) is str and re.fullmatch("[fiub][1248]", code) else ""
 
-
+# %% ../nbs/01_untrusted.ipynb #4d2deec0
 def plain_number(
     kind: object,  # a Kind
     raw: object,   # bytes
@@ -158,7 +158,7 @@ def plain_number(
         raise pickle.UnpicklingError("it holds a number of an unknown kind")
     return np.frombuffer(raw, kind.code)[0].item()
 
-
+# %% ../nbs/01_untrusted.ipynb #2fdfff5b
 def plain_bytes(
     text: object,      # one character for each byte
     *rest: object,     # the encoding, which is latin1
@@ -247,7 +247,7 @@ def instruction(
         return method
     return register
 
-
+# %% ../nbs/01_untrusted.ipynb #cc44055d
 @instruction(pickle.REDUCE, pickle.NEWOBJ)
 def call(
     machine: Unpickler,  # with a name and arguments on its stack
@@ -268,7 +268,7 @@ def call_with_names(machine: Unpickler) -> None:
     machine.stack.pop()
     call(machine)
 
-
+# %% ../nbs/01_untrusted.ipynb #50b23820
 @instruction(pickle.BUILD)
 def set_attributes(machine: Unpickler) -> None:
     "Give a record its attributes; those of dictionaries are not needed."
@@ -295,14 +295,14 @@ def put(
         else:
             machine.unknown[f"a key of type {type(key).__name__}"] += 1
 
-
+# %% ../nbs/01_untrusted.ipynb #ab318f8c
 @instruction(pickle.SETITEM)
 def put_one(machine: Unpickler) -> None:
     "One key and its value."
     value, key = machine.stack.pop(), machine.stack.pop()
     put(machine, [key, value])
 
-
+# %% ../nbs/01_untrusted.ipynb #e97e0af8
 @instruction(pickle.SETITEMS)
 def put_many(machine: Unpickler) -> None:
     "Many keys and values."
@@ -320,39 +320,39 @@ def extend(
     elif type(target) is not Record:
         raise pickle.UnpicklingError("it fills something that is no list")
 
-
+# %% ../nbs/01_untrusted.ipynb #62063e82
 @instruction(pickle.APPEND)
 def append_one(machine: Unpickler) -> None:
     "One element."
     item = machine.stack.pop()
     extend(machine, [item])
 
-
+# %% ../nbs/01_untrusted.ipynb #ce6317f7
 @instruction(pickle.APPENDS, pickle.ADDITEMS)
 def append_many(machine: Unpickler) -> None:
     "Many elements, of a list or of what was a set."
     extend(machine, machine.pop_mark())
 
-
+# %% ../nbs/01_untrusted.ipynb #d08ea8c9
 @instruction(pickle.EMPTY_SET)
 def empty_set(machine: Unpickler) -> None:
     "A set is a list here."
     machine.append([])
 
-
+# %% ../nbs/01_untrusted.ipynb #a92e51bc
 @instruction(pickle.FROZENSET)
 def frozen_set(machine: Unpickler) -> None:
     "So is one that cannot be changed."
     machine.append(machine.pop_mark())
 
-# %% ../nbs/01_untrusted.ipynb #33171e35
+# %% ../nbs/01_untrusted.ipynb #11e714c5
 class Unpickled(NamedTuple):
     "What a pickle described."
 
     value: object
     unknown: Counter  # names that were replaced by records, and keys that were dropped
 
-
+# %% ../nbs/01_untrusted.ipynb #4a8b2e53
 def unpickle(
     program: bytes,  # a pickle
 ) -> Unpickled:
@@ -381,7 +381,7 @@ def open_zip(
                             "or give the folder that it was unpacked to.") from error
         yield archive, data
 
-
+# %% ../nbs/01_untrusted.ipynb #5fe90c3a
 def check_claims(
     members: list[zipfile.ZipInfo],  # of a zip
     size: int,                       # of the zip
@@ -412,7 +412,7 @@ def read_member(
         raise ValueError(f"{name} is damaged in the zip")
     return content
 
-
+# %% ../nbs/01_untrusted.ipynb #632481fb
 def inflate(
     content: bytes,  # deflated
     size: int,       # of the result
@@ -423,7 +423,7 @@ def inflate(
     except zlib.error as error:
         raise ValueError("it is damaged in the zip") from error
 
-
+# %% ../nbs/01_untrusted.ipynb #71693936
 def content_start(
     member: zipfile.ZipInfo,  # of a zip
     data: bytes | mmap.mmap,  # the whole zip
@@ -436,7 +436,7 @@ def content_start(
         raise ValueError("its table of contents is damaged")
     return at + 30 + name + extra
 
-# %% ../nbs/01_untrusted.ipynb #648eaac4
+# %% ../nbs/01_untrusted.ipynb #e77e63fc
 class Member(NamedTuple):
     "A part of a zip that is not compressed."
 
@@ -444,7 +444,7 @@ class Member(NamedTuple):
     length: int    # in bytes
     checksum: int  # CRC-32
 
-
+# %% ../nbs/01_untrusted.ipynb #feb3b1c7
 def checked(
     data: bytes | mmap.mmap,  # a zip
     member: Member,           # of it
@@ -466,8 +466,9 @@ def zip_members(
     for member in archive.infolist():
         if member.compress_type != zipfile.ZIP_STORED:
             raise ValueError("its parts are compressed, which PyTorch never does")
-        name = member.filename.partition("/")[2]
-        members[name] = Member(content_start(member, data), member.file_size, member.CRC)
+        with suppress(ValueError):  # a damaged part is missing, and missed by those who need it
+            members[member.filename.partition("/")[2]] = Member(content_start(member, data), member.file_size,
+                                                                member.CRC)
     if "data.pkl" not in members:
         raise ValueError("it holds no data.pkl")
     check_size("data.pkl", members["data.pkl"].length, max(LIMITS.pickle, len(data) // 3))
@@ -484,7 +485,7 @@ def is_tensor(value: object) -> bool:
     "Whether this is a tensor, in memory or in a file."
     return isinstance(value, (Stored, torch.Tensor, np.ndarray))
 
-
+# %% ../nbs/01_untrusted.ipynb #d61d31c1
 def find_state(
     saved: object,      # what was saved, in memory or as described by a file
 ) -> dict[str, object]:  # tensors by name, without prefixes
@@ -497,7 +498,7 @@ def find_state(
         saved = _inner_state(saved)
     raise ValueError("its state dict lies too deep: save module.state_dict() alone")
 
-
+# %% ../nbs/01_untrusted.ipynb #6fa3699b
 def _inner_state(
     saved: Mapping[str, object],  # not a state dict itself
 ) -> Mapping[str, object]:        # perhaps one
@@ -508,8 +509,10 @@ def _inner_state(
     if len(found) == 1:
         return saved[found[0]]
     if found:
-        raise ValueError(f"it holds {len(found)} state dicts ({', '.join(map(str, found))}): save the one that is meant")
-    other = next((f"{name!r} is {_what(value)}" for name, value in saved.items() if not is_tensor(value)), "it is empty")
+        raise ValueError(f"it holds {len(found)} state dicts ({', '.join(map(str, found))}): save the one that is "
+                         "meant")
+    other = next((f"{name!r} is {_what(value)}" for name, value in saved.items() if not is_tensor(value)),
+                 "it is empty")
     raise ValueError(f"it is not a state dict, whose values are all tensors: {one_line(other)}")
 
 # %% ../nbs/01_untrusted.ipynb #e7e92a49
@@ -521,7 +524,7 @@ def _what(
         return f"an object of {value.name}"
     return "a whole module" if isinstance(value, torch.nn.Module) else f"a value of type {type(value).__name__}"
 
-
+# %% ../nbs/01_untrusted.ipynb #05417fef
 def _without_prefixes(
     state: Mapping[str, object],  # a state dict
 ) -> dict[str, object]:
@@ -556,7 +559,7 @@ class Layout:
     tensors: dict[str, Stored]
     beside: tuple[str, ...] = ()             # what else was saved with them, such as "epoch"
 
-
+# %% ../nbs/01_untrusted.ipynb #d4755a01
 def read_layout(
     data: bytes,  # a file saved by torch
 ) -> Layout:      # that of all files like it
@@ -574,7 +577,8 @@ def read_layout(
     starts, ends = [archive.start_dir, *(mark + 4 for mark in free)], [*free, len(data)]
     fixed = [(program.start, data[program.start : program.start + program.length])]
     fixed += [(start, data[start:end]) for start, end in zip(starts, ends)]
-    beside = () if all(map(is_tensor, saved.values())) else (one_line(name, 60) for name in saved if name not in WRAPPERS)
+    beside = () if all(map(is_tensor, saved.values())) else (one_line(name, 60) for name in saved
+                                                             if name not in WRAPPERS)
     return Layout(len(data), tuple(fixed), storages, state, tuple(beside))
 
 # %% ../nbs/01_untrusted.ipynb #a73621a0
@@ -589,7 +593,7 @@ def locate(
     check_lengths(state, members)
     return {tensor.key: (*members[f"data/{tensor.key}"][:2], marks[f"data/{tensor.key}"]) for tensor in state.values()}
 
-
+# %% ../nbs/01_untrusted.ipynb #acb3df7c
 def check_lengths(
     state: dict[str, Stored],    # a state dict
     members: dict[str, Member],  # of its file
@@ -599,10 +603,12 @@ def check_lengths(
         if not tensor.dtype:
             raise ValueError(f"{one_line(name)} has numbers of a type that is not known here")
         member = members.get(f"data/{tensor.key}")
-        if member is None or member.length != tensor.count * item_size(tensor.dtype):
+        if member is None:
+            raise ValueError(f"the numbers of {one_line(name)} are missing or damaged")
+        if member.length != tensor.count * item_size(tensor.dtype):
             raise ValueError(f"the numbers of {one_line(name)} are not as many as it says")
 
-
+# %% ../nbs/01_untrusted.ipynb #096b3896
 def item_size(
     dtype: str,  # as in Stored
 ) -> int:        # bytes of a number
@@ -621,7 +627,7 @@ def checksum_offsets(
         at += 46 + sum(int.from_bytes(data[at + i : at + i + 2], "little") for i in (28, 30, 32))
     return marks
 
-
+# %% ../nbs/01_untrusted.ipynb #8319bbec
 def view(
     storage: bytes,  # numbers
     tensor: Stored,  # which of them
@@ -646,7 +652,8 @@ def read_tensors(
     if data.startswith(OLD):
         raise ValueError("it was saved by PyTorch before 1.6, without checksums: load and save it with a current one")
     known = (layout for layout in layouts if layout.size == len(data))
-    layout = next((known for known in known if all(data[at : at + len(part)] == part for at, part in known.fixed)), None)
+    layout = next((known for known in known if all(data[at : at + len(part)] == part for at, part in known.fixed)),
+                  None)
     if layout is None:
         layout = read_layout(data)
         layouts[:] = [layout, *layouts[:9]]
@@ -703,7 +710,7 @@ def listed_hashes(
         raise UserError(f"{folder / HASHES} is not a list of hashes as sha256sum writes it: download it again.")
     return {match[2]: match[1] for match in found}
 
-
+# %% ../nbs/01_untrusted.ipynb #a8a5ae59
 def file_hash(
     path: Path,  # of an ordinary file
 ) -> str:        # SHA-256
@@ -723,7 +730,8 @@ def check_hashes(
     wrong = sorted(name for name in changed if name != CARD or not (folder / name).is_file())
     if wrong:
         raise UserError(f"{folder} is not as it was published: {', '.join(wrong)} "
-                        f"{'differs' if len(wrong) == 1 else 'differ'} from {HASHES} or cannot be read; download it again.")
+                        f"{'differs' if len(wrong) == 1 else 'differ'} from {HASHES} or cannot be read; download "
+                        "it again.")
     found = {path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir()}
     extra = Counter(path.parts[0] for path in found if path.as_posix() not in {*listed, HASHES})
     return [*(f"{name} (rewritten)" for name in changed),
