@@ -7,7 +7,7 @@ __all__ = ['SOURCE', 'HEADER', 'TENSORS', 'PLAIN_TENSORS', 'LAYERS', 'CLASSES', 
            'IMAGE_SHAPES', 'SLOW_START', 'LANES', 'compiler', 'library', 'why_unavailable', 'Job', 'tensor_shapes',
            'noise_sites', 'processors', 'interrupt', 'train_epoch', 'evaluate', 'lane_count', 'arithmetic']
 
-# %% ../nbs/13_lanes.ipynb #5849d5e3
+# %% ../nbs/13_lanes.ipynb #7b7f161f
 import ctypes
 import hashlib
 import os
@@ -30,7 +30,7 @@ from torch import Tensor
 from .architectures import ACTIVATIONS, build, layer_names
 from .core import UserError, atomic_path, cache_folder
 from .population import Population, parameter_shapes, plain_models
-from .training import Engine, Recipe, State, StreamDropout, begin, training_module
+from .training import Engine, Recipe, State, StreamDropout, begin, rate_factors, training_module
 from .variational import kl_weight
 
 # %% ../nbs/13_lanes.ipynb #ced639e1
@@ -348,7 +348,7 @@ def _run(
     if STOPPED in blocks.codes:
         raise InterruptedError("The work of the fast engine was interrupted.")
 
-# %% ../nbs/13_lanes.ipynb #f9437dd3
+# %% ../nbs/13_lanes.ipynb #62a70454
 @contextmanager
 def _enough_memory() -> Iterator[None]:
     "Say in one sentence that memory ran out, whoever noticed it."
@@ -396,6 +396,9 @@ def _training_job(
         job.hold_all(field, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, shapes, kind)
     job.variational, job.batch, job.epoch, job.steps = recipe.variational, recipe.batch_size, state.epoch + 1, state.steps
     job.kl_weight = kl_weight(state.epoch + 1)
+    steps = -(-len(x) // recipe.batch_size)
+    job.hold("factor", rate_factors(recipe, state.epoch + 1, steps), (steps,), torch.float64)
+    job.nesterov = recipe.nesterov
     job.dropout_site[:], job.noise_site[:] = noise_sites(architecture, recipe.variational)
     return job
 
@@ -437,15 +440,12 @@ def evaluate(
     _run("lanes_evaluate", job, next(iter(plain.values())).dtype, threads)
     return job.loss_tensor, predictions
 
-# %% ../nbs/13_lanes.ipynb #3fb4bd2c
+# %% ../nbs/13_lanes.ipynb #2384d137
 def lane_count() -> int:  # 16 with AVX-512, 8 with AVX2, else 4
     "How many models a block has."
     return library().lanes_width()
 
-
-LANES = Engine("lanes", train_epoch, evaluate, mixes=True, width=lane_count, workers=processors, interrupt=interrupt)
-
-# %% ../nbs/13_lanes.ipynb #a95d3c10
+# %% ../nbs/13_lanes.ipynb #262c5674
 def _pattern(
     shape: tuple[int, ...],  # any
     offset: int,             # other numbers for another offset
@@ -481,3 +481,8 @@ def arithmetic() -> str:  # such as "lanes-0123456789ab"
     tensors = [tensor for architecture in IMAGE_SHAPES for noisy in (False, True) for tensor in _small_training(architecture, noisy)]
     digest = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors))
     return f"lanes-{digest.hexdigest()[:12]}"
+
+
+LANES = Engine(
+    "lanes", train_epoch, evaluate, mixes=True, width=lane_count, workers=processors, interrupt=interrupt, arithmetic=arithmetic,
+)

@@ -23,7 +23,7 @@ from .core import UserError, check_name, read_json, write_json
 from .metrics import METHODS
 from .population import Population, save_population
 from .published import write_zoo
-from .store import listed, opened, read_manifest, read_stage, read_stage_metrics, told_by
+from .store import epochs_in, listed, opened, read_manifest, read_stage, read_stage_metrics
 from .tables import last_epoch, markdown_table, mean_std
 from .twins import read_history, save_metrics
 from .untrusted import HASHES, check_hashes, file_hash
@@ -60,7 +60,7 @@ def kept_epochs(
 ) -> list[int]:    # empty if only the last one is kept
     "The epochs whose weights a stage keeps, if it keeps more than the last."
     with opened(listed(folder, stage)[0]) as file:
-        epochs = told_by(file)["epochs"]
+        epochs = epochs_in(file)
     return epochs if len(epochs) > 1 else []
 
 # %% ../nbs/41_publishing.ipynb #48e4a55e

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SUFFIX', 'FORMAT', 'Piece', 'row_names', 'check_rows', 'check_piece', 'pack', 'archive', 'add_file', 'check_file',
-           'OutOfMemory', 'opened', 'table_in', 'told_by', 'rows_in', 'models_in', 'read_manifest', 'finished_files',
-           'write_manifest', 'listed', 'read_stage', 'read_stage_metrics', 'read_predictions', 'finished_rows',
-           'locked', 'sweep', 'open_store', 'save_part', 'read_part', 'drop_parts']
+           'OutOfMemory', 'opened', 'table_in', 'told_by', 'epochs_in', 'rows_in', 'models_in', 'read_manifest',
+           'finished_files', 'write_manifest', 'listed', 'read_stage', 'read_stage_metrics', 'read_predictions',
+           'finished_rows', 'locked', 'sweep', 'open_store', 'save_part', 'read_part', 'drop_parts']
 
 # %% ../nbs/27_store.ipynb #b2c3d573
 import hashlib
@@ -189,6 +189,13 @@ def told_by(
     "What a file says of itself."
     return json.loads(file.metadata()["told"])
 
+
+def epochs_in(
+    file: safe_open,  # from `opened`
+) -> list[int]:       # rising
+    "The epochs whose weights a file holds."
+    return [int(epoch) for epoch in told_by(file)["epochs"]]
+
 # %% ../nbs/27_store.ipynb #f8970347
 def rows_in(
     file: safe_open,  # from `opened`
@@ -205,7 +212,7 @@ def models_in(
     epoch: int | None = None,  # of a file whose every epoch is kept; none: the last
 ) -> Population:               # not yet checked
     "Read the models of a file; raises `UserError` if it has no such epoch."
-    there = [int(number) for number in told_by(file)["epochs"]]
+    there = epochs_in(file)
     wanted = there[-1] if epoch is None else epoch
     if wanted not in there:
         raise UserError(f"There is no epoch {wanted} of these models: there is {', '.join(map(str, there))}.")
