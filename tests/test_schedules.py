@@ -204,3 +204,16 @@ def test_an_engine_that_knows_no_schedules_refuses_them(digits, options, message
     with pytest.raises(UserError, match=message):
         train(population, digits, Recipe("digits_seed", "imp", epochs=1, **options), engine=still, progress=False)
     assert len(train(population, digits, Recipe("digits_seed", "imp", epochs=1), engine=still, progress=False).metrics) == 2
+
+
+@pytest.mark.parametrize("optimizer, options", [("adam", {"schedule": "LLR"}), ("sgd", {"schedule": "CLR", "warm_up": 0.2, "nesterov": True}),
+                                                ("adam", {"schedule": "ALLR", "original_epochs": 30})])
+def test_the_fast_engine_follows_the_same_schedule(digits, optimizer, options):
+    population = sample_population(ZOOS["digits_seed"], 3)
+    pruned, masks = prune(population, 0.5)
+    pruned.models = pruned.models.assign(optimizer=optimizer, lr=[1e-3, 4e-3, 2e-3], damage=pruning_damage(population.weights, masks).numpy())
+    recipe = Recipe("digits_seed", "imp", epochs=2, **options)
+    slow, fast = (train(pruned, digits, recipe, masks, engine=engine, progress=False).population for engine in (TORCH, LANES))
+    constant = train(pruned, digits, replace(recipe, schedule="constant"), masks, engine=LANES, progress=False).population
+    apart = lambda other: max((other.weights[name] - tensor).abs().max().item() for name, tensor in slow.weights.items())
+    assert apart(fast) < 1e-4 < 1e-3 < apart(constant)
