@@ -64,7 +64,7 @@ def test_zeros_stay_and_survivors_are_means(candidates, pruned):
 
 
 def test_one_copy_is_plain_training_bit_for_bit(candidates, pruned, images):
-    alone = train(pruned[0], images, Recipe("digits_seed", "imp", epochs=2, lr=5e-3), pruned[1], progress=False)
+    alone = train(pruned[0], images, Recipe("digits_seed", "imp", epochs=2, lr=5e-3), pruned[1], engine="torch", progress=False)
     first = candidates.population[[0, 4, 8]]
     apart = max((first.weights[name] - tensor).abs().max().item() for name, tensor in alone.population.weights.items())
     assert apart < 1e-5  # torch may sum convolutions of 3 and of 12 models in another order
@@ -86,7 +86,7 @@ def test_iterative_pruning_is_a_soup_of_one(zoo, images):
     for number, level in ((1, 1 - 0.2**0.5), (2, 0.8)):
         population, masks = prune(population, level, "global", masks)
         phase = Recipe("digits_seed", f"imp, phase {number}", epochs=1, lr=5e-3)
-        population = train(population, images, phase, masks, progress=False).population
+        population = train(population, images, phase, masks, engine="torch", progress=False).population
         assert equal(one[number - 1].soup, population) and all(torch.equal(mask, masks[name]) for name, mask in one[number - 1].masks.items())
     assert math.isclose(one[0].level, 0.5527864045) and sum(mask.sum() for mask in masks.values()) == 3 * 483
 

@@ -30,7 +30,7 @@ from torch import Tensor
 from .architectures import ACTIVATIONS, build, layer_names
 from .core import UserError, atomic_path, cache_folder
 from .population import Population, parameter_shapes, plain_models
-from .training import Engine, Recipe, State, StreamDropout, begin, rate_factors, training_module
+from .training import Engine, Recipe, State, StreamDropout, begin, rate_factors, rates_and_decays, training_module
 from .variational import kl_weight
 
 # %% ../nbs/13_lanes.ipynb #ced639e1
@@ -387,8 +387,8 @@ def _training_job(
     if recipe.batch_size < 1 or not models["dropout"].between(0, 1, inclusive="left").all():
         raise UserError(f"A batch has at least one image (here {recipe.batch_size}), and dropout is at least 0 and below 1 (here up to {models['dropout'].max()}).")
     job = _common_job(moving[0], architecture, models["activation"], x, y)
-    rates = models["lr"] if recipe.lr is None else [recipe.lr] * len(models)
-    for field, column in (("rate", rates), ("decay", models["wd"]), ("dropout", models["dropout"]), ("adam", models["optimizer"] == "adam")):
+    rates, decays = rates_and_decays(models, recipe, torch.device("cpu"))
+    for field, column in (("rate", rates), ("decay", decays), ("dropout", models["dropout"]), ("adam", models["optimizer"] == "adam")):
         job.hold(field, torch.tensor(list(column), dtype=torch.float64), (job.models,), torch.float64)
     job.hold("keys", state.keys.cpu().contiguous(), (job.models, 2), torch.int64)
     shapes, dtype = tensor_shapes(architecture), next(iter(moving[0].values())).dtype
@@ -484,5 +484,6 @@ def arithmetic() -> str:  # such as "lanes-0123456789ab"
 
 
 LANES = Engine(
-    "lanes", train_epoch, evaluate, mixes=True, width=lane_count, workers=processors, interrupt=interrupt, arithmetic=arithmetic,
+    "lanes", train_epoch, evaluate, mixes=True, width=lane_count, workers=processors, interrupt=interrupt, schedules=True,
+    arithmetic=arithmetic,
 )
