@@ -2,7 +2,7 @@
 import json
 import math
 import pickle
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -10,12 +10,13 @@ from torch.nn import functional as F
 
 from zootwins.core import UserError
 from zootwins.datasets import load_images, subset
+from zootwins.engines import train
+from zootwins.lanes import LANES
 from zootwins.population import sample_population
 from zootwins.schedules import SCHEDULES, WARM_UP, epoch_factors, factor_at, initial_factors, pruning_damage, relative_history
 from zootwins.selectors import prune
 from zootwins.streams import epoch_order, stream_keys
-from zootwins.engines import train
-from zootwins.training import Recipe, model_keys, rate_factors, rates_and_decays
+from zootwins.training import TORCH, Recipe, model_keys, rate_factors, rates_and_decays
 from zootwins.zoos import ZOOS
 
 LINEAR = [0.1 * (1 - epoch / 50) for epoch in range(50)]
@@ -139,7 +140,7 @@ def test_the_engine_follows_the_schedule_as_torch_would(digits, schedule, option
     population = sample_population(ZOOS["digits_seed"], 2)
     population.models = population.models.assign(optimizer=optimizer, lr=[1e-3, 4e-3], wd=[1e-3, 1e-2])
     recipe = Recipe("digits_seed", "imp", epochs=3, schedule=schedule, batch_size=8, **options)
-    trained = train(population, digits, recipe, progress=False).population
+    trained = train(population, digits, recipe, engine=TORCH, progress=False).population
     for i in (0, 1):
         module, factors = population.to_module(i), population.models.iloc[i]
         if optimizer == "adam":
@@ -160,7 +161,7 @@ def test_the_engine_follows_the_schedule_as_torch_would(digits, schedule, option
 def test_nesterov_is_another_way(digits):
     population = sample_population(ZOOS["digits_seed"], 1)
     population.models = population.models.assign(optimizer="sgd", lr=1e-2)
-    ends = [train(population, digits, Recipe("digits_seed", "imp", epochs=1, nesterov=nesterov), progress=False).population for nesterov in (False, True)]
+    ends = [train(population, digits, Recipe("digits_seed", "imp", epochs=1, nesterov=nesterov), engine=TORCH, progress=False).population for nesterov in (False, True)]
     assert not torch.allclose(*(end.weights["module_list.0.weight"] for end in ends), atol=1e-5)
 
 
@@ -169,13 +170,13 @@ def test_allr_starts_every_model_at_a_rate_of_its_own(digits):
     pruned, masks = prune(population, 0.8)
     recipe = Recipe("digits_seed", "imp", epochs=2, lr=1e-3, schedule="ALLR", original_epochs=30)
     with pytest.raises(UserError, match="damage"):
-        train(pruned, digits, recipe, masks, progress=False)
+        train(pruned, digits, recipe, masks, engine=TORCH, progress=False)
     damage = pruning_damage(population.weights, masks)
     assert (damage > 0.1).all() and damage.unique().numel() == 3
     pruned.models = pruned.models.assign(damage=damage.numpy())
-    adaptive = train(pruned, digits, recipe, masks, progress=False).population
+    adaptive = train(pruned, digits, recipe, masks, engine=TORCH, progress=False).population
     pruned.models = pruned.models.assign(lr=(1e-3 * damage).numpy())
-    linear = train(pruned, digits, Recipe("digits_seed", "imp", epochs=2, schedule="LLR"), masks, progress=False).population
+    linear = train(pruned, digits, Recipe("digits_seed", "imp", epochs=2, schedule="LLR"), masks, engine=TORCH, progress=False).population
     assert all(torch.equal(adaptive.weights[name], tensor) for name, tensor in linear.weights.items())
 
 
@@ -194,3 +195,25 @@ def test_copies_have_streams_of_their_own_and_copy_0_the_models():
     keys = model_keys(recipe, twice)
     assert torch.equal(keys[::2], stream_keys("digits_seed", "imp", models["seed"], 3)) and torch.equal(keys[::2], model_keys(recipe, models))
     assert len(keys.unique(dim=0)) == 4 and not torch.equal(rates_and_decays(models.assign(lr=[1.0, 2.0]), recipe, "cpu")[0], torch.ones(2))
+
+
+@pytest.mark.parametrize("options, message", [({"schedule": "LLR"}, "for LLR"), ({"nesterov": True}, "for Nesterov")])
+def test_an_engine_that_knows_no_schedules_refuses_them(digits, options, message):
+    still = replace(LANES, name="still", schedules=False)
+    population = sample_population(ZOOS["digits_seed"], 1)
+    with pytest.raises(UserError, match=message):
+        train(population, digits, Recipe("digits_seed", "imp", epochs=1, **options), engine=still, progress=False)
+    assert len(train(population, digits, Recipe("digits_seed", "imp", epochs=1), engine=still, progress=False).metrics) == 2
+
+
+@pytest.mark.parametrize("optimizer, options", [("adam", {"schedule": "LLR"}), ("sgd", {"schedule": "CLR", "warm_up": 0.2, "nesterov": True}),
+                                                ("adam", {"schedule": "ALLR", "original_epochs": 30})])
+def test_the_fast_engine_follows_the_same_schedule(digits, optimizer, options):
+    population = sample_population(ZOOS["digits_seed"], 3)
+    pruned, masks = prune(population, 0.5)
+    pruned.models = pruned.models.assign(optimizer=optimizer, lr=[1e-3, 4e-3, 2e-3], damage=pruning_damage(population.weights, masks).numpy())
+    recipe = Recipe("digits_seed", "imp", epochs=2, **options)
+    slow, fast = (train(pruned, digits, recipe, masks, engine=engine, progress=False).population for engine in (TORCH, LANES))
+    constant = train(pruned, digits, replace(recipe, schedule="constant"), masks, engine=LANES, progress=False).population
+    apart = lambda other: max((other.weights[name] - tensor).abs().max().item() for name, tensor in slow.weights.items())
+    assert apart(fast) < 1e-4 < 1e-3 < apart(constant)

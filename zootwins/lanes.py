@@ -387,7 +387,7 @@ def _training_job(
     if recipe.batch_size < 1 or not models["dropout"].between(0, 1, inclusive="left").all():
         raise UserError(f"A batch has at least one image (here {recipe.batch_size}), and dropout is at least 0 and below 1 (here up to {models['dropout'].max()}).")
     job = _common_job(moving[0], architecture, models["activation"], x, y)
-    rates, decays = rates_and_decays(models, recipe, torch.device("cpu"))
+    rates, decays = rates_and_decays(models, recipe, "cpu")
     for field, column in (("rate", rates), ("decay", decays), ("dropout", models["dropout"]), ("adam", models["optimizer"] == "adam")):
         job.hold(field, torch.tensor(list(column), dtype=torch.float64), (job.models,), torch.float64)
     job.hold("keys", state.keys.cpu().contiguous(), (job.models, 2), torch.int64)

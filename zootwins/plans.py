@@ -181,9 +181,14 @@ class Stage:
     recipe: Recipe            # names the zoo and the random streams
     rows: pd.DataFrame        # model, level (missing where nothing is pruned), seed and generating factors
     begins: str               # one of BEGINNINGS
-    scope: str = "global"     # of magnitude pruning
+    scope: str = "global"     # which weights are pruned, a name in selectors.SELECTORS
     trajectory: bool = False  # whether every epoch is kept
     first_epoch: int = 0      # number of the epoch at which the rows begin; for models taken from a source that of their last
+
+    @property
+    def method(self) -> str:
+        "What its rows are called in the metrics; rows with copies belong to iterative magnitude pruning."
+        return "imp" if "copy" in self.rows else self.name
 
     @property
     def last_epoch(self) -> int:

@@ -45,11 +45,12 @@ class Piece:
 
 
 def row_names(
-    rows: pd.DataFrame,  # with columns model and level
-) -> list[str]:          # such as "17" and "17 at 0.8"
+    rows: pd.DataFrame,  # with columns model and level, and copy where there are copies
+) -> list[str]:          # such as "17", "17 at 0.8" and "17, copy 2 at 0.8"
     "The names by which rows are known."
     levels = rows["level"].to_numpy(dtype=float)
-    return [f"{model}" if np.isnan(level) else f"{model} at {level:.9g}" for model, level in zip(rows["model"], levels)]
+    who = [f"{model}, copy {copy}" for model, copy in zip(rows["model"], rows["copy"])] if "copy" in rows else rows["model"]
+    return [f"{name}" if np.isnan(level) else f"{name} at {level:.9g}" for name, level in zip(who, levels)]
 
 # %% ../nbs/27_store.ipynb #f2fc37bf
 def check_rows(
@@ -290,7 +291,8 @@ def read_stage(
     models = pd.concat([part.models for part in parts], ignore_index=True)
     whole = checked_population({name: torch.cat([part.weights[name] for part in parts]) for name in names}, models, architecture)
     once = models[~pd.Series(row_names(models)).duplicated().to_numpy()]
-    return whole[once.sort_values(["level", "model"], na_position="first").index.to_numpy()]
+    by = [name for name in ("level", "model", "copy") if name in once]
+    return whole[once.sort_values(by, na_position="first").index.to_numpy()]
 
 # %% ../nbs/27_store.ipynb #c620219f
 def read_stage_metrics(
@@ -302,7 +304,9 @@ def read_stage_metrics(
     for path in listed(folder, stage):
         with opened(path) as file:
             frames.append(table_in(file, "metrics"))
-    return pd.concat(frames, ignore_index=True).drop_duplicates(KEYS).sort_values(KEYS, ignore_index=True)
+    metrics = pd.concat(frames, ignore_index=True)
+    keys = [*KEYS, "copy"] if "copy" in metrics else KEYS
+    return metrics.drop_duplicates(keys).sort_values(keys, ignore_index=True)
 
 
 def read_predictions(

@@ -1,0 +1,83 @@
+"""The notebook of soups through papermill, as a user would call it."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+
+from zootwins.core import UserError
+from zootwins.soups import PARAMETERS, parse_story, story_gains
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOK = ROOT / "nbs" / "sparse_soups.ipynb"
+STORY = {"level": 80, "phases": 2, "copies": "2", "epochs": 1, "rate": 5e-3, "schedule": "constant", "selector": "lamp", "merges": "uniform", "original_epochs": 30}
+
+
+def papermill(folder, **parameters):
+    "Run the notebook; give the finished process."
+    parameters = {"store": folder / "zoos", "figures": folder / "figures", **parameters}
+    options = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
+    command = [sys.executable, "-m", "papermill", str(NOTEBOOK), str(folder / "out.ipynb"), "--kernel", "python3", "--no-progress-bar", *options]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_there_is_one_cell_of_parameters_and_each_is_explained():
+    cells = [c for c in nbformat.read(NOTEBOOK, 4).cells if "parameters" in c.metadata.get("tags", [])]
+    lines = cells[0].source.splitlines()
+    assert len(cells) == 1 and [line.split(" = ")[0] for line in lines] == list(PARAMETERS) and all("  # " in line for line in lines)
+
+
+def test_a_run_and_another_with_more_copies(tmp_path):
+    small = {"n_models": 2, "level": 80, "phases": 2, "epochs": 1, "merge": "uniform"}
+    done = papermill(tmp_path, **small, copies=2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    folder = tmp_path / "figures" / "digits_seed" / "soups"
+    record = json.loads((folder / "run.json").read_text())
+    assert [stage["made"] for stage in record["stages"]] == [2, 4, 4, 0, 4, 2, 2]
+    results = pd.read_parquet(folder / "results.parquet")
+    assert set(results["row"]) == {"SMS", "best candidate", "mean candidate", "best by validation", "IMP", "IMP-RePrune", "IMP_mx"}
+    assert {path.name for path in folder.iterdir()} == {"run.json", "results.parquet", "table_1.csv", "table_1.md", "table_1.tex", "gains.csv", "gains.png"}
+    again = papermill(tmp_path, **small, copies="2,3", engine="lanes")
+    assert again.returncode == 0, again.stderr[-2000:]
+    made = [stage["made"] for stage in json.loads((folder / "run.json").read_text())["stages"]]
+    assert made == [0, 0, 0, 0, 0, 0, 0, 2, 6, 0, 2, 2, 2]
+    same = pd.read_parquet(folder / "results.parquet").query("m == 2").reset_index(drop=True)
+    assert same.equals(results)
+
+
+def test_an_unknown_parameter_is_refused_in_one_line(tmp_path):
+    done = papermill(tmp_path, merges="uniform")
+    assert done.returncode and "There is no parameter of sparse_soups 'merges' (did you mean 'merge'?)" in done.stderr
+    assert not (tmp_path / "zoos").exists()
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"copies": ""}, "numbers of copies"), ({"copies": "3;5"}, "numbers of copies"), ({"copies": "0"}, "numbers of copies"), ({"merges": ""}, "numbers of copies"),
+    ({"merges": "mean"}, "uniform, greedy, learned"), ({"level": 0.9}, "percentage"), ({"level": 100}, "percentage"), ({"schedule": "linear"}, "constant, FT"),
+    ({"phases": 0}, "one phase"), ({"selector": "l2"}, "global, layerwise"), ({"epochs": 0}, "one epoch"), ({"schedule": "LRW", "epochs": 31}, "fewer epochs"),
+])
+def test_mistakes_are_told(change, message):
+    with pytest.raises(UserError, match=message) as error:
+        parse_story(**STORY | change)
+    assert "\n" not in str(error.value)
+
+
+def test_a_story_has_soups_runs_and_longer_runs():
+    found = parse_story(**STORY | {"copies": "3,2", "merges": "uniform,greedy"})
+    assert list(found) == [(how, m) for m in (2, 3) for how in ("uniform", "greedy", "none", "longer")]
+    assert found["longer", 3].epochs == 3 and found["longer", 3].m == 1 and found["none", 2].merge == "none"
+    assert found["greedy", 3].level == 0.8 and found["greedy", 3].history == () and found["greedy", 3].original_epochs is None
+    assert parse_story(**STORY | {"schedule": "ALLR"})["uniform", 2].original_epochs == 30
+
+
+def test_gains_of_a_story_are_paired_within_phase_and_number():
+    rows = [("SMS", "uniform", 0.9, 0.8), ("mean candidate", "uniform", 0.8, 0.8), ("IMP", "", 0.85, 0.7)]
+    results = pd.DataFrame([{"row": row, "merge": how, "m": 2, "phase": 1, "model": model, "test_acc": value}
+                            for row, how, *values in rows for model, value in enumerate(values)])
+    found = story_gains(results).loc[1, 2]
+    assert found["gain"].round(6).to_dict() == {"IMP": 7.5, "mean candidate (uniform)": 5.0}
+    assert np.isclose(found.loc["IMP", "error"], 2.5) and found.loc["mean candidate (uniform)", ["wins", "ties"]].tolist() == [0.5, 0.5]
