@@ -54,11 +54,11 @@ def row_names(
 def check_rows(
     rows: Sequence[str],      # of a piece, from row_names
     metrics: pd.DataFrame,    # tidy
-    epochs: tuple[int, int],  # the first and the last that the metrics have to have
+    epochs: tuple[int, int],  # the first and the last that the metrics have to have; a source may have told of earlier ones
     predicted: int | None,    # how many rows predictions are there for; none: no predictions belong to them
 ) -> None:
     "Raise `UserError` unless the metrics have each row at every epoch, and the predictions are as many."
-    told = pd.DataFrame({"row": row_names(metrics), "epoch": metrics["epoch"].to_numpy()})
+    told = pd.DataFrame({"row": row_names(metrics), "epoch": metrics["epoch"].to_numpy()})[metrics["epoch"].to_numpy() >= epochs[0]]
     wanted = pd.MultiIndex.from_product([rows, range(epochs[0], epochs[1] + 1)])
     complete = len(told) == len(wanted) and wanted.isin(pd.MultiIndex.from_frame(told)).all()
     if not (complete and wanted.is_unique and predicted in (None, len(rows))):

@@ -266,17 +266,18 @@ def make_twins(
     stop: threading.Event | None = None,  # set by another thread to end the work; none: nobody does
 ) -> list[Report]:                       # what each stage cost
     "Make all stages of a plan that are not in the store yet; raises `UserError`, and `Interrupted` with all work kept."
-    folder, stages = plan.folder, make_stages(plan)
-    open_store(folder, fingerprint(plan, images))
-    on = images if workers else on_device(images, plan.device)
-    crew = Crew(plan.engine, plan.device, on, plan.zoo.image_size, workers, bar, progress, stop or threading.Event())
-    titles = {stage.name: f"{plan.zoo.name} {stage.name} (stage {i} of {len(stages)})" for i, stage in enumerate(stages, start=1)}
-    wanted = [stage for stage in stages if only is None or stage.name in set(only)]
-    make = lambda stage: make_stage(stage, folder, crew, plan.source, titles[stage.name])
-    with interruptible(folder, crew.stop):
+    folder, stop = plan.folder, stop or threading.Event()
+    with interruptible(folder, stop):
+        stages = make_stages(plan)
+        open_store(folder, fingerprint(plan, images))
+        on = images if workers else on_device(images, plan.device)
+        crew = Crew(plan.engine, plan.device, on, plan.zoo.image_size, workers, bar, progress, stop)
+        titles = {stage.name: f"{plan.zoo.name} {stage.name} (stage {i} of {len(stages)})" for i, stage in enumerate(stages, start=1)}
+        wanted = [stage for stage in stages if only is None or stage.name in set(only)]
+        make = lambda stage: make_stage(stage, folder, crew, plan.source, titles[stage.name])
         first = [make(stage) for stage in wanted if workers is None or stage.name == "original"]
         rest = [stage for stage in wanted if workers is not None and stage.name != "original"]
-        return first + (_at_once([lambda stage=stage: make(stage) for stage in rest], crew.stop) if rest else [])
+        return first + (_at_once([lambda stage=stage: make(stage) for stage in rest], stop) if rest else [])
 
 
 def _at_once(
