@@ -15,9 +15,11 @@ from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
+import nbformat
 import pandas as pd
 import pytest
 import torch
+import yaml
 
 from zootwins import workers as w
 from zootwins.core import UserError, cache_folder
@@ -369,16 +371,18 @@ def test_ray_on_two_hosts_and_one_worker_killed_in_the_middle(tmp_path, images, 
     anna, berta = hosts
     address, slow = f"{anna.address}:6379", {"epochs": 40}
     ray = [Path(sys.executable).parent / "ray", "start", "--block", "--num-cpus", 1, "--object-store-memory", 100_000_000]
+    patient = {"RAY_USAGE_STATS_ENABLED": 0, "RAY_AUTH_MODE": "disabled", "RAY_raylet_start_wait_time_s": 120, "RAY_agent_register_timeout_ms": 120_000,
+               "RAY_gcs_server_request_timeout_seconds": 60, "RAY_gcs_rpc_server_connect_timeout_s": 60}  # a busy machine needs more than Ray's own limits
     short = {host.name: tempfile.mkdtemp(prefix="zt") for host in hosts}  # sockets have names of at most 107 characters
     try:
         anna.start(*ray, "--head", "--node-ip-address", anna.address, "--port", 6379, "--include-dashboard", "false", "--temp-dir", short["anna"],
-                   RAY_USAGE_STATS_ENABLED=0)
-        wait_for(lambda: "Ray runtime started" in anna.log(0), anna.processes[0])
-        berta.start(*ray, "--node-ip-address", berta.address, "--address", address, RAY_USAGE_STATS_ENABLED=0)
-        wait_for(lambda: "Ray runtime started" in berta.log(0), berta.processes[0])
+                   **patient)
+        wait_for(lambda: "Ray runtime started" in anna.log(0), anna.processes[0], 150)
+        berta.start(*ray, "--node-ip-address", berta.address, "--address", address, **patient)
+        wait_for(lambda: "Ray runtime started" in berta.log(0), berta.processes[0], 150)
         (anna.folder / "driver.py").write_text(DRIVER)
-        process = anna.start(sys.executable, anna.folder / "driver.py", anna.folder, "ray", repr(slow), RAY_ADDRESS=address)
-        wait_for(lambda: pids_of(berta, b"ray::work_off"), process)
+        process = anna.start(sys.executable, anna.folder / "driver.py", anna.folder, "ray", repr(slow), RAY_ADDRESS=address, **patient)
+        wait_for(lambda: pids_of(berta, b"ray::work_off"), process, 150)
         time.sleep(0.5)
         os.kill(pids_of(berta, b"ray::work_off")[0], signal.SIGKILL)
         assert process.wait(150) == 0, anna.log(1)
@@ -391,3 +395,15 @@ def test_ray_on_two_hosts_and_one_worker_killed_in_the_middle(tmp_path, images, 
     plan, same = plan_in(anna.folder, **slow), plan_in(tmp_path / "same", **slow)
     make_twins(same, images, progress=False)
     assert_same_bits(plan, same)
+
+
+def test_the_recipe_for_slurm_gives_jobs_of_single_threaded_workers(tmp_path):
+    jobqueue = pytest.importorskip("dask_jobqueue")
+    import dask
+
+    text = next(cell.source for cell in nbformat.read(HERE.parent / "nbs/29_workers.ipynb", 4).cells if "```yaml" in cell.source)
+    recipe = yaml.safe_load(text.partition("```yaml")[2].partition("```")[0])["jobqueue"]["slurm"]
+    with dask.config.set({f"jobqueue.slurm.{name}": value for name, value in recipe.items()}), jobqueue.SLURMCluster(log_directory=str(tmp_path)) as cluster:
+        script = cluster.job_script()
+    assert "#SBATCH --cpus-per-task=32" in script and "#SBATCH -p short" in script and "--nthreads 1 --nworkers 32" in script
+    assert script.index("activate") < script.index("distributed.cli.dask_worker")
