@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRAINED', 'TESTED', 'ROUNDS', 'COLUMNS', 'COSTS', 'CORES', 'first_block', 'noise', 'seconds_per_image',
-           'block_seconds', 'measure_costs', 'save_costs', 'Work', 'works_of', 'makespan', 'table_of_hours',
+           'block_seconds', 'measure_costs', 'in_paper', 'save_costs', 'Work', 'works_of', 'makespan', 'table_of_hours',
            'figure_of_hours']
 
 # %% ../nbs/52_costs.ipynb #c52a0003
@@ -101,6 +101,14 @@ def measure_costs(
 
 # %% ../nbs/52_costs.ipynb #c52a0008
 COSTS = Path("figures/bench/costs.csv")  # in the checkout
+
+
+def in_paper(
+    costs: pd.DataFrame,  # from `measure_costs`
+) -> pd.DataFrame:        # without pruned twins of zoos that the paper did not prune
+    "Keep what the paper made: four of its grids have no twins by magnitude pruning."
+    pruned = [get_zoo(zoo).mp_in_paper for zoo in costs["zoo"]]
+    return costs[(costs["stage"] != "mp") | pruned]
 
 
 def save_costs(
