@@ -107,7 +107,7 @@ def in_paper(
     costs: pd.DataFrame,  # from `measure_costs`
 ) -> pd.DataFrame:        # without pruned twins of zoos that the paper did not prune
     "Keep what the paper made: four of its grids have no twins by magnitude pruning."
-    pruned = [get_zoo(zoo).mp_in_paper for zoo in costs["zoo"]]
+    pruned = costs["zoo"].map(lambda zoo: get_zoo(zoo).mp_in_paper)
     return costs[(costs["stage"] != "mp") | pruned]
 
 
