@@ -4,6 +4,7 @@ PYTHON ?= python3
 ZOO ?= digits_seed
 N ?= 100
 LEVELS ?=
+WORKERS ?=
 FIGURES ?= $(or $(ZOOTWINS_FIGURES),figures)
 VENV := .venv
 BIN := $(VENV)/bin
@@ -24,7 +25,7 @@ $(VENV)/ready: setup.py settings.ini constraints.txt
 # The executed notebook replaces an earlier one only when the run ended well.
 run: $(VENV)/ready
 	@mkdir -p $(RUNS)
-	@set -o pipefail; $(BIN)/python -m papermill nbs/run_zoo.ipynb $(RUNS)/$(ZOO).unfinished.ipynb -p zoo $(ZOO) -p n_models $(N) $(if $(LEVELS),-p levels $(LEVELS)) --kernel python3 \
+	@set -o pipefail; $(BIN)/python -m papermill nbs/run_zoo.ipynb $(RUNS)/$(ZOO).unfinished.ipynb -p zoo $(ZOO) -p n_models $(N) $(if $(LEVELS),-p levels $(LEVELS)) $(if $(WORKERS),-p workers $(WORKERS)) --kernel python3 \
 		--no-progress-bar --stdout-file /dev/null --stderr-file /dev/fd/3 3>&1 >$(RUNS)/$(ZOO).log 2>&1 | (trap '' INT; cat >&2) && test -f $(FIGURES)/$(ZOO)/run.json \
 		|| { grep -aE '^[A-Za-z.]+(Error|Interrupt)\b' $(RUNS)/$(ZOO).log | tail -n 1 >&2; echo "The run of $(ZOO) did not end well; more is in $(RUNS)/$(ZOO).log" >&2; exit 1; }
 	@mv $(RUNS)/$(ZOO).unfinished.ipynb $(RUNS)/$(ZOO).ipynb
