@@ -11,6 +11,7 @@ __all__ = ['VARIATIONAL_COST', 'TOGETHER', 'CODE', 'AHEAD', 'RETRIES', 'weight',
 # %% ../nbs/29_workers.ipynb #dabeafb6
 import _thread  # threading's own start() waits for good if there is no memory, and its join() forgets threads if interrupted
 import hashlib
+import logging
 import os
 import pickle
 import queue
@@ -442,7 +443,7 @@ def ray_executor() -> Iterator[RayExecutor]:
                 ray.init(address="auto", **quiet)
             except ConnectionError:
                 ray.init(num_cpus=processors(), include_dashboard=False, **quiet)
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises bare ones where it cannot begin
         raise UserError(f"Ray can neither be joined nor begun here ({one_line(error)}): see 'ray status', then run again.") from error
     try:
         yield RayExecutor()
@@ -472,7 +473,7 @@ def dask_cluster(
         from dask.distributed import LocalCluster
 
         with _deaf():
-            return LocalCluster(n_workers=processors(), threads_per_worker=1, dashboard_address=None)
+            return LocalCluster(n_workers=processors(), threads_per_worker=1, dashboard_address=None, silence_logs=logging.ERROR)
     if workers.startswith("slurm:"):
         from dask_jobqueue import SLURMCluster
 
