@@ -37,7 +37,8 @@
 
 #if defined(__CUDACC__)
 #define DEVICE __device__ __forceinline__
-#define THREADS { int t = threadIdx.x; asm volatile("" : "+r"(t));  // hides that t never changes, lest what depends on it fill the registers for an epoch
+// The assembly hides that t never changes: what depends on it would be kept in registers for an epoch, and fill them.
+#define THREADS { int t = threadIdx.x; asm volatile("" : "+r"(t));
 #define BARRIER } __syncthreads();
 #define LOCAL(type, name, n) type name[n]
 #define OWN(name) name
@@ -112,7 +113,8 @@ template <int CI_, int H_, int CO_, int K_, int P_, int GROUP_, bool LAST> struc
     static constexpr int ROW = up(H, 2), CHANNEL = apart(H * ROW), IN = CI * CHANNEL;
     static constexpr int OUT_ROW = LAST ? PH : up(PH, 2), OUT_CHANNEL = LAST ? WINDOWS : apart(PH * OUT_ROW), OUT = CO * OUT_CHANNEL;
     static constexpr int BEFORE_ROW = up(UH, 4), BEFORE = CO * UH * BEFORE_ROW;  // gradients before pooling
-    static constexpr int PADDED = GROUP > 2 ? up(GROUP, 4) : GROUP, TAP = GROUPS * PADDED, INPUT = GROUP > 2 ? apart(KK * TAP) : (KK * TAP) | 1, ROOM = CI * INPUT;
+    static constexpr int PADDED = GROUP > 2 ? up(GROUP, 4) : GROUP, TAP = GROUPS * PADDED;
+    static constexpr int INPUT = GROUP > 2 ? apart(KK * TAP) : (KK * TAP) | 1, ROOM = CI * INPUT;
     static_assert(CO % GROUP == 0 && (GROUP <= 2 || PADDED % 4 == 0), "");
 
     static DEVICE constexpr int in(int c, int y, int x) { return c * CHANNEL + y * ROW + x; }
@@ -216,8 +218,10 @@ struct Shared {
     Real gradients[SETS][SHARED_GRADIENTS];
     Trace<A> a; Trace<B> b; Trace<C> c; Trace<D> d; Trace<E> e;
     Real z[S][CLASSES];                                     // outputs of the last layer
-    alignas(4 * sizeof(Real)) Real before[SETS][S][BEFORE];      // gradients before pooling, of one layer at a time
-    Real partial[THREADS_PER_BLOCK][A::K];                  // sums of one thread each
+    union {  // in turn:
+        alignas(4 * sizeof(Real)) Real before[SETS][S][BEFORE];  // gradients before pooling, of one layer at a time
+        Real partial[THREADS_PER_BLOCK][A::K];              // sums of one thread each, for the first layer
+    };
     int label[S], winner[S];
     Real loss[S];
     double total_loss, total_right;                         // over an epoch
@@ -261,7 +265,8 @@ struct Block {
     const int activation;
 
     DEVICE Block(const Job& j, Shared& shared, int m)
-        : job(j), s(shared), model(m), stream{(U)(j.keys ? j.keys[2 * m] : 0), (U)(j.keys ? j.keys[2 * m + 1] : 0), (U)j.epoch}, activation(j.activation[m]) {}
+        : job(j), s(shared), model(m), stream{(U)(j.keys ? j.keys[2 * m] : 0), (U)(j.keys ? j.keys[2 * m + 1] : 0), (U)j.epoch},
+          activation(j.activation[m]) {}
 
     template <int n> DEVICE Trace<Layer<n>>& trace() const {
         if constexpr (n == 0) return s.a;
@@ -580,7 +585,8 @@ struct Block {
         const Real g = trace<n>().g[k][at];
         UNROLL for (int set = 0; set < SETS; ++set) {
             Real* corner = s.before[set][k] + (o * T::UH + T::P * py) * T::BEFORE_ROW + T::P * px;
-            UNROLL for (int q = 0; q < T::Q; ++q) corner[q / T::P * T::BEFORE_ROW + q % T::P] = q != winner ? 0 : set ? g * trace<n>().ratio[k][at] : g;
+            const Real own = set ? g * trace<n>().ratio[NOISY ? k : 0][NOISY ? at : 0] : g;
+            UNROLL for (int q = 0; q < T::Q; ++q) corner[q / T::P * T::BEFORE_ROW + q % T::P] = q == winner ? own : 0;
         }
     }
 
@@ -592,7 +598,10 @@ struct Block {
             ROLL for (int ky = first; ky <= last; ++ky) {
                 Real g[T::BEFORE_ROW];
                 const Four* row = (const Four*)(s.before[set][k] + (o * T::UH + y - ky) * T::BEFORE_ROW);
-                UNROLL for (int c = 0; c < T::BEFORE_ROW; c += 4) g[c] = row[c / 4].a, g[c + 1] = row[c / 4].b, g[c + 2] = row[c / 4].c, g[c + 3] = row[c / 4].d;
+                UNROLL for (int c = 0; c < T::BEFORE_ROW; c += 4) {
+                    const Four v = row[c / 4];
+                    g[c] = v.a, g[c + 1] = v.b, g[c + 2] = v.c, g[c + 3] = v.d;
+                }
                 UNROLL for (int kx = 0; kx < T::K; ++kx) {
                     const Real w = s.w[set][Place<n>::WEIGHT + T::weight(o, j, ky * T::K + kx)];
                     UNROLL for (int c = 0; c < T::UH; ++c) sum[c + kx] += g[c] * w;
@@ -609,7 +618,8 @@ struct Block {
             LOCAL(Real, sum, A::KK + 1);
             THREADS
                 UNROLL for (int p = 0; p <= A::KK; ++p) OWN(sum)[p] = 0;
-                ROLL for (int r = t / KERNELS; r < count * A::PH; r += SHARERS) add_row_of_windows(set, r / A::PH, r % A::PH, t % A::CO, t % KERNELS / A::CO, OWN(sum));
+                ROLL for (int r = t / KERNELS; r < count * A::PH; r += SHARERS)
+                    add_row_of_windows(set, r / A::PH, r % A::PH, t % A::CO, t % KERNELS / A::CO, OWN(sum));
             BARRIER
             UNROLL for (int ky = 0; ky <= A::K; ++ky) {  // the row after the last is the bias
                 const int width = ky < A::K ? A::K : 1;
@@ -692,7 +702,9 @@ struct Block {
         return w - pace.rate * m / (root(v) * pace.correction2 + Real(1e-8));
     }
 
-    DEVICE void move_plain(int given, int place, const Pace& pace) const { s.w[0][place] = moved(mine(given), s.w[0][place], gradients(0)[place], pace); }
+    DEVICE void move_plain(int given, int place, const Pace& pace) const {
+        s.w[0][place] = moved(mine(given), s.w[0][place], gradients(0)[place], pace);
+    }
 
     // A weight and its log sigma^2: from d loss / d variance to both, through variance = exp(log alpha) w^2, with the gradient of
     // kl_weight * KL, KL = -sum[k1 sigmoid(k2 + k3 log alpha) - ln(1 + exp(-log alpha)) / 2 - k1].
@@ -810,7 +822,12 @@ struct Sorter {
 
     DEVICE void pass(const Stream& stream, int shift, const int* from, int* to, int n) {
         const int stretch = (n + THREADS_PER_BLOCK - 1) / THREADS_PER_BLOCK;
-        auto each = [&](int t, auto g) { for (int i = t * stretch; i < (t + 1) * stretch && i < n; ++i) { const int number = from ? from[i] : i; g(number, digit(stream, number, shift)); } };
+        auto each = [&](int t, auto g) {
+            for (int i = t * stretch; i < (t + 1) * stretch && i < n; ++i) {
+                const int number = from ? from[i] : i;
+                g(number, digit(stream, number, shift));
+            }
+        };
         THREADS
             for (int d = 0; d < DIGITS; ++d) start[d][t] = 0;
             each(t, [&](int, int d) { ++start[d][t]; });
@@ -838,7 +855,10 @@ struct Sorter {
         int *order = job.order + (size_t)model * job.samples, *room = job.room + (size_t)model * job.samples;
         const int n = job.samples;
         pass(stream, 0, nullptr, room, n);
-        ROLL for (int shift = BITS; shift < 32; shift += BITS) pass(stream, shift, shift / BITS % 2 ? room : order, shift / BITS % 2 ? order : room, n);
+        ROLL for (int shift = BITS; shift < 32; shift += BITS) {
+            const bool odd = shift / BITS % 2;
+            pass(stream, shift, odd ? room : order, odd ? order : room, n);
+        }
     }
 };
 
@@ -846,10 +866,12 @@ struct Sorter {
 
 // ------------------------------------------------------------------------------------------------------- how it is called
 
+constexpr int GRADIENT_SIZE = GRADIENTS_SHARED ? 1 : SETS * PLACES * sizeof(Real);  // bytes of main memory that a model needs
+
 #if defined(__CUDACC__)
 extern "C" {
 // The sizes of these arrays say what a block needs.
-__device__ char threads_per_block[THREADS_PER_BLOCK], shared_bytes[sizeof(Shared)], gradient_bytes[GRADIENTS_SHARED ? 1 : SETS * PLACES * sizeof(Real)];
+__device__ char threads_per_block[THREADS_PER_BLOCK], shared_bytes[sizeof(Shared)], gradient_bytes[GRADIENT_SIZE];
 
 __global__ void train(const Job job) {
     extern __shared__ __align__(16) char memory[];
@@ -880,11 +902,12 @@ template <class Memory, class G> static int each_model(const Job& job, G g) {  /
 extern "C" {
 long long job_size() { return sizeof(Job); }
 long long part_size(int part) {  // of what lies in shared memory
+    constexpr long long last = sizeof(Shared::before) > sizeof(Shared::partial) ? sizeof(Shared::before) : sizeof(Shared::partial);
     const long long sizes[] = {sizeof(Shared::w), sizeof(Shared::gradients), sizeof(Trace<A>), sizeof(Trace<B>), sizeof(Trace<C>),
-                               sizeof(Trace<D>) + sizeof(Trace<E>) + sizeof(Shared::z), sizeof(Shared::before), sizeof(Shared::partial)};
+                               sizeof(Trace<D>) + sizeof(Trace<E>) + sizeof(Shared::z), last};
     return sizes[part];
 }
-long long gradient_size() { return GRADIENTS_SHARED ? 1 : SETS * PLACES * sizeof(Real); }
+long long gradient_size() { return GRADIENT_SIZE; }
 int train(const Job* job) { return each_model<Shared>(*job, [&](Shared& s, int model) { return Block(*job, s, model).train(); }); }
 #if !NOISY
 int evaluate(const Job* job) { return each_model<Shared>(*job, [&](Shared& s, int model) { return Block(*job, s, model).evaluate(); }); }

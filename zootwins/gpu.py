@@ -179,7 +179,7 @@ def _common_job(
     job.hold("weights", weights)
     job.hold("images", x.detach().to(device, weights.dtype))
     job.hold("labels", y.to(device, torch.int32))
-    job.hold("activation", torch.tensor([list(ACTIVATIONS).index(name) for name in activations], dtype=torch.int32).to(device))
+    job.hold("activation", torch.tensor([list(ACTIVATIONS).index(name) for name in activations], dtype=torch.int32).to(device, non_blocking=True))
     for field in ("loss", "accuracy"):
         job.hold(field, torch.zeros(models, dtype=torch.float64, device=device))
     return job
@@ -192,7 +192,7 @@ def _add_factors(
 ) -> None:
     "Enter what differs from model to model and from step to step."
     models, like = state.population.models, job.held["weights"]
-    put = lambda field, values, dtype=None: job.hold(field, torch.as_tensor(values).to(like.device, dtype or like.dtype))
+    put = lambda field, values, dtype=None: job.hold(field, torch.as_tensor(values).to(like.device, dtype or like.dtype, non_blocking=True))
     column = lambda values: torch.tensor(list(values), dtype=torch.float64)
     dropout = column(models["dropout"])
     put("rate", column(models["lr"] if recipe.lr is None else [recipe.lr] * len(models)))
@@ -304,11 +304,10 @@ def cubin(
             temporary.write_bytes(compile_for_gpu(variant, architecture)[0])
     return path.read_bytes()
 
-# %% ../nbs/14_gpu.ipynb #b4c2f9d8
+# %% ../nbs/14_gpu.ipynb #12a971a3
 class GpuProgram:
     "The engine on one GPU."
 
-    FUNCTIONS = ("shuffle", "train", "evaluate")
     MAX_SHARED = 8  # number of an attribute in the driver's interface
 
     def __init__(
@@ -317,10 +316,11 @@ class GpuProgram:
         device: torch.device,  # where it will run
     ):
         capability, properties = torch.cuda.get_device_capability(device), torch.cuda.get_device_properties(device)
-        self.driver, self.module, context = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p(), ctypes.c_void_p()
-        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device.index or 0)
-        self.context = context
-        self._call("cuCtxSetCurrent", context)
+        self.device, self.driver = device, ctypes.CDLL("libcuda.so.1")
+        number, self.context, self.module = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_void_p()
+        self._call("cuDeviceGet", ctypes.byref(number), device.index or 0)
+        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self.context), number)
+        self._call("cuCtxSetCurrent", self.context)
         self._call("cuModuleLoadData", ctypes.byref(self.module), cubin(variant, "sm_{}{}".format(*capability)))
         self.threads, self.shared_size, self.gradient_size = map(self._size, ("threads_per_block", "shared_bytes", "gradient_bytes"))
         if self.shared_size > properties.shared_memory_per_block_optin:
@@ -347,7 +347,7 @@ class GpuProgram:
 
     def run(
         self,
-        name: str,  # one of FUNCTIONS
+        name: str,  # "shuffle", "train" or "evaluate"
         job: Job,   # complete, on this GPU
     ) -> None:
         "Launch one block for each model, on PyTorch's stream."
@@ -358,7 +358,7 @@ class GpuProgram:
         if shared:
             self._call("cuFuncSetAttribute", function, self.MAX_SHARED, shared)
         arguments = (ctypes.c_void_p * 1)(ctypes.addressof(job))
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        stream = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
         self._call("cuLaunchKernel", function, job.models, 1, 1, self.threads, 1, 1, shared, stream, arguments, None)
 
 # %% ../nbs/14_gpu.ipynb #377bccf1
