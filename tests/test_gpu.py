@@ -1,6 +1,7 @@
 """The GPU engine, built for the host, means the same as the lanes; NVIDIA's compiler, where it is installed, finds room for it."""
 
 import ctypes
+import importlib.util
 import math
 import re
 import struct
@@ -9,6 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -16,11 +18,13 @@ import torch
 from zootwins import gpu, lanes, training
 from zootwins.architectures import ACTIVATIONS, build
 from zootwins.core import UserError
-from zootwins.population import Population, from_modules, plain_models
+from zootwins.datasets import load_images, subset
+from zootwins.population import Population, from_modules, plain_models, sample_population
 from zootwins.streams import epoch_order, random_normal, random_words, stream_keys
 from zootwins.training import Recipe, begin
 from zootwins.twins import resume_state, save_state
 from zootwins.variational import begin_variational, deterministic
+from zootwins.zoos import ZOOS
 
 pytestmark = pytest.mark.skipif(lanes.compiler() is None, reason="no C++ compiler")
 
@@ -273,6 +277,26 @@ def test_labels_that_changed_are_looked_at_again():
     y += 10
     with pytest.raises(UserError, match="0 to 9"):
         gpu.train_epoch(state, x, y, recipe("original"))
+
+
+def test_a_population_goes_through_its_recipe():
+    """Digits for two epochs, measured after each, as the lanes have it."""
+    pictures, population = subset(load_images("digits"), 60, 40), sample_population(ZOOS["digits_seed"], 3)
+    results = [training.train(population, pictures, Recipe("digits_seed", "original", epochs=2), engine=engine, progress=False) for engine in (lanes.LANES, gpu.GPU)]
+    expected, found = (result.metrics for result in results)
+    assert list(found["epoch"]) == [0, 1, 2] * 3 and np.allclose(expected, found, atol=1e-5)
+
+
+def test_what_is_measured_on_a_device_runs_on_the_host():
+    path = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
+    spec = importlib.util.spec_from_file_location("benchmark_of_gpu", path)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    found = benchmark.check_against_host("cnn_small_1ch", "vd", "cpu")
+    assert found["well"] and found["weights"] == found["loss"] == found["classes"] == 0
+    assert benchmark.check_alone("cnn_small_1ch", "mp", "cpu", models=3, images=3) and benchmark.check_orders("cpu", 100) and benchmark.peak("cpu") is None
+    state = benchmark.some_state("cnn_small_1ch", "original", 2, "cpu")
+    assert benchmark.rate(lambda x, y: gpu.train_epoch(state, x, y, benchmark.a_recipe("original")), "cnn_small_1ch", 2, "cpu", 2, 0.01) > 0
 
 
 def test_images_that_lie_askew():
