@@ -33,7 +33,8 @@
 #include "elementary.h"
 
 // ---------------------------------------------------------------------------------------------------------------- threads
-// LOCAL is an array of which every thread has its own, from one barrier to the next; OWN is that of thread t.
+// LOCAL is an array of which every thread has its own, kept across barriers; OWN is that of thread t. UNROLL and ROLL say which
+// loops become straight code: those whose arrays shall live in registers. More of it than needed would fill the registers.
 
 #if defined(__CUDACC__)
 #define DEVICE __device__ __forceinline__
@@ -133,30 +134,25 @@ template <int CI_, int CO_> struct Linear {
     static DEVICE constexpr int weight(int i) { return weight(i / CI, i % CI); }
 };
 
-// The nets; how many threads train one, how many images they take at a time, and where gradients are summed.
+// The nets; how many threads train one, how many images (S) they take at a time, and whether gradients are summed in shared memory.
 #if NET == 2
 using A = Convolution<3, 32, 16, 3, 2, NOISY ? 4 : 8, false>;
 using B = Convolution<16, 15, 32, 3, 2, 4, false>;
 using C = Convolution<32, 6, 15, 3, 2, 1, true>;
 using D = Linear<60, 20>;
 constexpr bool GRADIENTS_SHARED = false;
-#ifndef THREADS_PER_BLOCK
 #define THREADS_PER_BLOCK 288
-#define IMAGES_AT_ONCE (NOISY ? 1 : 2)
-#endif
+constexpr int S = NOISY ? 1 : 2;
 #else
 using A = Convolution<NET ? 3 : 1, 28, 8, 5, 2, NOISY ? 4 : 8, false>;
 using B = Convolution<8, 12, 6, 5, 2, 3, false>;
 using C = Convolution<6, 4, 4, 2, 1, 1, true>;
 using D = Linear<36, 20>;
 constexpr bool GRADIENTS_SHARED = true;
-#ifndef THREADS_PER_BLOCK
 #define THREADS_PER_BLOCK (NET ? 192 : 160)
-#define IMAGES_AT_ONCE (NET || NOISY ? 2 : 5)
-#endif
+constexpr int S = NET || NOISY ? 2 : 5;
 #endif
 using E = Linear<20, CLASSES>;
-constexpr int S = IMAGES_AT_ONCE;
 static_assert(A::OUT == B::IN && B::OUT == C::IN && C::OUT == D::IN && D::OUT == E::IN, "");
 
 template <int n> struct Nth;
@@ -193,7 +189,7 @@ struct Job {
     const Real *correction1, *correction2;                  // [steps of the epoch]: Adam's 1 / (1 - 0.9^s), 1 / sqrt(1 - 0.999^s)
     const unsigned char* masks;                             // [models, parameters] or null
     Real *weights, *first, *second;                         // [models, parameters], moved in place; second: null without Adam
-    Real* gradients;                                        // [models, room for gradients], or null if shared memory holds them
+    Real* gradients;                                        // [models, room for gradients], not used if shared memory holds them
     int *order, *room;                                      // [models, samples]; the second is for sorting
     double *loss, *accuracy;                                // [models]
     unsigned char* predictions;                             // [models, samples], evaluation only
