@@ -4,15 +4,17 @@ PYTHON ?= python3
 ZOO ?= digits_seed
 N ?= 100
 LEVELS ?=
-FIGURES ?= $(or $(ZOOTWINS_FIGURES),figures)
+METHODS ?=
+WORKERS ?=
+NOTEBOOK ?= run_zoo
 VENV := .venv
 BIN := $(VENV)/bin
-RUNS := runs
+RUNS ?= runs
 
 export MPLBACKEND := Agg
 export SOURCE_DATE_EPOCH := 0
 
-.PHONY: run test lab readme clean-check export-check readme-check notebooks lint pytest
+.PHONY: run test test-all sanitize mutants lab keep readme clean-check export-check readme-check notebooks lint pytest
 
 $(VENV)/ready: setup.py settings.ini constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -23,15 +25,26 @@ $(VENV)/ready: setup.py settings.ini constraints.txt
 # The bars pass through a pipe because papermill opens what it writes to anew, which would empty a file that `make run` is redirected to.
 # The executed notebook replaces an earlier one only when the run ended well.
 run: $(VENV)/ready
-	@mkdir -p $(RUNS)
-	@set -o pipefail; $(BIN)/python -m papermill nbs/run_zoo.ipynb $(RUNS)/$(ZOO).unfinished.ipynb -p zoo $(ZOO) -p n_models $(N) $(if $(LEVELS),-p levels $(LEVELS)) --kernel python3 \
-		--no-progress-bar --stdout-file /dev/null --stderr-file /dev/fd/3 3>&1 >$(RUNS)/$(ZOO).log 2>&1 | (trap '' INT; cat >&2) && test -f $(FIGURES)/$(ZOO)/run.json \
-		|| { grep -aE '^[A-Za-z.]+(Error|Interrupt)\b' $(RUNS)/$(ZOO).log | tail -n 1 >&2; echo "The run of $(ZOO) did not end well; more is in $(RUNS)/$(ZOO).log" >&2; exit 1; }
-	@mv $(RUNS)/$(ZOO).unfinished.ipynb $(RUNS)/$(ZOO).ipynb
-	@rm $(RUNS)/$(ZOO).log
-	@echo "Tables and figures of $(ZOO) lie in $(FIGURES)/$(ZOO)/, the executed notebook is $(RUNS)/$(ZOO).ipynb"
+	@mkdir -p "$(RUNS)"
+	@figures="$${ZOOTWINS_FIGURES:-runs}/$(ZOO)"; log="$(RUNS)/$(ZOO).log"; set -o pipefail; \
+	ZOOTWINS_BARS=text $(BIN)/python -m papermill nbs/run_zoo.ipynb "$(RUNS)/$(ZOO).unfinished.ipynb" -p zoo "$(ZOO)" -p n_models "$(N)" \
+		$(if $(LEVELS),-r levels "$(LEVELS)") $(if $(METHODS),-r methods "$(METHODS)") $(if $(WORKERS),-r workers "$(WORKERS)") --kernel python3 \
+		--no-progress-bar --stdout-file /dev/null --stderr-file /dev/fd/3 3>&1 >"$$log" 2>&1 | (trap '' INT; cat >&2) && test -f "$$figures/run.json" \
+		|| { grep -aE '^[A-Za-z.]+(Error|Interrupt)\b|^Interrupted:' "$$log" | tail -n 1 >&2; echo "The run of $(ZOO) did not end well; more is in $$log" >&2; exit 1; }; \
+	mv "$(RUNS)/$(ZOO).unfinished.ipynb" "$(RUNS)/$(ZOO).ipynb" && rm "$$log" && \
+	echo "Tables and figures of $(ZOO) lie in $$figures/, the executed notebook is $(RUNS)/$(ZOO).ipynb"
+
+# What README and paper are made from is kept in figures/; only this command adds to it.
+keep: $(VENV)/ready
+	@test -f "runs/$(ZOO)/run.json" || { echo "There is no finished run of $(ZOO) in runs/: make run ZOO=$(ZOO) first." >&2; exit 1; }
+	@mkdir -p "figures/$(ZOO)" && cp "runs/$(ZOO)"/*.{csv,png,parquet,json} "figures/$(ZOO)/"
+	@git status --short "figures/$(ZOO)"
 
 test: clean-check export-check readme-check notebooks lint pytest
+
+# Rare and long sweeps: every kill point, many races, many mutated files.
+test-all: test
+	$(BIN)/python -m pytest -q -n 2 -m slow tests
 
 clean-check export-check readme-check: $(VENV)/ready
 	$(BIN)/python tests/fresh.py $@
@@ -45,10 +58,20 @@ lint: $(VENV)/ready
 	$(BIN)/ruff check zootwins tests
 
 pytest: $(VENV)/ready
-	$(BIN)/python -m pytest -q tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests
+
+# The C++ engine under ASan and UBSan, in small trainings of all architectures.
+sanitize: $(VENV)/ready
+	$(BIN)/python -m pytest -q tests/test_lanes.py -k sanitizers
+
+# How many small errors in the measures and the rules of verdicts the tests find; takes most of an hour.
+mutants: $(VENV)/ready
+	$(BIN)/python tests/mutants.py
 
 readme: $(VENV)/ready
 	$(BIN)/python tests/fresh.py readme
 
+# JupyterLab on a copy, which git does not know, so that a notebook that was read does not become a change.
 lab: $(VENV)/ready
-	$(BIN)/jupyter lab --notebook-dir=nbs
+	cp -n "nbs/$(NOTEBOOK).ipynb" "nbs/_$(NOTEBOOK).ipynb"
+	$(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" "nbs/_$(NOTEBOOK).ipynb"

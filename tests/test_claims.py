@@ -152,15 +152,41 @@ def test_a_collapsed_population_is_not_called_steady(good):
 
 
 def test_a_sparsity_that_few_models_reach_is_left_out(good):
-    """The advantage up to 80 % is tried at the levels that at least half of the models reach."""
+    """Above half of the models a level is tried as it is; below, each model is compared where its variational dropout ends."""
     models = good["model"].nunique()
-    for kept, levels in ((models // 2, "80%"), (models // 2 - 1, None)):
+    for kept, at_level in ((models // 2, True), (models // 2 - 1, False)):
         slow = good.copy()
         late = (slow["method"] == "vd") & (slow["model"] >= kept)
         slow.loc[late, "sparsity"] = slow.loc[late, "sparsity"].clip(upper=0.75)
         found = c.dropped_at(slow, 0.8)
-        assert found.count() == (kept if levels else 0) and c.dropped_at(slow, 0.7).count() == models
-        assert ("80%" in c.pruning_better_up_to_80(slow)[0].quantity) == bool(levels)
+        assert found.count() == (kept if at_level else 0) and c.dropped_at(slow, 0.7).count() == models
+        quantity = c.pruning_better_up_to_80(slow)[0].quantity
+        assert ("80%" in quantity) == at_level and ("the end of variational dropout" in quantity) != at_level
+
+
+def test_the_end_of_variational_dropout_is_compared_on_a_straight_line(good):
+    twins = good[good["method"] == "vd"]
+    ends = {0: 0.75, 1: 0.79, 2: 0.9}
+    short = pd.concat([good[good["method"] != "vd"], *(twins[(twins["model"] == model) & (twins["sparsity"] <= end + 1e-9)] for model, end in ends.items()),
+        twins[twins["model"] > 2]])
+    found = c.at_the_end(short, (0.7, 0.8))
+    low, high = c.pruned(good, 0.7), c.pruned(good, 0.8)
+    for model in ends:
+        rows = short[(short["method"] == "vd") & (short["model"] == model)].sort_values("sparsity")
+        end = min(rows["sparsity"].max(), 0.8)
+        wanted = low[model] + (high[model] - low[model]) * (end - 0.7) / 0.1 - np.interp(end, rows["sparsity"], rows["test_acc"])
+        assert found[model] == pytest.approx(wanted)
+    below = short[(short["method"] != "vd") | (short["sparsity"] < 0.6)]
+    assert c.at_the_end(below, (0.7, 0.8)).isna().all()
+
+
+def test_at_a_collapse_between_two_levels_pruning_is_not_called_better(good):
+    """As in MNIST: better at 70 %, worse at 80 %, and variational dropout ends between."""
+    worse = good[(good["method"] != "vd") | (good["sparsity"] < 0.78)].copy()
+    worse.loc[np.isclose(worse["level"].fillna(0), 0.8), "test_acc"] -= 0.3
+    found = c.pruning_better_up_to_80(worse)[0]
+    assert found.verdict == FAILS and "the end of variational dropout" in found.quantity
+    assert c.pruning_better_up_to_80(good)[0].verdict == HOLDS
 
 
 def test_sparsity_is_met_on_a_straight_line(good):
@@ -209,10 +235,10 @@ def test_the_definition_behind_a_printed_row_is_found(good):
     row = (printed["table"] == 2) & (printed["zoo"] == "usps_seed") & (printed["method"] == "mp")
     printed.loc[row & (printed["metric"] == "pearson"), "mean"], printed.loc[row & (printed["metric"] == "kendall"), "mean"] = round(r, 1), round(tau, 1)
     found = c.reproduces(changed, printed).query("method == 'mp'").set_index("family")
-    assert found.loc["accuracy and agreement", "reproduced"] and found.loc["accuracy and agreement", "p_pearson"] > 0.9
-    assert not found.loc["original and twin", "reproduced"] and found.loc["original and twin", "printed_pearson"] == pytest.approx(round(r, 1) / 100)
+    assert found.loc["accuracy and agreement", "fits"] and abs(found.loc["accuracy and agreement", "z_pearson"]) < 0.1
+    assert not found.loc["original and twin", "fits"] and found.loc["original and twin", "printed_pearson"] == pytest.approx(round(r, 1) / 100)
     best = c.nearest_candidates(found.reset_index())
-    assert best["p"].is_monotonic_decreasing and len(best) == found.index.nunique()
+    assert best["worst"].is_monotonic_increasing and len(best) == found.index.nunique()
 
 
 def test_runs_without_the_printed_state_have_no_candidates(good):
@@ -226,3 +252,233 @@ def test_gaps_are_shifted_by_whole_epochs(good):
     twins = good[good["method"] == "vd"].pivot(index="model", columns="epoch", values=["train_acc", "test_acc"])
     assert found.loc[("usps_seed", 10), "before"] == pytest.approx(100 * (twins["train_acc"][9] - twins["test_acc"][10]).mean())
     assert np.isnan(found.loc[("usps_seed", 0), "before"]) and np.isnan(found.loc[("usps_seed", 25), "after"]) and found.loc[("usps_seed", 25), "paper"] == 6.0
+
+
+def test_a_candidate_is_excluded_beyond_two_bootstrap_errors(good):
+    tried = c.reproduces(good, CELLS).query("method == 'vd' and family == 'original and twin'").iloc[0]
+    state = good[(good["method"] == "vd")].pivot(index="model", columns="epoch", values="test_acc")
+    epoch = int(tried["definition"].split()[-1])
+    errors = c.fisher_errors(c.of_originals(good), state[epoch].rename("y"))
+    for sign in (-1, 1):
+        for distance, fits in ((1.9, True), (2.0, False)):
+            printed = CELLS.copy()
+            for name in ("pearson", "kendall"):
+                row = (printed["table"] == 2) & (printed["zoo"] == "usps_seed") & (printed["method"] == "vd") & (printed["metric"] == name)
+                beyond = distance * errors[name] * np.sqrt(1 + 60 / 1000)
+                printed.loc[row, "mean"] = 100 * np.tanh(np.arctanh(min(tried[name], 0.9999)) + sign * beyond) + sign * 0.05
+            again = c.reproduces(good, printed).query("method == 'vd' and family == 'original and twin'").iloc[0]
+            assert abs(again["worst"]) == pytest.approx(distance, abs=0.03) and again["fits"] == fits
+
+
+def test_errors_of_pooled_states_draw_models_not_states():
+    random = np.random.default_rng(0)
+    model = np.repeat(np.arange(40), 10)
+    x, noise = np.repeat(random.normal(size=40), 10), np.repeat(random.normal(size=40), 10)
+    index = pd.MultiIndex.from_arrays([model, np.tile(range(10), 40)], names=["model", "epoch"])
+    pooled = c.fisher_errors(pd.Series(x, index), pd.Series(x + noise, index), resamples=2000)
+    single = c.fisher_errors(pd.Series(x[::10]).rename_axis("model"), pd.Series((x + noise)[::10]).rename_axis("model"), resamples=2000)
+    assert pooled["pearson"] == pytest.approx(single["pearson"], rel=0.25) and pooled["pearson"] > 0.1
+    normal = pd.Series(random.normal(size=400)).rename_axis("model")
+    error = c.fisher_errors(normal, (0.7 * normal + random.normal(size=400)).rename("y"), resamples=2000)
+    assert error["pearson"] == pytest.approx(1 / np.sqrt(397), rel=0.15)
+
+
+def test_common_candidates_are_judged_where_they_do_worst():
+    tried = pd.DataFrame([("a", "mp", "f", "one", 1.0), ("b", "mp", "f", "one", 3.0), ("a", "mp", "f", "two", 2.0), ("b", "mp", "f", "two", 0.5), ("a", "mp", "g", "three", 0.1)],
+                         columns=["zoo", "method", "family", "definition", "worst"])
+    found = c.common_candidates(tried)
+    assert found[["definition", "worst", "zoo"]].to_numpy().tolist() == [["two", 2.0, "a"], ["one", 3.0, "b"]]
+
+
+def states(**of):
+    "One zoo without noise: `method, level, epoch` -> columns of values over the models."
+    parts = []
+    for (method, level, epoch), columns in of["rows"].items():
+        n = max(np.size(value) for value in columns.values())
+        base = {"zoo": "usps_seed", "method": method, "level": level, "model": range(n), "epoch": epoch, "test_acc": 0.9, "train_acc": 0.9, "ggap": 0.05, "train_loss": 1.0,
+            "test_loss": 1.0, "sparsity": 0.0, "agreement": 1.0}
+        parts.append(pd.DataFrame(base | {f"sparsity_{layer}": 0.0 for layer in LAYERS} | columns))
+    return pd.concat(parts, ignore_index=True)[METRIC_COLUMNS]
+
+
+ORIGINAL, N = ("original", np.nan, 50), 20
+SPREAD = np.linspace(-1, 1, N)
+
+
+def only(findings):
+    return [found.verdict for found in findings]
+
+
+@pytest.mark.parametrize("share, verdict", [(0.9501, HOLDS), (0.9499, FAILS)])
+def test_preserved_is_95_percent_at_half_of_the_weights(share, verdict):
+    rows = states(rows={ORIGINAL: {"test_acc": np.full(N, 0.8)}, ("mp", 0.5, 15): {"test_acc": np.full(N, 0.8 * share)}, ("mp", 0.6, 15): {"test_acc": np.full(N, 0.1)},
+                        ("vd", np.nan, 0): {"test_acc": np.full(N, 0.8)}, ("vd", np.nan, 1): {"test_acc": np.full(N, 0.8 - 1.6 * (1 - share) * 0.8), "sparsity": 0.8}})
+    found = c.accuracy_preserved(rows)
+    assert only(found)[0] == verdict and found[0].value == pytest.approx(share)
+
+
+@pytest.mark.parametrize("ratio, verdict", [(1.999, HOLDS), (2.001, FAILS)])
+def test_little_variation_is_at_most_twice_the_originals(ratio, verdict):
+    before = 0.8 + 0.01 * SPREAD
+    rows = states(rows={ORIGINAL: {"test_acc": before}, ("mp", 0.9, 15): {"test_acc": 0.7 + ratio * 0.01 * SPREAD}})
+    assert only(c.variation_low(rows)) == [verdict]
+
+
+@pytest.mark.parametrize("agreement, high, between", [(0.601, HOLDS, HOLDS), (0.599, FAILS, FAILS), (0.799, HOLDS, HOLDS), (0.801, HOLDS, FAILS)])
+def test_high_agreement_is_60_and_relatively_high_ends_at_80(agreement, high, between):
+    rows = states(rows={ORIGINAL: {"test_acc": np.full(N, 0.9)}, ("mp", 0.9, 15): {"agreement": np.full(N, agreement)}})
+    assert only(c.agreement_high(rows)) == [high] and only(c.agreement_60_to_80(rows)) == [between]
+
+
+@pytest.mark.parametrize("more, verdict", [(0, FAILS), (50, FAILS), (100, OPEN), (150, HOLDS), (200, HOLDS), (250, HOLDS), (300, OPEN), (350, FAILS), (400, FAILS)])
+def test_no_preference_is_between_a_quarter_and_three_quarters(more, verdict):
+    agreement = np.where(np.arange(400) < more, 0.9, 0.7)
+    rows = states(rows={ORIGINAL: {"test_acc": np.full(400, 0.9)}, ("mp", 0.9, 15): {"agreement": agreement},
+        ("vd", np.nan, 1): {"agreement": np.full(400, 0.8), "sparsity": 0.885}})
+    found = c.agreement_prefers_none(rows)
+    assert only(found) == [verdict] and found[0].value == more / 400
+    tied = rows.assign(agreement=0.8)
+    assert c.agreement_prefers_none(tied)[0].value == 0.5
+
+
+@pytest.mark.parametrize("r, verdict", [(0.75, HOLDS), (0.66, FAILS), (0.707, OPEN)])
+def test_a_proxy_explains_half_of_the_variance(r, verdict):
+    random = np.random.default_rng(0)
+    x, e = random.normal(size=(2, 3000))
+    e = e - x * (x @ e) / (x @ x)
+    y = r * x / x.std() + np.sqrt(1 - r**2) * e / e.std()
+    rows = states(rows={ORIGINAL: {"test_acc": np.full(3000, 0.9)}, ("mp", 0.9, 15): {"test_acc": x, "agreement": y}})
+    assert {found.of: found.verdict for found in c.accuracy_is_proxy(rows)} == {"models, MP": verdict}
+
+
+@pytest.mark.parametrize("r, pearson", [(0.93, HOLDS), (0.85, FAILS)])
+def test_correlated_above_09_and_tau_above_what_that_implies(r, pearson):
+    random = np.random.default_rng(0)
+    x = random.normal(size=800)
+    y = r * x + np.sqrt(1 - r**2) * random.normal(size=800)
+    rows = states(rows={ORIGINAL: {"test_acc": x}, ("mp", 0.8, 15): {"test_acc": y}})
+    assert only(c.pruning_correlates(rows)) == [pearson, pearson]
+
+
+@pytest.mark.parametrize("ratio, verdict", [(0.49, HOLDS), (0.51, FAILS)])
+def test_consistent_layers_vary_by_less_than_half_of_their_differences(ratio, verdict):
+    means = np.array([0.1, 0.3, 0.5, 0.7, 0.9])
+    within = ratio * means.std(ddof=1)
+    two = np.tile([-1, 1], 500) * np.sqrt(999 / 1000)
+    layers = {f"sparsity_{layer}": mean + within * two for layer, mean in zip(LAYERS, means)}
+    assert only(c.layers_consistent(states(rows={("mp", 0.5, 15): layers}))) == [verdict]
+
+
+@pytest.mark.parametrize("span, verdict", [(1.1, HOLDS), (0.9, FAILS)])
+def test_phases_are_more_than_an_epoch_apart(span, verdict):
+    """Every layer rises in one epoch of its own; conv2's half comes at 0.5 and fc1's by `span` later."""
+    random, moments = np.random.default_rng(0), dict(zip(LAYERS, [0.7, 0.5, 0.6, 0.5 + span, 0.8]))
+    rise = lambda epoch, moment: np.clip((epoch - (moment - 0.5)), 0, 1)
+    shift = 0.02 * random.normal(size=N)
+    rows = states(rows={("vd", np.nan, epoch): {f"sparsity_{layer}": 0.8 * rise(epoch, moment + shift) for layer, moment in moments.items()} for epoch in range(4)})
+    found = c.layers_in_phases(rows)
+    halves = c.half_epochs(rows)
+    assert list(halves) == LAYERS and len(halves) == N and only(found) == [verdict]
+    assert found[0].quantity.startswith("epochs from the half of conv2 to the half of fc1") and found[0].value == pytest.approx(np.ptp(halves.mean()))
+
+
+def test_half_of_a_layer_is_met_on_a_straight_line():
+    layers = lambda values: {f"sparsity_{layer}": values for layer in LAYERS}
+    rows = states(rows={("vd", np.nan, epoch): layers(np.array([s, s / 2, 0.0])) for epoch, s in enumerate([0.1, 0.3, 0.7, 0.9])})
+    found = c.half_epochs(rows)
+    assert found.index.tolist() == [0, 1] and np.allclose(found.to_numpy(), 1.5)
+    assert c.half_epochs(rows.assign(epoch=rows["epoch"] * 2)).iloc[0, 0] == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize("shared, of, verdict", [(10, 10, HOLDS), (9, 10, HOLDS), (8, 10, OPEN), (5, 10, OPEN), (2, 10, OPEN), (1, 10, FAILS), (0, 10, FAILS),
+    (62, 100, HOLDS), (38, 100, FAILS)])
+def test_likely_is_more_often_than_not(shared, of, verdict):
+    n = 10 * of
+    before = np.arange(n, dtype=float)[::-1]
+    after = before.copy()
+    after[:of][shared:] -= n
+    rows = states(rows={ORIGINAL: {"test_acc": before}, ("mp", 0.8, 15): {"test_acc": after}})
+    found = c.best_stay_best(rows)[0]
+    assert found.verdict == verdict and found.value == shared / of and found.n == n
+
+
+@pytest.mark.parametrize("better, n, verdict", [(1, 10, HOLDS), (2, 10, FAILS), (1, 9, OPEN), (2, 20, HOLDS), (3, 20, FAILS)])
+def test_among_the_best_is_a_tenth(better, n, verdict):
+    before, after = np.linspace(0.9, 0.8, n), np.linspace(0.7, 0.6, n)
+    after[0] = after[better] + 0.5 * (after[0] - after[1]) - (after[0] - after[1])
+    rows = states(rows={ORIGINAL: {"test_acc": before}, ("mp", 0.8, 15): {"test_acc": after}})
+    found = c.best_is_best(rows)[0]
+    assert found.verdict == verdict and found.value == pytest.approx(better / n)
+
+
+def test_friendly_is_what_shows_again():
+    random = np.random.default_rng(0)
+    n, quality = 200, np.linspace(-1, 1, 200)
+    friendly = random.normal(size=n)
+    twin = lambda share: 0.7 + 0.05 * quality + 0.03 * share * friendly + 0.01 * random.normal(size=n)
+    frame = lambda share: states(rows={
+        ORIGINAL: {"test_acc": 0.9 + 0.1 * quality}, ("mp", 0.7, 15): {"test_acc": twin(1)}, ("mp", 0.8, 15): {"test_acc": twin(share)},
+        ("vd", np.nan, 0): {"test_acc": 0.9 + 0.1 * quality}, ("vd", np.nan, 1): {"test_acc": twin(1), "sparsity": 0.8}})
+    by = lambda rows: {found.of: found.verdict for found in c.friendly_models(rows)}
+    assert by(frame(1)) == {"levels": HOLDS, "methods": HOLDS} and by(frame(-1)) == {"levels": FAILS, "methods": FAILS} and by(frame(0)) == {"levels": OPEN, "methods": OPEN}
+    kept = c.kept_beyond(0.9 + 0.1 * quality, 0.5 + 0.7 * (0.9 + 0.1 * quality))
+    assert np.allclose(kept, 0) and c.kept_beyond(np.ones(3), np.array([1.0, 2.0, 6.0])).tolist() == [-2, -1, 3]
+
+
+@pytest.mark.parametrize("accuracy, judged", [(0.199, False), (0.201, True)])
+def test_collapsed_is_below_twice_guessing(accuracy, judged):
+    rows = states(rows={ORIGINAL: {"test_acc": np.full(N, 0.9)}, ("mp", 0.8, 15): {"test_acc": 0.8 + 0.01 * SPREAD}, ("mp", 0.9, 15): {"test_acc": accuracy + 0.01 * SPREAD},
+                        ("vd", np.nan, 0): {"test_acc": np.full(N, 0.9)}, ("vd", np.nan, 1): {"test_acc": 0.7 + 0.002 * SPREAD, "sparsity": 0.95}})
+    assert [found.verdict for found in c.dropout_steadier(rows) if found.of == "spread"] == [HOLDS if judged else OPEN]
+
+
+def test_the_smallest_advantage_is_judged_with_a_wider_interval():
+    random = np.random.default_rng(0)
+    values = pd.Series(random.normal(1, 1, 40))
+    one = c.smallest_advantage({"50%": values}, "x")[0]
+    two = c.smallest_advantage({"50%": values, "60%": values + 1, "70%": values * np.nan}, "x")[0]
+    assert one.value == two.value and two.high - two.low > one.high - one.low and "50%, where it is smallest of 50%, 60%" in two.quantity
+    assert (two.value, two.low, two.high) == pytest.approx(c.mean_interval(values, 0.975)) and c.smallest_advantage({"50%": values[:1]}, "x") == []
+
+
+def test_moderate_is_50_to_70_percent():
+    gaps = {0.0: 0.05, 0.4: 0.5, 0.5: 0.04, 0.7: 0.02, 0.8: 0.5}
+    rows = states(rows={ORIGINAL: {"ggap": np.full(N, 0.3)}, **{("mp", level, 15): {"ggap": np.full(N, gap)} for level, gap in gaps.items()}})
+    found = c.gap_lower(rows)
+    assert found[0].value == pytest.approx(0.03 - 0.05) and "level 0" in found[0].quantity
+    without = c.gap_lower(rows[rows["level"] != 0.0])
+    assert without[0].value == pytest.approx(0.03 - 0.3) and "the originals" in without[0].quantity
+
+
+def test_verdicts_of_intervals():
+    judge = lambda low, high, **bounds: c.finding("", (0.5, low, high), 9, **bounds).verdict
+    assert judge(0.1, 0.9, above=0.0) == HOLDS and judge(0.1, 0.9, above=0.1) == OPEN and judge(0.1, 0.9, above=0.9) == OPEN and judge(0.1, 0.9, above=0.91) == FAILS
+    assert judge(0.1, 0.9, below=1.0) == HOLDS and judge(0.1, 0.9, below=0.9) == OPEN and judge(0.1, 0.9, below=0.1) == OPEN and judge(0.1, 0.9, below=0.09) == FAILS
+
+
+def test_changed_verdicts_are_those_of_today():
+    moved = pd.DataFrame(c.CHANGES, columns=["date", "rule", "zoo", "claim", "of", "before", "after"])
+    assert (moved["before"] != moved["after"]).all() and set(moved["claim"]) <= {claim.name for claim in CLAIMS}
+    claims = moved.rename(columns={"after": "verdict"})[["zoo", "claim", "of", "verdict"]].drop_duplicates(["zoo", "claim", "of"], keep="last")
+    assert len(c.changed_verdicts(claims)) == len(moved) and c.changed_verdicts(claims.query("zoo == 'none'")).empty
+
+
+def test_the_latent_space_is_compared_property_by_property():
+    table = pd.DataFrame([("z", "hyper-representation", "test_acc", 0.7), ("z", "layer statistics", "test_acc", 0.6), ("z", "hyper-representation", "epoch", 0.5),
+                          ("z", "layer statistics", "epoch", 0.8), ("z", "hyper-representation", "weights", 0.9)], columns=["zoo", "features", "property", "r2"])
+    assert c.latent_space_wins(table).set_index("property")["wins"].to_dict() == {"test_acc": True, "epoch": False}
+
+
+def test_the_best_tenth_is_rounded():
+    sizes = [len(c.best_tenth(pd.Series(range(n)))) for n in (1, 10, 14, 16, 400)]
+    assert sizes == [1, 1, 1, 2, 40] and c.best_tenth(pd.Series([0.1, 0.5, 0.3])).tolist() == [1]
+
+
+def test_student_intervals_are_scipys():
+    from scipy import stats
+    values = np.random.default_rng(0).normal(size=12)
+    for confidence in (0.95, 0.99):
+        low, high = stats.t.interval(confidence, 11, values.mean(), stats.sem(values))
+        assert c.mean_interval(np.append(values, np.nan), confidence) == pytest.approx((values.mean(), low, high))
+    assert np.isnan(c.mean_interval([1.0])[1]) and np.isnan(c.mean_interval([])[0]) and np.isnan(c.bootstrap(np.mean, np.ones(2))[0]) and c.bootstrap(np.mean,
+        np.ones(3)) == (1, 1, 1)

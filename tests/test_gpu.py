@@ -8,21 +8,21 @@ import struct
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from zootwins import gpu, lanes, training
+from zootwins import engines, gpu, lanes, training
 from zootwins.architectures import ACTIVATIONS, build
 from zootwins.core import UserError
 from zootwins.datasets import load_images, subset
 from zootwins.population import Population, from_modules, plain_models, sample_population
 from zootwins.streams import epoch_order, random_normal, random_words, stream_keys
 from zootwins.training import Recipe, begin
-from zootwins.twins import resume_state, save_state
 from zootwins.variational import begin_variational, deterministic
 from zootwins.zoos import ZOOS
 
@@ -213,17 +213,30 @@ def test_broken_models_harm_nobody():
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_resuming_from_disk_changes_nothing(stage, tmp_path):
+def test_resuming_changes_nothing(stage, tmp_path):
+    """What a block keeps on disk, weights and moments, is all that the next epoch needs."""
     x, y = images("cnn_small_1ch", 5)
-    straight, before = make("cnn_small_1ch", stage, models=3), make("cnn_small_1ch", stage, models=3)
+    straight, before, resumed = (make("cnn_small_1ch", stage, models=3) for _ in range(3))
     for state, epochs in ((straight, 3), (before, 2)):
         for _ in range(epochs):
             gpu.train_epoch(state, x, y, recipe(stage))
-    save_state(tmp_path / "part", before, pd.DataFrame({"epoch": [before.epoch]}))
-    resumed = make("cnn_small_1ch", stage, models=3)
-    resume_state(tmp_path / "part", resumed)
+    for number, (part, own) in enumerate(zip(parts(before), parts(resumed))):
+        save_file(part, tmp_path / str(number))
+        own.update(load_file(tmp_path / str(number)))
+    resumed.epoch, resumed.steps = before.epoch, before.steps
     gpu.train_epoch(resumed, x, y, recipe(stage))
     assert (resumed.epoch, resumed.steps) == (straight.epoch, straight.steps) and equal(resumed, straight)
+
+
+def test_schedules_and_momentum_that_looks_ahead():
+    """Rates that change from step to step, and Nesterov's momentum, are those of the lanes."""
+    x, y = images("cnn_small_1ch", 40)
+    ahead = replace(recipe("original"), schedule="LLR", nesterov=True)
+    exact, found, plain = make("cnn_small_1ch", dtype=torch.float64), make("cnn_small_1ch"), make("cnn_small_1ch")
+    lanes.train_epoch(exact, x.double(), y, ahead)
+    gpu.train_epoch(found, x, y, ahead)
+    gpu.train_epoch(plain, x, y, recipe("original"))
+    assert furthest(exact, found) < 1e-6 and furthest(exact, plain, moments=False) > 1e-4
 
 
 def test_only_sgd_needs_no_second_moments():
@@ -282,7 +295,7 @@ def test_labels_that_changed_are_looked_at_again():
 def test_a_population_goes_through_its_recipe():
     """Digits for two epochs, measured after each, as the lanes have it."""
     pictures, population = subset(load_images("digits"), 60, 40), sample_population(ZOOS["digits_seed"], 3)
-    results = [training.train(population, pictures, Recipe("digits_seed", "original", epochs=2), engine=engine, progress=False) for engine in (lanes.LANES, gpu.GPU)]
+    results = [engines.train(population, pictures, Recipe("digits_seed", "original", epochs=2), engine=engine, progress=False) for engine in (lanes.LANES, gpu.GPU)]
     expected, found = (result.metrics for result in results)
     assert list(found["epoch"]) == [0, 1, 2] * 3 and np.allclose(expected, found, atol=1e-5)
 

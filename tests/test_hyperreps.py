@@ -13,13 +13,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 
 from zootwins import hyperreps
 from zootwins.architectures import ARCHITECTURES, build
 from zootwins.core import UserError
 from zootwins.hyperreps import CONFIGS, HyperAutoEncoder, permutation_index, random_orders, to_alpha_vectors, to_vectors, to_weights, token_layout
 from zootwins.population import Population, plain_models
+from zootwins.store import read_part
 from zootwins.variational import begin_variational, deterministic, log_alphas
 
 PAPER = ("cnn_small_1ch", "cnn_small_3ch", "cnn_large")
@@ -107,6 +107,45 @@ def test_what_is_no_chain_of_layers_has_no_tokens(monkeypatch):
     monkeypatch.setitem(ARCHITECTURES, "crooked", lambda activation, dropout: crooked)
     with pytest.raises(UserError, match="only chains of layers"):
         token_layout("crooked")
+
+
+class Skips(torch.nn.Module):
+    "Layers of equal width, with or without something that passes them by."
+
+    def __init__(self, how, bias=True):
+        super().__init__()
+        self.how, nn = how, torch.nn
+        self.first, self.second, self.third = nn.Conv2d(1, 4, 3, bias=bias), nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4 * 26 * 26, 10)
+
+    def forward(self, x):
+        x = self.first(x).tanh()
+        y = self.second(x if self.how != "gate" else x * x.mean((2, 3), keepdim=True)).tanh()
+        y = {"chain": y, "gate": y, "sum": y + x, "product": y * x, "twice": self.second(y).tanh() if self.how == "twice" else y, "order": y * torch.arange(4).reshape(4,
+            1, 1)}[self.how]
+        return self.third(y.flatten(1))
+
+
+@pytest.mark.parametrize("how", ["chain", "gate", "sum", "product", "twice", "order"])
+def test_what_passes_a_layer_by_is_found(monkeypatch, how):
+    monkeypatch.setitem(ARCHITECTURES, "skips", lambda activation, dropout: Skips(how))
+    if how in ("chain", "gate"):  # a gate treats all neurons alike, wherever they stand
+        assert len(token_layout("skips")) == 3
+    else:
+        with pytest.raises(UserError, match="only chains of layers"):
+            token_layout("skips")
+
+
+def test_what_cannot_be_laid_out_is_named(monkeypatch):
+    monkeypatch.setitem(ARCHITECTURES, "skips", lambda activation, dropout: Skips("chain", bias=False))
+    with pytest.raises(UserError, match="first has no bias"):
+        token_layout("skips")
+    odd = lambda activation, dropout: torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.Flatten(), torch.nn.Linear(4 * 15 * 9, 10))
+    monkeypatch.setitem(ARCHITECTURES, "skips", odd)
+    with pytest.raises(UserError, match="cannot be tried"):
+        token_layout("skips")
+    monkeypatch.setitem(ARCHITECTURES, "skips", lambda activation, dropout: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 8), torch.nn.ReLU(),
+        torch.nn.Linear(8, 3)))
+    assert [layer.neurons for layer in token_layout("skips")] == [8, 3]
 
 
 def test_contrastive_loss_is_small_for_alike_views_and_large_for_mixed_ones():
@@ -208,36 +247,43 @@ def train_here(folder, until):
 
 def test_a_killed_training_goes_on_to_the_same_end(tmp_path):
     worker = subprocess.Popen([sys.executable, "-c", WORKER, str(tmp_path / "killed"), os.path.dirname(__file__)])
-    while not (tmp_path / "killed" / "training.safetensors").exists() and worker.poll() is None:
+    while not list((tmp_path / "killed").glob("training-*")) and worker.poll() is None:
         time.sleep(0.01)
     worker.send_signal(signal.SIGKILL)
     assert worker.wait() == -signal.SIGKILL
-    until = len(pd.read_parquet(tmp_path / "killed" / "losses.parquet")) + 3
+    until = len(read_part(tmp_path / "killed", "training")[1]) + 3
     resumed, through = train_here(tmp_path / "killed", until), train_here(tmp_path / "whole", until)
     assert resumed.equals(through) and len(through) == until
-    first, second = (load_file(tmp_path / name / "training.safetensors") for name in ("killed", "whole"))
-    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    first, second = ([path.name for path in (tmp_path / name).glob("training-*")] for name in ("killed", "whole"))
+    assert first == second and len(first) == 1  # a file's name is the hash of its content
 
 
 def test_a_finished_training_is_loaded(tmp_path):
     states = random_states()
     model, history = hyperreps.train_autoencoder(states, TINY, tmp_path, progress=False)
-    before = (tmp_path / "training.safetensors").read_bytes()
+    before = sorted(path.name for path in tmp_path.iterdir())
     again, same = hyperreps.train_autoencoder(states, TINY, tmp_path, progress=False)
-    assert same.equals(history) and (tmp_path / "training.safetensors").read_bytes() == before
+    assert same.equals(history) and sorted(path.name for path in tmp_path.iterdir()) == before
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
 
 
-def test_seeds_and_damage_are_noticed(tmp_path):
+def test_seeds_and_damage_are_noticed(tmp_path, capsys):
     states = random_states()
     hyperreps.train_autoencoder(states, TINY, tmp_path, progress=False)
     with pytest.raises(UserError, match="other seed"):
         hyperreps.train_autoencoder(states, TINY, tmp_path, seed=1, progress=False)
     with pytest.raises(UserError, match="other config"):
         hyperreps.train_autoencoder(states, replace(TINY, beta=0.2), tmp_path, progress=False)
-    (tmp_path / "training.safetensors").write_bytes(b"not tensors")
-    with pytest.raises(UserError, match="delete that folder"):
-        hyperreps.train_autoencoder(states, TINY, tmp_path, progress=False)
+    kept = next(tmp_path.glob("training-*"))
+    content = bytearray(kept.read_bytes())
+    content[len(content) // 2] ^= 1
+    kept.write_bytes(content)
+    hyperreps.train_autoencoder(states, TINY, tmp_path, progress=False)  # made anew, to the same bits
+    assert "cannot be read" in capsys.readouterr().out and next(tmp_path.glob("training-*")).name == kept.name
+    other = replace(states, weights=states.weights.clone())
+    other.weights[5, 7] += 1e-3
+    with pytest.raises(UserError, match="other content"):
+        hyperreps.train_autoencoder(other, TINY, tmp_path, progress=False)
 
 
 def test_too_few_states_for_a_batch_are_told():

@@ -61,3 +61,12 @@ def test_impossible_levels(level):
 def test_unknown_scope():
     with pytest.raises(UserError, match="global, layerwise"):
         magnitude_masks({"a.weight": torch.zeros(1, 3)}, 0.5, "filter")
+
+
+@pytest.mark.parametrize("scope", ["global", "layerwise"])
+def test_pruned_models_are_the_masked_ones_with_their_biases(scope):
+    zoo = sample_population(ZOOS["digits_seed"], 3)
+    pruned, masks = prune(zoo, 0.7, scope)
+    assert set(pruned.weights) == set(zoo.weights) and pruned.models.equals(zoo.models) and pruned.architecture == zoo.architecture
+    for name, weights in zoo.weights.items():
+        assert torch.equal(pruned.weights[name], weights * masks[name] if name.endswith("weight") else weights) and pruned.weights[name].dtype == weights.dtype

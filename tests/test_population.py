@@ -1,11 +1,15 @@
 """Populations: sampling, modules, files."""
+import warnings
+
 import pandas as pd
 import pytest
 import torch
+import torch.nn.utils.prune
 
 from zootwins.architectures import ARCHITECTURES, build
 from zootwins.core import UserError, atomic_path
-from zootwins.population import concatenate, from_modules, load_population, plain_models, sample_population, save_population
+from zootwins.population import (Population, complete_models, concatenate, from_modules, from_state_dicts, load_population, parameter_shapes, plain_models,
+                                 sample_population, save_population)
 from zootwins.zoos import ZOOS, list_zoos, model_table, zoo_size
 
 
@@ -84,3 +88,99 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path):
         temporary.write_text("half")
         pd.DataFrame({"x": range(10)}).to_csv("/dev/full")
     assert list(tmp_path.iterdir()) == []
+
+
+# ---- what people bring
+
+def mine():
+    return torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(2 * 26 * 26, 3))
+
+
+@pytest.fixture
+def own(monkeypatch):
+    monkeypatch.setitem(ARCHITECTURES, "mine", lambda activation, dropout: mine())
+    return mine().state_dict()
+
+
+@pytest.mark.parametrize("wrap", [lambda state: {"epoch": 3, "state_dict": state}, lambda state: {f"module.{name}": tensor for name, tensor in state.items()},
+                                  lambda state: {"model": {f"_orig_mod.module.{name}": tensor for name, tensor in state.items()}, "optimizer": {"state": {}}},
+
+                                                                  lambda state: {f"net.body.{name}": tensor for name, tensor in state.items()},
+                                  lambda state: {name: tensor.double() for name, tensor in state.items()}])
+def test_state_dicts_as_people_save_them(own, wrap):
+    population = from_state_dicts([wrap(own), own], "mine")
+    assert all(torch.equal(tensor[0], own[name]) and tensor.dtype == torch.float32 for name, tensor in population.weights.items())
+
+
+def test_pruned_modules_bring_their_masks(own):
+    module = mine()
+    for layer in (module[0], module[3]):
+        torch.nn.utils.prune.l1_unstructured(layer, "weight", 0.5)
+    population = from_modules([module], "mine")
+    assert torch.equal(population.weights["3.weight"][0], module[3].weight) and (population.weights["3.weight"] == 0).float().mean() == 0.5
+
+
+@pytest.mark.parametrize("change,reason", [(lambda s: s.pop("3.bias"), "it has no 3.bias"), (lambda s: s.update(bn=torch.ones(2)), "it has bn, which"),
+                                           (lambda s: s.update({"0.bias": torch.ones(3)}), "expected is"),
+                                           (lambda s: s.update({"0.bias": torch.ones(2, dtype=torch.int8)}), "torch.int8"),
+                                           (lambda s: s.update({"0.bias": torch.tensor([1, float("inf")])}), "not finite"),
+                                           (lambda s: s.update({"0.weight_g": torch.ones(2), "0.weight_v": s.pop("0.weight")}), "parametrisation"),
+                                           (lambda s: s.clear(), "it is empty"),
+                                           (lambda s: s.update(epoch=3), "'epoch' is a value of type int")])
+def test_each_reason_why_weights_do_not_fit_has_its_own_sentence(own, change, reason):
+    state = dict(own)
+    change(state)
+    with pytest.raises(UserError, match=f"Module 1 does not fit.*{reason}"):
+        from_state_dicts([own, state], "mine")
+
+
+@pytest.mark.parametrize("make,reason", [(lambda: torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2)), "BatchNorm2d"),
+                                         (lambda: torch.nn.utils.weight_norm(torch.nn.Linear(3, 2)), "weight_g"),
+                                         (lambda: torch.nn.utils.prune.random_unstructured(torch.nn.Linear(3, 2), "weight", 0.5), "weight_mask"),
+                                         (lambda: torch.nn.Embedding(3, 2), "Embedding"),
+                                         (lambda: Tied(), "same tensor twice")])
+@pytest.mark.filterwarnings("ignore")
+def test_architectures_that_cannot_be_taken(monkeypatch, make, reason):
+    monkeypatch.setitem(ARCHITECTURES, "mine", lambda activation, dropout: make())
+    with pytest.raises(UserError, match=reason):
+        parameter_shapes("mine")
+
+
+class Tied(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+        self.two.weight = self.one.weight
+
+
+@pytest.mark.parametrize("table,reason", [({"lr": [1e-3]}, "row for each of the 2"), ({"lr": [1e-3, -1]}, "lr -1"), ({"dropout": [0, 50]}, "dropout 50"),
+                                          ({"model": [4, 4]}, "the model 4 twice"),
+                                          ({"wd": ["much", 0]}, "wd much"), ({"lr": [1e-3, float("inf")]}, "lr inf")])
+def test_tables_of_factors_that_cannot_be(table, reason):
+    with pytest.raises(UserError, match=reason):
+        complete_models(pd.DataFrame(table), 2)
+
+
+def test_a_table_without_the_column_model_is_taken_and_what_is_missing_is_named(own):
+    with pytest.warns(UserWarning, match="lacks model, seed, activation, init, optimizer, wd, dropout, parent.*wd 0.0"):
+        population = from_state_dicts([own, own], "mine", pd.DataFrame({"lr": [0.1, 0.2], "owner": ["a", "b"]}, index=[7, 7]))
+    assert population.models["model"].tolist() == [0, 1] and population.models["lr"].tolist() == [0.1, 0.2] and population.models["owner"].tolist() == ["a", "b"]
+    whole = population.models.drop(columns="model")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert from_state_dicts([own, own], "mine", whole).models["model"].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("change,reason", [(lambda w, m: (w, m.iloc[:1]), "for 1 models"), (lambda w, m: (w | {"x.weight": w["module_list.0.bias"].clone()}, m), "x.weight"),
+                                           (lambda w, m: ({k: t for k, t in w.items() if k != "module_list.0.bias"}, m), "it has no module_list.0.bias"),
+                                           (lambda w, m: (w | {"module_list.0.bias": w["module_list.0.bias"].double()}, m), "float64"),
+                                           (lambda w, m: (w, m.drop(columns="model")), "numbers of models"),
+                                           (lambda w, m: (w | {"module_list.0.bias": w["module_list.3.bias"].clone()}, m), "module_list.0.bias is")])
+def test_a_stored_population_is_what_it_says(tmp_path, change, reason):
+    population = sample_population(ZOOS["usps_seed"], 2)
+    save_population(population, tmp_path / "a")
+    assert len(load_population(tmp_path / "a")) == 2
+    weights, models = change(population.weights, population.models)
+    save_population(Population(weights, models, population.architecture), tmp_path / "a")
+    with pytest.raises(UserError, match=reason):
+        load_population(tmp_path / "a")

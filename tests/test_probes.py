@@ -18,7 +18,7 @@ from zootwins import hyperreps, probes
 from zootwins.architectures import build
 from zootwins.core import UserError
 from zootwins.datasets import Images
-from zootwins.hyperreps import PARAMETERS, token_layout
+from zootwins.hyperreps import PARAMETERS, choose_config, find_trajectory, token_layout
 from zootwins.magnitude import magnitude_masks
 from zootwins.metrics import sparsity
 from zootwins.population import Population, plain_models
@@ -209,13 +209,15 @@ def test_the_notebook_writes_its_tables_and_figures(tmp_path):
     assert record["n_models"] == 12 and record["config"]["epochs"] == 1 and record["states"] == 12 * 26
 
 
-@pytest.mark.parametrize("wrong,told", [
-    ({"zoo": "digits_sed"}, "did you mean 'digits_seed'?"),
-    ({"epoch": 3}, "There is no parameter of hyper_representations 'epoch'"),
-    ({"config": "large"}, "There is no configuration of the auto-encoder 'large'"),
-    ({"n_models": 4}, "take at least 10"),
-])
-def test_mistakes_are_told_before_any_work(tmp_path, wrong, told):
-    done = papermill(tmp_path, **wrong)
-    assert done.returncode != 0 and told in done.stderr
+def test_a_mistake_is_told_before_any_work(tmp_path):
+    done = papermill(tmp_path, epoch=3)
+    assert done.returncode != 0 and "There is no parameter of hyper_representations 'epoch'" in done.stderr
     assert not (tmp_path / "zoos").exists()
+
+
+def test_mistakes_are_told(tmp_path):
+    for wrong, told in (({"zoo": "digits_sed"}, "did you mean 'digits_seed'"), ({"zoo": "digits_seed", "n_models": 4}, "take at least 10")):
+        with pytest.raises(UserError, match=told):
+            find_trajectory(**wrong, store=str(tmp_path), figures=str(tmp_path))
+    with pytest.raises(UserError, match="There is no configuration of the auto-encoder 'large'"):
+        choose_config("large", None)

@@ -1,4 +1,5 @@
 """The project as a whole: every module has its notebook, and the package can be built and used elsewhere."""
+import json
 import os
 import subprocess
 import sys
@@ -37,16 +38,28 @@ def test_importing_the_package_needs_neither_the_tools_it_is_written_with_nor_wi
 def test_the_wheel_holds_every_module_and_the_engines_source(tmp_path):
     subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(ROOT)], check=True)
     names = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
-    assert {f"zootwins/{module}.py" for module in default_exports()} | {"zootwins/lanes.cpp"} <= names
+    assert {f"zootwins/{module}.py" for module in default_exports()} | {"zootwins/lanes.cpp", "zootwins/elementary.h"} <= names
     assert not any(name.startswith(("tests", "nbs")) for name in names)
 
 
-def test_make_run_keeps_what_the_log_it_writes_to_held(tmp_path):
+def test_make_run_takes_blanks_and_keeps_what_the_log_it_writes_to_held(tmp_path):
     log = tmp_path / "log"
     log.write_text("earlier\n")
-    folders = {"ZOOTWINS_STORE": str(tmp_path / "zoos"), "ZOOTWINS_FIGURES": str(tmp_path / "figures")}
+    folders = {"ZOOTWINS_STORE": str(tmp_path / "My Zoos"), "ZOOTWINS_FIGURES": str(tmp_path / "My Figures")}
     with log.open("a") as stream:
-        subprocess.run(["make", "run", "N=1", "LEVELS=50", f"RUNS={tmp_path}"], check=True, cwd=ROOT, env=os.environ | folders, stdout=stream, stderr=stream)
+        subprocess.run(["make", "run", "N=1", "LEVELS=50, 80", f"RUNS={tmp_path / 'My Runs'}"], check=True, cwd=ROOT, env=os.environ | folders, stdout=stream, stderr=stream)
     text = log.read_text(encoding="utf-8")
-    assert text.startswith("earlier\n") and "Tables and figures of digits_seed lie in" in text
-    assert (tmp_path / "digits_seed.ipynb").exists() and (tmp_path / "figures/digits_seed/run.json").exists()
+    assert text.startswith("earlier\n") and f"Tables and figures of digits_seed lie in {tmp_path / 'My Figures'}/digits_seed/" in text
+    assert (tmp_path / "My Runs" / "digits_seed.ipynb").exists()
+    assert json.loads((tmp_path / "My Figures" / "digits_seed" / "run.json").read_text())["levels"] == [0.5, 0.8]
+
+
+def test_a_run_that_cannot_be_is_one_sentence_in_the_shell(tmp_path):
+    done = subprocess.run(["make", "run", "ZOO=digits_sed", f"RUNS={tmp_path}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode and "did you mean 'digits_seed'" in done.stderr and "did not end well" in done.stderr
+    assert len([line for line in done.stderr.splitlines() if not line.startswith("make")]) == 2
+
+
+def test_twins_come_without_what_only_some_need():
+    code = "import sys, zootwins.twins; print([name for name in ('sklearn', 'scipy.io', 'matplotlib', 'ray', 'distributed') if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

@@ -10,10 +10,13 @@ import yaml
 
 from zootwins.core import UserError
 from zootwins.datasets import load_images, subset
+from zootwins.plans import make_plan
 from zootwins.population import load_population
 from zootwins.published import read_zoo
-from zootwins.publishing import HASHES, check_hashes, export_zoo, publish
-from zootwins.twins import make_plan, make_twins
+from zootwins.publishing import export_zoo, publish
+from zootwins.store import read_stage
+from zootwins.twins import load_metrics, make_twins
+from zootwins.untrusted import HASHES, check_hashes
 from zootwins.zoos import get_zoo
 
 
@@ -38,11 +41,11 @@ def test_what_is_published_is_what_was_stored(tmp_path, plan, stages, trajectory
     check_hashes(folder)
     chosen = stages or ["original", "mp", "vd"]
     for stage in chosen:
-        one, other = (load_population(place / stage) for place in (plan.folder, folder))
+        one, other = read_stage(plan.folder, stage), load_population(folder / stage)
         assert all(torch.equal(one.weights[name], other.weights[name]) for name in one.weights) and one.models.equals(other.models)
     assert {p.stem for p in folder.glob("*.safetensors")} == set(chosen)
     assert len(list(folder.rglob("trajectory/*.safetensors"))) == (3 if trajectory else 0)
-    stored = pd.read_parquet(plan.folder / "metrics.parquet")
+    stored = load_metrics(plan)
     assert pd.read_parquet(folder / "metrics.parquet").equals(stored[stored["method"].isin(chosen)].reset_index(drop=True))
     head = front_matter(folder)
     assert all((folder / config["data_files"]).exists() for config in head["configs"]) and head["license"] == "cc-by-4.0"
@@ -52,7 +55,7 @@ def test_what_is_published_is_what_was_stored(tmp_path, plan, stages, trajectory
 
 def test_the_card_tells_the_numbers_of_the_data(tmp_path, plan):
     text = (publish(plan.folder, tmp_path / "public", licence="cc0-1.0") / "README.md").read_text(encoding="utf-8")
-    metrics = pd.read_parquet(plan.folder / "metrics.parquet")
+    metrics = load_metrics(plan)
     last = metrics.query("method == 'vd' and epoch == 2")
     assert f"{100 * last['test_acc'].mean():.1f} ({100 * last['test_acc'].std():.1f})" in text
     assert "12 models" in text and 'license: "cc0-1.0"' in text and "80 for training and 50 for the test" in text
@@ -64,17 +67,47 @@ def test_damage_is_found(tmp_path, plan):
     (folder / "vd.parquet").write_bytes(b"damaged" + (folder / "vd.parquet").read_bytes()[7:])
     (folder / "mp.safetensors").unlink()
     (folder / "new.txt").write_text("new")
-    with pytest.raises(UserError, match="mp.safetensors, new.txt, vd.parquet differ"):
+    with pytest.raises(UserError, match="mp.safetensors, vd.parquet differ"):
         check_hashes(folder)
     (folder / HASHES).unlink()
     with pytest.raises(UserError, match="is not a publication"):
         check_hashes(folder)
 
 
+def test_what_a_client_of_a_hub_adds_is_named_and_does_no_harm(tmp_path, plan):
+    folder = publish(plan.folder, tmp_path / "public")
+    for name in (".gitattributes", ".cache/huggingface/.gitignore", ".cache/huggingface/download/mp.parquet.metadata", ".git/config"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x")
+    assert check_hashes(folder) == [".cache (2 files)", ".git (1 files)", ".gitattributes"]
+    (folder / "README.md").write_text("a card that was edited on the hub's pages")
+    assert check_hashes(folder)[0] == "README.md (rewritten)"
+    (folder / "store.json").write_text("{}")
+    with pytest.raises(UserError, match="store.json differs"):
+        check_hashes(folder)
+
+
+@pytest.mark.parametrize("text", ["", "no hashes", "0" * 64 + "  ../../etc/passwd", "0" * 64 + "  /etc/passwd", "\xff\xfe"])
+def test_a_list_of_hashes_that_is_none(tmp_path, plan, text):
+    folder = publish(plan.folder, tmp_path / "public")
+    (folder / HASHES).write_text(text, encoding="latin1")
+    with pytest.raises(UserError, match="not a list of hashes|not a publication"):
+        check_hashes(folder)
+
+
+def test_links_of_a_hubs_cache_are_followed(tmp_path, plan):
+    "Its snapshots are links to blobs."
+    folder = publish(plan.folder, tmp_path / "public")
+    (folder / "mp.parquet").rename(tmp_path / "blob")
+    (folder / "mp.parquet").symlink_to(tmp_path / "blob")
+    (folder / HASHES).write_text((folder / HASHES).read_text().replace("\n", "\r\n"))
+    assert check_hashes(folder) == []
+
+
 def test_a_publication_is_whole_or_not_there(tmp_path, plan):
     store = tmp_path / "store"
     shutil.copytree(plan.folder, store)
-    (store / "mp.parquet").unlink()
+    next((store / "mp").iterdir()).unlink()
     with pytest.raises((UserError, OSError)):
         publish(store, tmp_path / "public")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["store"]
@@ -87,20 +120,12 @@ def test_a_publication_is_whole_or_not_there(tmp_path, plan):
         publish(plan.folder, tmp_path / "public")
 
 
-def test_a_publication_can_be_gone_on_with(tmp_path, plan):
-    "It is a store: under the zoo's name nothing has to be made again."
-    publish(plan.folder, tmp_path / "digits_seed", trajectory=True)
-    there = replace(make_plan("digits_seed", 3, levels="0,90", store=str(tmp_path), figures=str(tmp_path)), zoo=plan.zoo)
-    reports = make_twins(there, subset(load_images("digits"), 80, 50), progress=False)
-    assert [r.made for r in reports] == [0, 0, 0]
-
-
 def test_export_in_the_authors_layout(tmp_path, plan):
     folder = export_zoo(plan.folder, tmp_path / "exported")
     assert sorted(p.name for p in folder.iterdir()) == ["mp_0", "mp_90", "original", "vd"]
-    stored = {stage: load_population(plan.folder / stage) for stage in ("original", "mp", "vd")}
+    stored = {stage: read_stage(plan.folder, stage) for stage in ("original", "mp", "vd")}
     stored |= {"mp_0": stored["mp"][:3], "mp_90": stored.pop("mp")[3:]}
-    metrics = pd.read_parquet(plan.folder / "metrics.parquet")
+    metrics = load_metrics(plan)
     for name, population in stored.items():
         read = read_zoo(folder / name, epochs="all", progress=False)
         last = read.populations[max(read.populations)]
@@ -122,7 +147,7 @@ def test_a_publication_is_a_source(tmp_path, plan):
     public = publish(plan.folder, tmp_path / "public", ["original"])
     there = replace(make_plan("digits_seed", source=str(public), methods="vd", store=str(tmp_path), figures=str(tmp_path)), zoo=plan.zoo)
     make_twins(there, subset(load_images("digits"), 80, 50), progress=False)
-    one, other = (load_population(p.folder / "vd") for p in (plan, there))
+    one, other = (read_stage(p.folder, "vd") for p in (plan, there))
     assert all(torch.equal(one.weights[name], other.weights[name]) for name in one.weights)
     card = (publish(there.folder, tmp_path / "twins") / "README.md").read_text(encoding="utf-8")
     assert "taken as they are, after 3 epochs, from `public`" in card

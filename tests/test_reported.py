@@ -5,9 +5,13 @@ import pytest
 
 from zootwins.core import UserError
 from zootwins.layers import layer_sizes
-from zootwins.reported import CHECKS, STATE, VERDICT, check_all, check_counts, check_statements, dropout_states, layer_average, layer_spread, locate_states, read_reported, reported
+from zootwins.reported import (
+    CHECKS, EXISTING, SHIFTED, STATE, VERDICT, check_all, check_counts, check_statements, check_table_8_windows, dropout_states, layer_average, layer_spread,
+    locate_states, missing_originals,
+    printed_models, read_recorded, read_recorded_curves, read_reported, recorded_factors, reported, shifted_windows,
+)
 from zootwins.tables import TABLE_1_STATES, TABLE_2_STATES
-from zootwins.zoos import ZOOS
+from zootwins.zoos import FACTORS, ZOOS
 
 
 @pytest.fixture(scope="module")
@@ -189,3 +193,58 @@ def test_layers_scatter_over_weights_as_printed_and_not_over_models(cells):
     assert found.loc[("usps_seed", "conv2"), ["over_models", "over_weights"]].tolist() == pytest.approx([100 * (p * (1 - p) / 1200) ** 0.5, 100 * (p * (1 - p) / 1000) ** 0.5])
     small = found[found["mean"] < 2]
     assert len(small) == 36 and (small["std"] - small["over_weights"]).abs().max() < 0.11 < (small["std"] - small["over_models"]).abs().max()
+
+
+def test_windows_begin_200_weights_too_early():
+    assert SHIFTED == ["cifar10_seed", "stl10_seed"]
+    sizes, windows = layer_sizes("cnn_small_3ch"), shifted_windows("cnn_small_3ch")
+    assert [last - first for first, last in windows.values()] == [sizes["conv1"] - 200, *list(sizes.values())[1:]] and windows["fc2"] == (2416, 2616)
+
+
+@pytest.mark.parametrize("zoo", ["cifar10_seed", "stl10_seed"])
+def test_a_shifted_row_is_a_mixture_and_a_wrong_one_is_found(cells, zoo):
+    assert check_table_8_windows(cells, [zoo])["agrees"].tolist() == [True] * 3
+    of = cells[(cells["table"] == 8) & (cells["zoo"] == zoo) & (cells["level"] == 0.5)].set_index("layer")
+    mixed = (200 * of.loc["conv1", "mean"] + 1000 * of.loc["conv3", "mean"]) / 1200
+    scatter = np.hypot(200 / 1200 * of.loc["conv1", "std"] / 200**0.5, 1000 / 1200 * of.loc["conv3", "std"] / 96**0.5)
+    chosen = (cells["table"] == 8) & (cells["zoo"] == zoo) & (cells["level"] == 0.5) & (cells["layer"] == "conv2")
+    for sign in (-1, 1):
+        for hair, agrees in ((-1e-6, True), (1e-6, False)):
+            moved = cells.assign(mean=cells["mean"].mask(chosen, mixed + sign * (0.1 + 2 * scatter + hair)))
+            assert check_table_8_windows(moved, [zoo])["agrees"].tolist() == [agrees, True, True]
+
+
+def test_other_zoos_rows_are_no_mixtures(cells):
+    others = [zoo.name for zoo in ZOOS.values() if zoo.mp_in_paper and zoo.architecture == "cnn_small_1ch" and zoo.mp_scope == "global"]
+    found = check_table_8_windows(cells, others)
+    assert len(found) == 3 * len(others) == 15 and not found["agrees"].any()
+
+
+def test_records_are_of_every_model():
+    recorded, curves = read_recorded(), read_recorded_curves()
+    assert recorded.groupby("zoo")["trial"].agg(["size", "min", "max"]).to_numpy().tolist() == [[2560, 0, 2559], [2560, 0, 2559], [1000, 0, 999]]
+    at = recorded.set_index(["zoo", "trial"])["test_acc"]
+    assert [at["mnist_seed", 0], at["mnist_seed", 3], at["mnist_fixed", 0], at["mnist_fixed", 2541], at["mnist_random", 15]] == [0.915, 0.885, 0.982, 0.829, 0.933]
+    first = curves[(curves["zoo"] == "mnist_seed") & (curves["model"] == 0)].sort_values("epoch")
+    assert first["test_acc"].tolist() == [0.6233, 0.7722, 0.8559, 0.9065, 0.9225] and set(curves["epoch"]) == {10, 20, 30, 40, 50}
+
+
+def test_trials_of_a_grid_are_in_the_order_of_their_folders():
+    factors = recorded_factors("mnist_fixed")
+    assert list(factors) == [*FACTORS, "seed_place"] and not factors.duplicated().any() and len(factors) == 2560
+    row = lambda trial: factors.loc[trial, ["dropout", "init", "activation", "lr", "optimizer", "wd", "seed_place"]].tolist()
+    assert row(3) == [0.5, "normal", "tanh", 1e-3, "adam", 1e-3, 0] and row(12) == [0.0, "kaiming_uniform", "relu", 1e-3, "adam", 1e-3, 0]
+    assert row(2541) == [0.5, "kaiming_uniform", "relu", 1e-4, "sgd", 1e-4, 9] and row(64)[4] == "sgd" and row(128)[5] == 1e-4 and row(256)[6] == 1
+
+
+def test_the_number_of_models_behind_a_cell():
+    assert [printed_models(table, "mnist_fixed") for table in (5, 6, 7)] == [2560, 2493, 2560] and printed_models(6, "usps_seed") == 1000 and printed_models(5, "") == 13_120
+    assert all(0.94 < EXISTING[zoo] / printed_models(5, zoo) < 1 for zoo in EXISTING)
+
+
+def test_missing_twins_cannot_explain_table_6(cells):
+    found = missing_originals(cells).set_index("zoo")
+    assert set(found.index) == {"mnist_seed", "mnist_fixed", "mnist_random"} and found["missing"].to_dict() == {"mnist_seed": 4, "mnist_fixed": 67, "mnist_random": 69}
+    assert found.loc["mnist_fixed", "needed"] == pytest.approx((75.05 * 2560 - 73.85 * 2493) / 67) and not found.loc["mnist_fixed", "possible"]
+    mild = cells.assign(mean=cells["mean"].mask((cells["table"] == 6) & (cells["zoo"] == "mnist_fixed") & (cells["epoch"] == 0) & (cells["metric"] == "test_acc"), 75.0))
+    assert missing_originals(mild).set_index("zoo").loc["mnist_fixed", "possible"]

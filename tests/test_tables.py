@@ -12,9 +12,10 @@ from hypothesis import strategies as some
 
 from zootwins.metrics import LAYERS, tidy
 from zootwins.tables import (
-    LATEX, TABLE_1_STATES, TABLES, all_tables, choose_states, latex_text, mean_std, save_table, states_text,
+    LATEX, TABLE_1_STATES, TABLE_4_COLUMNS, TABLES, all_tables, choose_states, latex_text, mean_std, save_table, states_text,
     table_1, table_2, table_4, table_5, table_6, table_7, table_8, table_9,
 )
+from zootwins.zoos import CALIBRATED, ZOOS, list_zoos
 
 
 def rows(zoo, method, level, epoch, test_acc, sparsity=0.0, gap=0.01, agreement=None):
@@ -121,8 +122,66 @@ def test_tables_on_disk_are_numbers(metrics, tmp_path):
 def test_table_4_describes_the_zoos_of_the_run(metrics):
     both = pd.concat([metrics, run("mnist_random"), run("my_zoo")], ignore_index=True)
     layout = table_4(both).layout
-    assert layout.loc["USPS (s) Seed"].tolist() == ["2416", "T", "AD", "3e-4", "1e-3", "1e-3", "0", "3 of 1,000"]
-    assert layout.loc["MNIST (s) Random", "Optim"] == "AD, SGD" and layout.loc["my_zoo"].tolist() == [""] * 7 + ["3"]
+    assert layout.loc["USPS (s) Seed"].tolist() == ["2416", "T", "AD", "3e-4", "1e-3", "1e-3", "0", "3 of 1,000", "", ""]
+    assert layout.loc["MNIST (s) Random", "Optim"] == "AD, SGD" and layout.loc["my_zoo"].tolist() == [""] * 7 + ["3", "", ""]
+    fitted = table_4(run("cifar10_seed", levels=(0.5,))).layout.loc["CIFAR-10 (s) Seed"]
+    assert fitted["LR VD"] == "1e-5" and fitted["Printed"] == "LR VD 5e-6" and "Table 6" in fitted["Remark"]
+
+
+TABLE_4 = """
+MNIST (s) Seed|2416|T|AD|3e-4|1e-3|0|0
+MNIST (s) Random|2416|T, S, R, G|AD, SGD|1e-3, 1e-4|1e-3, 1e-4|1e-3, 1e-4|0, 0.5
+MNIST (s) Fixed|2416|T, S, R, G|AD, SGD|1e-3, 1e-4|1e-3, 1e-4|1e-3, 1e-4|0, 0.5
+SVHN (s) Seed|2416|T|AD|3e-3|1e-3|0|0
+FMNIST (s) Seed|2416|T|AD|3e4|1e-3|0|0
+FMNIST (s) Random|2416|T, S, R, G|AD, SGD|1e-6|-|1e-3, 1e-4|0, 0.5
+FMNIST (s) Fixed|2416|T, S, R, G|AD, SGD|1e-6|-|1e-3, 1e-4|0, 0.5
+CIFAR-10 (l) Seed|10760|G|AD|1e-5|1e-4|1e-2|0
+CIFAR-10 (l) Random|10760|T, S, R, G|AD, SGD|5e-6|-|1e-2, 1e-3|0, 0.5
+CIFAR-10 (l) Fixed|10760|T, S, R, G|AD, SGD|5e-6|-|1e-2, 1e-3|0, 0.5
+CIFAR-10 (s) Seed|2816|G|AD|5e-6|1e-4|1e-2|0
+USPS (s) Seed|2416|T|AD|3e-4|1e-3|1e-3|0
+STL-10 (l) Seed|10760|T|AD|1e-4|1e-3|1e-3|0
+STL-10 (s) Seed|2816|T|AD|1e-4|1e-3|1e-3|0
+"""  # as printed
+
+
+def test_table_4_is_the_printed_one():
+    """Every printed value is the registry's, or stands in `printed` beside the one that is used instead."""
+    columns = ["Model Zoo", *TABLE_4_COLUMNS[:7]]
+    rows = list_zoos(paper_only=True)
+    for (name, row), line in zip(rows.iterrows(), TABLE_4.strip().split("\n"), strict=True):
+        printed = dict(zip(columns, line.split("|"), strict=True))
+        assert printed == {column: str(row[column]) for column in columns} | dict(ZOOS[name].printed), name
+        assert bool(ZOOS[name].printed) <= bool(ZOOS[name].remark)
+    used = {name: (zoo.lr, zoo.vd_learning_rate) for name, zoo in ZOOS.items() if zoo.printed}
+    assert used == {
+        "fmnist_seed": ((3e-4,), 3e-4), "cifar10_seed": ((1e-4,), 1e-5), "fmnist_fixed": ((1e-3, 1e-4), None), "fmnist_random": ((1e-3, 1e-4), None),
+        "cifar10_large_fixed": ((1e-3,), None), "cifar10_large_random": ((1e-3,), None),
+    }
+    assert CALIBRATED == {"cifar10_seed": "vd"}
+
+
+def test_recipes_that_table_4_does_not_print():
+    """From the scripts and configurations of the published zoos, and the paper's text."""
+    lr = {name: zoo.lr for name, zoo in ZOOS.items() if zoo.kind == "seed" and zoo.in_paper}
+    slow = ["cifar10_seed", "cifar10_large_seed", "stl10_seed", "stl10_large_seed"]
+    assert lr == {"mnist_seed": (3e-4,), "fmnist_seed": (3e-4,), "svhn_seed": (3e-3,), "usps_seed": (3e-4,), **dict.fromkeys(slow, (1e-4,))}
+    paper = [zoo for zoo in ZOOS.values() if zoo.in_paper]
+    assert {(zoo.epochs, zoo.batch_size, zoo.mp_epochs, zoo.vd_epochs) for zoo in paper} == {(50, 10, 15, 25)}
+    large = ["cifar10_large_seed", "cifar10_large_fixed", "cifar10_large_random", "stl10_large_seed"]
+    assert {zoo.name: zoo.image_size for zoo in paper if zoo.image_size != 28} == dict.fromkeys(large, 32)
+    assert {zoo.seeds for zoo in paper if zoo.kind == "seed"} == {1000} and {zoo.seeds for zoo in ZOOS.values() if zoo.kind != "seed"} == {10}
+    init = {zoo.name: zoo.init for zoo in paper if zoo.kind == "seed"}
+    uniform = ["mnist_seed", "fmnist_seed", "svhn_seed", "usps_seed"]
+    assert init == dict.fromkeys(uniform, ("uniform",)) | {name: ("kaiming_uniform",) for name in init if name not in uniform}
+    assert {zoo.name for zoo in ZOOS.values() if zoo.mp_scope == "layerwise"} == {"svhn_seed"}
+
+
+def test_emptied_layers_are_named_in_the_caption(metrics):
+    near, empty = (metrics.assign(sparsity_conv2=metrics["sparsity_conv2"].where(metrics["level"] != 0.9, share)) for share in (0.999, 0.9991))
+    assert table_8(empty).caption.endswith(" Layers emptied by the global choice of weights (USPS (s) Seed at 90%: conv2): a collapse there is the selector's.")
+    assert "emptied" not in table_8(near).caption and "emptied" not in table_8(metrics.assign(sparsity_fc2=0.0)).caption
 
 
 def test_table_9_is_table_1_in_one_line(metrics):

@@ -1,6 +1,10 @@
 """The reference engine against ordinary PyTorch, one module at a time."""
+import random
+from dataclasses import replace
+
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from zootwins.architectures import ARCHITECTURES
@@ -9,7 +13,8 @@ from zootwins.datasets import Images, load_images, subset
 from zootwins.magnitude import prune
 from zootwins.population import Population, from_modules, plain_models, sample_population
 from zootwins.streams import Draws, epoch_order, stream_keys
-from zootwins.training import Recipe, begin, train, train_epoch, training_module
+from zootwins.engines import train
+from zootwins.training import Recipe, begin, train_epoch, training_module
 from zootwins.variational import begin_variational, kl_weight, total_divergence
 from zootwins.zoos import ZOOS
 
@@ -60,7 +65,7 @@ def test_a_population_trains_as_its_models_would_alone(digits, form, optimizer, 
     if form == "vd":
         population = begin_variational(population)
     recipe = Recipe("digits_seed", form, epochs=2, lr=None if form == "original" else 2e-3, batch_size=8, variational=form == "vd")
-    trained = train(population, digits, recipe, masks=masks, progress=False).population
+    trained = train(population, digits, recipe, masks=masks, engine="torch", progress=False).population
     for i in (0, 2):
         alone = by_hand(population, i, digits, recipe, masks)
         apart = torch.cat([(parameter - trained.weights[name][i]).abs().flatten() for name, parameter in alone.items()])
@@ -71,10 +76,10 @@ def test_a_population_trains_as_its_models_would_alone(digits, form, optimizer, 
 def test_mixed_populations_are_trained_group_by_group(digits):
     zoo = sample_population(ZOOS["mnist_fixed"], 6)
     recipe = Recipe("mnist_fixed", "original", epochs=1)
-    together = train(zoo, digits, recipe, progress=False)
+    together = train(zoo, digits, recipe, engine="torch", progress=False)
     assert zoo.models[["activation", "optimizer", "dropout"]].drop_duplicates().shape[0] > 1
     for i in (0, 5):
-        alone = train(zoo[[i]], digits, recipe, progress=False)
+        alone = train(zoo[[i]], digits, recipe, engine="torch", progress=False)
         assert all(torch.allclose(alone.population.weights[k][0], w[i], atol=1e-5) for k, w in together.population.weights.items())
     assert together.metrics["model"].tolist() == sorted(together.metrics["model"])
     with pytest.raises(UserError, match="differ in activation"):
@@ -88,16 +93,16 @@ def test_any_module_of_standard_layers(digits, monkeypatch):
     monkeypatch.setitem(ARCHITECTURES, "mine", mine)
     torch.manual_seed(0)
     population = from_modules([mine("relu", 0) for _ in range(3)], "mine", plain_models(3, activation="relu"))
-    trained = train(population, digits, Recipe("mine", "original", epochs=8), progress=False)
+    trained = train(population, digits, Recipe("mine", "original", epochs=8), engine="torch", progress=False)
     assert trained.metrics.query("epoch == 8")["test_acc"].min() > trained.metrics.query("epoch == 0")["test_acc"].max()
-    sparse = train(begin_variational(trained.population), digits, Recipe("mine", "vd", epochs=1, variational=True), progress=False)
+    sparse = train(begin_variational(trained.population), digits, Recipe("mine", "vd", epochs=1, variational=True), engine="torch", progress=False)
     assert set(sparse.population.weights) == {"0.weight", "0.log_sigma2", "5.weight", "5.bias", "5.log_sigma2"}
 
 
 def test_epoch_0_is_an_eval_mode_pass(digits):
     zoo = sample_population(ZOOS["digits_seed"], 2)
     zoo.models = zoo.models.assign(dropout=0.5)
-    row = train(zoo, digits, Recipe("digits_seed", "original", epochs=1), progress=False).metrics.iloc[0]
+    row = train(zoo, digits, Recipe("digits_seed", "original", epochs=1), engine="torch", progress=False).metrics.iloc[0]
     module = zoo.to_module(0).eval()
     assert row["epoch"] == 0
     assert row["train_acc"] == pytest.approx((module(digits.x_train).argmax(1) == digits.y_train).double().mean().item())
@@ -109,7 +114,49 @@ def test_exploding_models_leave_their_neighbours_alone(digits):
     wild = Population({k: w.clone() for k, w in zoo.weights.items()}, zoo.models, zoo.architecture)
     wild.weights["module_list.0.weight"][1] = torch.nan
     recipe = Recipe("digits_seed", "original", epochs=1)
-    calm, hurt = (train(p, digits, recipe, progress=False) for p in (zoo, wild))
+    calm, hurt = (train(p, digits, recipe, engine="torch", progress=False) for p in (zoo, wild))
     for k in zoo.weights:
         assert torch.equal(hurt.population.weights[k][[0, 2]], calm.population.weights[k][[0, 2]])
     assert isinstance(digits, Images) and hurt.metrics.query("model == 1")["train_loss"].isna().all()
+
+
+# ---- modules that cannot be trained here are refused by name before a step is made
+
+class Functional(nn.Module):
+    "Drops out by a function, in training or always, or rolls dice of its own."
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.layer = kind, nn.Linear(784, 10)
+
+    def forward(self, x):
+        x = x.flatten(1)
+        x = {"training": lambda: F.dropout(x, 0.5, self.training), "always": lambda: F.dropout(x, 0.5), "dice": lambda: x * random.random(),
+            "noise": lambda: x + torch.randn_like(x)}[self.kind]()
+        return self.layer(x)
+
+
+def flat(*layers, classes=10):
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(784, classes))
+
+
+@pytest.mark.parametrize("make,reason", [(lambda: flat(nn.Dropout2d(0.5)), "Dropout2d"), (lambda: flat(nn.AlphaDropout(0.5)), "AlphaDropout"), (lambda: flat(nn.RReLU()), "RReLU"),
+                                         (lambda: flat(nn.FeatureAlphaDropout(0.2)), "FeatureAlphaDropout"), (lambda: Functional("training"), "F.dropout"),
+                                             (lambda: Functional("always"), "F.dropout"),
+                                         (lambda: Functional("dice"), "random numbers"), (lambda: Functional("noise"), "random numbers"),
+                                         (lambda: flat(classes=257), "of which there may be 256"), (lambda: flat(classes=9), "the classes 0 to 8")])
+@pytest.mark.parametrize("form", ["original", "vd"])
+def test_modules_that_cannot_be_trained_are_refused(monkeypatch, digits, make, reason, form):
+    monkeypatch.setitem(ARCHITECTURES, "mine", lambda activation, dropout: make())
+    population = from_modules([make() for _ in range(2)], "mine", plain_models(2))
+    before = {name: tensor.clone() for name, tensor in population.weights.items()}
+    with pytest.raises(UserError, match=reason):
+        train(begin_variational(population) if form == "vd" else population, digits, Recipe("digits_seed", form, 1, variational=form == "vd"), progress=False)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in population.weights.items())
+
+
+def test_as_many_classes_as_predictions_can_tell(monkeypatch, digits):
+    monkeypatch.setitem(ARCHITECTURES, "mine", lambda activation, dropout: flat(nn.Dropout(dropout), classes=256))
+    many = replace(digits, y_train=digits.y_train + 246, y_test=digits.y_test + 246)
+    done = train(from_modules([flat(nn.Dropout(0.1), classes=256)], "mine", plain_models(1, dropout=0.1)), many, Recipe("digits_seed", "original", 3, 1e-2), progress=False)
+    assert done.metrics["test_acc"].iloc[-1] > 0.5

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'SPARSITY', 'ENGINES', 'TITLES', 'NETS', 'GROWTH', 'random_images', 'random_mask', 'random_population',
-           'rate', 'population_rate', 'lanes_rate', 'vmap_rate', 'Masked', 'stock_module', 'stock_rate', 'serve',
-           'Workers', 'dense_operations', 'peak', 'measure', 'spread', 'row', 'growth', 'error_bars', 'figure_rates',
-           'figure_growth', 'report', 'machine', 'main']
+           'Rate', 'rate', 'population_rate', 'lanes_rate', 'vmap_rate', 'Masked', 'stock_module', 'stock_rate',
+           'serve', 'Workers', 'dense_operations', 'peak', 'measure', 'spread', 'row', 'growth', 'error_bars',
+           'figure_rates', 'figure_growth', 'report', 'machine', 'main']
 
 # %% ../nbs/50_bench.ipynb #f663e6b5
 import argparse
@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import torch
@@ -69,15 +70,23 @@ def random_population(
     return population, masks if stage == "mp" else {}
 
 # %% ../nbs/50_bench.ipynb #5ff1529d
+class Rate(NamedTuple):
+    "Model-samples per second."
+
+    cpu: float   # of processors' time, times the number of threads: as if every thread had a core for itself
+    wall: float  # by the clock
+
+
 def rate(
     work: Callable[[], int],  # does something and returns how many model-samples it trained
-    seconds: float,           # at least so long
-) -> float:                   # model-samples per second
+    seconds: float,           # of CPU time per thread, at least
+    threads: int = 1,         # that share the work
+) -> Rate:
     "Repeat some work for a while."
-    done, start = 0, time.perf_counter()
-    while time.perf_counter() - start < seconds:
+    done, start, cpu = 0, time.perf_counter(), time.process_time()
+    while time.process_time() - cpu < seconds * threads:
         done += work()
-    return done / (time.perf_counter() - start)
+    return Rate(done * threads / (time.process_time() - cpu), done / (time.perf_counter() - start))
 
 
 def population_rate(
@@ -87,7 +96,8 @@ def population_rate(
     models: int,            # how many
     images: int,            # per epoch
     seconds: float,         # to measure
-) -> float:                 # model-samples per second
+    threads: int = 1,       # that share the work
+) -> Rate:
     "Measure an engine."
     population, masks = random_population(architecture, stage, models)
     recipe = Recipe("bench", stage, epochs=1, variational=stage == "vd")
@@ -99,7 +109,7 @@ def population_rate(
         train_epoch(state, x, y, recipe)
         return models * images
 
-    return rate(epoch, seconds)
+    return rate(epoch, seconds, threads)
 
 # %% ../nbs/50_bench.ipynb #7b1325de
 def lanes_rate(
@@ -107,11 +117,11 @@ def lanes_rate(
     stage: str,         # one of STAGES
     threads: int,       # each has one block of models
     seconds: float,     # to measure
-) -> float:             # model-samples per second
+) -> Rate:
     "Measure the lane engine with full registers."
     width = lanes.library().lanes_width()
     epoch = lambda *job: lanes.train_epoch(*job, threads=threads)
-    return population_rate(epoch, architecture, stage, width * threads, 2000 if architecture != "cnn_large" else 500, seconds)
+    return population_rate(epoch, architecture, stage, width * threads, 2000 if architecture != "cnn_large" else 500, seconds, threads)
 
 
 def vmap_rate(
@@ -119,10 +129,10 @@ def vmap_rate(
     stage: str,         # one of STAGES
     threads: int,       # of PyTorch
     seconds: float,     # to measure
-) -> float:             # model-samples per second
+) -> Rate:
     "Measure the reference engine on sixteen models."
     torch.set_num_threads(threads)
-    return population_rate(training.train_epoch, architecture, stage, 16, 20, seconds)
+    return population_rate(training.train_epoch, architecture, stage, 16, 20, seconds, threads)
 
 # %% ../nbs/50_bench.ipynb #19df8528
 class Masked(nn.Module):
@@ -159,7 +169,7 @@ def stock_rate(
     architecture: str,  # a key of ARCHITECTURES
     stage: str,         # one of STAGES
     seconds: float,     # to measure
-) -> float:             # samples per second of one model in this process
+) -> Rate:              # of one model in this process
     "Measure an ordinary training loop."
     module = stock_module(architecture, stage)
     optimizer, right, total = torch.optim.Adam(module.parameters(), lr=3e-4), 0, 0.0
@@ -202,12 +212,12 @@ class Workers:
         stage: str,         # one of STAGES
         processes: int,     # how many work at the same time
         seconds: float,     # to measure
-    ) -> float:             # samples per second of all together
+    ) -> Rate:              # of all together
         "Measure several processes side by side."
         for process in self.processes[:processes]:
             process.stdin.write(json.dumps([architecture, stage, seconds]) + "\n")
             process.stdin.flush()
-        return sum(float(process.stdout.readline()) for process in self.processes[:processes])
+        return Rate(*map(sum, zip(*(json.loads(process.stdout.readline()) for process in self.processes[:processes]))))
 
     def close(self) -> None:
         "Let the processes end."
@@ -274,31 +284,31 @@ def spread(
 
 def row(
     case: tuple[str, str, int],     # architecture, stage, threads
-    rates: dict[str, list[float]],  # engine -> rate in every round
+    rates: dict[str, list[Rate]],  # engine -> rate in every round
     peaks: list[float],             # operations per second of one core in every round
 ) -> dict:                          # medians and ranges of rates, ratios and the share of the peak
     "Summarise the rounds of one case."
     architecture, stage, threads = case
     result = {"architecture": architecture, "stage": stage, "threads": threads}
     for engine, values in rates.items():
-        result |= spread(engine, values)
+        result |= spread(engine, [value.cpu for value in values]) | spread(f"{engine}_wall", [value.wall for value in values])
     for engine in ("stock", "vmap"):
-        result |= spread(f"times_{engine}", [lanes / other for lanes, other in zip(rates["lanes"], rates[engine])])
+        result |= spread(f"times_{engine}", [lanes.cpu / other.cpu for lanes, other in zip(rates["lanes"], rates[engine])])
     operations = dense_operations(architecture, stage == "vd")
-    return result | spread("peak", peaks) | spread("share_of_peak", [lanes * operations / (peak * threads) for lanes, peak in zip(rates["lanes"], peaks)])
+    return result | spread("peak", peaks) | spread("share_of_peak", [lanes.cpu * operations / (peak * threads) for lanes, peak in zip(rates["lanes"], peaks)])
 
 # %% ../nbs/50_bench.ipynb #4fb42b93
 def growth(
     sizes: dict[str, list[int]],  # numbers of "models" and of "images" to try
     rounds: int,                  # how often
 ) -> list[dict]:                  # what, size, and the median and range of model-samples per second
-    "Measure CNN small with all processors, many models with few images and few models with many images."
-    few = lanes.library().lanes_width() * lanes.processors()
+    "Measure CNN small on one thread, many models with few images and one block of models with many images."
+    few, epoch = lanes.library().lanes_width(), lambda *job: lanes.train_epoch(*job, threads=1)
     cases = [("models", size, size, 200) for size in sizes["models"]] + [("images", size, few, size) for size in sizes["images"]]
     rates = {case: [] for case in cases}
     for _ in range(rounds):
         for case in cases:
-            rates[case].append(population_rate(lanes.train_epoch, "cnn_small_1ch", "original", *case[2:], 0.5))
+            rates[case].append(population_rate(epoch, "cnn_small_1ch", "original", *case[2:], 0.5).cpu)
     return [{"what": what, "size": size} | spread("rate", rates[what, size, *job]) for what, size, *job in cases]
 
 # %% ../nbs/50_bench.ipynb #d6f9b4e1
@@ -357,9 +367,10 @@ def report(
     rows: list[dict],  # from `measure`
 ) -> str:              # a table
     "Write the medians, and the most important ranges, as text; mp: pruned, vd: variational."
-    lines = [f"{'architecture':14} {'stage':9} {'threads':>7} {'stock':>9} {'vmap':>9} {'lanes':>9} {'x stock':>8} {'(range)':>15} {'x vmap':>7} {'of peak':>8} {'(range)':>14}"]
+    rates = " ".join(f"{name:>9}" for name in ("stock", "vmap", "lanes", "by clock"))
+    lines = [f"{'architecture':14} {'stage':9} {'threads':>7} {rates} {'x stock':>8} {'(range)':>15} {'x vmap':>7} {'of peak':>8} {'(range)':>14}"]
     for row in rows:
-        rates = " ".join(f"{row[engine]:9,.0f}" for engine in ("stock", "vmap", "lanes"))
+        rates = " ".join(f"{row[engine]:9,.0f}" for engine in ("stock", "vmap", "lanes", "lanes_wall"))
         span = f"({row['times_stock_lowest']:.1f} to {row['times_stock_highest']:.1f})"
         shares = f"({row['share_of_peak_lowest']:.0%} to {row['share_of_peak_highest']:.0%})"
         case = f"{row['architecture']:14} {row['stage']:9} {row['threads']:7}"
@@ -388,12 +399,13 @@ def main(
     parser = argparse.ArgumentParser(prog="python -m zootwins.bench", description="Measure the lane engine against stock PyTorch and torch.func.vmap.")
     parser.add_argument("--rounds", type=int, default=5, help="how often everything is measured (default: 5)")
     parser.add_argument("--seconds", type=float, default=1.0, help="length of one measurement (default: 1)")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1], help="numbers of threads to measure (default: 1)")
     parser.add_argument("--folder", type=Path, default=project_root() / "figures" / "bench", help="where the results go (default: figures/bench)")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.serve:
         return serve()
-    rows = measure(list(lanes.IMAGE_SHAPES), sorted({1, min(2, lanes.processors())}), options.rounds, options.seconds)
+    rows = measure(list(lanes.IMAGE_SHAPES), options.threads, options.rounds, options.seconds)
     print(report(rows))
     grown = growth(GROWTH, options.rounds)
     write_json({"machine": machine(), "rounds": options.rounds, "seconds": options.seconds, "rates": rows, "growth": grown}, options.folder / "bench.json")

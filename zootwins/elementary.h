@@ -46,20 +46,20 @@ ELEMENTARY F number(float x) { return x - F{}; }
 #if defined(LANES) && defined(__AVX512F__)
 static_assert(LANES == 16, "");
 ELEMENTARY F multiply_add(F a, F b, F c) { return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
-ELEMENTARY F square_root(F x) { return (F)_mm512_sqrt_ps((__m512)x); }
+ELEMENTARY F root(F x) { return (F)_mm512_sqrt_ps((__m512)x); }
 ELEMENTARY F larger(F a, F b) { return (F)_mm512_max_ps((__m512)a, (__m512)b); }
 ELEMENTARY F smaller(F a, F b) { return (F)_mm512_min_ps((__m512)a, (__m512)b); }
 ELEMENTARY W multiply(W a, unsigned m) { return (W)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi32((int)m)); }
 #elif defined(LANES) && defined(__AVX2__) && defined(__FMA__)
 static_assert(LANES == 8, "");
 ELEMENTARY F multiply_add(F a, F b, F c) { return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
-ELEMENTARY F square_root(F x) { return (F)_mm256_sqrt_ps((__m256)x); }
+ELEMENTARY F root(F x) { return (F)_mm256_sqrt_ps((__m256)x); }
 ELEMENTARY F larger(F a, F b) { return (F)_mm256_max_ps((__m256)a, (__m256)b); }
 ELEMENTARY F smaller(F a, F b) { return (F)_mm256_min_ps((__m256)a, (__m256)b); }
 ELEMENTARY W multiply(W a, unsigned m) { return (W)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi32((int)m)); }
 #elif defined(LANES)  // any processor; without an instruction for it, the C library does a multiply-add in software
 ELEMENTARY F multiply_add(F a, F b, F c) { for (int l = 0; l < LANES; ++l) c[l] = __builtin_fmaf(a[l], b[l], c[l]); return c; }
-ELEMENTARY F square_root(F x) { for (int l = 0; l < LANES; ++l) x[l] = __builtin_sqrtf(x[l]); return x; }
+ELEMENTARY F root(F x) { for (int l = 0; l < LANES; ++l) x[l] = __builtin_sqrtf(x[l]); return x; }
 ELEMENTARY F larger(F a, F b) { return a > b ? a : b; }
 ELEMENTARY F smaller(F a, F b) { return a < b ? a : b; }
 ELEMENTARY W multiply(W a, unsigned m) { return (a & 0xffffffffu) * (uint64_t)m; }
@@ -69,10 +69,10 @@ ELEMENTARY F smaller(F a, F b) { return a < b ? a : b; }
 ELEMENTARY W multiply(W a, unsigned m) { return (W)(U)a * m; }
 #if defined(__CUDACC__)
 ELEMENTARY F multiply_add(F a, F b, F c) { return fmaf(a, b, c); }
-ELEMENTARY F square_root(F x) { return sqrtf(x); }
+ELEMENTARY F root(F x) { return sqrtf(x); }
 #else
 ELEMENTARY F multiply_add(F a, F b, F c) { return __builtin_fmaf(a, b, c); }
-ELEMENTARY F square_root(F x) { return __builtin_sqrtf(x); }
+ELEMENTARY F root(F x) { return __builtin_sqrtf(x); }
 #endif
 #endif
 
@@ -83,16 +83,6 @@ template <class... Rest> ELEMENTARY F polynomial(F x, float first, Rest... rest)
 // ---------------------------------------------------------------------------------------------------------------- functions
 
 ELEMENTARY F reciprocal(F x) { return 1.0f / x; }
-ELEMENTARY F root(F x) { return square_root(x); }
-
-// Of positive numbers that are neither denormal nor infinite. Halving the exponent gives 3 % (found by integers, because the
-// estimates of processors differ), a step of third order 2.5e-5, a step of second order all digits: half the time of 1 / sqrt(x).
-ELEMENTARY F inverse_root(F x) {
-    F y = as<F>(0x5f374700 - (as<I>(x) >> 1)), error = multiply_add(-(x * y), y, number(1.0f));
-    y = multiply_add(y * error, polynomial(error, 0.37609882f, 0.50108662f), y);
-    error = multiply_add(-(x * y), y, number(1.0f));
-    return multiply_add(y * error, number(0.5f), y);
-}
 
 ELEMENTARY F exponential_within(F x) {  // |x| at most 87
     const F magic = number(12582912.0f);  // adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits
@@ -178,11 +168,20 @@ ELEMENTARY void random_words(U k0, U k1, U block, U site, U position, U epoch, U
 }
 #endif
 
-ELEMENTARY F uniform(U x) { return multiply_add(to<F>(x), number(0x1p-32f), number(0x1p-33f)); }
+// The nearest number; compilers that convert words by halves themselves round them twice.
+ELEMENTARY F word_to_number(U x) {
+#if defined(LANES) && !defined(__AVX512F__)
+    return to<F>(as<I>(x >> 16)) * 65536.0f + to<F>(as<I>(x & 0xffffu));
+#else
+    return to<F>(x);
+#endif
+}
+
+ELEMENTARY F uniform(U x) { return multiply_add(word_to_number(x), number(0x1p-32f), number(0x1p-33f)); }
 
 // Box-Muller: two words give two independent standard normal numbers.
 ELEMENTARY void normal_pair(U a, U b, F& first, F& second) {
-    F square = larger(-2.0f * logarithm_of_normal(uniform(a)), number(1e-37f)), radius = square * inverse_root(square);
+    F square = larger(-2.0f * logarithm_of_normal(uniform(a)), F{}), radius = root(square);
     F sine, cosine;
     sine_cosine(uniform(b), sine, cosine);
     first = radius * cosine, second = radius * sine;

@@ -66,7 +66,6 @@
 
 #if !defined(__CUDACC__)  // in double precision the standard library does the work
 static inline double root(double x) { return std::sqrt(x); }
-static inline double inverse_root(double x) { return 1 / std::sqrt(x); }
 static inline double exponential(double x) { return std::exp(x); }
 static inline double logarithm(double x) { return std::log(x); }
 static inline double hyperbolic_tangent(double x) { return std::tanh(x); }
@@ -178,7 +177,7 @@ constexpr int PLACES = Place<4>::END, PLAIN = Place<4>::GIVEN_END, PARAMETERS = 
 // ------------------------------------------------------------------------------------------------- what Python hands over
 
 struct Job {
-    int models, samples, batch, epoch;
+    int models, samples, batch, epoch, nesterov;            // nesterov: 1 if SGD looks ahead along the momentum
     int dropout_site[4], noise_site[5];                     // 0: that layer draws nothing
     double kl_weight;
     const Real* images;                                     // [samples, channels, H, H]
@@ -186,6 +185,7 @@ struct Job {
     const long long *keys, *dropout_threshold;              // [models, 2], [models]: words
     const int *activation, *adam;                           // [models]; adam: 1, or 0 for SGD
     const Real *rate, *decay, *dropout_scale;               // [models]
+    const Real* factor;                                     // [steps of the epoch], of all rates
     const Real *correction1, *correction2;                  // [steps of the epoch]: Adam's 1 / (1 - 0.9^s), 1 / sqrt(1 - 0.999^s)
     const unsigned char* masks;                             // [models, parameters] or null
     Real *weights, *first, *second;                         // [models, parameters], moved in place; second: null without Adam
@@ -375,12 +375,12 @@ struct Block {
     template <int n> DEVICE void finish(int k, int o, int py, int px, U position, Real (&value)[Layer<n>::Q], const Real (&variance)[Layer<n>::Q]) {
         using T = Layer<n>;
         const int at = T::out(o, py, px);
-        Real ratio[T::Q], slope;  // noise / standard deviation, twice d output / d variance
+        Real ratio[T::Q], slope;  // noise, then noise / standard deviation, which is twice d output / d variance
         if constexpr (NOISY) {
             draw_noise<n>(o, py, px, position, ratio);
             UNROLL for (int q = 0; q < T::Q; ++q) {
-                const Real total = variance[q] + Real(1e-15);
-                ratio[q] *= inverse_root(total), value[q] += total * ratio[q];
+                const Real deviation = root(variance[q] + Real(1e-15));
+                value[q] += deviation * ratio[q], ratio[q] /= deviation;
             }
         }
         int winner;
@@ -407,8 +407,8 @@ struct Block {
                     if constexpr (NOISY) sum[1] += s.w[1][Place<n>::WEIGHT + T::weight(o, j)] * (x * x);
                 }
                 if constexpr (NOISY) {
-                    const Real total = sum[1] + Real(1e-15), ratio = inverse_root(total) * stream.normal(o, (U)job.noise_site[n], position + k);
-                    sum[0] += total * ratio, layer.ratio[k][o] = Real(0.5) * ratio;
+                    const Real deviation = root(sum[1] + Real(1e-15)), noise = stream.normal(o, (U)job.noise_site[n], position + k);
+                    sum[0] += deviation * noise, layer.ratio[k][o] = Real(0.5) * noise / deviation;
                 }
                 if constexpr (n < 4) activate(activation, sum[0], layer.g[k][o]);
                 output<n>(k)[o] = sum[0];
@@ -683,7 +683,7 @@ struct Block {
 
     DEVICE Pace pace(int step) const {
         const bool adam = job.adam[model];
-        return {adam, job.rate[model] * (adam ? job.correction1[step] : 1), job.decay[model], job.correction2[step]};
+        return {adam, job.rate[model] * job.factor[step] * (adam ? job.correction1[step] : 1), job.decay[model], job.correction2[step]};
     }
 
     // One step of Adam or of SGD with momentum 0.9; i is the parameter's place among those of all models.
@@ -692,7 +692,7 @@ struct Block {
         if (job.masks) g *= job.masks[i];
         const Real m = Real(0.9) * job.first[i] + (pace.adam ? Real(0.1) : 1) * g;
         job.first[i] = m;
-        if (!pace.adam) return w - pace.rate * m;
+        if (!pace.adam) return w - pace.rate * (job.nesterov ? Real(0.9) * m + g : m);
         const Real v = Real(0.999) * job.second[i] + Real(0.001) * (g * g);
         job.second[i] = v;
         return w - pace.rate * m / (root(v) * pace.correction2 + Real(1e-8));

@@ -14,11 +14,11 @@
 // of the loss: gw with respect to weights, gb with respect to biases, gv with respect to the variances of variational layers.
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <ctime>
 #include <memory>
 #include <new>
 #include <utility>
@@ -50,6 +50,9 @@ constexpr int L = LANES;
 #define ROLL _Pragma("GCC unroll 1")  // for steps that fill the registers: several at once would spill them
 #endif
 
+#define PASS static __attribute__((noinline))  // over a layer: by itself, because registers are spent worse in a function of many passes
+#define INNER static inline __attribute__((always_inline))
+
 using Scalar = LANES_SCALAR;
 using V = Vector<Scalar, L * sizeof(Scalar)>::type;    // one number per model
 using D = Vector<double, L * 8>::type;                 // sums over an epoch
@@ -59,6 +62,16 @@ using Mask = decltype(V{} < V{});                      // what a comparison give
 static inline V splat(Scalar s) { return s - V{}; }
 static inline V load(const V* p) { return *p; }
 static inline V load(const Scalar* p) { return splat(*p); }  // a number that all models share (evaluation)
+
+// A number that several multiply-adds are about to use, in a register: GCC would load it anew for each of them.
+static inline V hold(V x) {
+#if defined(__AVX512F__) && defined(LANES_FLOAT) && !defined(__clang__)
+    asm("" : "+v"(x));
+#elif defined(__AVX2__) && defined(LANES_FLOAT) && !defined(__clang__)
+    asm("" : "+x"(x));
+#endif
+    return x;
+}
 
 static inline Mask widen(Byte b) {  // GCC would convert bytes one by one
 #if defined(__AVX512F__) && defined(LANES_FLOAT)
@@ -82,7 +95,6 @@ static inline Byte narrow(Mask m) {
 template <class G> static inline D each(D x, G g) { for (int l = 0; l < L; ++l) x[l] = g(x[l]); return x; }
 static inline D multiply_add(D a, D b, D c) { return a * b + c; }
 static inline D larger(D a, D b) { return a > b ? a : b; }
-static inline D inverse_root(D x) { return 1.0 / each(x, [](double v) { return std::sqrt(v); }); }
 static inline D root(D x) { return each(x, [](double v) { return std::sqrt(v); }); }
 static inline D exponential(D x) { return each(x, [](double v) { return std::exp(v); }); }
 static inline D logarithm(D x) { return each(x, [](double v) { return std::log(v); }); }
@@ -120,13 +132,14 @@ struct Philox {
     }
 };
 
-// First many words, then many numbers: either loop alone has independent steps that the processor can overlap.
-static void normals(const Philox& stream, uint32_t site, uint32_t position, uint32_t epoch, int count, V* out) {
+// The normal numbers of a site from `first_number` on, a multiple of four. First many words, then many numbers: either loop
+// alone has independent steps that the processor can overlap.
+static void normals(const Philox& stream, uint32_t site, uint32_t position, uint32_t epoch, int first_number, int count, V* out) {
     constexpr int CHUNK = 64;
     U word[CHUNK];
     for (int start = 0; start < count; start += CHUNK) {
         const int n = std::min(CHUNK, count - start);
-        for (int i = 0; i < n; i += 4) stream.draw((start + i) / 4, site, position, epoch, word + i);
+        for (int i = 0; i < n; i += 4) stream.draw((first_number + start + i) / 4, site, position, epoch, word + i);
         for (int i = 0; i < n; i += 2) {
             F first, second;
             normal_pair(word[i], word[i + 1], first, second);
@@ -192,7 +205,7 @@ struct Trace {
     V *y, *slope;       // output after pooling, activation and dropout; its derivative
     V *ratio;           // d output / d variance (variational)
     V *g, *gv;          // gradient with respect to mean and variance, before pooling; g takes the place of slope
-    V *noise;
+    V *noise;           // of the windows at work
     V *tiles, *scratch; // transformed input; room that all layers use in turn
     Byte* where;        // winner of each pooling window
 };
@@ -202,16 +215,34 @@ template <int CI_, int H_, int W_, int CO_, int K_, int P_> struct Convolution {
     static constexpr int CI = CI_, H = H_, WIDTH = W_, CO = CO_, K = K_, P = P_, Q = P * P, KK = K * K;
     static constexpr int OH = H - K + 1, OW = WIDTH - K + 1, PH = OH / P, PW = OW / P;    // before and after pooling
     static constexpr int UH = PH * P, UW = PW * P;                                        // rows and columns the pooling uses
-    static constexpr int INPUTS = CI * H * WIDTH, BEFORE = CO * OH * OW, USED = CO * UH * UW, OUTPUTS = CO * PH * PW;
+    static constexpr int INPUTS = CI * H * WIDTH, USED = CO * UH * UW, OUTPUTS = CO * PH * PW;
     static constexpr int WEIGHTS = CO * CI * KK, BIASES = CO;
     static constexpr int TRANSFORMED = 0, ROOM = 0, SCRATCH = USED + INPUTS;
     static constexpr bool NOISY_BIAS = true;
+    template <int sets> static constexpr int channels = divisor(CO, 24 / (sets * Q));     // output channels side by side
+
+    // Noise is drawn just before the windows that it disturbs, so that it stays in the first cache: for some rows of windows of these
+    // channels or, where rows are not made of whole draws of four numbers, for all of their rows.
+    static constexpr bool BY_ROWS = P * OW % 4 == 0 && OH * OW % 4 == 0;
+    template <int sets> static constexpr int ROWS = divisor(PH, std::max(1, 384 / (channels<sets> * P * OW)));  // of windows at a time
+    static constexpr int NOISE = channels<1> * (BY_ROWS ? std::max(ROWS<1>, ROWS<2>) * P : OH) * OW;
+    template <int sets, class Draw> static inline void draw_band(int part, V* noise, Draw draw) {  // draw(first number, how many, where to)
+        static_assert(BY_ROWS || channels<sets> * OH * OW % 4 == 0);
+        const int o = part / PH * channels<sets>, py = part % PH;
+        if constexpr (BY_ROWS)
+            for (int c = 0; c < channels<sets> && py % ROWS<sets> == 0; ++c)
+                draw((o + c) * OH * OW + P * py * OW, ROWS<sets> * P * OW, noise + c * ROWS<sets> * P * OW);
+        else if (py == 0) draw(o * OH * OW, channels<sets> * OH * OW, noise);
+    }
+    template <int sets> static constexpr int noise_at(int o, int py, int px) {  // of a window's corner
+        return BY_ROWS ? (o % channels<sets> * ROWS<sets> + py % ROWS<sets>) * P * OW + P * px : (o % channels<sets> * OH + P * py) * OW + P * px;
+    }
 
     // One window of `channels` output channels at a time stays in registers; `finish` receives it.
     // SETS = 2 convolves two inputs with two kernels side by side: mean and variance of a variational layer.
     template <int SETS, class X, class Meanwhile, class Finish>
-    static inline void convolve(const X* const (&x)[SETS], const V* const (&w)[SETS], const V* const (&bias)[SETS], Meanwhile meanwhile, Finish finish) {
-        constexpr int channels = divisor(CO, 24 / (SETS * Q));
+    PASS void convolve(const X* const (&x)[SETS], const V* const (&w)[SETS], const V* const (&bias)[SETS], Meanwhile meanwhile, Finish finish) {
+        constexpr int channels = Convolution::channels<SETS>;
         constexpr int inputs = divisor(CI, std::max(1, 160 / (SETS * channels * KK)));  // their kernels stay in the first cache
         V row[inputs == CI ? 1 : PW][SETS][channels][Q];
         for (int o = 0; o < CO; o += channels)
@@ -227,7 +258,7 @@ template <int CI_, int H_, int W_, int CO_, int K_, int P_> struct Convolution {
                                 UNROLL for (int kx = 0; kx < K; ++kx) UNROLL for (int s = 0; s < SETS; ++s) {
                                     const X* corner = x[s] + (i * H + P * py + ky) * WIDTH + P * px + kx;
                                     V value[Q];
-                                    UNROLL for (int q = 0; q < Q; ++q) value[q] = load(corner + (q / P) * WIDTH + q % P);
+                                    UNROLL for (int q = 0; q < Q; ++q) value[q] = hold(load(corner + (q / P) * WIDTH + q % P));
                                     UNROLL for (int c = 0; c < channels; ++c) {
                                         V weight = w[s][((o + c) * CI + i) * KK + ky * K + kx];
                                         UNROLL for (int q = 0; q < Q; ++q) sum[s][c][q] = multiply_add(weight, value[q], sum[s][c][q]);
@@ -243,7 +274,7 @@ template <int CI_, int H_, int W_, int CO_, int K_, int P_> struct Convolution {
     }
 
     // The first largest value of a window wins; a value that is no number makes the window one.
-    template <class G> static inline V pool(G value, Byte& where) {
+    template <class G> INNER V pool(G value, Byte& where) {
         V best = value(0);
         Mask broken = best != best;
         UNROLL for (int q = 1; q < Q; ++q) best = larger(best, value(q)), broken |= value(q) != value(q);
@@ -265,35 +296,38 @@ template <int CI_, int H_, int W_, int CO_, int K_, int P_> struct Convolution {
     }
 
     // One window of out = mean + sqrt(variance + 1e-15) noise.
-    template <class Mean, class Variance> static inline void noisy_window(int o, int py, int px, Mean mean, Variance variance, Trace& t) {
+    template <int sets, class Mean, class Variance> INNER void noisy_window(int o, int py, int px, Mean mean, Variance variance, Trace& t) {
         int at = (o * PH + py) * PW + px;
-        const V* noise = t.noise + (o * OH + P * py) * OW + P * px;
-        V z[Q], ratio[Q];  // noise / standard deviation, twice the slope
+        const V* noise = t.noise + noise_at<sets>(o, py, px);
+        V z[Q], deviation[Q];
         UNROLL for (int q = 0; q < Q; ++q) {
-            V total = variance(q) + Scalar(1e-15);
-            ratio[q] = inverse_root(total) * noise[(q / P) * OW + q % P];
-            z[q] = multiply_add(total, ratio[q], mean(q));
+            deviation[q] = root(variance(q) + Scalar(1e-15));
+            z[q] = multiply_add(deviation[q], noise[(q / P) * OW + q % P], mean(q));
         }
         Byte where;
         t.y[at] = pool([&](int q) { return z[q]; }, where);
         Mask winner = widen(where);
-        V chosen = ratio[0];
-        UNROLL for (int q = 1; q < Q; ++q) chosen = winner == q ? ratio[q] : chosen;
-        t.where[at] = where, t.ratio[at] = Scalar(0.5) * chosen;
+        V own_noise = noise[0], own_deviation = deviation[0];
+        UNROLL for (int q = 1; q < Q; ++q) {
+            own_noise = winner == q ? noise[(q / P) * OW + q % P] : own_noise;
+            own_deviation = winner == q ? deviation[q] : own_deviation;
+        }
+        t.where[at] = where, t.ratio[at] = Scalar(0.5) * own_noise / own_deviation;
     }
 
-    template <class Meanwhile>
-    static void forward_noisy(const V* w, const V* bias, const V* variance, const V* bias_variance, Trace& t, Meanwhile meanwhile) {
+    template <class Meanwhile, class Draw>
+    static void forward_noisy(const V* w, const V* bias, const V* variance, const V* bias_variance, Trace& t, Meanwhile meanwhile, Draw draw) {
         const V* const inputs[2] = {t.x, t.squares};
         const V* const kernels[2] = {w, variance};
         const V* const biases[2] = {bias, bias_variance};
-        convolve<2>(inputs, kernels, biases, meanwhile, [&](int o, int py, int px, auto value) {
-            noisy_window(o, py, px, [&](int q) { return value(0, q); }, [&](int q) { return value(1, q); }, t);
+        auto before_band = [&](int part, int parts) { meanwhile(part, parts), draw_band<2>(part, t.noise, draw); };
+        convolve<2>(inputs, kernels, biases, before_band, [&](int o, int py, int px, auto value) {
+            noisy_window<2>(o, py, px, [&](int q) { return value(0, q); }, [&](int q) { return value(1, q); }, t);
         });
     }
 
     // Three quarters of the gradients before a 2 x 2 pooling are zero; which ones differs from lane to lane.
-    static inline void unpool(const V* g, const Byte* where, V* before) {  // one window; `before` points at its corner
+    INNER void unpool(const V* g, const Byte* where, V* before) {  // one window; `before` points at its corner
         if constexpr (P == 1) *before = *g;
         else {
             Mask winner = widen(*where);
@@ -301,14 +335,14 @@ template <int CI_, int H_, int W_, int CO_, int K_, int P_> struct Convolution {
         }
     }
 
-    static void unpool_all(const V* g, const Byte* where, V* before) {
+    PASS void unpool_all(const V* g, const Byte* where, V* before) {
         for (int o = 0; o < CO; ++o)
             for (int py = 0; py < PH; ++py)
                 for (int px = 0; px < PW; ++px) unpool(g + (o * PH + py) * PW + px, where + (o * PH + py) * PW + px, before + (o * UH + P * py) * UW + P * px);
     }
 
     // d loss / d weight: a row of the kernel for a few channels stays in registers while a strip of the image passes.
-    static void weight_gradient(const V* x, const V* g, const Byte* where, V* gw) {
+    PASS void weight_gradient(const V* x, const V* g, const Byte* where, V* gw) {
         constexpr int channels = divisor(CO, 20 / K);
         constexpr int strip = std::min(PH, std::max(1, 320 / (channels * P * UW)));  // rows of windows
         V before[channels][strip * P][UW];
@@ -330,7 +364,7 @@ template <int CI_, int H_, int W_, int CO_, int K_, int P_> struct Convolution {
                             const V* in = x + (i * H + top * P + r + ky) * WIDTH;
                             for (int c0 = 0; c0 < UW; ++c0) {
                                 V value[K];
-                                UNROLL for (int kx = 0; kx < K; ++kx) value[kx] = in[c0 + kx];
+                                UNROLL for (int kx = 0; kx < K; ++kx) value[kx] = hold(in[c0 + kx]);
                                 UNROLL for (int c = 0; c < channels; ++c) UNROLL for (int kx = 0; kx < K; ++kx) sum[c][kx] = multiply_add(before[c][r][c0], value[kx], sum[c][kx]);
                             }
                         }
@@ -360,7 +394,7 @@ template <int CI_, int H_, int W_, int CO_, int K_, int P_> struct Convolution {
     }
 
     // d loss / d input: a row of the input (of a few channels, if it is short) stays in registers while a few output channels pass, which stay in the first cache.
-    static void input_gradient(const V* before, const V* w, V* dx) {
+    PASS void input_gradient(const V* before, const V* w, V* dx) {
         constexpr int inputs = divisor(CI, std::max(1, (31 - UW) / WIDTH));
         constexpr int outputs = divisor(CO, std::max(1, 288 / (K * UW)));
         for (int y = 0; y < H; ++y)
@@ -409,16 +443,24 @@ template <int CI_, int H_, int W_, int CO_> struct Winograd : Convolution<CI_, H
     static constexpr int PRODUCTS = POINTS * PH * GROUP * PAIR, SCRATCH = std::max(TILES, PRODUCTS + Direct::USED);
     static_assert(UW % STEP == 0 && CO % (2 * GROUP) == 0 && CI % GROUP == 0);
 
-    template <int n, int m> static inline void apply(const Scalar (&matrix)[n][m], const V (&in)[m], V (&out)[n]) {
+    // Add factor x, where the compiler knows the factor, which is often 0, 1 or -1, and whether there is something to add to.
+    INNER void add(V& sum, bool& begun, Scalar factor, V x) {
+        if (factor == 0) return;
+        if (!begun) sum = factor * x;
+        else if (factor == 1 || factor == -1) sum += factor * x;
+        else sum = multiply_add(splat(factor), x, sum);
+        begun = true;
+    }
+    template <int n, int m> INNER void apply(const Scalar (&matrix)[n][m], const V (&in)[m], V (&out)[n]) {
         UNROLL for (int i = 0; i < n; ++i) {
-            out[i] = V{};
-            UNROLL for (int j = 0; j < m; ++j) if (matrix[i][j] != 0) out[i] = multiply_add(splat(matrix[i][j]), in[j], out[i]);
+            bool begun = false;
+            UNROLL for (int j = 0; j < m; ++j) add(out[i], begun, matrix[i][j], in[j]);
         }
     }
-    template <int n, int m> static inline void apply_transposed(const Scalar (&matrix)[n][m], const V (&in)[n], V (&out)[m]) {
+    template <int n, int m> INNER void apply_transposed(const Scalar (&matrix)[n][m], const V (&in)[n], V (&out)[m]) {
         UNROLL for (int j = 0; j < m; ++j) {
-            out[j] = V{};
-            UNROLL for (int i = 0; i < n; ++i) if (matrix[i][j] != 0) out[j] = multiply_add(splat(matrix[i][j]), in[i], out[j]);
+            bool begun = false;
+            UNROLL for (int i = 0; i < n; ++i) add(out[j], begun, matrix[i][j], in[i]);
         }
     }
 
@@ -426,7 +468,7 @@ template <int CI_, int H_, int W_, int CO_> struct Winograd : Convolution<CI_, H
     static constexpr int tile_at(int p, int i, int y) { return ((p * CI + i) * DOWN + y) * ACROSS; }
     static constexpr int gradient_at(int o, int y) { return o * PADDED + (1 + y) * ACROSS; }
 
-    static void transform_kernels(const V* w, V* u) {
+    PASS void transform_kernels(const V* w, V* u) {
         for (int o = 0; o < CO; ++o)
             for (int i = 0; i < CI; ++i)
                 for (int ky = 0; ky < K; ++ky, w += K) {
@@ -437,7 +479,7 @@ template <int CI_, int H_, int W_, int CO_> struct Winograd : Convolution<CI_, H
                 }
     }
 
-    static void transform_gradients(const V* du, V* gw) {
+    PASS void transform_gradients(const V* du, V* gw) {
         for (int o = 0; o < CO; ++o)
             for (int i = 0; i < CI; ++i)
                 for (int ky = 0; ky < K; ++ky, gw += K) {
@@ -448,7 +490,7 @@ template <int CI_, int H_, int W_, int CO_> struct Winograd : Convolution<CI_, H
                 }
     }
 
-    static void transform_inputs(const V* x, V* tiles) {
+    PASS void transform_inputs(const V* x, V* tiles) {
         for (int i = 0; i < CI; ++i)
             for (int y = 0; y < DOWN; ++y)
                 UNROLL for (int t = 0; t < ACROSS; ++t) {
@@ -460,9 +502,9 @@ template <int CI_, int H_, int W_, int CO_> struct Winograd : Convolution<CI_, H
     }
 
     // One step of a product of matrices: a column times a row is added to a block of sums in registers.
-    template <int rows, int columns, class Left, class Right> static inline void add_product(V (&sum)[rows][columns], Left left, Right right) {
+    template <int rows, int columns, class Left, class Right> INNER void add_product(V (&sum)[rows][columns], Left left, Right right) {
         V value[columns];
-        UNROLL for (int j = 0; j < columns; ++j) value[j] = right(j);
+        UNROLL for (int j = 0; j < columns; ++j) value[j] = hold(right(j));
         UNROLL for (int i = 0; i < rows; ++i) {
             V factor = left(i);
             UNROLL for (int j = 0; j < columns; ++j) sum[i][j] = multiply_add(factor, value[j], sum[i][j]);
@@ -470,7 +512,7 @@ template <int CI_, int H_, int W_, int CO_> struct Winograd : Convolution<CI_, H
     }
 
     // `finish` receives each window.
-    template <class Finish> static void convolve(const V* x, const V* u, const V* bias, Trace& t, Finish finish) {
+    template <class Finish> PASS void convolve(const V* x, const V* u, const V* bias, Trace& t, Finish finish) {
         V* products = t.scratch;
         transform_inputs(x, t.tiles);
         for (int o = 0; o < CO; o += GROUP) {
@@ -506,21 +548,22 @@ template <int CI_, int H_, int W_, int CO_> struct Winograd : Convolution<CI_, H
     }
 
     // The variances are convolved directly: differences would make them less accurate, and some of them negative.
-    template <class Meanwhile>
-    static void forward_noisy(const V* u, const V* bias, const V* variance, const V* bias_variance, Trace& t, Meanwhile meanwhile) {
+    template <class Meanwhile, class Draw>
+    static void forward_noisy(const V* u, const V* bias, const V* variance, const V* bias_variance, Trace& t, Meanwhile, Draw draw) {
         V* means = t.scratch + PRODUCTS;
         convolve(t.x, u, bias, t, [&](int o, int py, int px, auto value) {
             UNROLL for (int q = 0; q < Q; ++q) means[((o * PH + py) * PW + px) * Q + q] = value(q);
         });
         const V *const inputs[1] = {t.squares}, *const kernels[1] = {variance}, *const biases[1] = {bias_variance};
-        Direct::template convolve<1>(inputs, kernels, biases, meanwhile, [&](int o, int py, int px, auto value) {
+        auto before_band = [&](int part, int) { Direct::template draw_band<1>(part, t.noise, draw); };
+        Direct::template convolve<1>(inputs, kernels, biases, before_band, [&](int o, int py, int px, auto value) {
             const V* mean = means + ((o * PH + py) * PW + px) * Q;
-            Direct::noisy_window(o, py, px, [&](int q) { return mean[q]; }, [&](int q) { return value(0, q); }, t);
+            Direct::template noisy_window<1>(o, py, px, [&](int q) { return mean[q]; }, [&](int q) { return value(0, q); }, t);
         });
     }
 
     // A^T dy for one point: the gradients of four neighbouring outputs, of which pooling lets through one in four.
-    static inline void transform_outputs(int p, const V* g, const Byte* where, V* dy) {
+    PASS void transform_outputs(int p, const V* g, const Byte* where, V* dy) {
         for (int o = 0; o < CO; ++o)
             for (int py = 0; py < PH; ++py)
                 UNROLL for (int a = 0; a < ACROSS; ++a) {
@@ -535,7 +578,7 @@ template <int CI_, int H_, int W_, int CO_> struct Winograd : Convolution<CI_, H
     }
 
     // Adds one point's sums over all tiles to d (G w).
-    static inline void kernel_gradient(int p, const V* dy, const V* tiles, V* du) {
+    PASS void kernel_gradient(int p, const V* dy, const V* tiles, V* du) {
         for (int o = 0; o < CO; o += GROUP)
             for (int i = 0; i < CI; i += 2) {
                 V sum[GROUP][2 * K], *kernels = du + kernel_at(p, o, i, 0);
@@ -550,7 +593,7 @@ template <int CI_, int H_, int W_, int CO_> struct Winograd : Convolution<CI_, H
     }
 
     // d (B d) of one point, two rows of tiles at a time; half of the output channels after the other, whose kernels stay in the first cache.
-    static inline void tile_gradient(int p, const V* dy, const V* u, V* back) {
+    PASS void tile_gradient(int p, const V* dy, const V* u, V* back) {
         for (int i = 0; i < CI; i += GROUP)
             for (int half = 0; half < CO; half += CO / 2)
                 for (int y = 0; y < DOWN; y += 2) {
@@ -568,7 +611,7 @@ template <int CI_, int H_, int W_, int CO_> struct Winograd : Convolution<CI_, H
     }
 
     // B^T: tiles overlap by two inputs.
-    template <class Finish> static inline void transform_back(const V* back, Finish finish) {
+    template <class Finish> PASS void transform_back(const V* back, Finish finish) {
         for (int i = 0; i < CI; ++i)
             for (int y = 0; y < H; ++y) {
                 V line[WIDTH] = {};
@@ -598,11 +641,11 @@ template <int CI_, int H_, int W_, int CO_> struct Winograd : Convolution<CI_, H
 // A fully connected layer, the same interface.
 template <int CI_, int CO_> struct Linear {
     static constexpr int CI = CI_, CO = CO_;
-    static constexpr int INPUTS = CI, BEFORE = CO, USED = CO, OUTPUTS = CO, WEIGHTS = CI * CO, BIASES = CO;
+    static constexpr int INPUTS = CI, NOISE = CO, USED = CO, OUTPUTS = CO, WEIGHTS = CI * CO, BIASES = CO;
     static constexpr int TRANSFORMED = 0, ROOM = 0, SCRATCH = 0;
     static constexpr bool NOISY_BIAS = false;
 
-    static inline void multiply(const V* x, const V* w, const V* bias, V* y) {
+    PASS void multiply(const V* x, const V* w, const V* bias, V* y) {
         constexpr int outputs = 10;
         static_assert(CO % outputs == 0);
         for (int o = 0; o < CO; o += outputs) {
@@ -615,19 +658,21 @@ template <int CI_, int CO_> struct Linear {
 
     template <class Meanwhile> static void forward(const V* x, const V* w, const V* bias, Trace& t, Meanwhile) { multiply(x, w, bias, t.y); }
 
-    template <class Meanwhile> static void forward_noisy(const V* w, const V* bias, const V* variance, const V*, Trace& t, Meanwhile) {
+    template <class Meanwhile, class Draw>
+    static void forward_noisy(const V* w, const V* bias, const V* variance, const V*, Trace& t, Meanwhile, Draw draw) {
         V total[CO];
+        draw(0, CO, t.noise);
         multiply(t.x, w, bias, t.y);
         multiply(t.squares, variance, nullptr, total);
         for (int o = 0; o < CO; ++o) {
-            V sum = total[o] + Scalar(1e-15), inverse = inverse_root(sum);
-            t.y[o] = multiply_add(sum * inverse, t.noise[o], t.y[o]);
-            t.ratio[o] = Scalar(0.5) * inverse * t.noise[o];
+            V deviation = root(total[o] + Scalar(1e-15));
+            t.y[o] = multiply_add(deviation, t.noise[o], t.y[o]);
+            t.ratio[o] = Scalar(0.5) * t.noise[o] / deviation;
         }
     }
 
     template <bool inward, class Finish>
-    static void gradients(const V* x, const V* g, const V* w, V* gw, const Trace&, Finish finish) {
+    PASS void gradients(const V* x, const V* g, const V* w, V* gw, const Trace&, Finish finish) {
         V dx[CI] = {};
         for (int o = 0; o < CO; ++o)
             for (int i = 0; i < CI; ++i) {
@@ -645,15 +690,16 @@ template <int CI_, int CO_> struct Linear {
 
 struct Job {
     int64_t architecture, variational;                       // architecture: 0 small 1ch, 1 small 3ch, 2 large
-    int64_t models, samples, batch, epoch, steps;
+    int64_t models, samples, batch, epoch, steps, nesterov;  // steps: before this epoch; nesterov: 1 if SGD looks ahead
     double kl_weight;
     int64_t dropout_site[4], noise_site[5];                  // 0: that layer draws nothing
     const Scalar* images;                                    // [samples, inputs]
     const int64_t* labels;                                   // [samples]
-    const uint32_t* keys;                                    // [models, 2]
+    const int64_t* keys;                                     // [models, 2], words below 2^32
     const int64_t* activation;                               // [models]
     const double *adam, *rate, *decay, *dropout;             // [models]; adam: 1, or 0 for SGD
     Scalar *weights[18], *first[18], *second[18];            // each [models, size], moved in place; second: Adam only
+    const double* factor;                                    // [steps of this epoch], of every model's rate; null: all 1
     const uint8_t* masks[18];                                // each [models, size] or null
     double *loss, *accuracy;                                 // [models]
     uint8_t* predictions;                                    // [models, samples], evaluation only
@@ -777,7 +823,7 @@ template <class A, class B, class C, class Fc1, class Fc2> struct Network {
         lay_out<0>(next, winner);
     }
 
-    template <int n> static constexpr size_t layer_size() { return 4 * (size_t)Layer<n>::OUTPUTS + Layer<n>::INPUTS + Layer<n>::BEFORE + Layer<n>::ROOM; }
+    template <int n> static constexpr size_t layer_size() { return 4 * (size_t)Layer<n>::OUTPUTS + Layer<n>::INPUTS + Layer<n>::NOISE + Layer<n>::ROOM; }
     static constexpr size_t trace_size() { return layer_size<0>() + layer_size<1>() + layer_size<2>() + layer_size<3>() + layer_size<4>(); }
 
     template <int n> void lay_out(V*& next, Byte*& winner) {
@@ -785,7 +831,7 @@ template <class A, class B, class C, class Fc1, class Fc2> struct Network {
         auto take = [&](int size) { V* p = next; next += size; return p; };
         Trace& t = trace[n];
         t.y = take(T::OUTPUTS), t.slope = t.g = take(T::OUTPUTS), t.tiles = take(T::ROOM), t.scratch = scratch;
-        if (noisy) t.ratio = take(T::OUTPUTS), t.gv = take(T::OUTPUTS), t.squares = take(T::INPUTS), t.noise = take(T::BEFORE);
+        if (noisy) t.ratio = take(T::OUTPUTS), t.gv = take(T::OUTPUTS), t.squares = take(T::INPUTS), t.noise = take(T::NOISE);
         t.where = winner, winner += T::OUTPUTS;
         if constexpr (n == 0) t.x = image; else t.x = trace[n - 1].y;
         if constexpr (n < 4) lay_out<n + 1>(next, winner);
@@ -827,8 +873,8 @@ template <class A, class B, class C, class Fc1, class Fc2> struct Network {
         };
         if (noisy) {
             for (int i = 0; i < T::INPUTS; ++i) t.squares[i] = t.x[i] * t.x[i];
-            normals(stream, job.noise_site[n], position, job.epoch, T::BEFORE, t.noise);
-            T::forward_noisy(kernel<n>(0), bias<n>(weights), weight<n>(variance), bias<n>(variance), t, meanwhile);
+            auto draw = [&](int first, int count, V* out) { normals(stream, job.noise_site[n], position, job.epoch, first, count, out); };
+            T::forward_noisy(kernel<n>(0), bias<n>(weights), weight<n>(variance), bias<n>(variance), t, meanwhile, draw);
         } else
             T::forward(t.x, kernel<n>(0), bias<n>(weights), t, meanwhile);
         if constexpr (n < 4) {
@@ -877,7 +923,7 @@ template <class A, class B, class C, class Fc1, class Fc2> struct Network {
 
     // From d loss / d variance to weights and log sigma^2, through variance = exp(log alpha) w^2, with the gradient of
     // kl_weight * KL, KL = -sum[k1 sigmoid(k2 + k3 log alpha) - ln(1 + exp(-log alpha)) / 2 - k1].
-    void chain_variances() {
+    __attribute__((noinline)) void chain_variances() {
         constexpr Scalar k1 = 0.63576, k2 = 1.8732, k3 = 1.48695;
         for_each_noisy([&](int plain, int log_sigma2, Scalar bound) {
             V w = weights[plain], size = (w < 0 ? -w : w) + Scalar(1e-15), sign = w > 0 ? splat(1) : (w < 0 ? splat(-1) : V{});
@@ -894,13 +940,13 @@ template <class A, class B, class C, class Fc1, class Fc2> struct Network {
 
     // ------------------------------------------------------------------------------------------------------------ optimizers
 
-    // With a share of 1 for the gradient and a divisor of 1, Adam's step is that of SGD with momentum.
-    void update(int64_t step) {
+    // With a share of 1 for the gradient and a divisor of 1, Adam's step is that of SGD with momentum; Nesterov's goes on from there.
+    __attribute__((noinline)) void update(int64_t step, double factor) {
         const double bias1 = 1 - power(0.9, step);
         const Scalar bias2 = (Scalar)(1 / std::sqrt(1 - power(0.999, step)));
         const V share = adam ? splat(Scalar(0.1)) : splat(1);
         V pace;
-        for (int l = 0; l < L; ++l) pace[l] = (Scalar)(rate[l] / (adam[l] ? bias1 : 1));
+        for (int l = 0; l < L; ++l) pace[l] = (Scalar)(rate[l] * factor / (adam[l] ? bias1 : 1));
         for (int t = 0; t < tensors; ++t) {
             const bool masked = job.masks[t];
             for (int i = offset(t); i < offset(t) + SIZE[t]; ++i) {
@@ -908,7 +954,8 @@ template <class A, class B, class C, class Fc1, class Fc2> struct Network {
                 if (masked) g *= to<V>(widen(masks[i]));
                 V m = multiply_add(splat(0.9), first[i], share * g), v = multiply_add(splat(0.999), second[i], Scalar(0.001) * (g * g));
                 V divisor = adam ? multiply_add(root(v), splat(bias2), splat(1e-8)) : splat(1);
-                first[i] = m, second[i] = adam ? v : V{}, weights[i] = w - pace * m / divisor;
+                V direction = job.nesterov ? (adam ? m : multiply_add(splat(0.9), m, g)) : m;
+                first[i] = m, second[i] = adam ? v : V{}, weights[i] = w - pace * direction / divisor;
             }
         }
     }
@@ -923,10 +970,12 @@ template <class A, class B, class C, class Fc1, class Fc2> struct Network {
             }
     }
 
+    template <class T> static T plain(T x) { return x == x ? x : T(NAN); }  // what is no number has many forms, which depend on the processor
+
     void unpack(const V* lanes, Scalar* const* stacked, int64_t start) const {
         for (int t = 0; t < tensors; ++t)
             for (int l = 0; l < L && start + l < job.models && stacked[t]; ++l)
-                for (int i = 0; i < SIZE[t]; ++i) stacked[t][(start + l) * SIZE[t] + i] = lanes[offset(t) + i][l];
+                for (int i = 0; i < SIZE[t]; ++i) stacked[t][(start + l) * SIZE[t] + i] = plain(lanes[offset(t) + i][l]);
     }
 
     void take_factors(int64_t start) {
@@ -937,7 +986,7 @@ template <class A, class B, class C, class Fc1, class Fc2> struct Network {
             const int64_t m = std::min(start + l, job.models - 1);
             present[job.activation[m]] = true, activated[job.activation[m]][l] = -1;
             if (!job.keys) continue;  // evaluation
-            keys[l][0] = job.keys[2 * m], keys[l][1] = job.keys[2 * m + 1];
+            keys[l][0] = (uint32_t)job.keys[2 * m], keys[l][1] = (uint32_t)job.keys[2 * m + 1];
             adam[l] = job.adam[m] ? -1 : 0, rate[l] = job.rate[m], decay[l] = (Scalar)job.decay[m];
             dropout_threshold[l] = (uint32_t)std::floor(job.dropout[m] * 4294967296.0), dropout_scale[l] = (Scalar)(1 / (1 - job.dropout[m]));
             dropping |= job.dropout[m] > 0;
@@ -992,8 +1041,8 @@ template <class A, class B, class C, class Fc1, class Fc2> struct Network {
         shuffle(order);
 
         D loss = {}, right = {};
-        int64_t step = job.steps;
-        for (int64_t from = 0; from < job.samples; from += job.batch) {
+        int64_t step = 0;
+        for (int64_t from = 0; from < job.samples; from += job.batch, ++step) {
             if (*stop) return false;
             const int64_t until = std::min(from + job.batch, job.samples);
             std::memset((void*)gradient.data, 0, parameters * sizeof(V));
@@ -1015,7 +1064,7 @@ template <class A, class B, class C, class Fc1, class Fc2> struct Network {
             }
             transform_gradients<0>();
             if (noisy) chain_variances();
-            update(++step);
+            update(job.steps + step + 1, job.factor ? job.factor[step] : 1);
         }
         unpack(weights, job.weights, start);
         unpack(first, job.first, start);
@@ -1026,7 +1075,7 @@ template <class A, class B, class C, class Fc1, class Fc2> struct Network {
 
     void report(int64_t start, D loss, D right) const {
         for (int l = 0; l < L && start + l < job.models; ++l)
-            job.loss[start + l] = loss[l] / job.samples, job.accuracy[start + l] = right[l] / job.samples;
+            job.loss[start + l] = plain(loss[l] / job.samples), job.accuracy[start + l] = right[l] / job.samples;
     }
 
     // ------------------------------------------------------------------------------------------------------------- evaluation
@@ -1103,20 +1152,29 @@ int lanes_train(const Job* job, int64_t start, const volatile int* stop) {
 int lanes_evaluate(const Job* job, int64_t start, const volatile int* stop) {
     return with_network(*job, [&](auto& network) { return network.evaluate(start, stop); });
 }
-// Floating-point operations per second of this core, from a tenth of a second of independent multiply-adds.
+// Floating-point operations per second of this core, from a tenth of a second of its own time and a product of matrices that
+// stays in registers, as in a convolution. Multiply-adds of nothing but registers run at a third of it on some processors.
 double lanes_peak() {
-    V sum[16], factor = splat(Scalar(0.999)), term = splat(Scalar(1e-3));
-    for (int i = 0; i < 16; ++i) sum[i] = splat(Scalar(i));
-    FlushDenormals flush;
-    const auto start = std::chrono::steady_clock::now();
-    double seconds = 0, operations = 0;
-    while (seconds < 0.1) {
-        for (int k = 0; k < 100000; ++k) UNROLL for (int i = 0; i < 16; ++i) sum[i] = multiply_add(sum[i], factor, term);
-        operations += 100000. * 16 * L * 2;
-        seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    constexpr int rows = L == 8 ? 2 : 4, columns = 4, depth = 8;  // AVX2 has half as many registers
+    V left[depth][rows], right[depth][columns], sum[rows][columns] = {};
+    for (int k = 0; k < depth; ++k) {
+        for (int i = 0; i < rows; ++i) left[k][i] = splat(Scalar(0.5));
+        for (int j = 0; j < columns; ++j) right[k][j] = splat(Scalar(0.25));
     }
+    auto now = [] { timespec t; clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t); return t.tv_sec + 1e-9 * t.tv_nsec; };
+    const double start = now();
+    double seconds = 0, operations = 0;
+    for (; seconds < 0.1; seconds = now() - start, operations += 10000. * depth * rows * columns * L * 2)
+        for (int k = 0; k < 10000 * depth; ++k) {
+            V value[columns];
+            UNROLL for (int j = 0; j < columns; ++j) value[j] = hold(right[k % depth][j]);
+            UNROLL for (int i = 0; i < rows; ++i) {
+                V factor = hold(left[k % depth][i]);
+                UNROLL for (int j = 0; j < columns; ++j) sum[i][j] = multiply_add(factor, value[j], sum[i][j]);
+            }
+        }
     V total = V{};
-    for (int i = 0; i < 16; ++i) total += sum[i];
+    for (int i = 0; i < rows; ++i) for (int j = 0; j < columns; ++j) total += sum[i][j];
     volatile Scalar used = total[0];
     (void)used;
     return operations / seconds;
@@ -1129,7 +1187,7 @@ void lanes_normals(const uint32_t* key, uint32_t site, uint32_t position, uint32
     Philox stream;
     stream.seed(keys);
     Buffer<V> lanes(count);
-    normals(stream, site, position, epoch, count, lanes);
+    normals(stream, site, position, epoch, 0, count, lanes);
     for (int i = 0; i < count; ++i) out[i] = lanes[i][0];
 }
 }

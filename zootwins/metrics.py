@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .core import UserError, check_name
+from .untrusted import read_table
 
 # %% ../nbs/20_metrics.ipynb #5ba0f471
 def generalisation_gap(
@@ -73,13 +74,12 @@ def read_metrics(
     "Read tidy metrics; raises `UserError` if a file is missing, unreadable or lacks columns."
     frames = []
     for path in paths:
-        try:
-            frames.append(pd.read_parquet(path))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} is not a readable metrics file ({error}): run the zoo to make it.") from error
+        frames.append(read_table(path))
         missing = [name for name in [*KEYS, *BASIC_MEASURES, "agreement"] if name not in frames[-1].columns]
         if missing:
             raise UserError(f"{path} holds no metrics: the columns {', '.join(missing)} are missing; choose the metrics.parquet of a run.")
+        if wrong := [name for name in frames[-1] if name not in ("zoo", "method") and frames[-1][name].dtype.kind not in "fiu"]:
+            raise UserError(f"{path} holds no metrics: {', '.join(wrong)} are not numbers; choose the metrics.parquet of a run.")
     return pd.concat(frames, ignore_index=True)
 
 # %% ../nbs/20_metrics.ipynb #0933f070

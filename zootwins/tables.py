@@ -6,8 +6,8 @@
 __all__ = ['LATEX', 'NAMES', 'TABLE_4_COLUMNS', 'TABLE_1_STATES', 'TABLE_2_STATES', 'OTHER_LEVEL', 'METHOD_TITLES', 'TABLES',
            'mean_std', 'heading', 'markdown_table', 'latex_text', 'latex_table', 'Table', 'zoo_title', 'cell_numbers',
            'arrange', 'model_counts', 'table_4', 'last_epoch', 'shown_epochs', 'table_5', 'table_6', 'layer_measures',
-           'table_7', 'table_8', 'choose_states', 'rows_of_states', 'states_text', 'state_layout', 'table_1',
-           'table_partners', 'state_correlations', 'table_2', 'table_9', 'all_tables', 'save_table']
+           'table_7', 'emptied_layers', 'table_8', 'choose_states', 'rows_of_states', 'states_text', 'state_layout',
+           'table_1', 'table_partners', 'state_correlations', 'table_2', 'table_9', 'all_tables', 'save_table']
 
 # %% ../nbs/30_tables.ipynb #62781c06
 from collections.abc import Mapping, Sequence
@@ -149,7 +149,7 @@ def model_counts(
     return "; ".join(f"{zoo_title(zoo)}: {n} model{'s' if n != 1 else ''}" for zoo, n in counts.items()) + "." if len(counts) else "No models."
 
 # %% ../nbs/30_tables.ipynb #7bc2fbd2
-TABLE_4_COLUMNS = ["W", "Activation", "Optim", "LR VD", "LR MP", "WD", "Dropout"]
+TABLE_4_COLUMNS = ["W", "Activation", "Optim", "LR VD", "LR MP", "WD", "Dropout", "Printed", "Remark"]
 
 
 def table_4(
@@ -161,9 +161,10 @@ def table_4(
     sizes = [f" of {zoo_size(ZOOS[zoo]):,}" if zoo in ZOOS else "" for zoo in numbers["zoo"]]
     texts = numbers[TABLE_4_COLUMNS].astype(object).where(numbers[TABLE_4_COLUMNS].notna(), "")
     texts["W"] = [f"{weights:.0f}" if weights != "" else "" for weights in texts["W"]]
-    texts["Models"] = [f"{n:,}{size}" for n, size in zip(numbers["n"], sizes)]
+    texts.insert(7, "Models", [f"{n:,}{size}" for n, size in zip(numbers["n"], sizes)])
     layout = texts.set_index(pd.Index(numbers["zoo"].map(zoo_title), name="Model Zoo"))
-    return Table("table_4", f"Table 4. Generating factors of the zoos and learning rates of their twins. {model_counts(numbers)}", numbers, layout)
+    caption = f"Table 4. Generating factors of the zoos and learning rates of their twins; Printed: the paper's value where another is used. {model_counts(numbers)}"
+    return Table("table_4", caption, numbers, layout)
 
 # %% ../nbs/30_tables.ipynb #df830057
 def last_epoch(
@@ -244,6 +245,15 @@ def table_7(
     return Table("table_7", caption, numbers, arrange(cells, ["Model Zoo", "Epoch"], ["Metric"]))
 
 # %% ../nbs/30_tables.ipynb #ed31abf8
+def emptied_layers(
+    numbers: pd.DataFrame,  # of Table 8: zoo, level, metric, mean; in %
+) -> str:                   # a sentence; empty where every layer keeps more than a thousandth of its weights
+    "Name the layers that pruning has emptied, where accuracy tells of the choice of weights rather than of their number."
+    empty = numbers[numbers["metric"].str.startswith("sparsity_") & (numbers["mean"] > 99.9)]
+    names = "; ".join(f"{zoo_title(cell.zoo)} at {cell.level:.0%}: {cell.metric.removeprefix('sparsity_')}" for cell in empty.itertuples())
+    return f" Layers emptied by the global choice of weights ({names}): a collapse there is the selector's." if names else ""
+
+
 def table_8(
     metrics: pd.DataFrame,                             # tidy metrics of one or more zoos
     levels: Sequence[float] = (0.5, 0.7, 0.9),       # the paper's; if the run has none of them, all it has
@@ -254,7 +264,7 @@ def table_8(
     wanted = np.isclose(rows["level"].to_numpy()[:, None], np.asarray(levels)).any(axis=1)
     numbers = cell_numbers(rows[wanted] if wanted.any() else rows, ["zoo", "level", "epoch"], list(headings))
     cells = _layer_cells(numbers, headings, Spars=numbers["level"].map("{:.0%}".format))
-    caption = f"Table 8. Sparsity by layer, magnitude pruning after fine-tuning: mean (std over models) in %. {model_counts(numbers)}"
+    caption = f"Table 8. Sparsity by layer, magnitude pruning after fine-tuning: mean (std over models) in %. {model_counts(numbers)}{emptied_layers(numbers)}"
     return Table("table_8", caption, numbers, arrange(cells, ["Model Zoo", "Spars"], ["Metric"]))
 
 # %% ../nbs/30_tables.ipynb #cc934d3e

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['TORCH', 'Recipe', 'State', 'begin', 'StreamDropout', 'training_module', 'loss_function', 'rates_and_decays',
-           'optimizer_step', 'alike', 'train_epoch', 'evaluate', 'accuracy', 'Engine', 'groups', 'Measured', 'epochs',
-           'on_device', 'Trajectory', 'train']
+           'rate_factors', 'optimizer_step', 'alike', 'check_randomness', 'train_epoch', 'evaluate', 'accuracy',
+           'check_classes', 'Engine', 'torch_arithmetic', 'groups', 'Measured', 'epochs', 'model_keys', 'on_device']
 
-# %% ../nbs/12_training.ipynb #b4851cb2
+# %% ../nbs/12_training.ipynb #adf53ed8
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from .architectures import build
 from .core import UserError
 from .datasets import Images
 from .population import Population
+from .schedules import epoch_factors, initial_factors
 from .streams import Draws, dropout_keep, epoch_order, stream_keys
 from .variational import SparseConv2d, SparseLinear, deterministic, kl_weight, sparsify, total_divergence
 
@@ -39,6 +39,12 @@ class Recipe:
     batch_size: int = 10
     variational: bool = False  # with learned noise and the Kullback-Leibler term
     run_seed: int = 0        # for independent repetitions
+    schedule: str = "constant"      # how the rates run, one of schedules.SCHEDULES
+    history: tuple[float, ...] = ()  # rates of the original training, evenly spaced, for FT, LRW, SLR and CLR
+    original_epochs: int | None = None  # of the original training, for LRW and ALLR; none: as many as the history has entries
+    warm_up: float | None = None    # share of the epochs; none: as schedules.WARM_UP has it
+    per_step: bool = True           # a rate for every step; otherwise one per epoch
+    nesterov: bool = False          # for SGD: look ahead along the momentum
 
 
 @dataclass
@@ -141,20 +147,36 @@ class _Divergence(nn.Module):
 
 # %% ../nbs/12_training.ipynb #329b8115
 def rates_and_decays(
-    models: pd.DataFrame,  # generating factors
+    models: pd.DataFrame,  # generating factors; for ALLR with `damage`, from schedules.pruning_damage
     recipe: Recipe,        # may set the learning rate for all
-    device: torch.device,  # where the weights are
-) -> tuple[Tensor, Tensor]:  # float32 [models] each
-    "Every model's learning rate and weight decay."
+    device: torch.device | str,  # where the weights are
+) -> tuple[Tensor, Tensor]:  # float64 [models] each
+    "Every model's learning rate, before the schedule, and weight decay; raises `UserError` for ALLR without a column `damage`."
     rates = models["lr"] if recipe.lr is None else [recipe.lr] * len(models)
-    return tuple(torch.tensor(list(column), dtype=torch.float32, device=device) for column in (rates, models["wd"]))
+    rates, decays = (torch.tensor(list(column), dtype=torch.float64) for column in (rates, models["wd"]))
+    if recipe.schedule == "ALLR":
+        if "damage" not in models:
+            raise UserError("ALLR starts at a rate that depends on what pruning did: give the models a column `damage` from schedules.pruning_damage, or choose LLR.")
+        damage = torch.tensor(models["damage"].to_numpy(), dtype=torch.float64)
+        rates = rates * initial_factors(damage, recipe.epochs, recipe.original_epochs or len(recipe.history))
+    return rates.to(device), decays.to(device)
 
 
+def rate_factors(
+    recipe: Recipe,  # names the schedule
+    epoch: int,      # which, from 1
+    steps: int,      # of one epoch
+) -> Tensor:         # float64 [steps]
+    "What multiplies all rates at every step of an epoch; raises `UserError` as `schedules.check_schedule` does."
+    return epoch_factors(recipe.schedule, epoch, recipe.epochs, steps, recipe.history, recipe.original_epochs, recipe.warm_up, recipe.per_step)
+
+# %% ../nbs/12_training.ipynb #8d2e4b16
 def optimizer_step(
     state: State,                  # moved in place
     gradients: dict[str, Tensor],  # of the loss, stacked like the weights
     rates: Tensor,                 # float32 [models], learning rates
     decays: Tensor,                # float32 [models], weight decays
+    nesterov: bool = False,        # for SGD: look ahead along the momentum
 ) -> None:
     "One step of Adam or of SGD with momentum 0.9, with each model's learning rate and weight decay."
     state.steps += 1
@@ -169,8 +191,8 @@ def optimizer_step(
             state.second[name].mul_(0.999).addcmul_(gradient, gradient, value=0.001)
             weight.sub_(rate / correction1 * state.first[name] / (state.second[name].sqrt() / correction2 + 1e-8))
         else:
-            state.first[name].mul_(0.9).add_(gradient)
-            weight.sub_(rate * state.first[name])
+            momentum = state.first[name].mul_(0.9).add_(gradient)
+            weight.sub_(rate * (gradient + 0.9 * momentum if nesterov else momentum))
 
 # %% ../nbs/12_training.ipynb #d404b899
 def alike(
@@ -190,16 +212,46 @@ def _one_of(
     factors = population.models.iloc[0]
     return build(population.architecture, factors["activation"], float(factors["dropout"]))
 
-# %% ../nbs/12_training.ipynb #32de4f8c
+# %% ../nbs/12_training.ipynb #73ec2937
+def check_randomness(
+    module: nn.Module,  # as `architectures.build` gives it, in the mode in which it will be used
+    x: Tensor,          # some images [N, C, H, W]
+) -> None:
+    "Raise `UserError` for a module that draws random numbers elsewhere than in `nn.Dropout`."
+    random_layers = (nn.modules.dropout._DropoutNd, nn.RReLU) if module.training else nn.RReLU
+    for path, layer in module.named_modules():
+        if isinstance(layer, random_layers) and not isinstance(layer, nn.Dropout):
+            raise UserError(f"The layer {path} is a {type(layer).__name__}, which has no random streams here: use nn.Dropout, or take it out.")
+    still = copy.deepcopy(module).to(x.device)
+    for layer in still.modules():
+        if isinstance(layer, nn.Dropout):
+            layer.p = 0.0
+    with torch.no_grad(), torch.random.fork_rng():
+        before = torch.get_rng_state()
+        same = torch.equal(still(x), still(x))
+        if not same or not torch.equal(before, torch.get_rng_state()):
+            raise UserError(f"{type(module).__name__} draws random numbers in its forward, by F.dropout for instance: use layers of nn.Dropout instead.")
+
+# %% ../nbs/12_training.ipynb #3c102d15
+def _copy_of(
+    state: State,  # of any models
+) -> State:        # the same, with tensors of its own where an optimizer writes
+    "Copy what moves."
+    clone = lambda tensors: {name: tensor.clone() for name, tensor in tensors.items()}
+    population = replace(state.population, weights=clone(state.population.weights))
+    return replace(state, population=population, first=clone(state.first), second=clone(state.second))
+
+
 def train_epoch(
     state: State,    # alike models; moved in place by one epoch
     x: Tensor,       # float32 [N, C, H, W], on the state's device
     y: Tensor,       # int64 [N]
     recipe: Recipe,  # how to move
 ) -> tuple[Tensor, Tensor]:  # float64 [models] each: running mean cross-entropy and accuracy in train mode
-    "Train all models for one epoch."
-    epoch = state.epoch + 1
-    population, n, size = state.population, len(x), recipe.batch_size
+    "Train all models for one epoch; when it is interrupted the state is what it was before."
+    epoch, moving = state.epoch + 1, _copy_of(state)
+    population, n, size = moving.population, len(x), recipe.batch_size
+    check_randomness(_one_of(population).train(), x[:2])
     gradient = grad_and_value(loss_function(*training_module(_one_of(population), recipe.variational)), has_aux=True)
     step = vmap(gradient, in_dims=(0, 0, 0, 0, None, None, None))
     order = epoch_order(n, state.keys, epoch)
@@ -207,14 +259,16 @@ def train_epoch(
     right = torch.zeros_like(entropy)
     number = torch.tensor(epoch, device=x.device)
     rates, decays = rates_and_decays(population.models, recipe, x.device)
-    for start in range(0, n, size):
+    factors = rate_factors(recipe, epoch, -(-n // size)).to(x.device)
+    for step_number, start in enumerate(range(0, n, size)):
         batch = order[:, start : start + size]
         position = torch.arange(start, start + batch.shape[1], device=x.device)
         gradients, (_, (batch_entropy, batch_right)) = step(population.weights, x[batch], y[batch], state.keys, position, number, kl_weight(epoch))
-        optimizer_step(state, gradients, rates, decays)
+        optimizer_step(moving, gradients, (rates * factors[step_number]).float(), decays.float(), recipe.nesterov)
         entropy += batch_entropy
         right += batch_right
-    state.epoch = epoch
+    state.population, state.first, state.second = moving.population, moving.first, moving.second
+    state.epoch, state.steps = epoch, moving.steps
     return entropy / n, right / n
 
 # %% ../nbs/12_training.ipynb #99b889d3
@@ -242,10 +296,12 @@ def _evaluate_alike(
     y: Tensor,                   # int64 [N]
 ) -> tuple[Tensor, Tensor]:      # as `evaluate`
     "Judge models of one activation, 256 images at a time."
+    check_randomness(module, x[:2])
     forward = vmap(lambda w, images: functional_call(module, w, (images,)), in_dims=(0, None))
     entropy, predictions = 0.0, []
     for images, labels in zip(x.split(256), y.split(256)):
         logits = forward(weights, images)
+        check_classes(logits, labels)
         targets = labels.expand(logits.shape[0], -1)
         entropy = entropy + F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").reshape(targets.shape).sum(1, dtype=torch.float64)
         predictions.append(logits.argmax(-1).to(torch.uint8))
@@ -259,7 +315,18 @@ def accuracy(
     "The share of right answers."
     return (predictions == y).double().mean(-1)
 
-# %% ../nbs/12_training.ipynb #708161cb
+# %% ../nbs/12_training.ipynb #62caa0c6
+def check_classes(
+    logits: Tensor,  # [models, N, classes]
+    labels: Tensor,  # int64 [N]
+) -> None:
+    "Raise `UserError` for more classes than predictions can tell, and for labels that are none of them."
+    if logits.ndim != 3 or logits.shape[-1] > 256:
+        raise UserError(f"A model gives {list(logits.shape[1:])} numbers for {len(labels)} images: it has to give one for each class, of which there may be 256.")
+    if not 0 <= labels.min() <= labels.max() < logits.shape[-1]:
+        raise UserError(f"The labels go from {labels.min()} to {labels.max()}, and the models know the classes 0 to {logits.shape[-1] - 1}.")
+
+# %% ../nbs/12_training.ipynb #49753644
 @dataclass(frozen=True)
 class Engine:
     "Two functions that move and judge a population, and how to cut it up for them."
@@ -271,9 +338,16 @@ class Engine:
     width: Callable[[], int] = lambda: 256          # how many models to train together
     workers: Callable[[], int] = lambda: 1          # how many such blocks at a time
     interrupt: Callable[[], None] = lambda: None    # ends what the workers are at, with an `InterruptedError`
+    schedules: bool = False                         # whether it follows schedules and takes Nesterov's momentum
+    arithmetic: Callable[[], str] = lambda: ""      # names how numbers are rounded: two that differ may give other bits
 
 
-TORCH = Engine("torch", train_epoch, evaluate)
+def torch_arithmetic() -> str:  # such as "torch 2.13.0 AVX512"
+    "What the bits of the reference engine depend on: PyTorch's version, and the instructions that it chooses."
+    return f"torch {torch.__version__} {torch.backends.cpu.get_cpu_capability()}"
+
+
+TORCH = Engine("torch", train_epoch, evaluate, schedules=True, arithmetic=torch_arithmetic)
 
 
 def groups(
@@ -317,6 +391,11 @@ def epochs(
     engine: Engine = TORCH,  # who trains
 ) -> Iterator[Measured]:     # epoch 0 if nothing was done yet, then every epoch that is left
     "Train to the end of the recipe and measure after every epoch; the state between two items can be saved and gone on from."
+    if not engine.schedules and (recipe.schedule != "constant" or recipe.nesterov):
+        raise UserError(
+            f"The engine {engine.name} knows constant learning rates and plain momentum only: use engine='torch' "
+            f"for {'Nesterov momentum' if recipe.schedule == 'constant' else recipe.schedule}."
+        )
     if state.epoch == 0:
         train_loss, train_accuracy, _ = _judge(state, images.x_train, images.y_train, recipe, engine)
         yield Measured(0, train_loss, train_accuracy, *_judge(state, images.x_test, images.y_test, recipe, engine))
@@ -324,7 +403,17 @@ def epochs(
         train_loss, train_accuracy = engine.train_epoch(state, images.x_train, images.y_train, recipe)
         yield Measured(state.epoch, train_loss, train_accuracy, *_judge(state, images.x_test, images.y_test, recipe, engine))
 
-# %% ../nbs/12_training.ipynb #21e36dca
+# %% ../nbs/12_training.ipynb #3b90a4d2
+def model_keys(
+    recipe: Recipe,        # names the streams
+    models: pd.DataFrame,  # seed, and copy where there are copies
+) -> Tensor:               # int64 [models, 2]
+    "The random stream of every model and copy; that of copy 0 is the model's own."
+    copies = models["copy"] if "copy" in models else [0] * len(models)
+    stages = [recipe.stage if copy == 0 else f"{recipe.stage}, copy {copy}" for copy in copies]
+    return torch.cat([stream_keys(recipe.zoo, stage, [seed], recipe.run_seed) for stage, seed in zip(stages, models["seed"])])
+
+# %% ../nbs/12_training.ipynb #ee8c3a2f
 def on_device(
     images: Images,  # a data set
     device: str,     # "cpu" or "cuda"
@@ -332,65 +421,3 @@ def on_device(
     "Move a data set to a device."
     tensors = {f.name: getattr(images, f.name) for f in fields(images) if f.name != "name"}
     return replace(images, **{name: tensor.to(device) for name, tensor in tensors.items()})
-
-
-@dataclass(frozen=True)
-class Trajectory:
-    "What came of training."
-
-    population: Population              # after the last epoch
-    metrics: pd.DataFrame               # one row per model and epoch: model, epoch, train_loss, train_acc, test_loss, test_acc
-    snapshots: dict[int, Population]    # the weights after the epochs that were asked for
-
-
-def _rows(
-    measured: Measured,    # one epoch
-    models: pd.DataFrame,  # whose
-) -> pd.DataFrame:         # tidy
-    "Turn one epoch's measurements into rows."
-    return pd.DataFrame({
-        "model": models["model"].to_numpy(), "epoch": measured.epoch,
-        "train_loss": measured.train_loss.cpu(), "train_acc": measured.train_accuracy.cpu(),
-        "test_loss": measured.test_loss.cpu(), "test_acc": measured.test_accuracy.cpu(),
-    })
-
-# %% ../nbs/12_training.ipynb #68726fc5
-def train(
-    population: Population,                  # models to start from; they are not changed
-    images: Images,                          # from datasets.load_images
-    recipe: Recipe,                          # how to move
-    masks: dict[str, Tensor] | None = None,  # of pruned models
-    keep: tuple[int, ...] = (),              # epochs whose weights to keep
-    engine: Engine = TORCH,                  # who trains
-    device: str = "cpu",                     # "cpu" or "cuda"
-    progress: bool = True,                   # show a bar
-) -> Trajectory:                             # on the CPU
-    "Train a population, group by group of what the engine can train together."
-    images, masks = on_device(images, device), masks or {}
-    frames, ends, kept = [], dict(population.weights), {epoch: dict(population.weights) for epoch in keep}
-    total = recipe.epochs * len(population) * len(images.x_train)
-    with tqdm(total=total, desc=f"{recipe.stage}, {len(population)} models", unit=" model-samples", unit_scale=True, disable=not progress) as bar:
-        for rows in groups(population.models, engine):
-            keys = stream_keys(recipe.zoo, recipe.stage, population.models["seed"].iloc[rows], recipe.run_seed)
-            state = begin(population[rows], keys, {name: mask[rows] for name, mask in masks.items()}, device)
-            for measured in epochs(state, images, recipe, engine):
-                frames.append(_rows(measured, state.population.models))
-                if measured.epoch in kept:
-                    _put(kept[measured.epoch], rows, state)
-                bar.set_postfix_str(f"epoch {measured.epoch} of {recipe.epochs}", refresh=False)
-                bar.update(len(rows) * len(images.x_train) if measured.epoch else 0)
-            _put(ends, rows, state)
-    finish = lambda weights: Population(weights, population.models, population.architecture)
-    metrics = pd.concat(frames).sort_values(["model", "epoch"], ignore_index=True)
-    return Trajectory(finish(ends), metrics, {epoch: finish(weights) for epoch, weights in kept.items()})
-
-# %% ../nbs/12_training.ipynb #79879a7a
-def _put(
-    weights: dict[str, Tensor],  # of the whole population; tensors are replaced
-    rows: list[int],             # whose
-    state: State,                # has their weights
-) -> None:
-    "Enter a group's weights into those of the whole population."
-    for name, tensor in state.population.weights.items():
-        weights[name] = weights[name].clone()
-        weights[name][rows] = tensor.cpu()

@@ -1,0 +1,393 @@
+"""Blocks made by processes, by Dask, by Ray and on two hosts: always the bits of one machine's threads, and nothing left behind."""
+import contextlib
+import os
+import pickle
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from zootwins import workers as w
+from zootwins.core import UserError, cache_folder
+from zootwins.datasets import images_fingerprint, load_images
+from zootwins.plans import make_plan, make_stages
+from zootwins.store import finished_files, read_predictions, read_stage, read_stage_metrics
+from zootwins.twins import make_twins, make_zoos
+from zootwins.workers import open_workers
+from zootwins.zoos import get_zoo
+
+HERE = Path(__file__).parent
+EPOCHS = {"epochs": 2, "mp_epochs": 1, "vd_epochs": 1}  # the images have to be whole, because workers load them themselves
+
+
+def plan_in(folder, n=32, **changes):
+    "A plan of six blocks."
+    zoo = replace(get_zoo("digits_seed"), **{**EPOCHS, **changes})
+    return replace(make_plan("digits_seed", n, levels="90", store=str(folder / "zoos"), figures=str(folder / "figures")), zoo=zoo)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return load_images("digits")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, images):
+    "The run that all others are compared with: made by the threads of this machine."
+    plan = plan_in(tmp_path_factory.mktemp("alone"))
+    make_twins(plan, images, progress=False)
+    return plan
+
+
+def assert_same_bits(one, other):
+    "Weights at every epoch, metrics and predictions of all stages, and no unfinished work."
+    for stage in make_stages(one):
+        epochs = range(stage.recipe.epochs + 1) if stage.trajectory else [None]
+        for epoch in epochs:
+            left, right = (read_stage(plan.folder, stage.name, epoch) for plan in (one, other))
+            assert len(left) == len(stage.rows) and left.models.equals(right.models)
+            assert all(torch.equal(left.weights[name], tensor) for name, tensor in right.weights.items())
+        left, right = (read_stage_metrics(plan.folder, stage.name) for plan in (one, other))
+        pd.testing.assert_frame_equal(left, right, check_exact=True)
+    left, right = (read_predictions(plan.folder, "original") for plan in (one, other))
+    assert left.keys() == right.keys() and all(torch.equal(left[number], right[number]) for number in left)
+    for plan in (one, other):
+        assert not list((plan.folder / "parts").glob("*")) and not list(plan.folder.rglob(".*"))
+
+
+def made(plan):
+    "How many blocks are finished."
+    return sum(not path.name.startswith(".") for stage in make_stages(plan) for path in finished_files(plan.folder, stage.name))
+
+
+def wait_for(condition, process=None, seconds=90):
+    "Wait until something is so, and no longer than it takes."
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline and (process is None or process.poll() is None)
+        time.sleep(0.02)
+
+
+def test_a_pool_of_processes_gives_the_same_bits(tmp_path, images, alone):
+    plan = plan_in(tmp_path)
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        reports = make_twins(plan, images, progress=False, workers=pool)
+    assert [(report.made, report.model_samples > 0) for report in reports] == [(32, True)] * 3
+    assert_same_bits(plan, alone)
+
+
+def test_two_zoos_share_a_dask_cluster_one_bar_and_the_bits_of_threads(tmp_path, images, alone, capsys):
+    pytest.importorskip("distributed")
+    plan = plan_in(tmp_path)
+    other = replace(plan_in(tmp_path / "b", n=2), zoo=replace(plan.zoo, name="mnist_seed"), folder=tmp_path / "b" / "zoos" / "mnist_seed")
+    with open_workers("dask") as executor:
+        done = [one.zoo.name for one, _ in make_zoos([plan, other], {"digits_seed": images, "mnist_seed": images}, True, executor)]
+    assert sorted(done) == ["digits_seed", "mnist_seed"] and made(other) == 3
+    told = capsys.readouterr().err
+    assert "2 zoos:" in told and "block 9 of 9" in told and "100 % of the run" in told and f" on {w.me().rpartition(':')[0]}" in told
+    assert_same_bits(plan, alone)
+
+
+class Deaf:
+    "An executor whose blocks never come back, but for the first."
+
+    def __init__(self):
+        self.futures = []
+
+    def submit(self, function, /, *arguments):
+        future = Future()
+        if not self.futures:
+            future.set_result(function(*arguments))
+        self.futures.append(future)
+        return future
+
+
+def test_an_interrupted_driver_keeps_what_is_finished_and_cancels_the_rest(tmp_path, images):
+    plan, executor, stop = plan_in(tmp_path), Deaf(), threading.Event()
+    threading.Timer(0.2, stop.set).start()
+    with pytest.raises(InterruptedError):
+        make_twins(plan, images, progress=False, workers=executor, stop=stop)
+    assert made(plan) == 1 and [future.cancelled() for future in executor.futures] == [False, True]
+
+
+class Here:
+    "An executor that works in this process, with blocks as they would travel."
+
+    def __init__(self, change=lambda block, terms: (block, terms), code=w.CODE):
+        self.change, self.code, self.sizes, self.seconds = change, code, [], []
+
+    def submit(self, function, /, code, task):
+        self.sizes.append(len(task))
+        future, begun = Future(), time.process_time()
+        future.set_result(function(self.code, pickle.dumps(self.change(*pickle.loads(task)))))
+        self.seconds.append(time.process_time() - begun)
+        return future
+
+
+@pytest.mark.parametrize("change, code, told", [
+    (lambda block, terms: (block, terms), "0" * 32, "another version of zootwins than the driver"),
+    (lambda block, terms: (block, replace(terms, arithmetic="lanes on paper")), w.CODE, "lanes on paper, and their bits differ"),
+    (lambda block, terms: (block, replace(terms, images=terms.images | {"test": "0"})), w.CODE, "other images of digits than the driver (test differ)"),
+    (lambda block, terms: (block, replace(terms, dataset="dogs")), w.CODE, "no images of dogs"),
+])
+def test_a_worker_that_does_not_fit_is_told_in_one_sentence_and_mixes_nothing(tmp_path, images, change, code, told):
+    plan = plan_in(tmp_path, n=2)
+    with pytest.raises(UserError) as error:
+        make_twins(plan, images, progress=False, workers=Here(change, code))
+    assert told in str(error.value) and str(error.value).startswith(f"Worker {w.me()} cannot take part. ") and "\n" not in str(error.value)
+    assert made(plan) == 0
+
+
+@pytest.mark.parametrize("error, told", [
+    (ModuleNotFoundError("No module named 'zootwins'"), "A worker cannot load this version of zootwins"),
+    (AttributeError("Can't get attribute 'work_off' on <module 'zootwins.workers'>"), "A worker cannot load this version of zootwins"),
+    (ConnectionError("gone"), r"The workers have failed \(ConnectionError: gone\)"),
+])
+def test_lost_workers_are_told_in_one_sentence(tmp_path, images, error, told):
+    class Lost:
+        def submit(self, function, /, *arguments):
+            future = Future()
+            future.set_exception(error)
+            return future
+
+    with pytest.raises(UserError, match=told):
+        make_twins(plan_in(tmp_path, n=1), images, progress=False, workers=Lost())
+
+
+def test_a_fault_of_ours_stays_a_fault(tmp_path, images):
+    class Faulty:
+        def submit(self, function, /, *arguments):
+            future = Future()
+            future.set_exception(ZeroDivisionError("division by zero"))
+            return future
+
+    with pytest.raises(ZeroDivisionError):
+        make_twins(plan_in(tmp_path, n=1), images, progress=False, workers=Faulty())
+
+
+def test_only_the_last_data_set_stays_in_a_workers_memory(monkeypatch, images):
+    loaded = []
+    monkeypatch.setattr(w, "load_images", lambda name, size: loaded.append(size) or images)
+    terms = w.Terms("digits", 28, images_fingerprint(images), "torch", "", "cpu", "", "", "")
+    w._loaded.clear()
+    for size in (28, 28, 32, 32, 28):
+        w.images_for(replace(terms, image_size=size))
+    assert loaded == [28, 32, 28] and len(w._loaded) == 1
+    w._loaded.clear()
+
+
+def test_a_broken_pool_is_told_and_a_later_run_goes_on(tmp_path, images, alone):
+    plan = plan_in(tmp_path)
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        def kill():
+            wait_for(lambda: made(plan) == 1)
+            os.kill(next(iter(pool._processes)), signal.SIGKILL)
+        killer = threading.Thread(target=kill)
+        killer.start()
+        with pytest.raises(UserError, match="The workers have failed .BrokenProcessPool"):
+            make_twins(plan, images, progress=False, workers=pool)
+        killer.join()
+    assert 1 <= made(plan) < 6
+    make_twins(plan, images, progress=False)
+    assert_same_bits(plan, alone)
+
+
+DRIVER = """
+import sys, threading, time
+from pathlib import Path
+from test_cluster import plan_in
+from zootwins.datasets import load_images
+from zootwins.twins import make_twins
+from zootwins.workers import open_workers
+
+if __name__ == "__main__":
+    folder, workers, changes = Path(sys.argv[1]), sys.argv[2], eval(sys.argv[3])
+    with open_workers(workers) as executor:
+        print("open", flush=True)
+        make_twins(plan_in(folder, **changes), load_images("digits"), workers=executor)
+    print("done", flush=True)
+"""
+
+
+def script(folder):
+    "The driver as a file: processes that are spawned import it."
+    path = folder / "driver.py"
+    path.write_text(DRIVER)
+    return path
+
+
+def environment(**changes):
+    "Of a process on this machine that finds the package and these tests."
+    return os.environ | {"PYTHONPATH": f"{HERE.parent}:{HERE}", "OMP_NUM_THREADS": "1", "ZOOTWINS_BARS": "text", **changes}
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_ctrl_c_ends_a_driver_and_its_local_cluster_within_seconds(tmp_path, images, alone, sent):
+    pytest.importorskip("distributed")
+    plan = plan_in(tmp_path)
+    process = subprocess.Popen([sys.executable, script(tmp_path), tmp_path, "dask", "{}"], env=environment(), start_new_session=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: made(plan) >= 2, process)
+    begun = time.monotonic()
+    if sent == signal.SIGINT:
+        os.killpg(process.pid, sent)  # as a terminal does
+    else:
+        process.send_signal(sent)
+    out, err = process.communicate(timeout=60)
+    assert time.monotonic() - begun < 15
+    assert process.returncode != 0 and "done" not in out and "Interrupted: what is done is kept" in err, err
+    assert 2 <= made(plan) < 6
+    make_twins(plan, images, progress=False)
+    assert_same_bits(plan, alone)
+
+
+class Host:
+    "A host of its own: a network namespace with a name, a HOME, a TMPDIR and data, that does not see the other host's files."
+
+    def __init__(self, name, folder, address):
+        self.name, self.folder, self.address, self.space = name, folder, address, f"zt{secrets.token_hex(3)}{name}"
+        self.processes, self.hidden = [], []
+        for part in ("home", "tmp", "data"):
+            (folder / part).mkdir(parents=True)
+        if (cache_folder() / "lanes").exists():  # the compiled engine: half a minute of every test otherwise
+            shutil.copytree(cache_folder() / "lanes", folder / "home/.cache/zootwins/lanes")
+        subprocess.run(["ip", "netns", "add", self.space], check=True, capture_output=True)
+        subprocess.run(["ip", "-n", self.space, "link", "set", "lo", "up"], check=True)
+
+    def start(self, *command, **changes):
+        "Begin a process on this host; its id is that of the command itself."
+        where = {"HOME": self.folder / "home", "TMPDIR": self.folder / "tmp", "ZOOTWINS_DATA": self.folder / "data", **changes}
+        hide = " && ".join(["true", *(f"mount -t tmpfs none '{path}'" for path in self.hidden)])
+        words = ["ip", "netns", "exec", self.space, "unshare", "--mount", "--uts", "sh", "-c", f'hostname {self.name} && {hide} && exec "$@"', "sh"]
+        process = subprocess.Popen([*words, *map(str, command)], env=environment(**{name: str(value) for name, value in where.items()}), cwd=self.folder,
+                                   stdout=(self.folder / f"{len(self.processes)}.log").open("w"), stderr=subprocess.STDOUT)
+        self.processes.append(process)
+        return process
+
+    def log(self, number):
+        "What a process has said so far."
+        return (self.folder / f"{number}.log").read_text()
+
+    def close(self):
+        for process in self.processes:
+            process.kill()
+            process.wait()
+        subprocess.run(["ip", "netns", "del", self.space], check=True)
+
+
+@pytest.fixture
+def hosts(tmp_path):
+    "Two hosts with a wire between them."
+    if not shutil.which("ip") or os.geteuid():
+        pytest.skip("network namespaces need iproute2 and root")
+    with contextlib.ExitStack() as stack:
+        try:
+            anna = Host("anna", tmp_path / "anna", "10.77.0.1")
+            stack.callback(anna.close)
+            berta = Host("berta", tmp_path / "berta", "10.77.0.2")
+            stack.callback(berta.close)
+            subprocess.run(["ip", "-n", anna.space, "link", "add", "wire", "type", "veth", "peer", "name", "wire", "netns", berta.space], check=True, capture_output=True)
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"network namespaces cannot be made here: {error.stderr.decode().strip()}")
+        for host, other in ((anna, berta), (berta, anna)):
+            subprocess.run(["ip", "-n", host.space, "address", "add", f"{host.address}/24", "dev", "wire"], check=True)
+            subprocess.run(["ip", "-n", host.space, "link", "set", "wire", "up"], check=True)
+            host.hidden.append(other.folder)
+        yield anna, berta
+
+
+def dask_worker(host, scheduler, **changes):
+    "A worker of one thread that is not begun anew when it is killed."
+    return host.start(sys.executable, "-m", "distributed.cli.dask_worker", scheduler, "--nthreads", 1, "--no-nanny", "--no-dashboard",
+                      "--host", host.address, **changes)
+
+
+def dask_hosts(anna, berta):
+    "A scheduler and a worker on one host, a worker on the other: the address and the worker there."
+    pytest.importorskip("distributed")
+    scheduler = f"tcp://{anna.address}:8786"
+    anna.start(sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", scheduler, "--no-dashboard", "--no-show")
+    return scheduler
+
+
+BUSY = """
+def busy(executor, address):
+    "Say so when a worker at an address has finished a block and is at another one."
+    while not any(address in worker and keys for worker, keys in executor._client.processing().items()):
+        time.sleep(0.05)
+    time.sleep(0.3)
+    print("busy", flush=True)
+"""
+
+
+def test_two_hosts_without_a_shared_folder_and_one_worker_killed_in_the_middle(tmp_path, images, hosts):
+    anna, berta = hosts
+    scheduler = dask_hosts(anna, berta)
+    dask_worker(anna, scheduler)
+    victim = dask_worker(berta, scheduler)
+    slow = {"epochs": 8}
+    driver = DRIVER.replace("if __name__", BUSY + "\nif __name__").replace(
+        'print("open"', f'threading.Thread(target=busy, args=(executor, "{berta.address}"), daemon=True).start(); print("open"')
+    (anna.folder / "driver.py").write_text(driver)
+    process = anna.start(sys.executable, anna.folder / "driver.py", anna.folder, scheduler, repr(slow))
+    wait_for(lambda: "busy" in anna.log(2), process)
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    assert process.wait(120) == 0, anna.log(2)
+    assert "done" in anna.log(2) and "on anna" in anna.log(2)
+    plan, same = plan_in(anna.folder, **slow), plan_in(tmp_path / "same", **slow)
+    make_twins(same, images, progress=False)
+    assert_same_bits(plan, same)
+    assert not (berta.folder / "zoos").exists()
+
+
+def pids_of(host, start):
+    "The processes of a host whose command line begins so."
+    pids = subprocess.run(["ip", "netns", "pids", host.space], check=True, capture_output=True, text=True).stdout.split()
+    line = {}
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            line[int(pid)] = Path(f"/proc/{pid}/cmdline").read_bytes()
+    return [pid for pid, words in line.items() if words.startswith(start)]
+
+
+@pytest.mark.slow
+def test_ray_on_two_hosts_and_one_worker_killed_in_the_middle(tmp_path, images, hosts):
+    pytest.importorskip("ray")
+    anna, berta = hosts
+    address, slow = f"{anna.address}:6379", {"epochs": 40}
+    ray = [Path(sys.executable).parent / "ray", "start", "--block", "--num-cpus", 1, "--object-store-memory", 100_000_000]
+    short = {host.name: tempfile.mkdtemp(prefix="zt") for host in hosts}  # sockets have names of at most 107 characters
+    try:
+        anna.start(*ray, "--head", "--node-ip-address", anna.address, "--port", 6379, "--include-dashboard", "false", "--temp-dir", short["anna"],
+                   RAY_USAGE_STATS_ENABLED=0)
+        wait_for(lambda: "Ray runtime started" in anna.log(0), anna.processes[0])
+        berta.start(*ray, "--node-ip-address", berta.address, "--address", address, RAY_USAGE_STATS_ENABLED=0)
+        wait_for(lambda: "Ray runtime started" in berta.log(0), berta.processes[0])
+        (anna.folder / "driver.py").write_text(DRIVER)
+        process = anna.start(sys.executable, anna.folder / "driver.py", anna.folder, "ray", repr(slow), RAY_ADDRESS=address)
+        wait_for(lambda: pids_of(berta, b"ray::work_off"), process)
+        time.sleep(0.5)
+        os.kill(pids_of(berta, b"ray::work_off")[0], signal.SIGKILL)
+        assert process.wait(150) == 0, anna.log(1)
+        assert "done" in anna.log(1) and "on anna, berta" in anna.log(1)
+    finally:
+        for host in hosts:
+            for pid in pids_of(host, b""):
+                os.kill(pid, signal.SIGKILL)
+            shutil.rmtree(short[host.name], ignore_errors=True)
+    plan, same = plan_in(anna.folder, **slow), plan_in(tmp_path / "same", **slow)
+    make_twins(same, images, progress=False)
+    assert_same_bits(plan, same)
