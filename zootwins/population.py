@@ -124,7 +124,7 @@ def parameter_shapes(
                         f"({', '.join(sorted(shared))}): give each layer its own.")
     return shapes
 
-# %% ../nbs/05_population.ipynb #fe42c0c6
+# %% ../nbs/05_population.ipynb #34ce68e9
 def plain_weights(
     saved: object,                         # a state dict, or a dictionary with one
     expected: dict[str, tuple[int, ...]],  # from parameter_shapes
@@ -139,7 +139,7 @@ def plain_weights(
     check_weights(state, expected)
     return {name: state[name].detach().float().cpu() for name in expected}
 
-# %% ../nbs/05_population.ipynb #124cfb8a
+# %% ../nbs/05_population.ipynb #b564c82c
 def check_weights(
     state: Mapping[str, Tensor],           # of one model
     expected: dict[str, tuple[int, ...]],  # from parameter_shapes
@@ -178,7 +178,7 @@ def from_state_dicts(
             raise UserError(f"Module {i} does not fit the architecture {architecture!r}: {one_line(error)}.") from error
     return Population({name: torch.stack([one[name] for one in taken]) for name in expected}, models, architecture)
 
-# %% ../nbs/05_population.ipynb #a9f90f9e
+# %% ../nbs/05_population.ipynb #1e8de845
 def from_modules(
     modules: Sequence[nn.Module],         # alike in structure
     architecture: str,                    # a name in ARCHITECTURES that builds such modules
@@ -197,7 +197,7 @@ def plain_models(
                 "parent": ""}
     return pd.DataFrame({"model": range(n), "seed": range(1, n + 1), **defaults, **factors})
 
-# %% ../nbs/05_population.ipynb #d1190567
+# %% ../nbs/05_population.ipynb #c84b8a3a
 def complete_models(
     models: pd.DataFrame | None,  # generating factors, some columns perhaps missing; none: nothing is known
     n: int,                       # how many there are to be
@@ -217,7 +217,7 @@ def complete_models(
                       stacklevel=3)
     return plain.assign(**models)
 
-# %% ../nbs/05_population.ipynb #f6da0c26
+# %% ../nbs/05_population.ipynb #5842e064
 RANGES = {"lr": "at least 0", "wd": "at least 0", "dropout": "from 0 to below 1"}
 
 
@@ -261,7 +261,7 @@ def save_population(
     with atomic_path(path.with_name(f"{path.name}.safetensors")) as temporary:
         temporary.write_bytes(safetensors.torch.save(tensors, {"architecture": population.architecture}))
 
-# %% ../nbs/05_population.ipynb #c4666570
+# %% ../nbs/05_population.ipynb #d0e410c1
 def load_population(
     path: Path | str,  # as given to save_population
 ) -> Population:       # on the CPU
@@ -282,7 +282,7 @@ def load_population(
         raise UserError(f"{path} is not a population of {architecture} ({one_line(error)}): {remedy}.") from error
     return Population(in_order(weights, architecture), models, architecture)
 
-# %% ../nbs/05_population.ipynb #707b881d
+# %% ../nbs/05_population.ipynb #1c49b388
 def read_stacked(
     path: Path,  # of a safetensors file
 ) -> tuple[str, dict[str, Tensor]]:  # architecture, and stacked parameters by name
@@ -291,7 +291,7 @@ def read_stacked(
     with safe_open(path, framework="pt") as file:
         return (file.metadata() or {}).get("architecture", ""), {name: file.get_tensor(name) for name in file.keys()}
 
-# %% ../nbs/05_population.ipynb #92c6a05e
+# %% ../nbs/05_population.ipynb #40981f0d
 def check_stacked(
     weights: dict[str, Tensor],            # by name
     models: pd.DataFrame,                  # generating factors
@@ -310,7 +310,7 @@ def check_stacked(
     if "model" not in models or models["model"].dtype.kind != "i":
         raise ValueError("its table has no numbers of models")
 
-# %% ../nbs/05_population.ipynb #e995bec9
+# %% ../nbs/05_population.ipynb #34f76d7f
 PARAMETERS = ("weight", "log_sigma2", "bias", "log_sigma2_bias")  # of a layer, in this order
 
 

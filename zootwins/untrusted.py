@@ -12,11 +12,12 @@ __all__ = ['LIMITS', 'STORAGES', 'KNOWN', 'INSTRUCTIONS', 'WRAPPERS', 'PREFIXES'
            'read_layout', 'locate', 'check_lengths', 'item_size', 'checksum_offsets', 'view', 'read_tensors',
            'read_checkpoint', 'read_table', 'listed_hashes', 'file_hash', 'check_hashes']
 
-# %% ../nbs/01_untrusted.ipynb #377610ed
+# %% ../nbs/01_untrusted.ipynb #076fc364
 import hashlib
 import io
 import math
 import mmap
+import os
 import pickle
 import re
 import stat
@@ -51,35 +52,38 @@ class Limits:
 
 LIMITS = Limits()
 
-# %% ../nbs/01_untrusted.ipynb #bc77c8ab
+# %% ../nbs/01_untrusted.ipynb #aac769e7
 def read_file(
-    path: Path,   # of an ordinary file
-    limit: int,   # of its size, in bytes
-) -> bytes:       # its content
+    path: Path | str,  # of an ordinary file
+    limit: int,        # of its size, in bytes
+) -> bytes:            # its content
     "Read a whole file; raises `ValueError` if it is no ordinary file or too large."
-    check_size(path.name, ordinary_size(path), limit)
-    with open(path, "rb") as file:
-        return file.read(limit)
+    quick = lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))  # a pipe must not make us wait
+    with open(path, "rb", buffering=0, opener=quick) as file:
+        size = ordinary_size(path, os.fstat(file.fileno()))
+        check_size(path, size, limit)
+        return file.read(size)
 
-# %% ../nbs/01_untrusted.ipynb #c4108ef0
+# %% ../nbs/01_untrusted.ipynb #b1397a19
 def ordinary_size(
-    path: Path,  # of a file
-) -> int:        # its size in bytes
+    path: Path | str,                     # of a file
+    status: os.stat_result | None = None,  # of the open file; none: it is asked for
+) -> int:                                 # its size in bytes
     "Raise `ValueError` for what is not an ordinary file, and `OSError` for what is not there."
-    status = path.stat()
+    status = status or os.stat(path)
     if not stat.S_ISREG(status.st_mode):
-        raise ValueError(f"{path.name} is not an ordinary file")
+        raise ValueError(f"{Path(path).name} is not an ordinary file")
     return status.st_size
 
-# %% ../nbs/01_untrusted.ipynb #a75f3629
+# %% ../nbs/01_untrusted.ipynb #caa3e470
 def check_size(
-    name: str,    # of a file
-    size: int,    # in bytes
-    limit: int,   # that is allowed
+    path: Path | str,  # of a file, or what it is
+    size: int,         # in bytes
+    limit: int,        # that is allowed
 ) -> None:
     "Raise `ValueError` for a file that is too large."
     if size > limit:
-        raise ValueError(f"{name} has {size:,} bytes, and no more than {limit:,} are read (zootwins.untrusted.LIMITS)")
+        raise ValueError(f"{PurePosixPath(path).name} has {size:,} bytes, and no more than {limit:,} are read (zootwins.untrusted.LIMITS)")
 
 # %% ../nbs/01_untrusted.ipynb #923bb401
 class Stored(NamedTuple):
@@ -400,7 +404,7 @@ def read_member(
     limit: int,                # of the content, in bytes
 ) -> bytes:                    # its content
     "Read a part of a zip, several threads at a time; raises `ValueError` if it is damaged, encrypted or too large."
-    name = PurePosixPath(member.filename).name
+    name = member.filename.rpartition("/")[2]
     check_size(name, member.file_size, limit)
     if member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError(f"{name} is encrypted in the zip, or compressed by a method other than deflate")
@@ -540,8 +544,8 @@ def merge_masks(
 ) -> dict[str, torch.Tensor | np.ndarray]:           # with one tensor for each parameter
     "Multiply weights with their masks, where `torch.nn.utils.prune` has parted them."
     pairs = {name[:-5] for name in state if name.endswith("_orig") and f"{name[:-5]}_mask" in state}
-    merged = {}
-    for name, tensor in state.items():
+    merged = {} if pairs else dict(state)
+    for name, tensor in state.items() if pairs else ():
         if name.endswith("_mask") and name[:-5] in pairs:
             continue
         base = name[:-5] if name.endswith("_orig") else ""
