@@ -12,10 +12,10 @@ __all__ = ['WANTED', 'PACKED', 'Passed', 'FACTOR_NAMES', 'ORIGIN', 'SETTINGS', '
            'Found', 'read_records', 'noted_offsets', 'Reading', 'begin_reading', 'put_weights', 'first_fit',
            'wanted_epochs', 'read_raw', 'number_checkpoints', 'present_models', 'read_weights', 'no_checkpoint',
            'collect', 'left_out_table', 'take_populations', 'cut_rows', 'method_of', 'collect_records',
-           'recorded_metrics', 'State', 'find_parts', 'part_states', 'usable_properties', 'property_factors',
-           'property_record', 'mapped_tensors', 'read_preprocessed', 'find_states', 'first_state_fit', 'open_saved',
-           'label_numbering', 'read_states', 'places_of', 'read_state', 'read_zoo', 'write_zoo', 'ZenodoRecord',
-           'Resuming', 'record_files', 'download']
+           'recorded_metrics', 'State', 'find_parts', 'refuse_other', 'part_states', 'usable_properties',
+           'property_factors', 'property_record', 'mapped_tensors', 'read_preprocessed', 'find_states',
+           'first_state_fit', 'open_saved', 'label_numbering', 'read_states', 'places_of', 'read_state', 'read_zoo',
+           'write_zoo', 'ZenodoRecord', 'Resuming', 'record_files', 'download']
 
 # %% ../nbs/06_published.ipynb #c6fcf02e
 import errno
@@ -46,8 +46,8 @@ from .datasets import quiet_pooch
 from .population import Population
 from .untrusted import (LIMITS, OLD, Layout, Member, Record, Stored, check_lengths, checked, find_state,
                                 item_size,
-                                merge_masks, open_zip, ordinary_size, read_file, read_member, read_tensors, unpickle, view,
-                                zip_members)
+                                merge_masks, open_zip, ordinary_size, read_file, read_member, read_tensors, unpickle,
+                                view, zip_members)
 
 # %% ../nbs/06_published.ipynb #09787469
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def stored_layers(
 def own_columns(
     architecture: str,             # a name in ARCHITECTURES
     layers: list[dict[str, str]],  # from stored_layers
-) -> list[tuple[str | None, str, tuple[int, ...]]]:  # name in the file, name in the population, shape; empty: does not fit
+) -> list[tuple[str | None, str, tuple[int, ...]]]:  # names in the file and here, shape; empty: does not fit
     "Pair the layers of a file with those of an architecture."
     module = build(architecture)
     own = {path: module.get_submodule(path) for path in layer_names(module).values()}
@@ -236,8 +236,8 @@ FACTOR_NAMES = {
     "dropout": ("model::dropout", "dropout"),
 }
 ORIGIN = "training::init_checkpoint_path"  # of a twin: the checkpoint that it began from
-SETTINGS = {"optim::momentum": 0.9, "momentum": 0.9, "training::batchsize": 10, "batch_size": 10}  # the same for all here
-IDLE = ("model::", "training::", "dataset::", "testloader::", "wandb", "cuda")  # beginnings of names that are not needed
+SETTINGS = {"optim::momentum": 0.9, "momentum": 0.9, "training::batchsize": 10, "batch_size": 10}  # as here
+IDLE = ("model::", "training::", "dataset::", "testloader::", "wandb", "cuda")  # names that are not needed
 
 # %% ../nbs/06_published.ipynb #8fcc5f04
 def flattened(
@@ -269,7 +269,7 @@ def read_text(
     "Read a factor that is a name; raises `ValueError` for anything else."
     if not isinstance(value, str | None) or len(value or "") > 1_000:
         raise ValueError(f"its {name} is not a name")
-    return value or ""
+    return one_line(value, 1_000) if value else ""
 
 # %% ../nbs/06_published.ipynb #424d0dec
 def read_factors(
@@ -322,7 +322,7 @@ class Recorded:
     "What a result.json tells of a model."
 
     values: dict[int, tuple[float, ...]] = field(default_factory=dict)  # epoch -> RESULT_KEYS, in rising order
-    offsets: Counter[int] = field(default_factory=Counter)  # epoch minus the number of the checkpoint that a record names
+    offsets: Counter[int] = field(default_factory=Counter)  # epoch minus the number of a checkpoint
     passed: Passed = field(default_factory=Counter)
 
 # %% ../nbs/06_published.ipynb #995db2e7
@@ -687,6 +687,7 @@ def collect(
     passed: Passed | None = None,  # what is not of one model
 ) -> PublishedZoo:
     "Make populations, metrics and tables of what was not used; raises `UserError` if nothing is left."
+    name, folders = one_line(name), [one_line(folder, 1_000) for folder in folders]  # they may not even be Unicode
     left_out = left_out_table(folders, found)
     good = [i for i, model in enumerate(found) if not model.reason and len(model.reasons) < len(reading.rows)]
     if not good:
@@ -775,7 +776,7 @@ def recorded_metrics(
     records: pd.DataFrame,   # model, epoch, RESULT_KEYS
     layers: Sequence[str],   # such as conv1, ...
 ) -> pd.DataFrame:           # tidy
-    "What the authors recorded, in the columns of zootwins.metrics. Sparsity by layer was not recorded of twins, nor agreement of either."
+    "What the authors recorded, in the columns of zootwins.metrics; sparsity by layer and agreement were not."
     dense = method == "original"
     by_layer = {f"sparsity_{layer}": 0.0 if dense else np.nan for layer in layers}
     frame = records.assign(zoo=zoo, method=method, level=np.nan, ggap=records["train_acc"] - records["test_acc"],
@@ -805,20 +806,28 @@ def find_parts(
     passed: Passed,  # to count in
 ) -> list[dict[str, object]]:  # attributes of the parts
     "Find training, validation and test part; raises `ValueError` that says what is there instead."
-    parts = saved if isinstance(saved, dict) else {}
-    found = [part.state for part in parts.values() if isinstance(part, Record) and isinstance(part.state.get("data_in"),
-                                                                                              list)]
+    found = {}  # by their lists, of which a small file could name one a million times
+    for name, part in saved.items() if isinstance(saved, dict) else ():
+        states = part.state.get("data_in") if isinstance(part, Record) else None
+        if isinstance(states, list) and id(states) not in found:
+            found[id(states)] = part.state
+        else:
+            passed["part", one_line(name, 60), "holds no states of its own"] += 1
     if not found:
-        try:
-            find_state(saved)
-        except ValueError as error:
-            raise ValueError(f"it is no preprocessed zoo: none of its parts has a list data_in; {one_line(error)}") from error
-        raise ValueError("it is one model's state dict; give the folder of a zoo, or stack such files by "
-                         "zootwins.population.from_state_dicts")
-    for name, part in parts.items():
-        if not isinstance(part, Record) or not any(part.state is one for one in found):
-            passed["part", one_line(name, 60), "holds no states"] += 1
-    return found
+        refuse_other(saved)
+    return list(found.values())
+
+# %% ../nbs/06_published.ipynb #61cf8202
+def refuse_other(
+    saved: object,  # that is no preprocessed zoo
+) -> None:
+    "Raise `ValueError` that says what was saved instead."
+    try:
+        find_state(saved)
+    except ValueError as error:
+        raise ValueError(f"it is no preprocessed zoo: none of its parts has a list data_in; {error}") from error
+    raise ValueError("it is one model's state dict; give the folder of a zoo, or stack such files by "
+                     "zootwins.population.from_state_dicts")
 
 # %% ../nbs/06_published.ipynb #81c9b38c
 def part_states(
@@ -831,9 +840,10 @@ def part_states(
         raise ValueError("its labels_in is no list with a label for each state")
     properties = usable_properties(part.get("properties"), len(labels), passed)
     for i, (label, state) in enumerate(zip(labels, states)):
-        match = re.fullmatch(r"(.*?)#_#epoch_(\d{1,9})(#_#.*)?", label, re.S) if isinstance(label, str) else None
-        if match:
-            yield State(match[1], int(match[2]), state, {name: values[i] for name, values in properties.items()})
+        path, *rest = label.split("#_#", 2) if isinstance(label, str) and len(label) <= 4_096 else ("",)
+        epoch = re.fullmatch(r"epoch_(\d{1,9})", rest[0]) if rest else None
+        if epoch:
+            yield State(path, int(epoch[1]), state, {name: values[i] for name, values in properties.items()})
         else:
             passed["state", "a label", "not understood"] += 1
 
@@ -852,7 +862,8 @@ def usable_properties(
             passed["property", one_line(name, 60), "is no list with a value for each state"] += 1
         elif name not in (*PROPERTY_NAMES.values(), "test_acc", "ggap", "training_iteration"):
             passed["property", one_line(name, 60), "not known here"] += 1
-    return {name: values for name, values in properties.items() if isinstance(values, list) and len(values) == n}
+    known = {name: properties.get(name) for name in (*PROPERTY_NAMES.values(), "test_acc", "ggap", "training_iteration")}
+    return {name: values for name, values in known.items() if isinstance(values, list) and len(values) == n}
 
 # %% ../nbs/06_published.ipynb #70e0470a
 def property_factors(
@@ -917,6 +928,8 @@ def read_preprocessed(
         try:
             members, states = find_states(archive, data, passed)
             fitted = first_state_fit(states, data, members)
+            if len(states) * len(fitted.bounded) > len(data):  # at least one byte for each number
+                raise ValueError("it names more states than it can hold")
         except Exception as error:  # a broken file raises whatever its fields lead to
             raise UserError(f"{path} was not read ({one_line(error)}): give a preprocessed dataset_*.pt, or the "
                             "raw zoo.") from error
@@ -947,10 +960,10 @@ def first_state_fit(
     members: dict[str, Member],  # where its storages are
 ) -> Fit:
     "Recognise the architecture of a preprocessed zoo; raises `ValueError` if no state can be read."
-    reason, whole = "it holds no states", set()
+    reason, whole, seen = "it holds no states", set(), set()
     for state in states:
         try:
-            return fit(shapes_of(mapped_tensors(data, members, state.state, whole, set())))
+            return fit(shapes_of(mapped_tensors(data, members, state.state, whole, seen)))
         except Exception as error:
             reason = f"no state in it can be used; the last one: {one_line(error)}"
     raise ValueError(reason)
@@ -1009,7 +1022,7 @@ def read_states(
 def places_of(
     states: list[State],                 # of a preprocessed file
     epochs: Sequence[int] | str | None,  # which are wanted
-) -> tuple[dict[str, int], dict[int, set[int]]]:  # path of a model -> its position; epoch -> positions of those that have it
+) -> tuple[dict[str, int], dict[int, set[int]]]:  # path of a model -> position; epoch -> positions
     "Number the models of a preprocessed file; raises `UserError` for an epoch that none has."
     place = {path: i for i, path in enumerate(sorted({state.path for state in states}))}
     present: dict[int, set[int]] = {epoch: set() for epoch in wanted_epochs(epochs, (state.epoch for state in states))}
@@ -1077,7 +1090,8 @@ def _params(
     parent = {"training::init_checkpoint_path": model.get("origin") or model["parent"]} if variational else {}
     return {"model::type": kind, "model::channels_in": channels, "model::o_dim": 10, "cuda": False,
             "training::batchsize": 10, "training::epochs_train": epochs,
-            "training::start_epoch": 1, "training::output_epoch": 1, "training::val_epochs": 1, "training::checkpoint_dir": None, **factors, **momentum, **parent}
+            "training::start_epoch": 1, "training::output_epoch": 1, "training::val_epochs": 1, "training::checkpoint_dir": None,
+            **factors, **momentum, **parent}
 
 # %% ../nbs/06_published.ipynb #0b257cbb
 def write_zoo(
@@ -1093,7 +1107,8 @@ def write_zoo(
         try:
             for epoch, population in populations.items():
                 for i in range(len(population)):
-                    path = temporary / _folder_name(population.models.iloc[i]) / f"checkpoint_{epoch:06d}" / "checkpoints"
+                    model = temporary / _folder_name(population.models.iloc[i])
+                    path = model / f"checkpoint_{epoch:06d}" / "checkpoints"
                     path.parent.mkdir(parents=True, exist_ok=True)
                     torch.save(_state_dict(population, i), path)
             for _, model in _all_models(populations).iterrows():
