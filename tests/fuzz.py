@@ -1,7 +1,7 @@
 """Mutated files for every reader: `python tests/fuzz.py --n 10000 --seed 0 [--reader NAME] [--only CASE]`.
 
 Each input is a small valid one with one to four mutations, made from its seed and number alone. It is read in a worker that may use one GiB
-more than it has, and five seconds. What may come of it:
+more than it has, and five seconds of processor time, four times as many by the clock. What may come of it:
 
 - right: all numbers are those of the input before it was mutated
 - reason: some are missing, or something beside them, and the reader says how many and why
@@ -346,11 +346,18 @@ def out_of_memory(text: str) -> bool:
     return any(sign in text for sign in ("MemoryError", "Unable to allocate", "bad_alloc", "malloc", "out of memory"))
 
 
+def set_clocks(seconds: float) -> None:
+    "Ring after so much processor time, or four times as much by the clock, which neighbours on the machine share; 0: not at all."
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_REAL, 4 * seconds)
+
+
 def work(name: str, template: Path, reader: Reader, right, cases: list[int], seed: int, pipe) -> None:
     "A worker: reads one input after the other, and tells what came of each."
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
     signal.signal(signal.SIGALRM, late)
+    signal.signal(signal.SIGPROF, late)
     sys.stderr = open(os.devnull, "w")
     for case in cases:
         scratch = Path(tempfile.mkdtemp(prefix="fuzz-"))
@@ -358,9 +365,9 @@ def work(name: str, template: Path, reader: Reader, right, cases: list[int], see
         draw = random.Random(f"{seed}/{name}/{case}")
         shutil.copytree(template, scratch / "input")
         remade = spoil(scratch / "input", reader.name, draw)
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        set_clocks(SECONDS)
         verdict = judge(reader, scratch / "input" / reader.name, right, remade)
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        set_clocks(0)
         pipe.send((case, verdict))
         shutil.rmtree(scratch, ignore_errors=True)
     pipe.send(None)
@@ -387,7 +394,7 @@ def listen(pipe, worker, name: str, cases: list[int], counts: Counter, failures:
     "Take a worker's answers until it ends or falls silent; returns the cases that are left."
     case, verdict, scratch = cases[0], "FAILURE did not start", ""
     try:
-        while pipe.poll(SECONDS + 5):
+        while pipe.poll(4 * SECONDS + 5):
             answer = pipe.recv()
             if answer is None:
                 worker.join()

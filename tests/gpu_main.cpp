@@ -20,14 +20,14 @@ int main() {
     for (auto& label : labels) label = word() % CLASSES;
     std::vector<long long> keys(2 * models), threshold = {0, 1ll << 31, 1ll << 30, 0};
     for (auto& key : keys) key = word();
-    std::vector<Real> rate(models, Real(1e-3)), decay(models, Real(1e-2)), scale = {1, 2, Real(4. / 3), 1}, correction1(steps, 2), correction2(steps, 9);
+    std::vector<Real> rate(models, Real(1e-3)), decay(models, Real(1e-2)), scale = {1, 2, Real(4. / 3), 1}, factor(steps, 1), correction1(steps, 2), correction2(steps, 9);
     std::vector<Real> weights = numbers((size_t)models * PARAMETERS, Real(0.15)), first(weights.size()), second(weights.size());
     for (size_t i = 0; i < weights.size(); ++i) if (i % PARAMETERS >= PLAIN) weights[i] -= 10;  // log variances
     std::vector<unsigned char> masks(weights.size(), 1), predictions(models * samples), gradients(models * gradient_size());
     std::vector<double> loss(models), accuracy(models);
     const int stop = 0;
-    Job job{models, samples, batch, 9, {6, 7, 0, 8}, {1, 2, 3, 4, 5}, 0.1, images, labels.data(), keys.data(), threshold.data(), activation.data(), adam.data(),
-            rate.data(), decay.data(), scale.data(), correction1.data(), correction2.data(), masks.data(), weights.data(), first.data(), second.data(),
+    Job job{models, samples, batch, 9, 1, {6, 7, 0, 8}, {1, 2, 3, 4, 5}, 0.1, images, labels.data(), keys.data(), threshold.data(), activation.data(), adam.data(),
+            rate.data(), decay.data(), scale.data(), factor.data(), correction1.data(), correction2.data(), masks.data(), weights.data(), first.data(), second.data(),
             (Real*)gradients.data(), order.data(), room.data(), loss.data(), accuracy.data(), predictions.data(), &stop};
     int failed = shuffle(&job) | train(&job);
 #if !NOISY

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -15,9 +14,11 @@ from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
+import nbformat
 import pandas as pd
 import pytest
 import torch
+import yaml
 
 from zootwins import workers as w
 from zootwins.core import UserError, cache_folder
@@ -353,41 +354,40 @@ def test_two_hosts_without_a_shared_folder_and_one_worker_killed_in_the_middle(t
     assert not (berta.folder / "zoos").exists()
 
 
-def pids_of(host, start):
-    "The processes of a host whose command line begins so."
-    pids = subprocess.run(["ip", "netns", "pids", host.space], check=True, capture_output=True, text=True).stdout.split()
-    line = {}
-    for pid in pids:
+def tagged(tag, start):
+    "The processes that inherited a tag in their environment, and whose command line begins so."
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            line[int(pid)] = Path(f"/proc/{pid}/cmdline").read_bytes()
-    return [pid for pid, words in line.items() if words.startswith(start)]
+            if (folder / "cmdline").read_bytes().startswith(start) and tag.encode() in (folder / "environ").read_bytes():
+                found.append(int(folder.name))
+    return found
 
 
 @pytest.mark.slow
-def test_ray_on_two_hosts_and_one_worker_killed_in_the_middle(tmp_path, images, hosts):
+def test_ray_goes_on_when_one_of_its_workers_is_killed_in_the_middle(tmp_path, images):
     pytest.importorskip("ray")
-    anna, berta = hosts
-    address, slow = f"{anna.address}:6379", {"epochs": 40}
-    ray = [Path(sys.executable).parent / "ray", "start", "--block", "--num-cpus", 1, "--object-store-memory", 100_000_000]
-    short = {host.name: tempfile.mkdtemp(prefix="zt") for host in hosts}  # sockets have names of at most 107 characters
-    try:
-        anna.start(*ray, "--head", "--node-ip-address", anna.address, "--port", 6379, "--include-dashboard", "false", "--temp-dir", short["anna"],
-                   RAY_USAGE_STATS_ENABLED=0)
-        wait_for(lambda: "Ray runtime started" in anna.log(0), anna.processes[0])
-        berta.start(*ray, "--node-ip-address", berta.address, "--address", address, RAY_USAGE_STATS_ENABLED=0)
-        wait_for(lambda: "Ray runtime started" in berta.log(0), berta.processes[0])
-        (anna.folder / "driver.py").write_text(DRIVER)
-        process = anna.start(sys.executable, anna.folder / "driver.py", anna.folder, "ray", repr(slow), RAY_ADDRESS=address)
-        wait_for(lambda: pids_of(berta, b"ray::work_off"), process)
-        time.sleep(0.5)
-        os.kill(pids_of(berta, b"ray::work_off")[0], signal.SIGKILL)
-        assert process.wait(150) == 0, anna.log(1)
-        assert "done" in anna.log(1) and "on anna, berta" in anna.log(1)
-    finally:
-        for host in hosts:
-            for pid in pids_of(host, b""):
-                os.kill(pid, signal.SIGKILL)
-            shutil.rmtree(short[host.name], ignore_errors=True)
-    plan, same = plan_in(anna.folder, **slow), plan_in(tmp_path / "same", **slow)
+    slow, tag = {"epochs": 40}, f"tag{secrets.token_hex(8)}"
+    with (tmp_path / "log").open("w") as log:
+        patient = environment(ZOOTWINS_TEST=tag, RAY_raylet_start_wait_time_s="150")
+        process = subprocess.Popen([sys.executable, script(tmp_path), tmp_path, "ray", repr(slow)], env=patient, stdout=log, stderr=log)
+    wait_for(lambda: tagged(tag, b"ray::work_off"), process, 200)
+    time.sleep(0.5)
+    os.kill(tagged(tag, b"ray::work_off")[0], signal.SIGKILL)
+    assert process.wait(200) == 0 and "done" in (tmp_path / "log").read_text()
+    assert not tagged(tag, b"ray::")
+    plan, same = plan_in(tmp_path, **slow), plan_in(tmp_path / "same", **slow)
     make_twins(same, images, progress=False)
     assert_same_bits(plan, same)
+
+
+def test_the_recipe_for_slurm_gives_jobs_of_single_threaded_workers(tmp_path):
+    jobqueue = pytest.importorskip("dask_jobqueue")
+    import dask
+
+    text = next(cell.source for cell in nbformat.read(HERE.parent / "nbs/29_workers.ipynb", 4).cells if "```yaml" in cell.source)
+    recipe = yaml.safe_load(text.partition("```yaml")[2].partition("```")[0])["jobqueue"]["slurm"]
+    with dask.config.set({f"jobqueue.slurm.{name}": value for name, value in recipe.items()}), jobqueue.SLURMCluster(log_directory=str(tmp_path)) as cluster:
+        script = cluster.job_script()
+    assert "#SBATCH --cpus-per-task=32" in script and "#SBATCH -p short" in script and "--nthreads 1 " in script and "--nworkers 32 " in script
+    assert script.index("activate") < script.index("distributed.cli.dask_worker")

@@ -451,7 +451,7 @@ def test_grids_are_judged_by_their_design():
     values = 100 * metrics[(metrics["method"] == "vd") & (metrics["epoch"] == 2)].set_index("model")["test_acc"]
     mean, error, df, residual = grid_mean(values.to_numpy(), model_table(get_zoo("mnist_fixed")).set_index("model").loc[values.index], "mnist_fixed")
     assert cell["ours_mean"] == pytest.approx(values.mean()) and cell["estimate"] == pytest.approx(mean) and cell["difference"] == pytest.approx(mean - cell["paper_mean"])
-    theirs = (residual + ROUNDING) / np.sqrt(2560)
+    theirs = (residual + ROUNDING) / np.sqrt(2493)
     assert cell["error"] == pytest.approx(np.hypot(error, theirs) / (cell["unit"] + ROUNDING)) and cell["error"] < 0.8 * values.std() / np.sqrt(128) / (cell["unit"] + ROUNDING)
     unnumbered = metrics.assign(model=metrics["model"] + 5000)
     both = as_samples(match(unnumbered, CELLS))

@@ -35,10 +35,13 @@ def test_importing_the_package_needs_neither_the_tools_it_is_written_with_nor_wi
     subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
 
 
-def test_the_wheel_holds_every_module_and_the_engines_source(tmp_path):
+def test_the_wheel_holds_every_module_the_engines_source_the_notebook_and_the_command(tmp_path):
     subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(ROOT)], check=True)
-    names = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
-    assert {f"zootwins/{module}.py" for module in default_exports()} | {"zootwins/lanes.cpp", "zootwins/elementary.h"} <= names
+    wheel = zipfile.ZipFile(next(tmp_path.glob("*.whl")))
+    names = set(wheel.namelist())
+    assert {f"zootwins/{module}.py" for module in default_exports()} | {"zootwins/lanes.cpp", "zootwins/elementary.h", "zootwins/gpu.cu"} <= names
+    assert wheel.read("zootwins/notebooks/run_zoo.ipynb") == (ROOT / "nbs/run_zoo.ipynb").read_bytes() and not (ROOT / "zootwins/notebooks").exists()
+    assert "zootwins = zootwins.cli:main" in wheel.read(next(name for name in names if name.endswith("entry_points.txt"))).decode()
     assert not any(name.startswith(("tests", "nbs")) for name in names)
 
 

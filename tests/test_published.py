@@ -8,6 +8,7 @@ import pickle
 import shutil
 import sys
 import threading
+import time
 import types
 import zipfile
 from collections import OrderedDict
@@ -513,6 +514,50 @@ def test_many_epochs_of_many_models_make_no_more_room_than_they_need(zoo):
             archive.writestr(f"tune_zoo/m{i:04d}/params.json", b"{}")
     read = read_zoo(path, "all", limit=None, progress=False)
     assert sum(len(population) for population in read.populations.values()) == 8 + 10
+
+
+def small_file(program):
+    "A preprocessed file with a description of one's own and no numbers."
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("archive/data.pkl", program)
+    return buffer.getvalue()
+
+
+def text(value):
+    return b"X" + len(value).to_bytes(4, "little") + value
+
+
+AGAIN = 60_000
+PART = b"\x80\x02}" + text(b"trainset") + b"cm\nC\n)\x81}"  # {"trainset": C() with attributes {...}}
+REPEATED = {
+    "a long label": PART + text(b"data_in") + b"](" + b"N" * AGAIN + b"es" + text(b"labels_in") + b"](" + text(b"a" * 300_000) + b"q\x01" + b"h\x01" * (AGAIN - 1) + b"esbs.",
+    "a state": PART + text(b"data_in") + b"](}q\x02(" + b"".join(text(b"%05d" % i) + b"N" for i in range(9000)) + b"u" + b"h\x02" * (AGAIN - 1) + b"es"
+               + text(b"labels_in") + b"](" + text(b"a#_#epoch_1") + b"q\x01" + b"h\x01" * (AGAIN - 1) + b"esbs.",
+    "a list of states": b"\x80\x02}](" + b"N" * AGAIN + b"eq\x01](" + (text(b"a#_#epoch_1") + b"q\x02" + b"h\x02" * (AGAIN - 1)) + b"eq\x03" + b"00("
+                        + b"".join(text(b"%05d" % i) + b"cm\nC\n)\x81}" + text(b"data_in") + b"h\x01s" + text(b"labels_in") + b"h\x03sb" for i in range(3000)) + b"u.",
+    "a state dict": b"\x80\x02}}(" + b"".join(text(b"%05d" % i) + b"}" for i in range(9000)) + b"uq\x010(" + b"".join(text(b"%05d" % i) + b"h\x01" for i in range(AGAIN)) + b"u.",
+}
+
+
+@pytest.mark.parametrize("kind", REPEATED)
+def test_what_is_named_again_and_again_is_looked_at_once(tmp_path, kind):
+    (tmp_path / "dataset_z.pt").write_bytes(small_file(REPEATED[kind]))
+    started = time.process_time()
+    with pytest.raises(UserError, match="was not read"):
+        read_zoo(tmp_path / "dataset_z.pt", progress=False)
+    assert time.process_time() - started < 5
+
+
+def test_names_that_are_not_unicode(zoo):
+    _, folder = zoo
+    first = sorted(folder.iterdir())[0]
+    os.rename(first, os.path.join(os.fsencode(folder), b"NN_\xff\n"))
+    params = next(folder.glob("*_1_*/params.json"))
+    params.write_text(json.dumps(json.loads(params.read_text()) | {"model::nlin": "\ud800"}))
+    read = read_zoo(folder, limit=None, progress=False)
+    models = read.populations[50].models
+    assert len(models) == 4 and "NN_?" in models["parent"].tolist() and "?" in models["activation"].tolist()
 
 
 # ---- downloads, from a server of our own

@@ -25,6 +25,7 @@ from zootwins.variational import (
     kl_divergence,
     kl_weight,
     log_alpha,
+    log_alphas,
     sparse_masks,
     sparsify,
     total_divergence,
@@ -104,6 +105,15 @@ def test_the_threshold_is_reached_at_exactly_3():
         for log_sigma2, expected in ((THRESHOLD, 1.0), (THRESHOLD - 1e-5, 2.0)):
             conv.log_sigma2.fill_(log_sigma2)
             assert conv(torch.ones(1, 1, 1, 1)).item() == expected
+
+
+def test_log_alphas_are_clamped_by_the_kind_of_their_layer():
+    noisy = begin_variational(sample_population(ZOOS["digits_seed"], 2))
+    for sign in (-1, 1):
+        found = log_alphas({name: torch.full_like(w, sign * 50.0) if "log_sigma2" in name else w for name, w in noisy.weights.items()})
+        limits = {name: CONV_LIMIT if noisy.weights[name.removesuffix(".bias") + ".weight" if name.endswith(".bias") else name].ndim == 5 else LINEAR_LIMIT for name in found}
+        assert all((relative == sign * limits[name]).all() for name, relative in found.items()) and set(limits.values()) == {8.0, 10.0}
+        assert sum(name.endswith(".bias") for name in found) == 3 and sum(name.endswith(".weight") for name in found) == 5
 
 
 def test_a_diverged_model_is_not_sparse():

@@ -13,7 +13,7 @@ __all__ = ['CHANGES', 'HOLDS', 'FAILS', 'OPEN', 'SHORT', 'COLLAPSED', 'FIGURE_4_
            'pruning_correlates', 'dropout_correlates_less', 'best_tenth', 'best_stay_best', 'best_is_best',
            'kept_beyond', 'friendly_models', 'Claim', 'all_claims', 'claims_table', 'verdict_table', 'changed_verdicts',
            'least_train_test_correlation', 'candidates', 'fisher_errors', 'reproduces', 'nearest_candidates',
-           'common_candidates', 'shifted_gaps', 'latent_space_wins', 'tables_of', 'refresh']
+           'common_candidates', 'shifted_gaps', 'training_accuracies', 'latent_space_wins', 'tables_of', 'refresh']
 
 # %% ../nbs/34_claims.ipynb #ab3ca5c8
 import sys
@@ -743,6 +743,19 @@ def shifted_gaps(
             found.append(row)
     columns = ["zoo", "epoch", "paper", "paper std", *(f"{name}{end}" for name in ("same", "before", "after") for end in ("", " std"))]
     return pd.DataFrame(found, columns=columns).set_index(["zoo", "epoch"])
+
+# %% ../nbs/34_claims.ipynb #c3c0de31
+def training_accuracies(
+    metrics: pd.DataFrame,              # tidy metrics of one or more zoos
+    cells: pd.DataFrame | None = None,  # printed cells; none: from reported.read_reported
+) -> pd.DataFrame:                      # index zoo, level: printed (accuracy plus gap, off by up to 0.1), running, difference, error; in %
+    "The training accuracy after fine-tuning that Table 5 implies, beside our running one."
+    five = (read_reported() if cells is None else cells).query("table == 5 and epoch > 0 and metric in ['test_acc', 'ggap'] and zoo != ''")
+    printed = five.groupby(["zoo", "level"])["mean"].sum()
+    last = metrics[(metrics["method"] == "mp") & last_epoch(metrics)].assign(level=lambda rows: rows["level"].round(3))
+    ours = last.groupby(["zoo", "level"])["train_acc"].agg(running="mean", error="sem") * 100
+    both = ours.join(printed.rename("printed"), how="inner")
+    return both.assign(difference=both["printed"] - both["running"])[["printed", "running", "difference", "error"]]
 
 # %% ../nbs/34_claims.ipynb #c3c0de14
 def latent_space_wins(

@@ -291,3 +291,7 @@ def run_command(
     with told():
         for plan, notebook in run_zoos(zoos, chosen, workers):
             click.echo(f"{plan.zoo.name}: {plan.n_models} models; tables and figures are in {plan.figures}, the executed notebook is {notebook}")
+
+# %% ../nbs/45_cli.ipynb #c11a0024
+if __name__ == "__main__":
+    main()

@@ -4,6 +4,7 @@
 // The same bits everywhere: only operations that IEEE 754 rounds in one way (sums, products, quotients, roots and fused
 // multiply-adds) and integers, in the order written here. To compile with -ffp-contract=off (nvcc and NVRTC: -fmad=false for
 // these bits, or fused freely where they do not matter): a product that is to be added without rounding says multiply_add.
+// Numbers below 1e-38 count as zero wherever the caller has set the processor so; NaN has the bits that the processor likes.
 // Near-minimax polynomials fitted for this file; errors are a few units in the last place. NaN comes out as NaN.
 
 #pragma once
@@ -57,9 +58,15 @@ ELEMENTARY F root(F x) { return (F)_mm256_sqrt_ps((__m256)x); }
 ELEMENTARY F larger(F a, F b) { return (F)_mm256_max_ps((__m256)a, (__m256)b); }
 ELEMENTARY F smaller(F a, F b) { return (F)_mm256_min_ps((__m256)a, (__m256)b); }
 ELEMENTARY W multiply(W a, unsigned m) { return (W)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi32((int)m)); }
-#elif defined(LANES)  // any processor; without an instruction for it, the C library does a multiply-add in software
+#elif defined(LANES)
+#if defined(__aarch64__)
+static_assert(LANES == 4, "");
+ELEMENTARY F multiply_add(F a, F b, F c) { return (F)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
+ELEMENTARY F root(F x) { return (F)vsqrtq_f32((float32x4_t)x); }
+#else  // any processor; without an instruction for it, the C library does a multiply-add in software
 ELEMENTARY F multiply_add(F a, F b, F c) { for (int l = 0; l < LANES; ++l) c[l] = __builtin_fmaf(a[l], b[l], c[l]); return c; }
 ELEMENTARY F root(F x) { for (int l = 0; l < LANES; ++l) x[l] = __builtin_sqrtf(x[l]); return x; }
+#endif
 ELEMENTARY F larger(F a, F b) { return a > b ? a : b; }
 ELEMENTARY F smaller(F a, F b) { return a < b ? a : b; }
 ELEMENTARY W multiply(W a, unsigned m) { return (a & 0xffffffffu) * (uint64_t)m; }

@@ -33,11 +33,13 @@
 #include "elementary.h"
 
 // ---------------------------------------------------------------------------------------------------------------- threads
-// LOCAL is an array of which every thread has its own, from one barrier to the next; OWN is that of thread t.
+// LOCAL is an array of which every thread has its own, kept across barriers; OWN is that of thread t. UNROLL and ROLL say which
+// loops become straight code: those whose arrays shall live in registers. More of it than needed would fill the registers.
 
 #if defined(__CUDACC__)
 #define DEVICE __device__ __forceinline__
-#define THREADS { int t = threadIdx.x; asm volatile("" : "+r"(t));  // hides that t never changes, lest what depends on it fill the registers for an epoch
+// The assembly hides that t never changes: what depends on it would be kept in registers for an epoch, and fill them.
+#define THREADS { int t = threadIdx.x; asm volatile("" : "+r"(t));
 #define BARRIER } __syncthreads();
 #define LOCAL(type, name, n) type name[n]
 #define OWN(name) name
@@ -64,7 +66,6 @@
 
 #if !defined(__CUDACC__)  // in double precision the standard library does the work
 static inline double root(double x) { return std::sqrt(x); }
-static inline double inverse_root(double x) { return 1 / std::sqrt(x); }
 static inline double exponential(double x) { return std::exp(x); }
 static inline double logarithm(double x) { return std::log(x); }
 static inline double hyperbolic_tangent(double x) { return std::tanh(x); }
@@ -112,7 +113,8 @@ template <int CI_, int H_, int CO_, int K_, int P_, int GROUP_, bool LAST> struc
     static constexpr int ROW = up(H, 2), CHANNEL = apart(H * ROW), IN = CI * CHANNEL;
     static constexpr int OUT_ROW = LAST ? PH : up(PH, 2), OUT_CHANNEL = LAST ? WINDOWS : apart(PH * OUT_ROW), OUT = CO * OUT_CHANNEL;
     static constexpr int BEFORE_ROW = up(UH, 4), BEFORE = CO * UH * BEFORE_ROW;  // gradients before pooling
-    static constexpr int PADDED = GROUP > 2 ? up(GROUP, 4) : GROUP, TAP = GROUPS * PADDED, INPUT = GROUP > 2 ? apart(KK * TAP) : (KK * TAP) | 1, ROOM = CI * INPUT;
+    static constexpr int PADDED = GROUP > 2 ? up(GROUP, 4) : GROUP, TAP = GROUPS * PADDED;
+    static constexpr int INPUT = GROUP > 2 ? apart(KK * TAP) : (KK * TAP) | 1, ROOM = CI * INPUT;
     static_assert(CO % GROUP == 0 && (GROUP <= 2 || PADDED % 4 == 0), "");
 
     static DEVICE constexpr int in(int c, int y, int x) { return c * CHANNEL + y * ROW + x; }
@@ -131,30 +133,25 @@ template <int CI_, int CO_> struct Linear {
     static DEVICE constexpr int weight(int i) { return weight(i / CI, i % CI); }
 };
 
-// The nets; how many threads train one, how many images they take at a time, and where gradients are summed.
+// The nets; how many threads train one, how many images (S) they take at a time, and whether gradients are summed in shared memory.
 #if NET == 2
 using A = Convolution<3, 32, 16, 3, 2, NOISY ? 4 : 8, false>;
 using B = Convolution<16, 15, 32, 3, 2, 4, false>;
 using C = Convolution<32, 6, 15, 3, 2, 1, true>;
 using D = Linear<60, 20>;
 constexpr bool GRADIENTS_SHARED = false;
-#ifndef THREADS_PER_BLOCK
 #define THREADS_PER_BLOCK 288
-#define IMAGES_AT_ONCE (NOISY ? 1 : 2)
-#endif
+constexpr int S = NOISY ? 1 : 2;
 #else
 using A = Convolution<NET ? 3 : 1, 28, 8, 5, 2, NOISY ? 4 : 8, false>;
 using B = Convolution<8, 12, 6, 5, 2, 3, false>;
 using C = Convolution<6, 4, 4, 2, 1, 1, true>;
 using D = Linear<36, 20>;
 constexpr bool GRADIENTS_SHARED = true;
-#ifndef THREADS_PER_BLOCK
 #define THREADS_PER_BLOCK (NET ? 192 : 160)
-#define IMAGES_AT_ONCE (NET || NOISY ? 2 : 5)
-#endif
+constexpr int S = NET || NOISY ? 2 : 5;
 #endif
 using E = Linear<20, CLASSES>;
-constexpr int S = IMAGES_AT_ONCE;
 static_assert(A::OUT == B::IN && B::OUT == C::IN && C::OUT == D::IN && D::OUT == E::IN, "");
 
 template <int n> struct Nth;
@@ -180,7 +177,7 @@ constexpr int PLACES = Place<4>::END, PLAIN = Place<4>::GIVEN_END, PARAMETERS = 
 // ------------------------------------------------------------------------------------------------- what Python hands over
 
 struct Job {
-    int models, samples, batch, epoch;
+    int models, samples, batch, epoch, nesterov;            // nesterov: 1 if SGD looks ahead along the momentum
     int dropout_site[4], noise_site[5];                     // 0: that layer draws nothing
     double kl_weight;
     const Real* images;                                     // [samples, channels, H, H]
@@ -188,10 +185,11 @@ struct Job {
     const long long *keys, *dropout_threshold;              // [models, 2], [models]: words
     const int *activation, *adam;                           // [models]; adam: 1, or 0 for SGD
     const Real *rate, *decay, *dropout_scale;               // [models]
+    const Real* factor;                                     // [steps of the epoch], of all rates
     const Real *correction1, *correction2;                  // [steps of the epoch]: Adam's 1 / (1 - 0.9^s), 1 / sqrt(1 - 0.999^s)
     const unsigned char* masks;                             // [models, parameters] or null
     Real *weights, *first, *second;                         // [models, parameters], moved in place; second: null without Adam
-    Real* gradients;                                        // [models, room for gradients], or null if shared memory holds them
+    Real* gradients;                                        // [models, room for gradients], not used if shared memory holds them
     int *order, *room;                                      // [models, samples]; the second is for sorting
     double *loss, *accuracy;                                // [models]
     unsigned char* predictions;                             // [models, samples], evaluation only
@@ -216,8 +214,10 @@ struct Shared {
     Real gradients[SETS][SHARED_GRADIENTS];
     Trace<A> a; Trace<B> b; Trace<C> c; Trace<D> d; Trace<E> e;
     Real z[S][CLASSES];                                     // outputs of the last layer
-    alignas(4 * sizeof(Real)) Real before[SETS][S][BEFORE];      // gradients before pooling, of one layer at a time
-    Real partial[THREADS_PER_BLOCK][A::K];                  // sums of one thread each
+    union {  // in turn:
+        alignas(4 * sizeof(Real)) Real before[SETS][S][BEFORE];  // gradients before pooling, of one layer at a time
+        Real partial[THREADS_PER_BLOCK][A::K];              // sums of one thread each, for the first layer
+    };
     int label[S], winner[S];
     Real loss[S];
     double total_loss, total_right;                         // over an epoch
@@ -261,7 +261,8 @@ struct Block {
     const int activation;
 
     DEVICE Block(const Job& j, Shared& shared, int m)
-        : job(j), s(shared), model(m), stream{(U)(j.keys ? j.keys[2 * m] : 0), (U)(j.keys ? j.keys[2 * m + 1] : 0), (U)j.epoch}, activation(j.activation[m]) {}
+        : job(j), s(shared), model(m), stream{(U)(j.keys ? j.keys[2 * m] : 0), (U)(j.keys ? j.keys[2 * m + 1] : 0), (U)j.epoch},
+          activation(j.activation[m]) {}
 
     template <int n> DEVICE Trace<Layer<n>>& trace() const {
         if constexpr (n == 0) return s.a;
@@ -374,12 +375,12 @@ struct Block {
     template <int n> DEVICE void finish(int k, int o, int py, int px, U position, Real (&value)[Layer<n>::Q], const Real (&variance)[Layer<n>::Q]) {
         using T = Layer<n>;
         const int at = T::out(o, py, px);
-        Real ratio[T::Q], slope;  // noise / standard deviation, twice d output / d variance
+        Real ratio[T::Q], slope;  // noise, then noise / standard deviation, which is twice d output / d variance
         if constexpr (NOISY) {
             draw_noise<n>(o, py, px, position, ratio);
             UNROLL for (int q = 0; q < T::Q; ++q) {
-                const Real total = variance[q] + Real(1e-15);
-                ratio[q] *= inverse_root(total), value[q] += total * ratio[q];
+                const Real deviation = root(variance[q] + Real(1e-15));
+                value[q] += deviation * ratio[q], ratio[q] /= deviation;
             }
         }
         int winner;
@@ -406,8 +407,8 @@ struct Block {
                     if constexpr (NOISY) sum[1] += s.w[1][Place<n>::WEIGHT + T::weight(o, j)] * (x * x);
                 }
                 if constexpr (NOISY) {
-                    const Real total = sum[1] + Real(1e-15), ratio = inverse_root(total) * stream.normal(o, (U)job.noise_site[n], position + k);
-                    sum[0] += total * ratio, layer.ratio[k][o] = Real(0.5) * ratio;
+                    const Real deviation = root(sum[1] + Real(1e-15)), noise = stream.normal(o, (U)job.noise_site[n], position + k);
+                    sum[0] += deviation * noise, layer.ratio[k][o] = Real(0.5) * noise / deviation;
                 }
                 if constexpr (n < 4) activate(activation, sum[0], layer.g[k][o]);
                 output<n>(k)[o] = sum[0];
@@ -580,7 +581,8 @@ struct Block {
         const Real g = trace<n>().g[k][at];
         UNROLL for (int set = 0; set < SETS; ++set) {
             Real* corner = s.before[set][k] + (o * T::UH + T::P * py) * T::BEFORE_ROW + T::P * px;
-            UNROLL for (int q = 0; q < T::Q; ++q) corner[q / T::P * T::BEFORE_ROW + q % T::P] = q != winner ? 0 : set ? g * trace<n>().ratio[k][at] : g;
+            const Real own = set ? g * trace<n>().ratio[NOISY ? k : 0][NOISY ? at : 0] : g;
+            UNROLL for (int q = 0; q < T::Q; ++q) corner[q / T::P * T::BEFORE_ROW + q % T::P] = q == winner ? own : 0;
         }
     }
 
@@ -592,7 +594,10 @@ struct Block {
             ROLL for (int ky = first; ky <= last; ++ky) {
                 Real g[T::BEFORE_ROW];
                 const Four* row = (const Four*)(s.before[set][k] + (o * T::UH + y - ky) * T::BEFORE_ROW);
-                UNROLL for (int c = 0; c < T::BEFORE_ROW; c += 4) g[c] = row[c / 4].a, g[c + 1] = row[c / 4].b, g[c + 2] = row[c / 4].c, g[c + 3] = row[c / 4].d;
+                UNROLL for (int c = 0; c < T::BEFORE_ROW; c += 4) {
+                    const Four v = row[c / 4];
+                    g[c] = v.a, g[c + 1] = v.b, g[c + 2] = v.c, g[c + 3] = v.d;
+                }
                 UNROLL for (int kx = 0; kx < T::K; ++kx) {
                     const Real w = s.w[set][Place<n>::WEIGHT + T::weight(o, j, ky * T::K + kx)];
                     UNROLL for (int c = 0; c < T::UH; ++c) sum[c + kx] += g[c] * w;
@@ -609,7 +614,8 @@ struct Block {
             LOCAL(Real, sum, A::KK + 1);
             THREADS
                 UNROLL for (int p = 0; p <= A::KK; ++p) OWN(sum)[p] = 0;
-                ROLL for (int r = t / KERNELS; r < count * A::PH; r += SHARERS) add_row_of_windows(set, r / A::PH, r % A::PH, t % A::CO, t % KERNELS / A::CO, OWN(sum));
+                ROLL for (int r = t / KERNELS; r < count * A::PH; r += SHARERS)
+                    add_row_of_windows(set, r / A::PH, r % A::PH, t % A::CO, t % KERNELS / A::CO, OWN(sum));
             BARRIER
             UNROLL for (int ky = 0; ky <= A::K; ++ky) {  // the row after the last is the bias
                 const int width = ky < A::K ? A::K : 1;
@@ -677,7 +683,7 @@ struct Block {
 
     DEVICE Pace pace(int step) const {
         const bool adam = job.adam[model];
-        return {adam, job.rate[model] * (adam ? job.correction1[step] : 1), job.decay[model], job.correction2[step]};
+        return {adam, job.rate[model] * job.factor[step] * (adam ? job.correction1[step] : 1), job.decay[model], job.correction2[step]};
     }
 
     // One step of Adam or of SGD with momentum 0.9; i is the parameter's place among those of all models.
@@ -686,13 +692,15 @@ struct Block {
         if (job.masks) g *= job.masks[i];
         const Real m = Real(0.9) * job.first[i] + (pace.adam ? Real(0.1) : 1) * g;
         job.first[i] = m;
-        if (!pace.adam) return w - pace.rate * m;
+        if (!pace.adam) return w - pace.rate * (job.nesterov ? Real(0.9) * m + g : m);
         const Real v = Real(0.999) * job.second[i] + Real(0.001) * (g * g);
         job.second[i] = v;
         return w - pace.rate * m / (root(v) * pace.correction2 + Real(1e-8));
     }
 
-    DEVICE void move_plain(int given, int place, const Pace& pace) const { s.w[0][place] = moved(mine(given), s.w[0][place], gradients(0)[place], pace); }
+    DEVICE void move_plain(int given, int place, const Pace& pace) const {
+        s.w[0][place] = moved(mine(given), s.w[0][place], gradients(0)[place], pace);
+    }
 
     // A weight and its log sigma^2: from d loss / d variance to both, through variance = exp(log alpha) w^2, with the gradient of
     // kl_weight * KL, KL = -sum[k1 sigmoid(k2 + k3 log alpha) - ln(1 + exp(-log alpha)) / 2 - k1].
@@ -810,7 +818,12 @@ struct Sorter {
 
     DEVICE void pass(const Stream& stream, int shift, const int* from, int* to, int n) {
         const int stretch = (n + THREADS_PER_BLOCK - 1) / THREADS_PER_BLOCK;
-        auto each = [&](int t, auto g) { for (int i = t * stretch; i < (t + 1) * stretch && i < n; ++i) { const int number = from ? from[i] : i; g(number, digit(stream, number, shift)); } };
+        auto each = [&](int t, auto g) {
+            for (int i = t * stretch; i < (t + 1) * stretch && i < n; ++i) {
+                const int number = from ? from[i] : i;
+                g(number, digit(stream, number, shift));
+            }
+        };
         THREADS
             for (int d = 0; d < DIGITS; ++d) start[d][t] = 0;
             each(t, [&](int, int d) { ++start[d][t]; });
@@ -838,7 +851,10 @@ struct Sorter {
         int *order = job.order + (size_t)model * job.samples, *room = job.room + (size_t)model * job.samples;
         const int n = job.samples;
         pass(stream, 0, nullptr, room, n);
-        ROLL for (int shift = BITS; shift < 32; shift += BITS) pass(stream, shift, shift / BITS % 2 ? room : order, shift / BITS % 2 ? order : room, n);
+        ROLL for (int shift = BITS; shift < 32; shift += BITS) {
+            const bool odd = shift / BITS % 2;
+            pass(stream, shift, odd ? room : order, odd ? order : room, n);
+        }
     }
 };
 
@@ -846,10 +862,12 @@ struct Sorter {
 
 // ------------------------------------------------------------------------------------------------------- how it is called
 
+constexpr int GRADIENT_SIZE = GRADIENTS_SHARED ? 1 : SETS * PLACES * sizeof(Real);  // bytes of main memory that a model needs
+
 #if defined(__CUDACC__)
 extern "C" {
 // The sizes of these arrays say what a block needs.
-__device__ char threads_per_block[THREADS_PER_BLOCK], shared_bytes[sizeof(Shared)], gradient_bytes[GRADIENTS_SHARED ? 1 : SETS * PLACES * sizeof(Real)];
+__device__ char threads_per_block[THREADS_PER_BLOCK], shared_bytes[sizeof(Shared)], gradient_bytes[GRADIENT_SIZE];
 
 __global__ void train(const Job job) {
     extern __shared__ __align__(16) char memory[];
@@ -880,11 +898,12 @@ template <class Memory, class G> static int each_model(const Job& job, G g) {  /
 extern "C" {
 long long job_size() { return sizeof(Job); }
 long long part_size(int part) {  // of what lies in shared memory
+    constexpr long long last = sizeof(Shared::before) > sizeof(Shared::partial) ? sizeof(Shared::before) : sizeof(Shared::partial);
     const long long sizes[] = {sizeof(Shared::w), sizeof(Shared::gradients), sizeof(Trace<A>), sizeof(Trace<B>), sizeof(Trace<C>),
-                               sizeof(Trace<D>) + sizeof(Trace<E>) + sizeof(Shared::z), sizeof(Shared::before), sizeof(Shared::partial)};
+                               sizeof(Trace<D>) + sizeof(Trace<E>) + sizeof(Shared::z), last};
     return sizes[part];
 }
-long long gradient_size() { return GRADIENTS_SHARED ? 1 : SETS * PLACES * sizeof(Real); }
+long long gradient_size() { return GRADIENT_SIZE; }
 int train(const Job* job) { return each_model<Shared>(*job, [&](Shared& s, int model) { return Block(*job, s, model).train(); }); }
 #if !NOISY
 int evaluate(const Job* job) { return each_model<Shared>(*job, [&](Shared& s, int model) { return Block(*job, s, model).evaluate(); }); }

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SOURCE', 'HEADER', 'VARIANTS', 'GPU', 'Variant', 'host_library', 'Job', 'pack', 'unpack', 'nvrtc', 'gpu_options',
            'compile_for_gpu', 'cubin', 'GpuProgram', 'interrupt', 'HostProgram', 'program', 'train_epoch', 'evaluate',
-           'why_unavailable', 'block_width']
+           'why_unavailable', 'block_width', 'arithmetic']
 
 # %% ../nbs/14_gpu.ipynb #4f0b0f9a
 import ctypes
@@ -29,7 +29,7 @@ from .architectures import ACTIVATIONS
 from .core import UserError, atomic_path, cache_folder
 from .lanes import (IMAGE_SHAPES, LAYERS, PLAIN_TENSORS, TENSORS, _check_images, _check_models, _check_weights, _processor,
                             compiler, noise_sites, tensor_shapes)
-from .training import Engine, Recipe, State
+from .training import Engine, Recipe, State, rate_factors, rates_and_decays
 from .variational import kl_weight
 
 # %% ../nbs/14_gpu.ipynb #4f04f065
@@ -108,10 +108,10 @@ class Job(ctypes.Structure):
     "What to do with a population, field by field as in gpu.cu."
 
     _fields_ = [
-        *[(name, ctypes.c_int) for name in ("models", "samples", "batch", "epoch")],
+        *[(name, ctypes.c_int) for name in ("models", "samples", "batch", "epoch", "nesterov")],
         ("dropout_site", ctypes.c_int * (LAYERS - 1)), ("noise_site", ctypes.c_int * LAYERS), ("kl_weight", ctypes.c_double),
         *[(name, ctypes.c_void_p) for name in ("images", "labels", "keys", "dropout_threshold", "activation", "adam", "rate", "decay", "dropout_scale",
-                                               "correction1", "correction2", "masks", "weights", "first", "second", "gradients", "order", "room",
+                                               "factor", "correction1", "correction2", "masks", "weights", "first", "second", "gradients", "order", "room",
                                                "loss", "accuracy", "predictions", "stop")],
     ]
 
@@ -136,8 +136,11 @@ def pack(
     shapes: dict[str, tuple[int, ...]],  # all parameters of a model, in order
     missing: Tensor | None = None,  # [models, 1], stands for each number of a tensor that is not there
 ) -> Tensor:                        # [models, parameters], a copy
-    "Put all parameters of a model side by side."
-    size = lambda name: torch.Size(shapes[name]).numel()
+    "Put all parameters of a model side by side; raises `UserError` for tensors of other shapes."
+    models, size = len(next(iter(tensors.values()))), lambda name: torch.Size(shapes[name]).numel()
+    for name, tensor in tensors.items():
+        if name not in shapes or tuple(tensor.shape) != (models, *shapes[name]):
+            raise UserError(f"{name} of {models} models has to be of shape {[models, *shapes.get(name, ())]}, and is {list(tensor.shape)}: give the tensors of one population.")
     return torch.cat([tensors[name].detach().flatten(1) if name in tensors else missing.expand(-1, size(name)) for name in shapes], 1)
 
 
@@ -179,7 +182,7 @@ def _common_job(
     job.hold("weights", weights)
     job.hold("images", x.detach().to(device, weights.dtype))
     job.hold("labels", y.to(device, torch.int32))
-    job.hold("activation", torch.tensor([list(ACTIVATIONS).index(name) for name in activations], dtype=torch.int32).to(device))
+    job.hold("activation", torch.tensor([list(ACTIVATIONS).index(name) for name in activations], dtype=torch.int32).to(device, non_blocking=True))
     for field in ("loss", "accuracy"):
         job.hold(field, torch.zeros(models, dtype=torch.float64, device=device))
     return job
@@ -192,16 +195,18 @@ def _add_factors(
 ) -> None:
     "Enter what differs from model to model and from step to step."
     models, like = state.population.models, job.held["weights"]
-    put = lambda field, values, dtype=None: job.hold(field, torch.as_tensor(values).to(like.device, dtype or like.dtype))
-    column = lambda values: torch.tensor(list(values), dtype=torch.float64)
-    dropout = column(models["dropout"])
-    put("rate", column(models["lr"] if recipe.lr is None else [recipe.lr] * len(models)))
-    put("decay", column(models["wd"]))
+    put = lambda field, values, dtype=None: job.hold(field, torch.as_tensor(values).to(like.device, dtype or like.dtype, non_blocking=True))
+    rates, decays = rates_and_decays(models, recipe, "cpu")
+    dropout = torch.tensor(list(models["dropout"]), dtype=torch.float64)
+    put("rate", rates)
+    put("decay", decays)
     put("dropout_scale", 1 / (1 - dropout))
     put("dropout_threshold", (dropout * 2**32).floor(), torch.int64)
     put("adam", [int(name == "adam") for name in models["optimizer"]], torch.int32)
     put("keys", state.keys, torch.int64)
-    step = torch.arange(1, -(-job.samples // job.batch) + 1, dtype=torch.float64, device=like.device) + state.steps
+    steps = -(-job.samples // job.batch)
+    put("factor", rate_factors(recipe, job.epoch, steps))
+    step = torch.arange(1, steps + 1, dtype=torch.float64, device=like.device) + state.steps
     put("correction1", 1 / (1 - 0.9**step))
     put("correction2", 1 / (1 - 0.999**step).sqrt())
 
@@ -217,7 +222,7 @@ def _training_job(
     "Describe one epoch of training."
     population, stack = state.population, next(iter(state.population.weights.values()))
     job = _common_job(pack(population.weights, shapes), population.architecture, population.models["activation"], x, y)
-    job.batch, job.epoch, job.kl_weight = recipe.batch_size, state.epoch + 1, kl_weight(state.epoch + 1)
+    job.batch, job.epoch, job.nesterov, job.kl_weight = min(recipe.batch_size, len(x)), state.epoch + 1, recipe.nesterov, kl_weight(state.epoch + 1)
     job.dropout_site[:], job.noise_site[:] = noise_sites(population.architecture, recipe.variational)
     for field, moments in (("first", state.first), ("second", state.second)):
         if moments:
@@ -291,24 +296,28 @@ def compile_for_gpu(
         nvrtc().nvrtcDestroyProgram(ctypes.byref(program))
 
 
+def _nvrtc_version() -> tuple[int, int]:  # major, minor
+    "Ask NVRTC for its version."
+    version = ctypes.c_int(), ctypes.c_int()
+    nvrtc().nvrtcVersion(*map(ctypes.byref, version))
+    return version[0].value, version[1].value
+
+
 def cubin(
     variant: Variant,   # what is wanted
     architecture: str,  # of the GPU, such as "sm_90"
 ) -> bytes:             # a program for it
     "Compile for a GPU, or take what was compiled before."
-    version = ctypes.c_int(), ctypes.c_int()
-    nvrtc().nvrtcVersion(*map(ctypes.byref, version))
-    path = variant.file("gpu", ".cubin", [*gpu_options(variant, architecture), *(str(number.value) for number in version)])
+    path = variant.file("gpu", ".cubin", [*gpu_options(variant, architecture), *map(str, _nvrtc_version())])
     if not path.exists():
         with atomic_path(path) as temporary:
             temporary.write_bytes(compile_for_gpu(variant, architecture)[0])
     return path.read_bytes()
 
-# %% ../nbs/14_gpu.ipynb #b4c2f9d8
+# %% ../nbs/14_gpu.ipynb #12a971a3
 class GpuProgram:
     "The engine on one GPU."
 
-    FUNCTIONS = ("shuffle", "train", "evaluate")
     MAX_SHARED = 8  # number of an attribute in the driver's interface
 
     def __init__(
@@ -317,10 +326,11 @@ class GpuProgram:
         device: torch.device,  # where it will run
     ):
         capability, properties = torch.cuda.get_device_capability(device), torch.cuda.get_device_properties(device)
-        self.driver, self.module, context = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p(), ctypes.c_void_p()
-        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device.index or 0)
-        self.context = context
-        self._call("cuCtxSetCurrent", context)
+        self.device, self.driver = device, ctypes.CDLL("libcuda.so.1")
+        number, self.context, self.module = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_void_p()
+        self._call("cuDeviceGet", ctypes.byref(number), device.index or 0)
+        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self.context), number)
+        self._call("cuCtxSetCurrent", self.context)
         self._call("cuModuleLoadData", ctypes.byref(self.module), cubin(variant, "sm_{}{}".format(*capability)))
         self.threads, self.shared_size, self.gradient_size = map(self._size, ("threads_per_block", "shared_bytes", "gradient_bytes"))
         if self.shared_size > properties.shared_memory_per_block_optin:
@@ -347,7 +357,7 @@ class GpuProgram:
 
     def run(
         self,
-        name: str,  # one of FUNCTIONS
+        name: str,  # "shuffle", "train" or "evaluate"
         job: Job,   # complete, on this GPU
     ) -> None:
         "Launch one block for each model, on PyTorch's stream."
@@ -358,7 +368,7 @@ class GpuProgram:
         if shared:
             self._call("cuFuncSetAttribute", function, self.MAX_SHARED, shared)
         arguments = (ctypes.c_void_p * 1)(ctypes.addressof(job))
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        stream = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
         self._call("cuLaunchKernel", function, job.models, 1, 1, self.threads, 1, 1, shared, stream, arguments, None)
 
 # %% ../nbs/14_gpu.ipynb #377bccf1
@@ -433,6 +443,9 @@ def train_epoch(
     _check_weights(population.weights, population.architecture, recipe.variational)
     if recipe.batch_size < 1 or not models["dropout"].between(0, 1, inclusive="left").all():
         raise UserError(f"A batch has at least one image (here {recipe.batch_size}), and dropout is at least 0 and below 1 (here up to {models['dropout'].max()}).")
+    for moments in (state.first, state.second):
+        if moments.keys() != population.weights.keys() and (moments or moments is state.first or (models["optimizer"] == "adam").any()):
+            raise UserError("The moments do not belong to these weights: begin anew with training.begin.")
     stack, shapes = next(iter(population.weights.values())), _shapes(population.architecture, recipe.variational)
     engine = program(Variant(population.architecture, recipe.variational), stack.device, stack.dtype)
     job = _training_job(state, x, y, recipe, shapes, engine.gradient_size)
@@ -483,4 +496,13 @@ def block_width() -> int:  # models
     return 8 * (torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count if torch.cuda.is_available() else 1)
 
 
-GPU = Engine("gpu", train_epoch, evaluate, mixes=True, width=block_width, interrupt=interrupt)
+def arithmetic() -> str:  # such as "gpu sm_90 0123456789ab"
+    "Name what the bits depend on: the source, NVIDIA's compiler, and the kind of GPU."
+    where, parts = "host", [SOURCE.read_bytes(), HEADER.read_bytes()]
+    if torch.cuda.is_available():
+        where = "sm_{}{}".format(*torch.cuda.get_device_capability())
+        parts.append(repr(_nvrtc_version()).encode())
+    return f"gpu {where} {hashlib.sha256(b''.join(parts)).hexdigest()[:12]}"
+
+
+GPU = Engine("gpu", train_epoch, evaluate, mixes=True, width=block_width, interrupt=interrupt, schedules=True, arithmetic=arithmetic)

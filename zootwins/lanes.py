@@ -484,5 +484,6 @@ def arithmetic() -> str:  # such as "lanes-0123456789ab"
 
 
 LANES = Engine(
-    "lanes", train_epoch, evaluate, mixes=True, width=lane_count, workers=processors, interrupt=interrupt, schedules=True, arithmetic=arithmetic,
+    "lanes", train_epoch, evaluate, mixes=True, width=lane_count, workers=processors, interrupt=interrupt, schedules=True,
+    arithmetic=arithmetic,
 )

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from .core import UserError, check_name
+from .core import UserError, check_name, one_line
 from .untrusted import read_table
 
 # %% ../nbs/20_metrics.ipynb #5ba0f471
@@ -74,7 +74,10 @@ def read_metrics(
     "Read tidy metrics; raises `UserError` if a file is missing, unreadable or lacks columns."
     frames = []
     for path in paths:
-        frames.append(read_table(path))
+        try:
+            frames.append(read_table(path))
+        except UserError as error:
+            raise UserError(f"{path} is not a readable metrics file ({one_line(error.__cause__ or error)}): run the zoo to make it.") from error
         missing = [name for name in [*KEYS, *BASIC_MEASURES, "agreement"] if name not in frames[-1].columns]
         if missing:
             raise UserError(f"{path} holds no metrics: the columns {', '.join(missing)} are missing; choose the metrics.parquet of a run.")

@@ -145,7 +145,7 @@ def parameter_shapes(
                         f"({', '.join(sorted(shared))}): give each layer its own.")
     return shapes
 
-# %% ../nbs/05_population.ipynb #fe42c0c6
+# %% ../nbs/05_population.ipynb #34ce68e9
 def plain_weights(
     saved: object,                         # a state dict, or a dictionary with one
     expected: dict[str, tuple[int, ...]],  # from parameter_shapes
@@ -160,7 +160,7 @@ def plain_weights(
     check_weights(state, expected)
     return {name: state[name].detach().float().cpu() for name in expected}
 
-# %% ../nbs/05_population.ipynb #124cfb8a
+# %% ../nbs/05_population.ipynb #b564c82c
 def check_weights(
     state: Mapping[str, Tensor],           # of one model
     expected: dict[str, tuple[int, ...]],  # from parameter_shapes
@@ -199,7 +199,7 @@ def from_state_dicts(
             raise UserError(f"Module {i} does not fit the architecture {architecture!r}: {one_line(error)}.") from error
     return Population({name: torch.stack([one[name] for one in taken]) for name in expected}, models, architecture)
 
-# %% ../nbs/05_population.ipynb #a9f90f9e
+# %% ../nbs/05_population.ipynb #1e8de845
 def from_modules(
     modules: Sequence[nn.Module],         # alike in structure
     architecture: str,                    # a name in ARCHITECTURES that builds such modules
@@ -218,7 +218,7 @@ def plain_models(
                 "parent": ""}
     return pd.DataFrame({"model": range(n), "seed": range(1, n + 1), **defaults, **factors})
 
-# %% ../nbs/05_population.ipynb #d1190567
+# %% ../nbs/05_population.ipynb #c84b8a3a
 def complete_models(
     models: pd.DataFrame | None,  # generating factors, some columns perhaps missing; none: nothing is known
     n: int,                       # how many there are to be
@@ -238,7 +238,7 @@ def complete_models(
                       stacklevel=3)
     return plain.assign(**models)
 
-# %% ../nbs/05_population.ipynb #f6da0c26
+# %% ../nbs/05_population.ipynb #5842e064
 RANGES = {"lr": "at least 0", "wd": "at least 0", "dropout": "from 0 to below 1"}
 
 

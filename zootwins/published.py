@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WANTED', 'PACKED', 'Passed', 'FACTOR_NAMES', 'ORIGIN', 'SETTINGS', 'IDLE', 'EPOCH_NAMES', 'RESULT_NAMES',
-           'RESULT_KEYS', 'NOT_MEASURED', 'LIMIT', 'EXPECTED', 'PROPERTY_NAMES', 'ZENODO', 'SITE', 'Fit',
+           'RESULT_KEYS', 'NOT_MEASURED', 'LIMIT', 'PROPERTY_NAMES', 'EXPECTED', 'ZENODO', 'SITE', 'Fit',
            'stored_layers', 'own_columns', 'fit', 'shapes_of', 'row_of', 'check_row', 'ModelFiles', 'open_zoo',
            'refuse_packed', 'find_models', 'passed_table', 'flattened', 'read_number', 'read_text', 'read_factors',
            'passed_factors', 'Recorded', 'recorded_value', 'Unusable', 'recorded_epoch', 'read_result', 'add_record',
@@ -12,10 +12,10 @@ __all__ = ['WANTED', 'PACKED', 'Passed', 'FACTOR_NAMES', 'ORIGIN', 'SETTINGS', '
            'Found', 'read_records', 'noted_offsets', 'Reading', 'begin_reading', 'put_weights', 'first_fit',
            'wanted_epochs', 'read_raw', 'number_checkpoints', 'present_models', 'read_weights', 'no_checkpoint',
            'collect', 'left_out_table', 'take_populations', 'cut_rows', 'method_of', 'collect_records',
-           'recorded_metrics', 'State', 'find_parts', 'part_states', 'usable_properties', 'property_factors',
-           'property_record', 'mapped_tensors', 'read_preprocessed', 'find_states', 'first_state_fit', 'open_saved',
-           'label_numbering', 'read_states', 'places_of', 'read_state', 'read_zoo', 'write_zoo', 'ZenodoRecord',
-           'Resuming', 'record_files', 'download']
+           'recorded_metrics', 'State', 'find_parts', 'refuse_other', 'part_states', 'usable_properties',
+           'property_factors', 'property_record', 'mapped_tensors', 'read_preprocessed', 'find_states',
+           'first_state_fit', 'open_saved', 'label_numbering', 'read_states', 'places_of', 'read_state', 'read_zoo',
+           'write_zoo', 'ZenodoRecord', 'Resuming', 'record_files', 'download']
 
 # %% ../nbs/06_published.ipynb #c6fcf02e
 import errno
@@ -46,8 +46,8 @@ from .datasets import quiet_pooch
 from .population import Population
 from .untrusted import (LIMITS, OLD, Layout, Member, Record, Stored, check_lengths, checked, find_state,
                                 item_size,
-                                merge_masks, open_zip, ordinary_size, read_file, read_member, read_tensors, unpickle, view,
-                                zip_members)
+                                merge_masks, open_zip, ordinary_size, read_file, read_member, read_tensors, unpickle,
+                                view, zip_members)
 
 # %% ../nbs/06_published.ipynb #09787469
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Fit:
         "Which numbers of a row are weights and biases, not the logarithms of their noise."
         return np.concatenate([np.full(math.prod(shape), "log_sigma2" not in ours) for _, ours, shape in self.columns])
 
-# %% ../nbs/06_published.ipynb #a3aee616
+# %% ../nbs/06_published.ipynb #cbc64f9e
 def stored_layers(
     names: Iterable[str],  # of a state dict
 ) -> list[dict[str, str]]:  # "weight" -> its name in the file, and so on, layer by layer
@@ -79,11 +79,11 @@ def stored_layers(
             found.setdefault((match[1], int(match[2])), {})[match[3]] = name
     return [found[at] for at in sorted(found) if "weight" in found[at]]
 
-# %% ../nbs/06_published.ipynb #7cd84502
+# %% ../nbs/06_published.ipynb #51d60731
 def own_columns(
     architecture: str,             # a name in ARCHITECTURES
     layers: list[dict[str, str]],  # from stored_layers
-) -> list[tuple[str | None, str, tuple[int, ...]]]:  # name in the file, name in the population, shape; empty: does not fit
+) -> list[tuple[str | None, str, tuple[int, ...]]]:  # names in the file and here, shape; empty: does not fit
     "Pair the layers of a file with those of an architecture."
     module = build(architecture)
     own = {path: module.get_submodule(path) for path in layer_names(module).values()}
@@ -96,7 +96,7 @@ def own_columns(
                and not (kind == "log_sigma2_bias" and isinstance(own[path], torch.nn.Linear))]
     return columns if len(layers) == len(own) else []
 
-# %% ../nbs/06_published.ipynb #52f25600
+# %% ../nbs/06_published.ipynb #fd41b2ee
 @lru_cache(maxsize=64)
 def fit(
     stored: tuple[tuple[str, tuple[int, ...]], ...],  # name and shape of every tensor of a state dict
@@ -111,14 +111,14 @@ def fit(
     weights = [list(shapes[layer["weight"]]) for layer in layers]
     raise ValueError(f"its layers are those of no known architecture ({one_line(weights, 150)})")
 
-# %% ../nbs/06_published.ipynb #24857468
+# %% ../nbs/06_published.ipynb #558d0068
 def shapes_of(
     tensors: dict[str, np.ndarray | Stored],  # a state dict
 ) -> tuple[tuple[str, tuple[int, ...]], ...]:  # for `fit`
     "Names and shapes of a state dict."
     return tuple((name, tuple(tensor.shape)) for name, tensor in tensors.items())
 
-# %% ../nbs/06_published.ipynb #4b5666a7
+# %% ../nbs/06_published.ipynb #88f5524e
 def row_of(
     tensors: dict[str, np.ndarray],  # of a state dict
     fitted: Fit,                     # of the zoo
@@ -129,14 +129,14 @@ def row_of(
     if own.kind != fitted.kind:
         raise ValueError(f"it is not {fitted.architecture} with the same parameters as the other models")
     arrays = [tensors[theirs].ravel() for theirs, _, _ in own.columns]
-    if any(array.dtype.kind != "f" for array in arrays):
+    if {array.dtype.kind for array in arrays} != {"f"}:
         raise ValueError("its weights are not floating-point numbers")
     with np.errstate(over="ignore"):
         row = np.concatenate(arrays).astype(np.float32, copy=False)
     check_row(row, own.bounded, limit)
     return row
 
-# %% ../nbs/06_published.ipynb #ba6a7769
+# %% ../nbs/06_published.ipynb #3f123d59
 def check_row(
     row: np.ndarray,      # float32, the parameters of a model
     bounded: np.ndarray,  # bool, which of them are weights and biases
@@ -163,7 +163,7 @@ class ModelFiles:
     checkpoints: dict[int, str] = field(default_factory=dict)  # number -> name
     markers: dict[int, str] = field(default_factory=dict)      # number -> name of what Ray noted beside it
 
-# %% ../nbs/06_published.ipynb #045683c2
+# %% ../nbs/06_published.ipynb #a782f395
 @contextmanager
 def open_zoo(
     path: Path,  # a folder or a zip
@@ -172,13 +172,13 @@ def open_zoo(
     if path.is_dir():
         names = [PurePath(folder, file).relative_to(path).as_posix() for folder, _, files in os.walk(path)
                  for file in files]
-        yield refuse_packed(path, names), lambda name, limit: read_file(path / name, limit)
+        yield refuse_packed(path, names), lambda name, limit: read_file(f"{path}/{name}", limit)
         return
     with open_zip(path) as (archive, data):
         names = refuse_packed(path, archive.namelist())
         yield names, lambda name, limit: read_member(archive.getinfo(name), data, limit)
 
-# %% ../nbs/06_published.ipynb #99a8ef1a
+# %% ../nbs/06_published.ipynb #f9f769fd
 def refuse_packed(
     path: Path,        # a folder or a zip
     names: list[str],  # of the files in it
@@ -192,7 +192,7 @@ def refuse_packed(
                         "unpack it, and give one of them, or the folder that has a folder for each model.")
     return wanted
 
-# %% ../nbs/06_published.ipynb #6e997015
+# %% ../nbs/06_published.ipynb #1a898a5e
 def find_models(
     names: Iterable[str],  # of all files of a zoo
 ) -> dict[str, ModelFiles]:  # folder -> its files, sorted by folder
@@ -210,7 +210,7 @@ def find_models(
     return {folder: found[folder] for folder in sorted(found)
             if found[folder] != ModelFiles(markers=found[folder].markers)}
 
-# %% ../nbs/06_published.ipynb #8d26548c
+# %% ../nbs/06_published.ipynb #2625bba0
 Passed = Counter[tuple[str, str, str]]  # kind, name and reason -> how often
 
 
@@ -236,10 +236,10 @@ FACTOR_NAMES = {
     "dropout": ("model::dropout", "dropout"),
 }
 ORIGIN = "training::init_checkpoint_path"  # of a twin: the checkpoint that it began from
-SETTINGS = {"optim::momentum": 0.9, "momentum": 0.9, "training::batchsize": 10, "batch_size": 10}  # the same for all here
-IDLE = ("model::", "training::", "dataset::", "testloader::", "wandb", "cuda")  # beginnings of names that are not needed
+SETTINGS = {"optim::momentum": 0.9, "momentum": 0.9, "training::batchsize": 10, "batch_size": 10}  # as here
+IDLE = ("model::", "training::", "dataset::", "testloader::", "wandb", "cuda")  # names that are not needed
 
-# %% ../nbs/06_published.ipynb #f661a42d
+# %% ../nbs/06_published.ipynb #8fcc5f04
 def flattened(
     params: dict[str, object],  # from JSON
 ) -> dict[str, object]:         # {"optim": {"lr": 1}} -> {"optim::lr": 1}
@@ -248,7 +248,7 @@ def flattened(
               value in part.items()}
     return {key: value for key, value in params.items() if not isinstance(value, dict)} | nested
 
-# %% ../nbs/06_published.ipynb #ca22f995
+# %% ../nbs/06_published.ipynb #6e806efe
 def read_number(
     name: str,       # of a factor
     value: object,   # as it was written; none: not told
@@ -261,7 +261,7 @@ def read_number(
         raise ValueError(f"its {name} is {one_line(value, 40)}")
     return number
 
-# %% ../nbs/06_published.ipynb #2af80846
+# %% ../nbs/06_published.ipynb #4c11ed10
 def read_text(
     name: str,       # of a factor
     value: object,   # as it was written; none: not told
@@ -269,9 +269,9 @@ def read_text(
     "Read a factor that is a name; raises `ValueError` for anything else."
     if not isinstance(value, str | None) or len(value or "") > 1_000:
         raise ValueError(f"its {name} is not a name")
-    return value or ""
+    return one_line(value, 1_000) if value else ""
 
-# %% ../nbs/06_published.ipynb #08d47420
+# %% ../nbs/06_published.ipynb #424d0dec
 def read_factors(
     text: bytes,  # of params.json
 ) -> tuple[dict[str, object], Passed]:  # the columns of Population.models, apart from model; what was passed over
@@ -289,7 +289,7 @@ def read_factors(
         raise ValueError(f"params.json cannot be read ({one_line(error)})") from error
     return {"seed": seed, **texts, **numbers, "origin": origin}, passed_factors(params, used)
 
-# %% ../nbs/06_published.ipynb #fb93b0bc
+# %% ../nbs/06_published.ipynb #2e0f2895
 def passed_factors(
     params: dict[str, object],      # flattened
     used: dict[str, str | None],    # factor -> name under which it was found
@@ -305,7 +305,7 @@ def passed_factors(
             passed["factor", one_line(name, 60), idle] += 1
     return passed
 
-# %% ../nbs/06_published.ipynb #b30056bf
+# %% ../nbs/06_published.ipynb #fa5f77f5
 EPOCH_NAMES = ("training_iteration", "epoch", "iteration")
 RESULT_NAMES = {
     "train_loss": ("train_loss", "training_loss", "loss_train"), "train_acc": ("train_acc", "train_accuracy",
@@ -316,23 +316,23 @@ RESULT_NAMES = {
 RESULT_KEYS = tuple(RESULT_NAMES)
 NOT_MEASURED = -999
 
-# %% ../nbs/06_published.ipynb #97208471
+# %% ../nbs/06_published.ipynb #ae8e788b
 @dataclass
 class Recorded:
     "What a result.json tells of a model."
 
     values: dict[int, tuple[float, ...]] = field(default_factory=dict)  # epoch -> RESULT_KEYS, in rising order
-    offsets: Counter[int] = field(default_factory=Counter)  # epoch minus the number of the checkpoint that a record names
+    offsets: Counter[int] = field(default_factory=Counter)  # epoch minus the number of a checkpoint
     passed: Passed = field(default_factory=Counter)
 
-# %% ../nbs/06_published.ipynb #b74f55d9
+# %% ../nbs/06_published.ipynb #995db2e7
 def recorded_value(
     record: dict[str, object],  # a line of result.json
     key: str,                   # one of RESULT_KEYS
     passed: Passed,             # to count in
 ) -> float:                     # NaN if it is missing
     "Find a value in a record."
-    value = next((record[name] for name in RESULT_NAMES[key] if name in record), None)
+    value = record[key] if key in record else next((record[name] for name in RESULT_NAMES[key] if name in record), None)
     number = float(value) if isinstance(value, int | float) and abs(value) < 1e300 else math.nan
     if isinstance(value, float) and not math.isfinite(value):
         return value
@@ -342,11 +342,11 @@ def recorded_value(
         passed["value", key, "not recorded" if value is None else "not a number"] += 1
     return math.nan if number == NOT_MEASURED else number
 
-# %% ../nbs/06_published.ipynb #fe41d2e1
+# %% ../nbs/06_published.ipynb #02df8b7f
 class Unusable(ValueError):
     "A record that is JSON, and of no use."
 
-# %% ../nbs/06_published.ipynb #21941e03
+# %% ../nbs/06_published.ipynb #f1de53b2
 def recorded_epoch(
     record: object,   # a line of result.json
 ) -> int:
@@ -360,7 +360,7 @@ def recorded_epoch(
         raise Unusable("has an epoch that cannot be")
     return int(value)
 
-# %% ../nbs/06_published.ipynb #adb8db9b
+# %% ../nbs/06_published.ipynb #8cad5ce5
 def read_result(
     text: bytes,  # of result.json
 ) -> Recorded:
@@ -376,7 +376,7 @@ def read_result(
     found.passed = +found.passed + passed_fields(fields)
     return found
 
-# %% ../nbs/06_published.ipynb #c0aa8cab
+# %% ../nbs/06_published.ipynb #e78c9ec4
 def add_record(
     record: object,        # a line of result.json
     found: Recorded,       # to add to
@@ -393,7 +393,7 @@ def add_record(
     found.passed["record", "an epoch that comes twice", "the later one counts"] += epoch in found.values
     found.values[epoch] = values
 
-# %% ../nbs/06_published.ipynb #c0ae51db
+# %% ../nbs/06_published.ipynb #59d31817
 def passed_fields(
     fields: Counter[str],  # of all records of a model
 ) -> Passed:
@@ -402,7 +402,7 @@ def passed_fields(
     return Counter({("field", one_line(name, 60), "not needed here"): n for name, n in fields.items()
                     if name not in known})
 
-# %% ../nbs/06_published.ipynb #929fc615
+# %% ../nbs/06_published.ipynb #ea6a58d1
 def in_fractions(
     records: pd.DataFrame,  # model, and a column of accuracies or sparsities
     column: str,            # which
@@ -420,7 +420,7 @@ def in_fractions(
               for n in which.groupby(records["model"]).sum() if n]
     return (values / unit).where(right), passed
 
-# %% ../nbs/06_published.ipynb #96601cdd
+# %% ../nbs/06_published.ipynb #b47151b5
 @dataclass(frozen=True)
 class Numbering:
     "How the numbers of checkpoints became epochs."
@@ -429,7 +429,7 @@ class Numbering:
     evidence: str
     certain: bool
 
-# %% ../nbs/06_published.ipynb #bba2436e
+# %% ../nbs/06_published.ipynb #70c2f516
 def by_counts(
     numbers: set[int],  # of a model's checkpoints
     epochs: set[int],   # of its records
@@ -439,7 +439,7 @@ def by_counts(
     ends = [offset for offset in fits if max(numbers) + offset == max(epochs) and min(epochs) >= offset]
     return (fits[0], True) if len(fits) == 1 else (ends[0] if len(ends) == 1 else None, False)
 
-# %% ../nbs/06_published.ipynb #5464bf22
+# %% ../nbs/06_published.ipynb #d57befdf
 def find_numbering(
     told: Counter[int],                            # offsets that records or markers tell
     counts: Iterable[tuple[set[int], set[int]]],   # numbers of checkpoints and recorded epochs, model by model
@@ -454,11 +454,11 @@ def find_numbering(
         if choices:
             offset = max(choices, key=choices.get)
             why = "no other numbers were all recorded" if certain else "the last checkpoint meets the last record"
-            return Numbering(offset, f"{why}, in {choices[offset]} of {votes.total()} models", certain
-                             and len(choices) == 1)
+            evidence = f"{why}, in {choices[offset]} of {votes.total()} models"
+            return Numbering(offset, evidence, certain and len(choices) == 1)
     return Numbering(0, f"as they are named; the records of {votes.total()} models tell nothing of it", False)
 
-# %% ../nbs/06_published.ipynb #329ed42c
+# %% ../nbs/06_published.ipynb #5dd12668
 def noted_offset(
     marker: bytes,  # a .tune_metadata
     number: int,    # of its checkpoint
@@ -483,7 +483,7 @@ class PublishedZoo:
     passed_over: pd.DataFrame            # kind, name, reason, times, models: what else was not used, or is missing
     numbering: Numbering                 # how the numbers of checkpoints became epochs
 
-# %% ../nbs/06_published.ipynb #784e5462
+# %% ../nbs/06_published.ipynb #b8d7b689
 LIMIT = 5.0  # of absolute weights, as in the authors' preprocessing
 
 
@@ -497,7 +497,7 @@ class Found:
     reasons: dict[int, str] = field(default_factory=dict)  # epoch -> why the model is left out there
     reason: str = ""                                       # why it is left out altogether
 
-# %% ../nbs/06_published.ipynb #6dd2ed98
+# %% ../nbs/06_published.ipynb #20c97ae3
 def read_records(
     files: ModelFiles,                  # of a model
     read: Callable[[str, int], bytes],  # reads a file
@@ -516,7 +516,7 @@ def read_records(
     passed["record", "result.json", "missing"] += not files.result
     return Found(factors, recorded, passed)
 
-# %% ../nbs/06_published.ipynb #b705548f
+# %% ../nbs/06_published.ipynb #d8c29083
 def noted_offsets(
     models: Iterable[ModelFiles],       # of the zoo
     read: Callable[[str, int], bytes],  # reads a file
@@ -533,7 +533,7 @@ def noted_offsets(
             told.update([] if offset is None else [offset])
     return told
 
-# %% ../nbs/06_published.ipynb #e8fbab7d
+# %% ../nbs/06_published.ipynb #8bf916e4
 @dataclass
 class Reading:
     "What all workers share while the weights of a zoo are read."
@@ -544,7 +544,7 @@ class Reading:
     rows: dict[int, np.ndarray]      # epoch -> float32 [models that have it, parameters]
     layouts: list[Layout] = field(default_factory=list)
 
-# %% ../nbs/06_published.ipynb #5e682f87
+# %% ../nbs/06_published.ipynb #59b84aa0
 def begin_reading(
     fitted: Fit,                   # of the zoo
     limit: float | None,           # of absolute weights
@@ -553,10 +553,10 @@ def begin_reading(
     "Make room for the weights that there are, and no more."
     place = {epoch: {model: i for i, model in enumerate(sorted(models))} for epoch, models in present.items()}
     width = len(fitted.bounded)
-    return Reading(fitted, limit, place, {epoch: np.empty((len(models), width), np.float32) for epoch,
-                                          models in place.items()})
+    rows = {epoch: np.empty((len(models), width), np.float32) for epoch, models in place.items()}
+    return Reading(fitted, limit, place, rows)
 
-# %% ../nbs/06_published.ipynb #6b9cf846
+# %% ../nbs/06_published.ipynb #27f4e4f3
 def put_weights(
     reading: Reading,                            # where to put them
     model: int,                                  # whose
@@ -586,11 +586,10 @@ def first_fit(
         except Exception as error:
             reason = one_line(error)
     raise UserError(f"No model of this zoo can be read ({reason}): a published zoo has a folder per model with "
-                    "params.json, result.json and "
-                    f"checkpoint_NNNNNN/checkpoints, and its models are of a known architecture "
-                    f"({', '.join(ARCHITECTURES)}).")
+                    "params.json, result.json and checkpoint_NNNNNN/checkpoints, and its models are of a known "
+                    f"architecture ({', '.join(ARCHITECTURES)}).")
 
-# %% ../nbs/06_published.ipynb #c6818ac1
+# %% ../nbs/06_published.ipynb #7de5e6b0
 def wanted_epochs(
     epochs: Sequence[int] | str | None,  # as given to read_zoo
     present: Iterable[int],              # that there are
@@ -607,7 +606,7 @@ def wanted_epochs(
                         f"give epochs from {present[0]} to {present[-1]}, or \"all\".")
     return chosen
 
-# %% ../nbs/06_published.ipynb #42eeb6b4
+# %% ../nbs/06_published.ipynb #820b2fc3
 def read_raw(
     path: Path,                          # a folder or a zip
     epochs: Sequence[int] | str | None,  # which
@@ -625,12 +624,11 @@ def read_raw(
                  for one in models.values()]
         reading = begin_reading(fitted, limit, present_models(files, found, epochs))
         bar = lambda function, items: list(tqdm(pool.map(function, items), total=len(items), desc=path.name,
-                                                unit=" models",
-                                                disable=not progress))
+                                                unit=" models", disable=not progress))
         read_weights(reading, files, found, read, bar)
     return collect(path.stem, reading, [folder.rpartition("/")[2] or path.stem for folder in models], found, numbering)
 
-# %% ../nbs/06_published.ipynb #f5049360
+# %% ../nbs/06_published.ipynb #365ca252
 def number_checkpoints(
     models: dict[str, ModelFiles],      # of the zoo
     found: list[Found],                 # their records
@@ -641,7 +639,7 @@ def number_checkpoints(
     pairs = [(set(files.checkpoints), set(one.recorded.values)) for files, one in zip(models.values(), found)]
     return find_numbering(told, pairs)
 
-# %% ../nbs/06_published.ipynb #67b740d6
+# %% ../nbs/06_published.ipynb #abf7d38f
 def present_models(
     files: list[dict[int, str]],         # of every model: epoch -> name of the checkpoint
     found: list[Found],                  # what is known of every model
@@ -651,7 +649,7 @@ def present_models(
     chosen = wanted_epochs(epochs, (epoch for own in files for epoch in own))
     return {epoch: {i for i, own in enumerate(files) if epoch in own and not found[i].reason} for epoch in chosen}
 
-# %% ../nbs/06_published.ipynb #1dade912
+# %% ../nbs/06_published.ipynb #5e6c4142
 def read_weights(
     reading: Reading,                   # where to put them
     files: list[dict[int, str]],        # of every model: epoch -> name of the checkpoint
@@ -672,7 +670,7 @@ def read_weights(
 
     progress(read_one, range(len(files)))
 
-# %% ../nbs/06_published.ipynb #df7e5899
+# %% ../nbs/06_published.ipynb #e0a786a6
 def no_checkpoint(
     files: dict[int, str],  # of a model, by epoch
 ) -> str:
@@ -689,6 +687,7 @@ def collect(
     passed: Passed | None = None,  # what is not of one model
 ) -> PublishedZoo:
     "Make populations, metrics and tables of what was not used; raises `UserError` if nothing is left."
+    name, folders = one_line(name), [one_line(folder, 1_000) for folder in folders]  # they may not even be Unicode
     left_out = left_out_table(folders, found)
     good = [i for i, model in enumerate(found) if not model.reason and len(model.reasons) < len(reading.rows)]
     if not good:
@@ -705,7 +704,7 @@ def collect(
     return PublishedZoo(method_of(reading.fitted), populations, metrics, left_out,
                         passed_table([*counts, *units, beside, passed or Counter()]), numbering)
 
-# %% ../nbs/06_published.ipynb #db5913d6
+# %% ../nbs/06_published.ipynb #c4f2ee4a
 def left_out_table(
     folders: Sequence[str],  # of all models
     found: Sequence[Found],  # every model
@@ -716,7 +715,7 @@ def left_out_table(
              reason in sorted(model.reasons.items())]
     return pd.DataFrame(rows, columns=["model", "epoch", "reason"]).astype({"epoch": "Int64"})
 
-# %% ../nbs/06_published.ipynb #e3925a0b
+# %% ../nbs/06_published.ipynb #e5efb4bd
 def take_populations(
     reading: Reading,        # the weights
     table: pd.DataFrame,     # factors of the models that are kept
@@ -735,7 +734,7 @@ def take_populations(
             populations[epoch] = cut_rows(weights, reading.fitted, factors)
     return populations
 
-# %% ../nbs/06_published.ipynb #d5d3b76d
+# %% ../nbs/06_published.ipynb #6de4b205
 def cut_rows(
     rows: np.ndarray,       # float32 [models, parameters]
     fitted: Fit,            # what the columns are
@@ -748,14 +747,14 @@ def cut_rows(
                part in zip(fitted.columns, parts)}
     return Population(weights, models, fitted.architecture)
 
-# %% ../nbs/06_published.ipynb #adcd676d
+# %% ../nbs/06_published.ipynb #767f4d9f
 def method_of(
     fitted: Fit,  # of a zoo
 ) -> str:         # "original" or "vd"
     "Tell twins from originals."
     return "vd" if any("log_sigma2" in ours for _, ours, _ in fitted.columns) else "original"
 
-# %% ../nbs/06_published.ipynb #d50bd32a
+# %% ../nbs/06_published.ipynb #40050460
 def collect_records(
     zoo: str,                                      # name of the zoo
     fitted: Fit,                                   # its architecture
@@ -770,14 +769,14 @@ def collect_records(
         changed += passed
     return recorded_metrics(zoo, method_of(fitted), records, list(layer_names(build(fitted.architecture)))), changed
 
-# %% ../nbs/06_published.ipynb #ef0812b3
+# %% ../nbs/06_published.ipynb #922a2f75
 def recorded_metrics(
     zoo: str,                # name of the zoo
     method: str,             # "original" or "vd"
     records: pd.DataFrame,   # model, epoch, RESULT_KEYS
     layers: Sequence[str],   # such as conv1, ...
 ) -> pd.DataFrame:           # tidy
-    "What the authors recorded, in the columns of zootwins.metrics. Sparsity by layer was not recorded of twins, nor agreement of either."
+    "What the authors recorded, in the columns of zootwins.metrics; sparsity by layer and agreement were not."
     dense = method == "original"
     by_layer = {f"sparsity_{layer}": 0.0 if dense else np.nan for layer in layers}
     frame = records.assign(zoo=zoo, method=method, level=np.nan, ggap=records["train_acc"] - records["test_acc"],
@@ -788,6 +787,7 @@ def recorded_metrics(
                                                                                   **dict.fromkeys(measures, float)})
 
 # %% ../nbs/06_published.ipynb #f7c4105a
+PROPERTY_NAMES = {ours: names[0] for ours, names in FACTOR_NAMES.items() if ours != "seed"}
 EXPECTED = {"checkpoints_to_datasets.dataset_base.ModelDatasetBase", "pathlib.PosixPath", "pathlib.PurePosixPath"}
 
 
@@ -800,28 +800,36 @@ class State:
     state: object                 # its state dict, or whatever is there
     properties: dict[str, object]  # of the authors' names
 
-# %% ../nbs/06_published.ipynb #75c04771
+# %% ../nbs/06_published.ipynb #330c5be9
 def find_parts(
     saved: object,   # what the file describes
     passed: Passed,  # to count in
 ) -> list[dict[str, object]]:  # attributes of the parts
     "Find training, validation and test part; raises `ValueError` that says what is there instead."
-    parts = saved if isinstance(saved, dict) else {}
-    found = [part.state for part in parts.values() if isinstance(part, Record) and isinstance(part.state.get("data_in"),
-                                                                                              list)]
+    found = {}  # by their lists, of which a small file could name one a million times
+    for name, part in saved.items() if isinstance(saved, dict) else ():
+        states = part.state.get("data_in") if isinstance(part, Record) else None
+        if isinstance(states, list) and id(states) not in found:
+            found[id(states)] = part.state
+        else:
+            passed["part", one_line(name, 60), "holds no states of its own"] += 1
     if not found:
-        try:
-            find_state(saved)
-        except ValueError as error:
-            raise ValueError(f"it is no preprocessed zoo: none of its parts has a list data_in; {one_line(error)}") from error
-        raise ValueError("it is one model's state dict; give the folder of a zoo, or stack such files by "
-                         "zootwins.population.from_state_dicts")
-    for name, part in parts.items():
-        if not isinstance(part, Record) or not any(part.state is one for one in found):
-            passed["part", one_line(name, 60), "holds no states"] += 1
-    return found
+        refuse_other(saved)
+    return list(found.values())
 
-# %% ../nbs/06_published.ipynb #7a5dea03
+# %% ../nbs/06_published.ipynb #61cf8202
+def refuse_other(
+    saved: object,  # that is no preprocessed zoo
+) -> None:
+    "Raise `ValueError` that says what was saved instead."
+    try:
+        find_state(saved)
+    except ValueError as error:
+        raise ValueError(f"it is no preprocessed zoo: none of its parts has a list data_in; {error}") from error
+    raise ValueError("it is one model's state dict; give the folder of a zoo, or stack such files by "
+                     "zootwins.population.from_state_dicts")
+
+# %% ../nbs/06_published.ipynb #81c9b38c
 def part_states(
     part: dict[str, object],  # attributes of a part
     passed: Passed,           # to count in
@@ -832,13 +840,14 @@ def part_states(
         raise ValueError("its labels_in is no list with a label for each state")
     properties = usable_properties(part.get("properties"), len(labels), passed)
     for i, (label, state) in enumerate(zip(labels, states)):
-        match = re.fullmatch(r"(.*?)#_#epoch_(\d{1,9})(#_#.*)?", label, re.S) if isinstance(label, str) else None
-        if match:
-            yield State(match[1], int(match[2]), state, {name: values[i] for name, values in properties.items()})
+        path, *rest = label.split("#_#", 2) if isinstance(label, str) and len(label) <= 4_096 else ("",)
+        epoch = re.fullmatch(r"epoch_(\d{1,9})", rest[0]) if rest else None
+        if epoch:
+            yield State(path, int(epoch[1]), state, {name: values[i] for name, values in properties.items()})
         else:
             passed["state", "a label", "not understood"] += 1
 
-# %% ../nbs/06_published.ipynb #0a1b7c04
+# %% ../nbs/06_published.ipynb #21eacf04
 def usable_properties(
     properties: object,  # of a part
     n: int,              # states of it
@@ -853,12 +862,10 @@ def usable_properties(
             passed["property", one_line(name, 60), "is no list with a value for each state"] += 1
         elif name not in (*PROPERTY_NAMES.values(), "test_acc", "ggap", "training_iteration"):
             passed["property", one_line(name, 60), "not known here"] += 1
-    return {name: values for name, values in properties.items() if isinstance(values, list) and len(values) == n}
+    known = {name: properties.get(name) for name in (*PROPERTY_NAMES.values(), "test_acc", "ggap", "training_iteration")}
+    return {name: values for name, values in known.items() if isinstance(values, list) and len(values) == n}
 
-# %% ../nbs/06_published.ipynb #a13a95d3
-PROPERTY_NAMES = {ours: names[0] for ours, names in FACTOR_NAMES.items() if ours != "seed"}
-
-
+# %% ../nbs/06_published.ipynb #70e0470a
 def property_factors(
     state: State,    # any of a model
     passed: Passed,  # to count in
@@ -872,7 +879,7 @@ def property_factors(
     numbers = {name: read_number(name, given[name]) for name in ("lr", "wd", "dropout")}
     return {"seed": -1, **texts, **numbers, "origin": ""}
 
-# %% ../nbs/06_published.ipynb #ab156064
+# %% ../nbs/06_published.ipynb #8219d557
 def property_record(
     state: State,    # of a model
     passed: Passed,  # to count in
@@ -884,7 +891,7 @@ def property_record(
                   if math.isnan(value))
     return (math.nan, test + gap, math.nan, test, math.nan)
 
-# %% ../nbs/06_published.ipynb #5c385314
+# %% ../nbs/06_published.ipynb #9251aec5
 def mapped_tensors(
     data: mmap.mmap,             # the file
     members: dict[str, Member],  # where its storages are
@@ -908,7 +915,7 @@ def mapped_tensors(
         tensors[name] = view(data[start : start + max(reach, 0) * size], tensor._replace(offset=0))
     return merge_masks(tensors)
 
-# %% ../nbs/06_published.ipynb #2c665a5b
+# %% ../nbs/06_published.ipynb #ef30ae36
 def read_preprocessed(
     path: Path,                          # dataset_<zoo>.pt
     epochs: Sequence[int] | str | None,  # which
@@ -921,6 +928,8 @@ def read_preprocessed(
         try:
             members, states = find_states(archive, data, passed)
             fitted = first_state_fit(states, data, members)
+            if len(states) * len(fitted.bounded) > len(data):  # at least one byte for each number
+                raise ValueError("it names more states than it can hold")
         except Exception as error:  # a broken file raises whatever its fields lead to
             raise UserError(f"{path} was not read ({one_line(error)}): give a preprocessed dataset_*.pt, or the "
                             "raw zoo.") from error
@@ -931,7 +940,7 @@ def read_preprocessed(
     return collect(path.stem, reading, [PurePosixPath(name).name for name in place], found, label_numbering(told),
                    passed)
 
-# %% ../nbs/06_published.ipynb #97faf122
+# %% ../nbs/06_published.ipynb #3465ade0
 def find_states(
     archive: zipfile.ZipFile,  # a preprocessed file
     data: mmap.mmap,           # all of it
@@ -944,22 +953,22 @@ def find_states(
     passed.update({("class", one_line(name, 60), why): n for name, n in unknown.items() if name not in EXPECTED})
     return members, [state for part in find_parts(value, passed) for state in part_states(part, passed)]
 
-# %% ../nbs/06_published.ipynb #23d811ba
+# %% ../nbs/06_published.ipynb #6d37203b
 def first_state_fit(
     states: list[State],         # of a preprocessed file
     data: mmap.mmap,             # the file
     members: dict[str, Member],  # where its storages are
 ) -> Fit:
     "Recognise the architecture of a preprocessed zoo; raises `ValueError` if no state can be read."
-    reason, whole = "it holds no states", set()
+    reason, whole, seen = "it holds no states", set(), set()
     for state in states:
         try:
-            return fit(shapes_of(mapped_tensors(data, members, state.state, whole, set())))
+            return fit(shapes_of(mapped_tensors(data, members, state.state, whole, seen)))
         except Exception as error:
             reason = f"no state in it can be used; the last one: {one_line(error)}"
     raise ValueError(reason)
 
-# %% ../nbs/06_published.ipynb #489720de
+# %% ../nbs/06_published.ipynb #6e90d0e5
 @contextmanager
 def open_saved(
     path: Path,  # a .pt file
@@ -977,7 +986,7 @@ def open_saved(
     with open_zip(path) as opened:
         yield opened
 
-# %% ../nbs/06_published.ipynb #576e4c5d
+# %% ../nbs/06_published.ipynb #b1f1dec2
 def label_numbering(
     told: Counter[int],  # recorded iteration minus epoch of the label, over all states
 ) -> Numbering:
@@ -986,7 +995,7 @@ def label_numbering(
     evidence = f"as the labels say; {told[0]} of {told.total()} recorded iterations are the same"
     return Numbering(0, evidence, right and bool(told))
 
-# %% ../nbs/06_published.ipynb #de1c8b85
+# %% ../nbs/06_published.ipynb #2c859c3f
 def read_states(
     states: list[State],                 # of the whole file
     reading: Reading,                    # where to put their weights
@@ -1009,11 +1018,11 @@ def read_states(
                         seen)
     return found
 
-# %% ../nbs/06_published.ipynb #e19fe31f
+# %% ../nbs/06_published.ipynb #b54dfa3b
 def places_of(
     states: list[State],                 # of a preprocessed file
     epochs: Sequence[int] | str | None,  # which are wanted
-) -> tuple[dict[str, int], dict[int, set[int]]]:  # path of a model -> its position; epoch -> positions of those that have it
+) -> tuple[dict[str, int], dict[int, set[int]]]:  # path of a model -> position; epoch -> positions
     "Number the models of a preprocessed file; raises `UserError` for an epoch that none has."
     place = {path: i for i, path in enumerate(sorted({state.path for state in states}))}
     present: dict[int, set[int]] = {epoch: set() for epoch in wanted_epochs(epochs, (state.epoch for state in states))}
@@ -1022,7 +1031,7 @@ def places_of(
             present[state.epoch].add(place[state.path])
     return place, present
 
-# %% ../nbs/06_published.ipynb #d1e4a356
+# %% ../nbs/06_published.ipynb #8b27e4b1
 def read_state(
     state: State,  # of a model
     found: Found,  # what is known of the model
@@ -1066,7 +1075,7 @@ def _state_dict(
             state[f"{name}_bias"] = torch.full_like(state[name.replace("log_sigma2", "bias")], -10.0)
     return state
 
-# %% ../nbs/06_published.ipynb #8d1b2181
+# %% ../nbs/06_published.ipynb #9f6ad915
 def _params(
     model: pd.Series,    # generating factors
     architecture: str,   # of the zoo
@@ -1081,9 +1090,10 @@ def _params(
     parent = {"training::init_checkpoint_path": model.get("origin") or model["parent"]} if variational else {}
     return {"model::type": kind, "model::channels_in": channels, "model::o_dim": 10, "cuda": False,
             "training::batchsize": 10, "training::epochs_train": epochs,
-            "training::start_epoch": 1, "training::output_epoch": 1, "training::val_epochs": 1, "training::checkpoint_dir": None, **factors, **momentum, **parent}
+            "training::start_epoch": 1, "training::output_epoch": 1, "training::val_epochs": 1, "training::checkpoint_dir": None,
+            **factors, **momentum, **parent}
 
-# %% ../nbs/06_published.ipynb #16d90924
+# %% ../nbs/06_published.ipynb #0b257cbb
 def write_zoo(
     populations: dict[int, Population],  # by epoch; models have a column `model`
     metrics: pd.DataFrame,               # tidy, of one method and level
@@ -1097,7 +1107,8 @@ def write_zoo(
         try:
             for epoch, population in populations.items():
                 for i in range(len(population)):
-                    path = temporary / _folder_name(population.models.iloc[i]) / f"checkpoint_{epoch:06d}" / "checkpoints"
+                    model = temporary / _folder_name(population.models.iloc[i])
+                    path = model / f"checkpoint_{epoch:06d}" / "checkpoints"
                     path.parent.mkdir(parents=True, exist_ok=True)
                     torch.save(_state_dict(population, i), path)
             for _, model in _all_models(populations).iterrows():
@@ -1108,14 +1119,14 @@ def write_zoo(
             raise
     return folder
 
-# %% ../nbs/06_published.ipynb #785ecb82
+# %% ../nbs/06_published.ipynb #39689f0a
 def _folder_name(
     model: pd.Series,  # with model and seed
 ) -> str:              # as Ray named a trial, without its date
     "Name a model's folder."
     return f"NN_tune_trainable_zootwins_{model['model']:05d}_{model['model']}_seed={model['seed']}"
 
-# %% ../nbs/06_published.ipynb #17226ddf
+# %% ../nbs/06_published.ipynb #bc8b0a44
 def _all_models(
     populations: dict[int, Population],  # by epoch
 ) -> pd.DataFrame:                       # every model once
@@ -1123,7 +1134,7 @@ def _all_models(
     return pd.concat([population.models
                       for population in populations.values()]).drop_duplicates("model").sort_values("model")
 
-# %% ../nbs/06_published.ipynb #482ce598
+# %% ../nbs/06_published.ipynb #58c89068
 def _write_records(
     folder: Path,            # of the model
     model: pd.Series,        # generating factors
@@ -1142,7 +1153,7 @@ def _write_records(
         lines.append(json.dumps({"training_iteration": row["epoch"], **record}, default=_plain))
     (folder / "result.json").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
-# %% ../nbs/06_published.ipynb #2c14741a
+# %% ../nbs/06_published.ipynb #67ab4216
 def _plain(
     value: object,  # a number of numpy's
 ) -> object:        # Python's own
@@ -1220,7 +1231,7 @@ class Resuming:
                     raise requests.ConnectionError("the connection ended early")
         self.part.replace(output_file)
 
-# %% ../nbs/06_published.ipynb #18252c31
+# %% ../nbs/06_published.ipynb #10299764
 def record_files(
     record: int,        # number of a version
     site: str = SITE,   # that has it
@@ -1230,7 +1241,7 @@ def record_files(
     response.raise_for_status()
     return {file["key"]: file["checksum"] for file in response.json()["files"]}
 
-# %% ../nbs/06_published.ipynb #f8cef5ce
+# %% ../nbs/06_published.ipynb #d9f91fd7
 def download(
     name: str,                   # a key of ZENODO
     file: str,                   # of its files

@@ -56,7 +56,7 @@ def row_names(
 def check_rows(
     rows: Sequence[str],      # of a piece, from row_names
     metrics: pd.DataFrame,    # tidy
-    epochs: tuple[int, int],  # the first and the last that the metrics have to have
+    epochs: tuple[int, int],  # the first and the last that the metrics have to have; a source may have told of earlier ones
     predicted: int | None,    # how many rows predictions are there for; none: no predictions belong to them
 ) -> None:
     "Raise `UserError` unless the metrics have each row at every epoch, and the predictions are as many."

@@ -250,7 +250,7 @@ def interruptible(
         if main:
             signal.signal(signal.SIGTERM, before)
 
-# %% ../nbs/40_twins.ipynb #343a7e97
+# %% ../nbs/40_twins.ipynb #f0a1f088
 def make_twins(
     plan: Plan,                          # what to make
     images: Images,                      # from datasets.load_images
@@ -261,16 +261,17 @@ def make_twins(
     stop: threading.Event | None = None,  # set by another thread to end the work; none: nobody does
 ) -> list[Report]:                       # what each stage cost
     "Make all stages of a plan that are not in the store yet; raises `UserError`, and `Interrupted` with all work kept."
-    folder, stages = plan.folder, make_stages(plan)
-    open_store(folder, fingerprint(plan, images))
-    on = images if workers else on_device(images, plan.device)
-    crew = Crew(plan.engine, plan.device, on, plan.zoo.image_size, workers, stop or threading.Event())
-    wanted, reports = [stage for stage in stages if only is None or stage.name in set(only)], []
-    with interruptible(folder, crew.stop):
+    folder, stop, reports = plan.folder, stop or threading.Event(), []
+    with interruptible(folder, stop):
+        stages = make_stages(plan)
+        open_store(folder, fingerprint(plan, images))
+        on = images if workers else on_device(images, plan.device)
+        crew = Crew(plan.engine, plan.device, on, plan.zoo.image_size, workers, stop)
+        wanted = [stage for stage in stages if only is None or stage.name in set(only)]
         for group in _together(wanted, workers is not None):
             shown = bar or _bar_of(group, stages, plan.zoo.name, len(images.x_train), progress)
             try:
-                reports += _at_once([partial(make_stage, stage, folder, crew, plan.source, shown) for stage in group], crew.stop)
+                reports += _at_once([partial(make_stage, stage, folder, crew, plan.source, shown) for stage in group], stop)
             finally:
                 if bar is None:
                     shown.close()

@@ -12,11 +12,12 @@ __all__ = ['LIMITS', 'STORAGES', 'KNOWN', 'INSTRUCTIONS', 'WRAPPERS', 'PREFIXES'
            'read_layout', 'locate', 'check_lengths', 'item_size', 'checksum_offsets', 'view', 'read_tensors',
            'read_checkpoint', 'read_table', 'listed_hashes', 'file_hash', 'check_hashes']
 
-# %% ../nbs/01_untrusted.ipynb #377610ed
+# %% ../nbs/01_untrusted.ipynb #e087d6de
 import hashlib
 import io
 import math
 import mmap
+import os
 import pickle
 import re
 import stat
@@ -36,7 +37,7 @@ from pyarrow import parquet
 
 from .core import UserError, one_line
 
-# %% ../nbs/01_untrusted.ipynb #f75af408
+# %% ../nbs/01_untrusted.ipynb #31cd2e79
 @dataclass
 class Limits:
     "What is read of a file from elsewhere; sizes in bytes."
@@ -51,37 +52,41 @@ class Limits:
 
 LIMITS = Limits()
 
-# %% ../nbs/01_untrusted.ipynb #bc77c8ab
+# %% ../nbs/01_untrusted.ipynb #76c83a67
 def read_file(
-    path: Path,   # of an ordinary file
-    limit: int,   # of its size, in bytes
-) -> bytes:       # its content
+    path: Path | str,  # of an ordinary file
+    limit: int,        # of its size, in bytes
+) -> bytes:            # its content
     "Read a whole file; raises `ValueError` if it is no ordinary file or too large."
-    check_size(path.name, ordinary_size(path), limit)
-    with open(path, "rb") as file:
-        return file.read(limit)
+    quick = lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))  # a pipe must not make us wait
+    with open(path, "rb", buffering=0, opener=quick) as file:
+        size = ordinary_size(path, os.fstat(file.fileno()))
+        check_size(path, size, limit)
+        return file.read(size)
 
-# %% ../nbs/01_untrusted.ipynb #c4108ef0
+# %% ../nbs/01_untrusted.ipynb #27ac371f
 def ordinary_size(
-    path: Path,  # of a file
-) -> int:        # its size in bytes
+    path: Path | str,                     # of a file
+    status: os.stat_result | None = None,  # of the open file; none: it is asked for
+) -> int:                                 # its size in bytes
     "Raise `ValueError` for what is not an ordinary file, and `OSError` for what is not there."
-    status = path.stat()
+    status = status or os.stat(path)
     if not stat.S_ISREG(status.st_mode):
-        raise ValueError(f"{path.name} is not an ordinary file")
+        raise ValueError(f"{Path(path).name} is not an ordinary file")
     return status.st_size
 
-# %% ../nbs/01_untrusted.ipynb #a75f3629
+# %% ../nbs/01_untrusted.ipynb #b22ba7a5
 def check_size(
-    name: str,    # of a file
-    size: int,    # in bytes
-    limit: int,   # that is allowed
+    path: Path | str,  # of a file, or what it is
+    size: int,         # in bytes
+    limit: int,        # that is allowed
 ) -> None:
     "Raise `ValueError` for a file that is too large."
     if size > limit:
-        raise ValueError(f"{name} has {size:,} bytes, and no more than {limit:,} are read (zootwins.untrusted.LIMITS)")
+        raise ValueError(f"{PurePosixPath(path).name} has {size:,} bytes, and no more than {limit:,} are read "
+                         "(zootwins.untrusted.LIMITS)")
 
-# %% ../nbs/01_untrusted.ipynb #923bb401
+# %% ../nbs/01_untrusted.ipynb #711f14e2
 class Stored(NamedTuple):
     "A tensor in a file: which numbers, and in what shape."
 
@@ -92,7 +97,7 @@ class Stored(NamedTuple):
     shape: tuple[int, ...]
     stride: tuple[int, ...]   # in numbers
 
-# %% ../nbs/01_untrusted.ipynb #b471804c
+# %% ../nbs/01_untrusted.ipynb #b7bbca68
 class Record:
     "An object of a class that is not known here: its attributes alone."
 
@@ -101,14 +106,14 @@ class Record:
     def __init__(self, name: str):
         self.name, self.state = name, {}
 
-# %% ../nbs/01_untrusted.ipynb #962acb89
+# %% ../nbs/01_untrusted.ipynb #0d5b27cc
 class Asked(NamedTuple):
     "A name that a pickle asks for, and what stands in for it."
 
     name: str
     make: Callable | None = None  # none: a Record
 
-# %% ../nbs/01_untrusted.ipynb #64e35033
+# %% ../nbs/01_untrusted.ipynb #109d5ea0
 STORAGES = {"FloatStorage": "<f4", "DoubleStorage": "<f8", "HalfStorage": "<f2", "BFloat16Storage": "bf16",
             "LongStorage": "<i8", "IntStorage": "<i4", "ShortStorage": "<i2", "CharStorage": "i1",
             "ByteStorage": "u1", "BoolStorage": "?"}
@@ -131,7 +136,7 @@ def stored_tensor(
         raise pickle.UnpicklingError("a tensor reaches beyond its numbers")
     return Stored(storage.key, storage.dtype, storage.count, offset, shape, stride)
 
-# %% ../nbs/01_untrusted.ipynb #2b7b47a2
+# %% ../nbs/01_untrusted.ipynb #46942801
 class Storage(NamedTuple):
     "The numbers of one or more tensors."
 
@@ -139,7 +144,7 @@ class Storage(NamedTuple):
     key: str
     count: int
 
-# %% ../nbs/01_untrusted.ipynb #fdaf4b50
+# %% ../nbs/01_untrusted.ipynb #73fb6198
 class Kind:
     "Stand-in for `numpy.dtype`."
 
@@ -148,7 +153,7 @@ class Kind:
     def __init__(self, code: object, *rest: object):
         self.code = code if type(code) is str and re.fullmatch("[fiub][1248]", code) else ""
 
-# %% ../nbs/01_untrusted.ipynb #4d2deec0
+# %% ../nbs/01_untrusted.ipynb #d1b1a657
 def plain_number(
     kind: object,  # a Kind
     raw: object,   # bytes
@@ -158,7 +163,7 @@ def plain_number(
         raise pickle.UnpicklingError("it holds a number of an unknown kind")
     return np.frombuffer(raw, kind.code)[0].item()
 
-# %% ../nbs/01_untrusted.ipynb #2fdfff5b
+# %% ../nbs/01_untrusted.ipynb #01b1a736
 def plain_bytes(
     text: object,      # one character for each byte
     *rest: object,     # the encoding, which is latin1
@@ -168,7 +173,7 @@ def plain_bytes(
         raise pickle.UnpicklingError("it holds bytes of an unknown kind")
     return text.encode("latin1")
 
-# %% ../nbs/01_untrusted.ipynb #2bbbb337
+# %% ../nbs/01_untrusted.ipynb #18c0bd84
 def empty_dict(*content: object) -> dict:
     "Stand in for `collections.OrderedDict`; raises `UnpicklingError` for one that is filled when it is made."
     if content:
@@ -187,7 +192,7 @@ KNOWN = {
     "numpy._core.multiarray.scalar": plain_number,
 }
 
-# %% ../nbs/01_untrusted.ipynb #9a1e7c5a
+# %% ../nbs/01_untrusted.ipynb #04aad49f
 class Instructions(dict):
     "Methods of an unpickler by instruction."
 
@@ -202,7 +207,7 @@ INSTRUCTIONS = (
     b"hjqr\x94c\x93Q"                 # memory, names, storages
 )
 
-# %% ../nbs/01_untrusted.ipynb #d3006a96
+# %% ../nbs/01_untrusted.ipynb #2d883281
 class Unpickler(pickle._Unpickler):
     "Reads a pickle without running it."
 
@@ -237,7 +242,7 @@ class Unpickler(pickle._Unpickler):
             raise pickle.UnpicklingError("it describes numbers that cannot be")
         return Storage(STORAGES.get(pid[1].name.removeprefix("torch."), ""), pid[2], pid[4])
 
-# %% ../nbs/01_untrusted.ipynb #a1924b0d
+# %% ../nbs/01_untrusted.ipynb #b6ffc65e
 def instruction(
     *codes: bytes,  # of pickle's instructions
 ) -> Callable:
@@ -247,7 +252,7 @@ def instruction(
         return method
     return register
 
-# %% ../nbs/01_untrusted.ipynb #cc44055d
+# %% ../nbs/01_untrusted.ipynb #fb5a761c
 @instruction(pickle.REDUCE, pickle.NEWOBJ)
 def call(
     machine: Unpickler,  # with a name and arguments on its stack
@@ -261,14 +266,14 @@ def call(
         raise pickle.UnpicklingError(f"it gives {asked.name} too much")
     machine.stack[-1] = make(*arguments) if make else Record(asked.name)
 
-# %% ../nbs/01_untrusted.ipynb #ea999ef2
+# %% ../nbs/01_untrusted.ipynb #cf20637b
 @instruction(pickle.NEWOBJ_EX)
 def call_with_names(machine: Unpickler) -> None:
     "The same with arguments that have names, which no stand-in needs."
     machine.stack.pop()
     call(machine)
 
-# %% ../nbs/01_untrusted.ipynb #50b23820
+# %% ../nbs/01_untrusted.ipynb #9210ca32
 @instruction(pickle.BUILD)
 def set_attributes(machine: Unpickler) -> None:
     "Give a record its attributes; those of dictionaries are not needed."
@@ -280,7 +285,7 @@ def set_attributes(machine: Unpickler) -> None:
     elif type(target) not in (Record, Kind, dict):
         raise pickle.UnpicklingError("it changes something that has no attributes")
 
-# %% ../nbs/01_untrusted.ipynb #c58050d9
+# %% ../nbs/01_untrusted.ipynb #e9a940bf
 def put(
     machine: Unpickler,  # with a dictionary on its stack
     items: list,         # keys and values in turn
@@ -295,20 +300,20 @@ def put(
         else:
             machine.unknown[f"a key of type {type(key).__name__}"] += 1
 
-# %% ../nbs/01_untrusted.ipynb #ab318f8c
+# %% ../nbs/01_untrusted.ipynb #aa8d7a04
 @instruction(pickle.SETITEM)
 def put_one(machine: Unpickler) -> None:
     "One key and its value."
     value, key = machine.stack.pop(), machine.stack.pop()
     put(machine, [key, value])
 
-# %% ../nbs/01_untrusted.ipynb #e97e0af8
+# %% ../nbs/01_untrusted.ipynb #56f44d9b
 @instruction(pickle.SETITEMS)
 def put_many(machine: Unpickler) -> None:
     "Many keys and values."
     put(machine, machine.pop_mark())
 
-# %% ../nbs/01_untrusted.ipynb #a6bf0705
+# %% ../nbs/01_untrusted.ipynb #5a65076e
 def extend(
     machine: Unpickler,  # with a list on its stack
     items: list,         # for it
@@ -320,39 +325,39 @@ def extend(
     elif type(target) is not Record:
         raise pickle.UnpicklingError("it fills something that is no list")
 
-# %% ../nbs/01_untrusted.ipynb #62063e82
+# %% ../nbs/01_untrusted.ipynb #a04e44dc
 @instruction(pickle.APPEND)
 def append_one(machine: Unpickler) -> None:
     "One element."
     item = machine.stack.pop()
     extend(machine, [item])
 
-# %% ../nbs/01_untrusted.ipynb #ce6317f7
+# %% ../nbs/01_untrusted.ipynb #27c5c4d6
 @instruction(pickle.APPENDS, pickle.ADDITEMS)
 def append_many(machine: Unpickler) -> None:
     "Many elements, of a list or of what was a set."
     extend(machine, machine.pop_mark())
 
-# %% ../nbs/01_untrusted.ipynb #d08ea8c9
+# %% ../nbs/01_untrusted.ipynb #53ea122f
 @instruction(pickle.EMPTY_SET)
 def empty_set(machine: Unpickler) -> None:
     "A set is a list here."
     machine.append([])
 
-# %% ../nbs/01_untrusted.ipynb #a92e51bc
+# %% ../nbs/01_untrusted.ipynb #849a7331
 @instruction(pickle.FROZENSET)
 def frozen_set(machine: Unpickler) -> None:
     "So is one that cannot be changed."
     machine.append(machine.pop_mark())
 
-# %% ../nbs/01_untrusted.ipynb #11e714c5
+# %% ../nbs/01_untrusted.ipynb #f2881e30
 class Unpickled(NamedTuple):
     "What a pickle described."
 
     value: object
     unknown: Counter  # names that were replaced by records, and keys that were dropped
 
-# %% ../nbs/01_untrusted.ipynb #4a8b2e53
+# %% ../nbs/01_untrusted.ipynb #4ff982fa
 def unpickle(
     program: bytes,  # a pickle
 ) -> Unpickled:
@@ -363,7 +368,7 @@ def unpickle(
     except Exception as error:
         raise ValueError(f"not a pickle of plain data: {one_line(error)}") from error
 
-# %% ../nbs/01_untrusted.ipynb #45aa47b7
+# %% ../nbs/01_untrusted.ipynb #e959b769
 @contextmanager
 def open_zip(
     path: Path,  # of a zip
@@ -381,7 +386,7 @@ def open_zip(
                             "or give the folder that it was unpacked to.") from error
         yield archive, data
 
-# %% ../nbs/01_untrusted.ipynb #5fe90c3a
+# %% ../nbs/01_untrusted.ipynb #b480d220
 def check_claims(
     members: list[zipfile.ZipInfo],  # of a zip
     size: int,                       # of the zip
@@ -393,14 +398,14 @@ def check_claims(
     if unpacked > LIMITS.unpacked * size:
         raise ValueError(f"it unpacks to {unpacked:,} bytes, more than {LIMITS.unpacked} times its size")
 
-# %% ../nbs/01_untrusted.ipynb #fd596651
+# %% ../nbs/01_untrusted.ipynb #46609ded
 def read_member(
     member: zipfile.ZipInfo,   # of a zip
     data: bytes | mmap.mmap,   # the whole zip
     limit: int,                # of the content, in bytes
 ) -> bytes:                    # its content
     "Read a part of a zip, several threads at a time; raises `ValueError` if it is damaged, encrypted or too large."
-    name = PurePosixPath(member.filename).name
+    name = member.filename.rpartition("/")[2]
     check_size(name, member.file_size, limit)
     if member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError(f"{name} is encrypted in the zip, or compressed by a method other than deflate")
@@ -412,7 +417,7 @@ def read_member(
         raise ValueError(f"{name} is damaged in the zip")
     return content
 
-# %% ../nbs/01_untrusted.ipynb #632481fb
+# %% ../nbs/01_untrusted.ipynb #72f4c1a4
 def inflate(
     content: bytes,  # deflated
     size: int,       # of the result
@@ -423,7 +428,7 @@ def inflate(
     except zlib.error as error:
         raise ValueError("it is damaged in the zip") from error
 
-# %% ../nbs/01_untrusted.ipynb #71693936
+# %% ../nbs/01_untrusted.ipynb #2c2f33d8
 def content_start(
     member: zipfile.ZipInfo,  # of a zip
     data: bytes | mmap.mmap,  # the whole zip
@@ -436,7 +441,7 @@ def content_start(
         raise ValueError("its table of contents is damaged")
     return at + 30 + name + extra
 
-# %% ../nbs/01_untrusted.ipynb #e77e63fc
+# %% ../nbs/01_untrusted.ipynb #4daca714
 class Member(NamedTuple):
     "A part of a zip that is not compressed."
 
@@ -444,7 +449,7 @@ class Member(NamedTuple):
     length: int    # in bytes
     checksum: int  # CRC-32
 
-# %% ../nbs/01_untrusted.ipynb #feb3b1c7
+# %% ../nbs/01_untrusted.ipynb #01726762
 def checked(
     data: bytes | mmap.mmap,  # a zip
     member: Member,           # of it
@@ -455,7 +460,7 @@ def checked(
         raise ValueError("it is damaged")
     return content
 
-# %% ../nbs/01_untrusted.ipynb #ce311c1e
+# %% ../nbs/01_untrusted.ipynb #12491bcb
 def zip_members(
     archive: zipfile.ZipFile,  # saved by torch, so that nothing is compressed
     data: bytes | mmap.mmap,   # the whole file
@@ -476,7 +481,7 @@ def zip_members(
         raise ValueError("it was saved on a machine of the other byte order")
     return members
 
-# %% ../nbs/01_untrusted.ipynb #20a723f9
+# %% ../nbs/01_untrusted.ipynb #5fada2f5
 WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "weights", "params")
 PREFIXES = ("module.", "_orig_mod.")
 
@@ -485,7 +490,7 @@ def is_tensor(value: object) -> bool:
     "Whether this is a tensor, in memory or in a file."
     return isinstance(value, (Stored, torch.Tensor, np.ndarray))
 
-# %% ../nbs/01_untrusted.ipynb #d61d31c1
+# %% ../nbs/01_untrusted.ipynb #22a410d0
 def find_state(
     saved: object,      # what was saved, in memory or as described by a file
 ) -> dict[str, object]:  # tensors by name, without prefixes
@@ -498,14 +503,14 @@ def find_state(
         saved = _inner_state(saved)
     raise ValueError("its state dict lies too deep: save module.state_dict() alone")
 
-# %% ../nbs/01_untrusted.ipynb #6fa3699b
+# %% ../nbs/01_untrusted.ipynb #6d5ee70c
 def _inner_state(
     saved: Mapping[str, object],  # not a state dict itself
 ) -> Mapping[str, object]:        # perhaps one
     "Go one level down."
     named = [name for name in WRAPPERS if isinstance(saved.get(name), (Mapping, Record))]
-    state = lambda value: isinstance(value, Mapping) and value and all(map(is_tensor, value.values()))
-    found = named[:1] or [name for name, value in saved.items() if state(value)]
+    inner = {id(value): name for name, value in saved.items() if isinstance(value, Mapping) and value}
+    found = named[:1] or [name for name in inner.values() if all(map(is_tensor, saved[name].values()))]
     if len(found) == 1:
         return saved[found[0]]
     if found:
@@ -515,7 +520,7 @@ def _inner_state(
                  "it is empty")
     raise ValueError(f"it is not a state dict, whose values are all tensors: {one_line(other)}")
 
-# %% ../nbs/01_untrusted.ipynb #e7e92a49
+# %% ../nbs/01_untrusted.ipynb #cf2154e1
 def _what(
     value: object,  # that is no state dict
 ) -> str:
@@ -524,31 +529,33 @@ def _what(
         return f"an object of {value.name}"
     return "a whole module" if isinstance(value, torch.nn.Module) else f"a value of type {type(value).__name__}"
 
-# %% ../nbs/01_untrusted.ipynb #05417fef
+# %% ../nbs/01_untrusted.ipynb #5b4f415a
 def _without_prefixes(
     state: Mapping[str, object],  # a state dict
 ) -> dict[str, object]:
     "Take prefixes off that all names have; the counter of `torch.optim.swa_utils` is left out."
     state = {str(name): tensor for name, tensor in state.items() if name != "n_averaged"}
+    if max(map(len, state), default=0) > 1_000:
+        raise ValueError("the name of a tensor is too long")
     while prefix := next((p for p in PREFIXES if state and all(name.startswith(p) for name in state)), None):
         state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     return state
 
-# %% ../nbs/01_untrusted.ipynb #85c2173b
+# %% ../nbs/01_untrusted.ipynb #9f279090
 def merge_masks(
     state: Mapping[str, torch.Tensor | np.ndarray],  # a state dict
 ) -> dict[str, torch.Tensor | np.ndarray]:           # with one tensor for each parameter
     "Multiply weights with their masks, where `torch.nn.utils.prune` has parted them."
     pairs = {name[:-5] for name in state if name.endswith("_orig") and f"{name[:-5]}_mask" in state}
-    merged = {}
-    for name, tensor in state.items():
+    merged = {} if pairs else dict(state)
+    for name, tensor in state.items() if pairs else ():
         if name.endswith("_mask") and name[:-5] in pairs:
             continue
         base = name[:-5] if name.endswith("_orig") else ""
         merged[base if base in pairs else name] = tensor * state[f"{base}_mask"] if base in pairs else tensor
     return merged
 
-# %% ../nbs/01_untrusted.ipynb #ae6e288b
+# %% ../nbs/01_untrusted.ipynb #75aad812
 @dataclass(frozen=True, eq=False)
 class Layout:
     "Where the tensors of a saved state dict lie."
@@ -559,7 +566,7 @@ class Layout:
     tensors: dict[str, Stored]
     beside: tuple[str, ...] = ()             # what else was saved with them, such as "epoch"
 
-# %% ../nbs/01_untrusted.ipynb #d4755a01
+# %% ../nbs/01_untrusted.ipynb #ddb7c5db
 def read_layout(
     data: bytes,  # a file saved by torch
 ) -> Layout:      # that of all files like it
@@ -581,7 +588,7 @@ def read_layout(
                                                              if name not in WRAPPERS)
     return Layout(len(data), tuple(fixed), storages, state, tuple(beside))
 
-# %% ../nbs/01_untrusted.ipynb #a73621a0
+# %% ../nbs/01_untrusted.ipynb #110f6ee1
 def locate(
     state: dict[str, Stored],    # a state dict
     members: dict[str, Member],  # of its file
@@ -593,7 +600,7 @@ def locate(
     check_lengths(state, members)
     return {tensor.key: (*members[f"data/{tensor.key}"][:2], marks[f"data/{tensor.key}"]) for tensor in state.values()}
 
-# %% ../nbs/01_untrusted.ipynb #acb3df7c
+# %% ../nbs/01_untrusted.ipynb #81809081
 def check_lengths(
     state: dict[str, Stored],    # a state dict
     members: dict[str, Member],  # of its file
@@ -608,14 +615,14 @@ def check_lengths(
         if member.length != tensor.count * item_size(tensor.dtype):
             raise ValueError(f"the numbers of {one_line(name)} are not as many as it says")
 
-# %% ../nbs/01_untrusted.ipynb #096b3896
+# %% ../nbs/01_untrusted.ipynb #e309d128
 def item_size(
     dtype: str,  # as in Stored
 ) -> int:        # bytes of a number
     "How large a number is."
     return 2 if dtype == "bf16" else np.dtype(dtype).itemsize
 
-# %% ../nbs/01_untrusted.ipynb #125e3eff
+# %% ../nbs/01_untrusted.ipynb #edca99d8
 def checksum_offsets(
     archive: zipfile.ZipFile,  # open
     data: bytes,               # the whole file
@@ -627,7 +634,7 @@ def checksum_offsets(
         at += 46 + sum(int.from_bytes(data[at + i : at + i + 2], "little") for i in (28, 30, 32))
     return marks
 
-# %% ../nbs/01_untrusted.ipynb #8319bbec
+# %% ../nbs/01_untrusted.ipynb #faca68cc
 def view(
     storage: bytes,  # numbers
     tensor: Stored,  # which of them
@@ -640,7 +647,7 @@ def view(
         raise ValueError("a tensor reaches beyond its numbers") from error
     return (found.astype("<u4") << 16).view("<f4") if tensor.dtype == "bf16" else found
 
-# %% ../nbs/01_untrusted.ipynb #055e9d16
+# %% ../nbs/01_untrusted.ipynb #ee1bd70b
 OLD = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # how files of PyTorch before 1.6 begin
 
 
@@ -662,7 +669,7 @@ def read_tensors(
                 for key, (start, length, mark) in layout.storages.items()}
     return merge_masks({name: view(storages[tensor.key], tensor) for name, tensor in layout.tensors.items()})
 
-# %% ../nbs/01_untrusted.ipynb #03332d76
+# %% ../nbs/01_untrusted.ipynb #bd1d6c33
 def read_checkpoint(
     path: Path | str,          # saved by torch.save: a state dict, or a dictionary with one
 ) -> dict[str, torch.Tensor]:  # without prefixes and masks
@@ -676,7 +683,7 @@ def read_checkpoint(
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} is not a checkpoint that can be used: {one_line(error)}.") from error
 
-# %% ../nbs/01_untrusted.ipynb #9016fa75
+# %% ../nbs/01_untrusted.ipynb #dabf4128
 def read_table(
     path: Path | str,  # of a parquet file
 ) -> pd.DataFrame:
@@ -692,7 +699,7 @@ def read_table(
     except Exception as error:  # damaged files raise errors of many kinds
         raise UserError(f"{path} is not a readable table ({one_line(error)}): make or download it again.") from error
 
-# %% ../nbs/01_untrusted.ipynb #8351d6db
+# %% ../nbs/01_untrusted.ipynb #178b7c5e
 HASHES = "SHA256SUMS"
 CARD = "README.md"
 
@@ -710,7 +717,7 @@ def listed_hashes(
         raise UserError(f"{folder / HASHES} is not a list of hashes as sha256sum writes it: download it again.")
     return {match[2]: match[1] for match in found}
 
-# %% ../nbs/01_untrusted.ipynb #a8a5ae59
+# %% ../nbs/01_untrusted.ipynb #6d545dc6
 def file_hash(
     path: Path,  # of an ordinary file
 ) -> str:        # SHA-256
@@ -718,7 +725,7 @@ def file_hash(
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
-# %% ../nbs/01_untrusted.ipynb #458472c8
+# %% ../nbs/01_untrusted.ipynb #db2bb408
 def check_hashes(
     folder: Path | str,  # a publication
 ) -> list[str]:          # what came to it on the way: files that are not listed, and a card that was rewritten

@@ -9,7 +9,9 @@ __all__ = ['VARIATIONAL_COST', 'TOGETHER', 'CODE', 'AHEAD', 'RETRIES', 'weight',
            'open_workers']
 
 # %% ../nbs/29_workers.ipynb #dabeafb6
+import _thread  # threading's own start() waits for good if there is no memory, and its join() forgets threads if interrupted
 import hashlib
+import logging
 import os
 import pickle
 import queue
@@ -179,24 +181,29 @@ def _in_threads(
     "Run workers and wait for them; where no thread can be started, fewer do the work."
     inner = torch.get_num_threads()
     torch.set_num_threads(1 if workers > 1 else inner)  # threads of its own would take the processors from the others
-    threads = []
+    begun: list[threading.Event] = []  # of each thread that has begun; set when it ends
+
+    def one() -> None:
+        ended = threading.Event()
+        begun.append(ended)
+        try:
+            work()
+        finally:
+            ended.set()
+
     try:
-        for _ in range(workers - 1):
-            thread = threading.Thread(target=work)
-            with suppress(RuntimeError):  # no memory for another thread: the others do its share
-                thread.start()
-                threads.append(thread)
+        with suppress(RuntimeError, MemoryError):  # no memory for another thread: the others do its share
+            for _ in range(workers - 1):
+                _thread.start_new_thread(one, ())
         work()
-        while any(thread.is_alive() for thread in threads) and not failed:
-            threads[0].join(0.1)
-            threads = [thread for thread in threads if thread.is_alive()]
+        while not failed and not all(ended.is_set() for ended in begun):
+            time.sleep(0.01)
     except BaseException as error:
         failed.append(error)
     finally:
-        while any(thread.is_alive() for thread in threads):
+        while not all(ended.is_set() for ended in begun):
             interrupt()
-            threads[0].join(0.1)
-            threads = [thread for thread in threads if thread.is_alive()]
+            time.sleep(0.01)
         torch.set_num_threads(inner)
 
 # %% ../nbs/29_workers.ipynb #5564dd0d
@@ -436,7 +443,7 @@ def ray_executor() -> Iterator[RayExecutor]:
                 ray.init(address="auto", **quiet)
             except ConnectionError:
                 ray.init(num_cpus=processors(), include_dashboard=False, **quiet)
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises bare ones where it cannot begin
         raise UserError(f"Ray can neither be joined nor begun here ({one_line(error)}): see 'ray status', then run again.") from error
     try:
         yield RayExecutor()
@@ -466,7 +473,7 @@ def dask_cluster(
         from dask.distributed import LocalCluster
 
         with _deaf():
-            return LocalCluster(n_workers=processors(), threads_per_worker=1, dashboard_address=None)
+            return LocalCluster(n_workers=processors(), threads_per_worker=1, dashboard_address=None, silence_logs=logging.ERROR)
     if workers.startswith("slurm:"):
         from dask_jobqueue import SLURMCluster
 
