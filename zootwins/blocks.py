@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SAVE_EVERY', 'Block', 'halved', 'restored', 'cut_rows', 'cut_blocks', 'row_keys', 'start_of', 'measure',
-           'with_records', 'keep', 'resume', 'Step', 'train_block', 'snapshot', 'predict', 'copied']
+           'with_records', 'keep', 'resume', 'Step', 'predict', 'copied', 'snapshot', 'train_block']
 
 # %% ../nbs/28_blocks.ipynb #7320ed9b
 import time
@@ -63,7 +63,7 @@ def restored(
     "Take them out again."
     return torch.stack([halves & 15, halves >> 4], dim=-1).flatten(1)[:, :images]
 
-# %% ../nbs/28_blocks.ipynb #8589586f
+# %% ../nbs/28_blocks.ipynb #cd093d32
 def cut_rows(
     rows: pd.DataFrame,    # to be made: model, level and generating factors
     engine: Engine,        # who will train them
@@ -78,7 +78,7 @@ def cut_blocks(
     stage: Stage,                              # its rows are those that are missing
     engine: Engine,                            # who will train them
     originals: Population | None = None,       # that some rows begin from; none: they are drawn
-    predictions: dict[int, Tensor] | None = None,  # model -> uint8 [test images], of the originals; none: there are none
+    predictions: dict[int, Tensor] | None = None,  # of the originals: model -> uint8 [test images]; none: not known
     recorded: pd.DataFrame | None = None,      # tidy metrics of a source; none: there are none
 ) -> Iterator[Block]:
     "Make the blocks of a stage."
@@ -102,7 +102,7 @@ def row_keys(
     recipe = stage.recipe
     return torch.cat([stream_keys(recipe.zoo, name, [seed], recipe.run_seed) for name, seed in zip(names, stage.rows["seed"])])
 
-# %% ../nbs/28_blocks.ipynb #887e1698
+# %% ../nbs/28_blocks.ipynb #3cb1a5be
 def start_of(
     block: Block,         # any
     device: str = "cpu",  # "cpu" or "cuda"
@@ -111,7 +111,8 @@ def start_of(
     "The state in which a block's rows begin."
     stage, rows, masks = block.stage, block.stage.rows, {}
     if stage.begins == "drawn":
-        population = initial_population(stage.rows.drop(columns="level"), stage.architecture, stage.recipe.zoo, stage.recipe.run_seed)
+        models, recipe = stage.rows.drop(columns="level"), stage.recipe
+        population = initial_population(models, stage.architecture, recipe.zoo, recipe.run_seed)
     else:
         population = block.originals.numbered(stage.rows["model"])
     if stage.begins == "pruned":
@@ -173,7 +174,7 @@ def keep(
     kept: dict[int, Population],    # epochs of its trajectory so far
 ) -> None:
     "Leave a block's state on disk."
-    past = {f"{epoch}/{name}": tensor for epoch, population in kept.items() for name, tensor in population.weights.items()}
+    past = {f"{epoch}/{name}": tensor for epoch, then in kept.items() for name, tensor in then.weights.items()}
     told = {"epoch": state.epoch, "steps": state.steps}
     save_part(folder, block.name, _moving(state) | past, pd.concat(frames, ignore_index=True), told)
 
@@ -187,16 +188,17 @@ def _fits(
     told: dict[str, int],         # likewise
 ) -> bool:
     "Whether unfinished work is of these rows, with all that belongs to it and nothing else."
-    stage, epoch = block.stage, told.get("epoch", 0)
+    stage, epoch, weights = block.stage, told["epoch"], state.population.weights
     past = range(stage.first_epoch, stage.first_epoch + epoch + 1)
     whole = past if stage.trajectory else past[-1:] if epoch == stage.recipe.epochs else []
-    wanted = _moving(state) | {f"{number}/{name}": tensor for number in whole for name, tensor in state.population.weights.items()}
+    wanted = _moving(state) | {f"{number}/{name}": tensor for number in whole for name, tensor in weights.items()}
     described = lambda tensors: {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+    if not 1 <= epoch <= stage.recipe.epochs or told != {"epoch": epoch, "steps": epoch * steps}:
+        return False
+    if described(tensors) != described(wanted) or not {"model", "level", "epoch"} <= set(metrics):
+        return False
     rows = pd.MultiIndex.from_product([past, row_names(stage.rows)])
-    return (
-        1 <= epoch <= stage.recipe.epochs and told == {"epoch": epoch, "steps": epoch * steps} and described(tensors) == described(wanted)
-        and {"model", "level", "epoch"} <= set(metrics) and sorted(zip(metrics["epoch"], row_names(metrics))) == sorted(rows)
-    )
+    return sorted(zip(metrics["epoch"], row_names(metrics))) == sorted(rows)
 
 
 def resume(
@@ -212,11 +214,11 @@ def resume(
     if not _fits(block, state, steps, *part):
         print(f"The unfinished work {block.name} in {folder} does not fit; its block is begun again.", flush=True)
         return [], {}
-    tensors, metrics, told = part
-    device, population = state.keys.device, state.population
+    (tensors, metrics, told), population, device = part, state.population, state.keys.device
     under = lambda part: {name: tensors[f"{part}/{name}"] for name in population.weights if f"{part}/{name}" in tensors}
-    moved = {part: {name: tensor.to(device) for name, tensor in under(part).items()} for part in ("weights", "first", "second")}
-    state.population, state.first, state.second = replace(population, weights=moved["weights"]), moved["first"], moved["second"]
+    moved = lambda part: {name: tensor.to(device) for name, tensor in under(part).items()}
+    state.population = replace(population, weights=moved("weights"))
+    state.first, state.second = moved("first"), moved("second")
     state.epoch, state.steps = told["epoch"], told["steps"]
     past = sorted({int(name.partition("/")[0]) for name in tensors if name[0].isdigit()})
     return [metrics], {epoch: replace(population, weights=under(epoch)) for epoch in past}
@@ -232,7 +234,33 @@ class Step(NamedTuple):
     samples: int   # model-samples that were trained
     skipped: int   # model-samples that had been trained before, by a run that stopped
 
+# %% ../nbs/28_blocks.ipynb #e5f7a9b1
+def predict(
+    population: Population,  # plain or noisy models
+    images: Images,          # on the device of their weights
+    engine: Engine,          # who judges
+) -> Tensor:                 # uint8 [models, test images]
+    "What every model predicts for the test images."
+    weights, models = deterministic(population.weights), population.models
+    return engine.evaluate(weights, population.architecture, models["activation"], images.x_test, images.y_test)[1]
 
+
+def copied(
+    population: Population,  # on any device
+) -> Population:             # the same models on the CPU, with weights of their own
+    "Keep a population as it is while its weights move on."
+    weights = {name: tensor.detach().cpu().clone() for name, tensor in population.weights.items()}
+    return replace(population, weights=weights)
+
+# %% ../nbs/28_blocks.ipynb #c1d2e3f4
+def snapshot(
+    state: State,  # after an epoch
+) -> State:        # the same, whatever becomes of the former
+    "Hold on to a state; engines replace tensors and do not write to them, so nothing is copied."
+    population = replace(state.population, weights=dict(state.population.weights))
+    return replace(state, population=population, first=dict(state.first), second=dict(state.second))
+
+# %% ../nbs/28_blocks.ipynb #1a90e94c
 def train_block(
     block: Block,                # what to do
     images: Images,              # on the device
@@ -265,28 +293,3 @@ def train_block(
     finally:
         if parts and whole:
             keep(parts, block, *whole)
-
-
-def snapshot(
-    state: State,  # after an epoch
-) -> State:        # the same, whatever becomes of the former
-    "Hold on to a state; engines replace tensors and do not write to them, so nothing is copied."
-    population = replace(state.population, weights=dict(state.population.weights))
-    return replace(state, population=population, first=dict(state.first), second=dict(state.second))
-
-# %% ../nbs/28_blocks.ipynb #e5f7a9b1
-def predict(
-    population: Population,  # plain or noisy models
-    images: Images,          # on the device of their weights
-    engine: Engine,          # who judges
-) -> Tensor:                 # uint8 [models, test images]
-    "What every model predicts for the test images."
-    weights, models = deterministic(population.weights), population.models
-    return engine.evaluate(weights, population.architecture, models["activation"], images.x_test, images.y_test)[1]
-
-
-def copied(
-    population: Population,  # on any device
-) -> Population:             # the same models on the CPU, with weights of their own
-    "Keep a population as it is while its weights move on."
-    return replace(population, weights={name: tensor.detach().cpu().clone() for name, tensor in population.weights.items()})

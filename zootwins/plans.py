@@ -48,7 +48,9 @@ class Plan:
     @property
     def models(self) -> pd.DataFrame:
         "The generating factors of every model, by number."
-        return self.source.population.models.head(self.n_models) if self.source else model_table(self.zoo, self.n_models)
+        if self.source is None:
+            return model_table(self.zoo, self.n_models)
+        return self.source.population.models.head(self.n_models)
 
     @property
     def epochs(self) -> int:
@@ -100,7 +102,8 @@ def count_models(
     if source is None:
         return check_n_models(zoo, n_models)
     there = len(source.population)
-    if n_models is not None and (isinstance(n_models, bool) or not isinstance(n_models, int) or not 1 <= n_models <= there):
+    whole = isinstance(n_models, int) and not isinstance(n_models, bool)
+    if n_models is not None and not (whole and 1 <= n_models <= there):
         raise UserError(f"{n_models!r} is not a number of models that can be taken from {source.name}: "
                         f"give a whole number from 1 to {there}, or None for all.")
     return n_models or there
@@ -109,7 +112,7 @@ def count_models(
 def make_plan(
     zoo: str,                        # name in the registry
     n_models: int | None = None,     # how many; none: the zoo's own number, or all that the source has
-    source: str | Path | Population = "train",  # of the originals: "train", a published zoo's folder or zip, or a population
+    source: str | Path | Population = "train",  # of the originals; as sources.open_source takes it
     methods: str = "mp,vd",          # which twins to make
     levels: str = "0,50,60,70,80,90",  # percentages for magnitude pruning
     device: str = "cpu",             # or "cuda"
@@ -125,7 +128,7 @@ def make_plan(
     chosen = tuple(dict.fromkeys(check_name(word, METHODS, "method") for word in _words(methods)))
     parsed = parse_levels(levels)
     if "mp" in chosen and not parsed:
-        raise UserError("Magnitude pruning needs at least one level: give percentages such as 0,50,90, or leave mp out.")
+        raise UserError("Magnitude pruning needs a level: give at least one level such as 0,50,90, or leave mp out.")
     trainer = choose_engine(engine, device, entry.architecture)
     where = _folder(store, "ZOOTWINS_STORE", "zoos") / zoo, _folder(figures, "ZOOTWINS_FIGURES", "runs") / zoo
     found = open_source(source, entry)
@@ -163,12 +166,13 @@ def fingerprint(
 ) -> dict[str, object]:  # JSON types
     "All that a store's numbers depend on, apart from how many models, levels and methods."
     left_out = ("title", "printed", "remark", "in_paper", "mp_in_paper")
-    entry = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(plan.zoo).items() if name not in left_out}
+    plain = lambda value: list(value) if isinstance(value, tuple) else value  # as JSON has it
+    entry = {name: plain(value) for name, value in asdict(plan.zoo).items() if name not in left_out}
     source = {"source": source_fingerprint(plan.source)} if plan.source else {}
     trainer = {"engine": plan.engine.name, "arithmetic": plan.engine.arithmetic(), "device": plan.device}
     return {"zoo": entry, "images": images_fingerprint(images), "seed": plan.run_seed, **trainer, **source}
 
-# %% ../nbs/26_plans.ipynb #233b334b
+# %% ../nbs/26_plans.ipynb #be9af060
 BEGINNINGS = ("drawn", "taken", "pruned", "noisy")
 
 
@@ -183,7 +187,7 @@ class Stage:
     begins: str               # one of BEGINNINGS
     scope: str = "global"     # which weights are pruned, a name in selectors.SELECTORS
     trajectory: bool = False  # whether every epoch is kept
-    first_epoch: int = 0      # number of the epoch at which the rows begin; for models taken from a source that of their last
+    first_epoch: int = 0      # at which the rows begin; for models taken from a source the epoch of their last
 
     @property
     def method(self) -> str:
@@ -201,15 +205,19 @@ def make_stages(
 ) -> list[Stage]:      # original first
     "Lay out the stages of a plan."
     zoo, models = plan.zoo, plan.models
-    recipe = lambda name, epochs, lr, variational: Recipe(zoo.name, name, epochs, lr, zoo.batch_size, variational, plan.run_seed)
     each = models.assign(level=np.nan)
-    if plan.source is None:
-        originals = Stage("original", zoo.architecture, recipe("original", zoo.epochs, None, False), each, "drawn")
-    else:
-        originals = Stage("original", zoo.architecture, recipe("original", 0, None, False), each, "taken", first_epoch=plan.epochs)
-    pruned = pd.concat([models.assign(level=level) for level in plan.levels], ignore_index=True) if plan.levels else each.head(0)
-    twins = {
-        "mp": Stage("mp", zoo.architecture, recipe("mp", zoo.mp_epochs, zoo.mp_learning_rate, False), pruned, "pruned", zoo.mp_scope),
-        "vd": Stage("vd", zoo.architecture, recipe("vd", zoo.vd_epochs, zoo.vd_learning_rate, True), each, "noisy", trajectory=True),
-    }
-    return [originals, *(twins[method] for method in METHODS if method in plan.methods)]
+    at_levels = [models.assign(level=level) for level in plan.levels]
+
+    def stage(name: str, epochs: int, lr: float | None, rows: pd.DataFrame, begins: str, **more: object) -> Stage:
+        recipe = Recipe(zoo.name, name, epochs, lr, zoo.batch_size, begins == "noisy", plan.run_seed)
+        return Stage(name, zoo.architecture, recipe, rows, begins, **more)
+
+    stages = [stage("original", zoo.epochs, None, each, "drawn")]
+    if plan.source:
+        stages = [stage("original", 0, None, each, "taken", first_epoch=plan.epochs)]
+    if "mp" in plan.methods:
+        rows = pd.concat(at_levels, ignore_index=True)
+        stages.append(stage("mp", zoo.mp_epochs, zoo.mp_learning_rate, rows, "pruned", scope=zoo.mp_scope))
+    if "vd" in plan.methods:
+        stages.append(stage("vd", zoo.vd_epochs, zoo.vd_learning_rate, each, "noisy", trajectory=True))
+    return stages

@@ -76,7 +76,8 @@ def read_source(
     if (path / "original.safetensors").exists():
         metrics = read_metrics(path / "metrics.parquet")
         recorded = metrics[metrics["method"] == "original"]
-        return Source(path.name, load_population(path / "original"), int(recorded["epoch"].max()), recorded, pd.DataFrame())
+        epoch, nothing = int(recorded["epoch"].max()), pd.DataFrame()
+        return Source(path.name, load_population(path / "original"), epoch, recorded, nothing)
     published = read_zoo(path, limit=None)
     if published.method != "original":
         raise UserError(f"{path.name} holds twins, not original models: give the zoo that they were made from.")
@@ -112,8 +113,9 @@ def open_source(
     architecture = found.population.architecture
     if architecture != zoo.architecture:
         fitting = [name for name, entry in ZOOS.items() if entry.architecture == architecture]
+        choice = f"one of {', '.join(fitting)}" if fitting else "a zoo of that architecture"
         raise UserError(f"{found.name} holds models of the architecture {architecture}, but {zoo.name} is a zoo of "
-                        f"{zoo.architecture}: choose {'one of ' + ', '.join(fitting) if fitting else 'a zoo of that architecture'}.")
+                        f"{zoo.architecture}: choose {choice}.")
     return with_numbers(found, zoo)
 
 # %% ../nbs/25_sources.ipynb #3c5d5edb
@@ -122,7 +124,8 @@ def source_fingerprint(
 ) -> dict[str, object]:  # JSON types
     "What tells one source from another."
     population = source.population
-    factors, recorded = (frame.to_csv(index=False).encode() for frame in (population.models[["seed", *FACTORS]], source.recorded))
+    frames = population.models[["seed", *FACTORS]], source.recorded
+    factors, recorded = (frame.to_csv(index=False).encode() for frame in frames)
     return {
         "models": len(population), "epoch": source.epoch, "weights": weights_digest(population.weights),
         "factors": digest(factors), "recorded": digest(recorded),

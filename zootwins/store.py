@@ -52,16 +52,16 @@ def row_names(
     who = [f"{model}, copy {copy}" for model, copy in zip(rows["model"], rows["copy"])] if "copy" in rows else rows["model"]
     return [f"{name}" if np.isnan(level) else f"{name} at {level:.9g}" for name, level in zip(who, levels)]
 
-# %% ../nbs/27_store.ipynb #f2fc37bf
+# %% ../nbs/27_store.ipynb #ee55c2fd
 def check_rows(
     rows: Sequence[str],      # of a piece, from row_names
     metrics: pd.DataFrame,    # tidy
-    epochs: tuple[int, int],  # the first and the last that the metrics have to have; a source may have told of earlier ones
+    epochs: tuple[int, int],  # the first and the last that are needed; a source may tell of earlier ones
     predicted: int | None,    # how many rows predictions are there for; none: no predictions belong to them
 ) -> None:
     "Raise `UserError` unless the metrics have each row at every epoch, and the predictions are as many."
-    told = pd.DataFrame({"row": row_names(metrics), "epoch": metrics["epoch"].to_numpy()})
-    told = told[told["epoch"] >= epochs[0]]  # a source may have recorded some epochs before
+    needed = metrics[metrics["epoch"] >= epochs[0]]
+    told = pd.DataFrame({"row": row_names(needed), "epoch": needed["epoch"].to_numpy()})
     wanted = pd.MultiIndex.from_product([rows, range(epochs[0], epochs[1] + 1)])
     complete = len(told) == len(wanted) and wanted.isin(pd.MultiIndex.from_frame(told)).all()
     if not (complete and wanted.is_unique and predicted in (None, len(rows))):
@@ -154,7 +154,7 @@ def check_file(
         raise UserError(f"{path} is damaged: delete it and run again, which makes its rows anew.")
     return path
 
-# %% ../nbs/27_store.ipynb #ae701669
+# %% ../nbs/27_store.ipynb #587c5b26
 class OutOfMemory(UserError):
     "There is not enough memory, which says nothing against a file."
 
@@ -163,7 +163,7 @@ class OutOfMemory(UserError):
 def opened(
     path: Path,  # of a file from `add_file`
 ) -> Iterator[safe_open]:
-    "Open a file after its hash was checked; raises `UserError` if it is damaged or holds something else, and `OutOfMemory`."
+    "Open a file whose hash is right; raises `UserError` if it is damaged or something else, and `OutOfMemory`."
     try:
         with safe_open(check_file(path), framework="pt") as file:
             yield file
@@ -172,9 +172,10 @@ def opened(
     except Exception as error:  # what is not what it says raises errors of many kinds
         if isinstance(error, MemoryError) or "allocate memory" in str(error):
             raise OutOfMemory(f"There is not enough memory to read {path}: allow for more, then run again.") from error
-        raise UserError(f"{path} does not hold what a store keeps ({one_line(error)}): delete it and run again.") from error
+        reason = one_line(error)
+        raise UserError(f"{path} does not hold what a store keeps ({reason}): delete it and run again.") from error
 
-
+# %% ../nbs/27_store.ipynb #1aaed048
 def table_in(
     file: safe_open,  # from `opened`
     name: str,        # "models" or "metrics"
@@ -261,9 +262,10 @@ def write_manifest(
     "List all finished files of a stage, and add to its history."
     history = [*read_manifest(folder, stage)["history"], dict(record)]
     names = [path.name for path in finished_files(folder, stage)]
-    write_json({"files": names, "history": history, "digest": _manifest_digest(names, history)}, folder / f"{stage}.json")
+    record = {"files": names, "history": history, "digest": _manifest_digest(names, history)}
+    write_json(record, folder / f"{stage}.json")
 
-# %% ../nbs/27_store.ipynb #1318706c
+# %% ../nbs/27_store.ipynb #3d8d5e0c
 def listed(
     folder: Path,  # of a zoo in a store
     stage: str,    # its name
@@ -287,9 +289,10 @@ def read_stage(
             parts.append(models_in(file, epoch))
     names, architecture = parts[0].weights.keys(), parts[0].architecture
     if any(part.weights.keys() != names or part.architecture != architecture for part in parts):
-        raise UserError(f"The files in {folder / stage} are of several architectures: delete that folder and run again.")
+        raise UserError(f"{folder / stage} holds several architectures: delete that folder and run again.")
     models = pd.concat([part.models for part in parts], ignore_index=True)
-    whole = checked_population({name: torch.cat([part.weights[name] for part in parts]) for name in names}, models, architecture)
+    weights = {name: torch.cat([part.weights[name] for part in parts]) for name in names}
+    whole = checked_population(weights, models, architecture)
     once = models[~pd.Series(row_names(models)).duplicated().to_numpy()]
     by = [name for name in ("level", "model", "copy") if name in once]
     return whole[once.sort_values(by, na_position="first").index.to_numpy()]
@@ -363,7 +366,8 @@ def sweep(
     name: str,     # of a stage, or "store"
 ) -> int:          # how many files went
     "Remove temporary files that killed runs have left."
-    left = [path for place in (folder, folder / name, folder / "parts") for path in place.glob(f".{name}-*") if path.is_file()]
+    places = folder, folder / name, folder / "parts"
+    left = [path for place in places for path in place.glob(f".{name}-*") if path.is_file()]
     for path in left:
         path.unlink(missing_ok=True)
     return len(left)
@@ -383,8 +387,8 @@ def open_store(
         if not os.path.lexists(path):
             strange = sorted(p.name for p in folder.iterdir() if p.suffix != ".lock" and not p.name.startswith("."))
             if strange:
-                raise UserError(f"{folder} has no store.json but {', '.join(strange[:3])}: what it was made from is not known; "
-                                "choose another store, or delete that folder to begin anew.")
+                raise UserError(f"{folder} has no store.json but {', '.join(strange[:3])}: what it was made from is not "
+                                "known; choose another store, or delete that folder to begin anew.")
             write_json(wanted, path)
     found = read_json(path)
     for name in {**wanted, **found}:
@@ -400,7 +404,8 @@ def _difference(
 ) -> str:            # such as "epochs 50, now 20"
     "Say in a few words what differs."
     if isinstance(found, dict) and isinstance(wanted, dict):
-        return "; ".join(f"{k} {found.get(k)}, now {wanted.get(k)}" for k in wanted | found if found.get(k) != wanted.get(k))
+        differ = [name for name in wanted | found if found.get(name) != wanted.get(name)]
+        return "; ".join(f"{name} {found.get(name)}, now {wanted.get(name)}" for name in differ)
     found, wanted = ("none" if value is None else value for value in (found, wanted))
     return f"{found}, now {wanted}"
 
