@@ -10,12 +10,18 @@ import torch
 
 from small import small_plan
 from zootwins.core import UserError
+from zootwins.datasets import load_images, subset
+from zootwins.engines import train
+from zootwins.metrics import METRIC_COLUMNS
 from zootwins.plans import fingerprint, make_plan
-from zootwins.population import Population, sample_population
+from zootwins.population import Population, sample_population, save_population
 from zootwins.published import write_zoo
-from zootwins.sources import source_fingerprint, with_factors, with_seeds
+from zootwins.publishing import hashes
+from zootwins.sources import open_source, read_source, source_fingerprint, with_factors, with_seeds
 from zootwins.store import open_store
-from zootwins.twins import load_metrics, load_stage, make_twins, run_record, table_reevaluation
+from zootwins.training import Recipe
+from zootwins.twins import fitting_epoch, load_metrics, load_stage, make_twins, run_record, table_reevaluation
+from zootwins.untrusted import HASHES
 from zootwins.zoos import FACTORS, get_zoo, model_table
 
 
@@ -153,3 +159,59 @@ def test_a_file_of_a_zenodo_record_is_a_source(tmp_path, monkeypatch):
     plan = make_plan("mnist_seed", None, "stl10/tune_zoo.zip", store=str(tmp_path / "store"), figures=str(tmp_path / "figures"))
     name = "module_list.0.weight"
     assert plan.n_models == 3 and torch.equal(plan.source.population.weights[name], population.weights[name])
+
+
+def test_fitting_epoch_finds_the_records_that_belong_to_the_weights():
+    recorded = pd.DataFrame([(m, e, 0.5 + 0.01 * e + 0.001 * m) for m in range(4) for e in range(5)], columns=["model", "epoch", "test_acc"])
+    for shift in (-1, 0, 1):
+        found = np.array([0.5 + 0.01 * (3 + shift) + 0.001 * m for m in range(4)])
+        assert fitting_epoch(recorded, found, 3, 1000) == (3 + shift, 4)
+    assert fitting_epoch(recorded, found + 0.3, 3, 1000) == (3, 0)
+    assert fitting_epoch(recorded, np.full(4, 0.53), 3, 10) == (3, 4)  # as good as others: their own
+
+
+def test_what_a_source_does_not_tell_is_counted_and_named(tmp_path):
+    zoo = get_zoo("mnist_seed")
+    population = sample_population(zoo, 3)
+    rows = pd.DataFrame([{"model": m, "epoch": e, "train_loss": 1.0, "train_acc": 50.0, "test_loss": 1.0, "test_acc": 40.0, "sparsity": 0.0} for m in range(3) for e in range(1, 4)])
+    folder = write_zoo({e: population for e in range(1, 4)}, rows, tmp_path / "zoo")
+    for model in folder.iterdir():
+        (model / "params.json").write_text('{"seed": 5, "weight_decay": 0.02}')
+        for path in sorted(model.glob("checkpoint_*")):
+            path.rename(model / f"checkpoint_{int(path.name[-6:]) - 1:06d}")
+    source = open_source(folder, zoo)
+    assert source.epoch == 3 and "+ 1, certain" in source.numbering and set(source.population.models["wd"]) == {0.02}
+    assert np.allclose(source.recorded["test_acc"], 0.4)
+    told = source.notes.set_index("name")["times"]
+    assert told["lr 0.0003"] == 3 and told["activation tanh"] == 3 and told["test_acc"] == 9 and "wd 0.0" not in told
+
+
+def test_a_publication_with_a_damaged_file_is_no_source(tmp_path):
+    save_population(sample_population(get_zoo("digits_seed"), 2), tmp_path / "original")
+    metrics = pd.DataFrame([{"zoo": "digits_seed", "method": "original", "level": np.nan, "model": m, "epoch": 50, **dict.fromkeys(METRIC_COLUMNS[5:], 0.5)} for m in range(2)])
+    metrics.to_parquet(tmp_path / "metrics.parquet")
+    (tmp_path / HASHES).write_text(hashes(tmp_path))
+    (tmp_path / ".gitattributes").write_text("x")
+    source = read_source(tmp_path)
+    assert source.epoch == 50 and source.notes["name"].tolist() == [".gitattributes"]
+    path = tmp_path / "original.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x00\x01"[-1:])
+    with pytest.raises(UserError, match="original.safetensors differs"):
+        read_source(tmp_path)
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_a_reevaluation_says_which_records_the_weights_belong_to(tmp_path, shift):
+    "Six digits models; the checkpoint folders of one of the zoos carry a number that is one too high."
+    zoo, images = get_zoo("digits_seed"), subset(load_images("digits"), 200, 400)
+    trained = train(sample_population(zoo, 6), images, Recipe(zoo.name, "original", 4, 2e-3), keep=(1, 2, 3), progress=False)
+    folder = write_zoo(trained.snapshots, trained.metrics.assign(sparsity=0.0), tmp_path / "zoo")
+    for model in folder.iterdir():
+        for path in sorted(model.glob("checkpoint_*"), reverse=True):
+            path.rename(model / f"checkpoint_{int(path.name[-6:]) + shift:06d}")
+    plan = make_plan(zoo.name, 6, source=str(folder), methods="vd", store=str(tmp_path / "store"), figures=str(tmp_path / "figures"))
+    plan = replace(plan, zoo=replace(plan.zoo, vd_epochs=1))
+    make_twins(plan, images, progress=False)
+    table = table_reevaluation(plan, images)
+    assert plan.epochs == 3 + shift and table.layout["Fit the records of epoch"].item() == "3 (6 of 6)"
+    assert ("NOT belong" in table.caption) == bool(shift)

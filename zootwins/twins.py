@@ -6,8 +6,8 @@
 __all__ = ['MEMORY_SIGNS', 'Crew', 'terms_of', 'stored', 'make_blocks', 'take_stock', 'Report', 'blocks_of', 'made_by',
            'make_stage', 'count_diverged', 'read_history', 'Interrupted', 'interruptible', 'make_twins', 'make_zoos',
            'save_metrics', 'load_metrics', 'load_stage', 'load_epoch', 'load_models', 'load_twins',
-           'removal_frequencies', 'partner_agreements', 'predictions_of', 'table_reevaluation', 'run_record',
-           'begin_figures']
+           'removal_frequencies', 'partner_agreements', 'predictions_of', 'fitting_epoch', 'table_reevaluation',
+           'run_record', 'begin_figures']
 
 # %% ../nbs/40_twins.ipynb #6d846747
 import platform
@@ -480,31 +480,52 @@ def predictions_of(
     weights = {name: tensor.to(plan.device) for name, tensor in population.weights.items()}
     return predict(replace(population, weights=weights), on_device(images, plan.device), plan.engine).cpu()
 
-# %% ../nbs/40_twins.ipynb #0301509c
+# %% ../nbs/40_twins.ipynb #3d965fae
+def fitting_epoch(
+    recorded: pd.DataFrame,  # model, epoch, test_acc
+    found: np.ndarray,       # [models], accuracies of the weights here
+    epoch: int,              # that the weights are taken for
+    n_images: int,           # of the test set
+) -> tuple[int, int]:        # the epoch near it whose records most weights agree with, and how many
+    "Find which records the weights belong to: those of their own epoch, of the one before or of the one after."
+    matches = {}
+    for near in (epoch, epoch - 1, epoch + 1):
+        values = recorded[recorded["epoch"] == near].set_index("model")["test_acc"].reindex(range(len(found)))
+        matches[near] = int((np.abs(((values.to_numpy() - found) * n_images).round(3)) <= 1.5).sum())
+    best = max(matches, key=matches.get)  # the first one, their own, if several are as good
+    return best, matches[best]
+
+# %% ../nbs/40_twins.ipynb #1af79fa0
 def table_reevaluation(
     plan: Plan,              # has a source that came with records
     images: Images,          # from datasets.load_images
 ) -> Table:
-    "The test accuracies that a source recorded beside those of its weights here."
+    "The test accuracies that a source recorded beside those of its weights here, and the epoch whose records fit."
     recorded = plan.source.recorded.reindex(columns=["model", "epoch", "test_acc"])
     last = recorded[recorded["epoch"] == plan.epochs].set_index("model")["test_acc"].reindex(range(plan.n_models))
     predicted = read_predictions(plan.folder, "original")
-    found = accuracy(torch.stack([predicted[number] for number in range(plan.n_models)]), images.y_test)
-    numbers = pd.DataFrame({"model": range(plan.n_models), "recorded": last.to_numpy(), "reevaluated": found.numpy()})
+    found = accuracy(torch.stack([predicted[number] for number in range(plan.n_models)]), images.y_test).numpy()
+    numbers = pd.DataFrame({"model": range(plan.n_models), "recorded": last.to_numpy(), "reevaluated": found})
     numbers["images"] = ((numbers["reevaluated"] - numbers["recorded"]) * len(images.y_test)).round(3)
     points = (100 * (numbers["reevaluated"] - numbers["recorded"])).abs()
+    best, agreeing = fitting_epoch(recorded, found, plan.epochs, len(images.y_test))
     layout = pd.DataFrame({
         "Models": [str(int(last.notna().sum()))],
         "Recorded": [mean_std(100 * last.mean(), 100 * last.std())],
         "Re-evaluated": [mean_std(100 * numbers["reevaluated"].mean(), 100 * numbers["reevaluated"].std())],
         "Largest difference": [f"{points.max():.3f}"], "Mean difference": [f"{points.mean():.3f}"],
         "Differ by more than one image": [str(int((numbers["images"].abs() > 1.5).sum()))],
+        "Fit the records of epoch": [f"{best} ({agreeing} of {plan.n_models})"],
     }, index=pd.Index([plan.zoo.title], name="Model Zoo"))
     caption = (f"Test accuracy at epoch {plan.epochs} as {plan.source.name} recorded it and as its weights give it here: "
                "mean (std) in %, differences per model in points.")
+    if best != plan.epochs:
+        caption += f" The weights do NOT belong to these records: {agreeing} of them fit those of epoch {best}, so that checkpoints are numbered otherwise than assumed."
+    elif agreeing < plan.n_models / 2 and last.notna().any():
+        caption += f" Most weights fit neither these records nor those of the epochs beside: {agreeing} of {plan.n_models} do. The images may be others."
     return Table("reevaluation", caption, numbers, layout)
 
-# %% ../nbs/40_twins.ipynb #ca5e749b
+# %% ../nbs/40_twins.ipynb #bb84620f
 def run_record(
     plan: Plan,              # what was asked
     reports: list[Report],   # what it cost
@@ -514,7 +535,7 @@ def run_record(
     rate = lambda r: {"model_samples_per_second": round(r.model_samples / r.seconds) if r.model_samples else None}
     stages, source = [asdict(report) | rate(report) for report in reports], "train"
     if plan.source:
-        source = {"name": plan.source.name, "left_out": len(plan.source.left_out), **source_fingerprint(plan.source)}
+        source = {"name": plan.source.name, "left_out": len(plan.source.left_out), "numbering": plan.source.numbering, "passed_over": plan.source.notes.to_dict("records"), **source_fingerprint(plan.source)}
     return {
         "zoo": plan.zoo.name, "n_models": plan.n_models, "source": source, "methods": list(plan.methods),
         "levels": list(plan.levels), "seed": plan.run_seed,
