@@ -21,6 +21,7 @@ import torch
 import yaml
 
 from zootwins import workers as w
+from zootwins.blocks import train_block
 from zootwins.core import UserError, cache_folder
 from zootwins.datasets import images_fingerprint, load_images
 from zootwins.plans import make_plan, make_stages
@@ -149,6 +150,35 @@ def test_a_worker_that_does_not_fit_is_told_in_one_sentence_and_mixes_nothing(tm
         make_twins(plan, images, progress=False, workers=Here(change, code))
     assert told in str(error.value) and str(error.value).startswith(f"Worker {w.me()} cannot take part. ") and "\n" not in str(error.value)
     assert made(plan) == 0
+
+
+def test_a_worker_goes_on_with_what_another_left_in_a_shared_folder(tmp_path, images):
+    class Dying(Here):
+        def submit(self, function, /, code, task):
+            block, terms = pickle.loads(task)
+            begun = train_block(block, images, w.check_terms(terms), parts=w.shared_parts(terms))
+            while next(begun).epoch < block.stage.recipe.epochs - 1:
+                pass
+            begun.close()
+            future = super().submit(function, code, task)
+            self.seconds.append(future.result().skipped)
+            return future
+
+    changes = {"epochs": 3, "mp_epochs": 2, "vd_epochs": 2}
+    plan, same, executor = plan_in(tmp_path, n=2, **changes), plan_in(tmp_path / "same", n=2, **changes), Dying()
+    make_twins(plan, images, progress=False, workers=executor)
+    make_twins(same, images, progress=False)
+    assert executor.seconds[1::2] == [2 * 1200 * 2, 2 * 1200, 2 * 1200]
+    assert_same_bits(plan, same)
+
+
+def test_a_folder_of_the_same_name_on_another_host_is_not_shared(tmp_path, images):
+    terms = w.Terms("digits", 28, {}, "torch", "", "cpu", str(tmp_path), "ours", "")
+    assert w.shared_parts(terms) is None
+    (tmp_path / "store.json").write_text("theirs")
+    assert w.shared_parts(terms) is None
+    (tmp_path / "store.json").write_text("ours")
+    assert w.shared_parts(terms) == tmp_path / "parts"
 
 
 @pytest.mark.parametrize("error, told", [
