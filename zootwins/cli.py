@@ -9,6 +9,7 @@ __all__ = ['NOTEBOOK', 'OPTIONS', 'find_notebook', 'defaults_of', 'plans_of', 'i
 
 # %% ../nbs/45_cli.ipynb #c11a0003
 import ast
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -293,5 +294,5 @@ def run_command(
             click.echo(f"{plan.zoo.name}: {plan.n_models} models; tables and figures are in {plan.figures}, the executed notebook is {notebook}")
 
 # %% ../nbs/45_cli.ipynb #c11a0024
-if __name__ == "__main__":
+if __name__ == "__main__" and Path(sys.argv[0]).stem == "cli":  # run as a module, not read by a notebook
     main()

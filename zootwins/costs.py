@@ -10,6 +10,7 @@ __all__ = ['TRAINED', 'TESTED', 'ROUNDS', 'COLUMNS', 'COSTS', 'CORES', 'first_bl
 # %% ../nbs/52_costs.ipynb #c52a0003
 import heapq
 import platform
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -120,7 +121,7 @@ def save_costs(
         costs.assign(machine=platform.machine(), arithmetic=LANES.arithmetic()).round(6).to_csv(temporary, index=False)
 
 # %% ../nbs/52_costs.ipynb #c52a0010
-if __name__ == "__main__":
+if __name__ == "__main__" and Path(sys.argv[0]).stem == "costs":  # run as a module, not read by a notebook
     save_costs(measure_costs(), project_root() / COSTS)
 
 # %% ../nbs/52_costs.ipynb #c52a0018
