@@ -25,9 +25,9 @@ from zootwins import lanes, training, variational
 from zootwins.architectures import ACTIVATIONS, build
 from zootwins.core import UserError
 from zootwins.population import from_modules, plain_models, sample_population
+from zootwins.store import read_part, save_part
 from zootwins.streams import epoch_order, random_normal, stream_keys
 from zootwins.training import Recipe, begin
-from zootwins.twins import resume_state, save_state
 from zootwins.zoos import ZOOS
 
 pytestmark = pytest.mark.skipif(lanes.compiler() is None, reason="no C++ compiler")
@@ -203,9 +203,13 @@ def test_resuming_from_disk_changes_nothing(options, tmp_path):
     for state, epochs in ((straight, 3), (before, 2)):
         for _ in range(epochs):
             lanes.train_epoch(state, x, y, recipe("noisy" in options))
-    save_state(tmp_path / "part", before, pd.DataFrame({"epoch": [before.epoch]}))
-    resumed = make("cnn_small_1ch", models=3, **options)
-    resume_state(tmp_path / "part", resumed)
+    parts = {"weights": before.population.weights, "first": before.first, "second": before.second}
+    tensors = {f"{part}/{name}": tensor for part, held in parts.items() for name, tensor in held.items()}
+    save_part(tmp_path, "part", tensors, pd.DataFrame({"epoch": [before.epoch]}), {"epoch": before.epoch, "steps": before.steps})
+    resumed, (kept, _, told) = make("cnn_small_1ch", models=3, **options), read_part(tmp_path, "part")
+    for part, held in (("weights", resumed.population.weights), ("first", resumed.first), ("second", resumed.second)):
+        held.update({name: kept[f"{part}/{name}"] for name in held})
+    resumed.epoch, resumed.steps = told["epoch"], told["steps"]
     lanes.train_epoch(resumed, x, y, recipe("noisy" in options))
     assert (resumed.epoch, resumed.steps) == (straight.epoch, straight.steps)
     for part, other in ((straight.population.weights, resumed.population.weights), (straight.first, resumed.first), (straight.second, resumed.second)):

@@ -8,7 +8,8 @@ import torch
 from small import small_plan
 from zootwins import lanes
 from zootwins.core import UserError
-from zootwins.plans import choose_engine, fingerprint, make_plan, make_stages, parse_levels, why_no_lanes
+from zootwins.engines import choose_engine, why_not
+from zootwins.plans import fingerprint, make_plan, make_stages, parse_levels
 from zootwins.training import TORCH
 
 
@@ -17,7 +18,7 @@ from zootwins.training import TORCH
     ({"methods": "mp,vdd"}, "Valid: mp, vd"), ({"levels": "0,100"}, "below 100"), ({"levels": "-5"}, "below 100"),
     ({"levels": "a"}, "percentages"), ({"levels": ""}, "at least one level"), ({"levels": " , "}, "at least one level"),
     ({"levels": "0.5,0.9"}, "write 50,90"), ({"levels": "nan"}, "levels of pruning"), ({"levels": "inf"}, "levels of pruning"),
-    ({"engine": "lane"}, "auto, lanes, torch"), ({"device": "gpu"}, "cpu, cuda"), ({"seed": "x"}, "whole number"),
+    ({"engine": "lane"}, "auto, lanes, gpu, torch"), ({"device": "gpu"}, "cpu, cuda"), ({"seed": "x"}, "whole number"),
     ({"engine": "lanes", "device": "cuda"}, "CUDA|CPU only"),
 ])
 def test_what_cannot_be_is_told_in_one_sentence(wrong, told):
@@ -55,7 +56,8 @@ def test_without_a_compiler_the_reference_engine_takes_over(monkeypatch, tmp_pat
 
 def test_the_lanes_say_what_they_cannot_train(capsys):
     assert choose_engine("auto", "cpu", "mlp") is TORCH and "and not mlp" in capsys.readouterr().out
-    assert "CPU only" in why_no_lanes("cuda", "cnn_large")
+    assert "CPU only" in why_not("lanes", "cuda", "cnn_large") and "GPU only" in why_not("gpu", "cpu", "cnn_large")
+    assert not why_not("torch", "cuda", "mlp")
 
 
 def test_every_pixel_and_label_is_in_the_fingerprint(tmp_path, images):

@@ -173,7 +173,8 @@ def test_fitting_epoch_finds_the_records_that_belong_to_the_weights():
 def test_what_a_source_does_not_tell_is_counted_and_named(tmp_path):
     zoo = get_zoo("mnist_seed")
     population = sample_population(zoo, 3)
-    rows = pd.DataFrame([{"model": m, "epoch": e, "train_loss": 1.0, "train_acc": 50.0, "test_loss": 1.0, "test_acc": 40.0, "sparsity": 0.0} for m in range(3) for e in range(1, 4)])
+    measured = {"train_loss": 1.0, "train_acc": 50.0, "test_loss": 1.0, "test_acc": 40.0, "sparsity": 0.0}
+    rows = pd.DataFrame([{"model": m, "epoch": e, **measured} for m in range(3) for e in range(1, 4)])
     folder = write_zoo({e: population for e in range(1, 4)}, rows, tmp_path / "zoo")
     for model in folder.iterdir():
         (model / "params.json").write_text('{"seed": 5, "weight_decay": 0.02}')

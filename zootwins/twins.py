@@ -520,9 +520,11 @@ def table_reevaluation(
     caption = (f"Test accuracy at epoch {plan.epochs} as {plan.source.name} recorded it and as its weights give it here: "
                "mean (std) in %, differences per model in points.")
     if best != plan.epochs:
-        caption += f" The weights do NOT belong to these records: {agreeing} of them fit those of epoch {best}, so that checkpoints are numbered otherwise than assumed."
+        caption += (f" The weights do NOT belong to these records: {agreeing} of them fit those of epoch {best}, "
+                    "so that checkpoints are numbered otherwise than assumed.")
     elif agreeing < plan.n_models / 2 and last.notna().any():
-        caption += f" Most weights fit neither these records nor those of the epochs beside: {agreeing} of {plan.n_models} do. The images may be others."
+        caption += (f" Most weights fit neither these records nor those of the epochs beside: {agreeing} of {plan.n_models} do. "
+                    "The images may be others.")
     return Table("reevaluation", caption, numbers, layout)
 
 # %% ../nbs/40_twins.ipynb #bb84620f
@@ -535,7 +537,8 @@ def run_record(
     rate = lambda r: {"model_samples_per_second": round(r.model_samples / r.seconds) if r.model_samples else None}
     stages, source = [asdict(report) | rate(report) for report in reports], "train"
     if plan.source:
-        source = {"name": plan.source.name, "left_out": len(plan.source.left_out), "numbering": plan.source.numbering, "passed_over": plan.source.notes.to_dict("records"), **source_fingerprint(plan.source)}
+        told = {"numbering": plan.source.numbering, "passed_over": plan.source.notes.to_dict("records")}
+        source = {"name": plan.source.name, "left_out": len(plan.source.left_out), **told, **source_fingerprint(plan.source)}
     return {
         "zoo": plan.zoo.name, "n_models": plan.n_models, "source": source, "methods": list(plan.methods),
         "levels": list(plan.levels), "seed": plan.run_seed,
