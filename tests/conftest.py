@@ -36,7 +36,3 @@ def published(tmp_path_factory, trained):
     write_zoo({6: load_stage(trained, "original")}, metrics[metrics["method"] == "original"], folder)
     shutil.make_archive(str(folder), "zip", folder.parent, folder.name)
     return folder
-
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: a sweep that takes minutes, run by make test-all")
