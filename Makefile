@@ -10,6 +10,8 @@ NOTEBOOK ?= run_zoo
 VENV := .venv
 BIN := $(VENV)/bin
 RUNS ?= runs
+LONG := ^(paper|19_averaging|44_soups|50_bench|51_bench_published|52_costs)
+SCRATCH := scratch=$$(mktemp -d) && trap 'rm -rf $$scratch' EXIT && ZOOTWINS_STORE=$$scratch/zoos ZOOTWINS_FIGURES=$$scratch/figures OMP_NUM_THREADS=1
 
 export MPLBACKEND := Agg
 export SOURCE_DATE_EPOCH := 0
@@ -42,17 +44,17 @@ keep: $(VENV)/ready
 
 test: clean-check export-check readme-check notebooks lint pytest
 
-# Rare and long sweeps: every kill point, many races, many mutated files.
+# Rare and long sweeps: every kill point, many races, notebooks and command lines from end to end.
 test-all: test
-	$(BIN)/python -m pytest -q -n 2 -m slow tests
+	$(SCRATCH) $(BIN)/nbdev_test --n_workers 2 --timing --file_re '$(LONG)'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m slow tests
 
 clean-check export-check readme-check: $(VENV)/ready
 	$(BIN)/python tests/fresh.py $@
 
-# The notebooks run for real; what they make goes to a folder of its own.
+# The notebooks run for real; what they make goes to a folder of its own. Those that take long are left to test-all.
 notebooks: $(VENV)/ready
-	scratch=$$(mktemp -d) && trap 'rm -rf $$scratch' EXIT && \
-	ZOOTWINS_STORE=$$scratch/zoos ZOOTWINS_FIGURES=$$scratch/figures OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
+	$(SCRATCH) $(BIN)/nbdev_test --n_workers 2 --timing --skip_file_re '^[_.]|$(LONG)'
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check zootwins tests

@@ -10,6 +10,7 @@ from zootwins import bench, lanes
 pytestmark = pytest.mark.skipif(lanes.compiler() is None, reason="no C++ compiler")
 
 
+@pytest.mark.slow
 def test_the_benchmark_writes_what_it_measured(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(lanes, "IMAGE_SHAPES", {"cnn_small_1ch": (1, 28, 28)})
     monkeypatch.setattr(lanes, "processors", lambda: 1)

@@ -7,7 +7,7 @@ import torch
 
 from small import small_plan
 from zootwins import blocks
-from zootwins.blocks import Block, cut_blocks, cut_rows, keep, resume, start_of, train_block
+from zootwins.blocks import Block, cut_blocks, cut_rows, halved, keep, restored, resume, start_of, train_block
 from zootwins.plans import make_stages
 from zootwins.population import sample_population
 from zootwins.store import Piece
@@ -51,7 +51,7 @@ def test_a_block_takes_its_originals_by_number(tmp_path):
     originals = sample_population(get_zoo("digits_seed"), 5)[[4, 0, 1]]
     predictions = {number: torch.full((50,), number, dtype=torch.uint8) for number in (0, 1, 4)}
     block, = cut_blocks(stage, replace(TORCH, mixes=True), originals, predictions)
-    assert block.originals.models["model"].tolist() == [1, 4] and block.reference[:, 0].tolist() == [1, 4]
+    assert block.originals.models["model"].tolist() == [1, 4] and restored(block.reference, 50)[:, 0].tolist() == [1, 4]
     begun, whole = start_of(block).population, sample_population(get_zoo("digits_seed"), 5)
     at_0 = [row for row, level in enumerate(block.stage.rows["level"]) if level == 0]
     assert torch.equal(begun.weights["module_list.0.weight"][at_0], whole.weights["module_list.0.weight"][[1, 4]])
@@ -157,3 +157,12 @@ def test_a_trajectory_that_has_a_gap_does_not_fit(tmp_path, images, engine, caps
     assert sorted(kept) == [0, 1]
     keep(tmp_path / "gap", block, state, frames, {1: kept[1]})
     assert resume(tmp_path / "gap", block, start_of(block), STEPS) == ([], {}) and "begun again" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("images", [1, 2, 7, 8])
+@pytest.mark.parametrize("classes", [10, 16, 17, 256])
+def test_predictions_that_travel_come_out_again(images, classes):
+    predictions = torch.arange(3 * images, dtype=torch.uint8).reshape(3, images) % classes
+    predictions[0, 0] = classes - 1
+    packed = halved(predictions)
+    assert torch.equal(restored(packed, images), predictions) and packed.shape[1] == (images if classes > 16 else (images + 1) // 2)

@@ -34,6 +34,7 @@ def made(tmp_path_factory):
     return folder, done.output
 
 
+@pytest.mark.slow
 def test_papermill_and_the_command_agree(tmp_path, made):
     given = {"zoo": "digits_seed", "n_models": 2, "levels": "50", "methods": "mp", "store": str(tmp_path / "zoos"), "figures": str(tmp_path / "figures")}
     papermill.execute_notebook(str(ROOT / "nbs/run_zoo.ipynb"), str(tmp_path / "out.ipynb"), given, kernel_name="python3", progress_bar=False)

@@ -364,6 +364,7 @@ def busy(executor, address):
 """
 
 
+@pytest.mark.slow
 def test_two_hosts_without_a_shared_folder_and_one_worker_killed_in_the_middle(tmp_path, images, hosts):
     anna, berta = hosts
     scheduler = dask_hosts(anna, berta)

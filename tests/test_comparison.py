@@ -600,3 +600,8 @@ def test_shares_of_the_heat_map(comparison):
     row = grid.loc[("usps_seed", 6)]
     assert (row["printed"], row["tested"], row["equivalent"]) == (33, cells["verdict"].isin(TESTED).sum(),
         (cells["verdict"] == "equivalent").sum()) and row["share"] == row["equivalent"] / row["tested"]
+
+
+def test_originals_alone_are_compared_with_nothing():
+    alone = compare(pd.DataFrame({"zoo": "usps_seed", "method": "original", "level": np.nan, "model": [0, 1], "epoch": 50}))
+    assert alone.empty and list(alone.columns) == COMPARISON

@@ -84,8 +84,11 @@ def after_twenty_steps(engine, architecture, stage, dtype):
     return state, *engine.train_epoch(state, x, y, recipe(stage))
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+KINDS = [(architecture, stage) for architecture in ARCHITECTURES for stage in STAGES]
+QUICK = ("cnn_small_1ch", "vd")  # the others take minutes together
+
+
+@pytest.mark.parametrize("architecture, stage", [kind if kind == QUICK else pytest.param(*kind, marks=pytest.mark.slow) for kind in KINDS])
 def test_twenty_steps_equal_the_lanes_in_double_precision(architecture, stage):
     """All nets, stages, activations and optimizers, in the precision of a GPU and, far more closely, in double precision."""
     exact, loss, right = after_twenty_steps(lanes, architecture, stage, torch.float64)
@@ -336,6 +339,7 @@ def sanitized(variant, folder, source=None):
     return subprocess.run([folder / "program"], capture_output=True, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", gpu.VARIANTS, ids=NAMES)
 def test_sanitizers_find_nothing(variant, tmp_path):
     result = sanitized(variant, tmp_path)

@@ -171,10 +171,10 @@ def test_a_table_without_the_column_model_is_taken_and_what_is_missing_is_named(
         assert from_state_dicts([own, own], "mine", whole).models["model"].tolist() == [0, 1]
 
 
-@pytest.mark.parametrize("change,reason", [(lambda w, m: (w, m.iloc[:1]), "for 1 models"), (lambda w, m: (w | {"x.weight": w["module_list.0.bias"].clone()}, m), "x.weight"),
-                                           (lambda w, m: ({k: t for k, t in w.items() if k != "module_list.0.bias"}, m), "it has no module_list.0.bias"),
+@pytest.mark.parametrize("change,reason", [(lambda w, m: (w, m.iloc[:1]), "weights of 1 models"), (lambda w, m: (w | {"x.weight": w["module_list.0.bias"].clone()}, m), "x.weight"),
+                                           (lambda w, m: ({k: t for k, t in w.items() if k != "module_list.0.bias"}, m), "module_list.0.bias is missing"),
                                            (lambda w, m: (w | {"module_list.0.bias": w["module_list.0.bias"].double()}, m), "float64"),
-                                           (lambda w, m: (w, m.drop(columns="model")), "numbers of models"),
+                                           (lambda w, m: (w, m.drop(columns="model")), "have no numbers"),
                                            (lambda w, m: (w | {"module_list.0.bias": w["module_list.3.bias"].clone()}, m), "module_list.0.bias is")])
 def test_a_stored_population_is_what_it_says(tmp_path, change, reason):
     population = sample_population(ZOOS["usps_seed"], 2)

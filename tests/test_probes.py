@@ -199,6 +199,7 @@ def test_the_notebook_explains_its_parameters():
     assert len(cells) == 1 and tuple(line.split(" = ")[0] for line in lines) == PARAMETERS and all("  # " in line for line in lines)
 
 
+@pytest.mark.slow
 def test_the_notebook_writes_its_tables_and_figures(tmp_path):
     done = papermill(tmp_path, n_models=12, epochs=1)
     assert done.returncode == 0, done.stderr[-2000:]

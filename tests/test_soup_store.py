@@ -142,6 +142,7 @@ make_soups(plan, images, [LONG], progress=False)
 """
 
 
+@pytest.mark.slow
 def test_kill_9_in_the_middle_of_a_phase_costs_no_finished_work(tmp_path):
     images = subset(load_images("digits"), 100, 200)
     plan = planned(tmp_path / "killed", 20)

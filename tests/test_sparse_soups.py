@@ -31,6 +31,7 @@ def test_there_is_one_cell_of_parameters_and_each_is_explained():
     assert len(cells) == 1 and [line.split(" = ")[0] for line in lines] == list(PARAMETERS) and all("  # " in line for line in lines)
 
 
+@pytest.mark.slow
 def test_a_run_and_another_with_more_copies(tmp_path):
     small = {"n_models": 2, "level": 80, "phases": 2, "epochs": 1, "merge": "uniform"}
     done = papermill(tmp_path, **small, copies=2)

@@ -47,11 +47,13 @@ class Block:
         "Names the block by its rows, such as mp-1f0c9a2b0d3e4f5a."
         return f"{self.stage.name}-{digest(chr(10).join(row_names(self.stage.rows)).encode())[:16]}"
 
-# %% ../nbs/28_blocks.ipynb #2f833af7
+# %% ../nbs/28_blocks.ipynb #8ac6840a
 def halved(
-    predictions: Tensor,  # uint8 [models, images], classes below 16
-) -> Tensor:              # uint8 [models, half the images, rounded up]
+    predictions: Tensor,  # uint8 [models, images]
+) -> Tensor:              # uint8 [models, half the images, rounded up]; as they are if a class is above 15
     "Put two predictions into a byte."
+    if predictions.max() > 15:
+        return predictions
     even = torch.nn.functional.pad(predictions, (0, predictions.shape[1] % 2))
     return even[:, 0::2] | even[:, 1::2] << 4
 
@@ -61,6 +63,8 @@ def restored(
     images: int,     # how many there are
 ) -> Tensor:         # uint8 [models, images]
     "Take them out again."
+    if halves.shape[1] == images:
+        return halves
     return torch.stack([halves & 15, halves >> 4], dim=-1).flatten(1)[:, :images]
 
 # %% ../nbs/28_blocks.ipynb #cd093d32

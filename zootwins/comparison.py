@@ -253,6 +253,8 @@ def compare(
     cells: pd.DataFrame | None = None,  # printed cells; none: from reported.read_reported
 ) -> pd.DataFrame:                      # COMPARISON, one row per printed cell of Tables 1, 2 and 5 to 9; in % and percentage points
     "Judge every printed cell by its counterpart in the run; `spread` is our standard deviation over the models in units of the paper's."
+    if (metrics["method"] == "original").all():  # the paper prints nothing of originals alone
+        return pd.DataFrame(columns=COMPARISON)
     both = match(metrics, read_reported() if cells is None else cells)
     coefficient = both["metric"].isin(["pearson", "kendall"])
     printed_over_models = both["paper_std"].where(both["layer"] == "")
