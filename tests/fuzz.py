@@ -7,7 +7,7 @@ more than it has, and five seconds of processor time, four times as many by the 
 - reason: some are missing, or something beside them, and the reader says how many and why
 - refused: one UserError on one line
 - remade: checksums were made anew after the mutation, so that nobody can tell it from a file that was meant
-- unnoticed: other numbers, from a format without checksums (population, metrics); in all other formats a failure
+- unnoticed: other numbers, from a format without checksums (metrics); in all other formats a failure
 
 Anything else is a failure: another exception, more lines than one, a crash, more time or more memory. A new reader is one more function with
 `@reader`, which writes a valid input and returns what reads it."""
@@ -40,6 +40,9 @@ from zootwins.metrics import METRIC_COLUMNS, read_metrics
 from zootwins.population import load_population, sample_population, save_population
 from zootwins.published import read_zoo, write_zoo
 from zootwins.publishing import hashes
+from zootwins.store import (
+    Piece, add_file, pack, read_part, read_predictions, read_stage, read_stage_metrics, save_part, write_manifest,
+)
 from zootwins.untrusted import HASHES, check_hashes, read_checkpoint
 from zootwins.zoos import get_zoo
 
@@ -160,7 +163,7 @@ def population_numbers(path: Path) -> dict[str, str]:
 def population(folder: Path) -> Reader:
     (folder / "files").mkdir()
     save_population(sample_population(get_zoo("mnist_fixed"), 3), folder / "files" / "original")
-    return Reader(lambda path: Read(population_numbers(path / "original")), "files", checked=False)
+    return Reader(lambda path: Read(population_numbers(path / "original")), "files")
 
 
 def write_metrics(path: Path) -> None:
@@ -189,6 +192,28 @@ def publication(folder: Path) -> Reader:
         return Read(population_numbers(path / "original") | {"rows": digest(read_metrics(path / "metrics.parquet"))}, passed=len(extra))
 
     return Reader(read, "twins")
+
+
+@reader
+def store(folder: Path) -> Reader:
+    "A stage with a trajectory, and a block that was left half way."
+    zoo, models, later = folder / "digits_seed", *(sample_population(get_zoo("digits_seed"), 3, seed) for seed in (0, 1))
+    models.models["level"] = later.models["level"] = np.nan
+    rows = [("z", "vd", np.nan, model, epoch, *(0.1 * i for i in range(len(METRIC_COLUMNS) - 5))) for model in range(3) for epoch in (0, 1)]
+    metrics = pd.DataFrame(rows, columns=METRIC_COLUMNS)
+    add_file(zoo / "vd", "vd-block", pack(Piece({0: models, 1: later}, metrics, 0, torch.zeros(3, 50, dtype=torch.uint8))))
+    write_manifest(zoo, "vd", {"made": 3})
+    save_part(zoo / "parts", "mp-block", {"weights/a": torch.ones(3)}, metrics, {"epoch": 1, "steps": 8})
+
+    def read(path: Path) -> Read:
+        found, left = read_stage(path, "vd", 0), read_part(path / "parts", "mp-block")
+        numbers = {name: digest(tensor.numpy()) for name, tensor in found.weights.items()} | {"factors": digest(found.models)}
+        numbers |= {"rows": digest(read_stage_metrics(path, "vd")), "predictions": digest(torch.stack(list(read_predictions(path, "vd").values())).numpy())}
+        if left is None:  # said, and begun again
+            return Read(numbers, missing=1)
+        return Read(numbers | {"left": digest(left[0]["weights/a"].numpy()), "epoch": str(left[2])})
+
+    return Reader(read, "digits_seed")
 
 
 # ---- mutations
