@@ -162,7 +162,7 @@ def test_a_trajectory_that_has_a_gap_does_not_fit(tmp_path, images, engine, caps
 @pytest.mark.parametrize("images", [1, 2, 7, 8])
 @pytest.mark.parametrize("classes", [10, 16, 17, 256])
 def test_predictions_that_travel_come_out_again(images, classes):
-    predictions = torch.arange(3 * images, dtype=torch.uint8).reshape(3, images) % classes
+    predictions = (torch.arange(3 * images).reshape(3, images) % classes).to(torch.uint8)
     predictions[0, 0] = classes - 1
     packed = halved(predictions)
     assert torch.equal(restored(packed, images), predictions) and packed.shape[1] == (images if classes > 16 else (images + 1) // 2)
