@@ -16,7 +16,7 @@ SCRATCH := scratch=$$(mktemp -d) && trap 'rm -rf $$scratch' EXIT && ZOOTWINS_STO
 export MPLBACKEND := Agg
 export SOURCE_DATE_EPOCH := 0
 
-.PHONY: run test test-all sanitize mutants lab keep readme clean-check export-check readme-check notebooks lint pytest
+.PHONY: run test test-all sanitize mutants lab keep paper readme clean-check export-check readme-check notebooks lint pytest
 
 $(VENV)/ready: setup.py settings.ini constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -41,6 +41,12 @@ keep: $(VENV)/ready
 	@test -f "runs/$(ZOO)/run.json" || { echo "There is no finished run of $(ZOO) in runs/: make run ZOO=$(ZOO) first." >&2; exit 1; }
 	@mkdir -p "figures/$(ZOO)" && cp "runs/$(ZOO)"/*.{csv,png,parquet,json} "figures/$(ZOO)/"
 	@git status --short "figures/$(ZOO)"
+
+# The paper's collected tables and figures, and the diagrams, from the kept runs.
+paper: $(VENV)/ready
+	$(BIN)/python -m zootwins.claims figures
+	ZOOTWINS_FIGURES="$(CURDIR)/figures" $(BIN)/jupyter nbconvert --to notebook --execute --inplace nbs/35_diagrams.ipynb nbs/paper.ipynb
+	$(BIN)/nbdev_clean
 
 test: clean-check export-check readme-check notebooks lint pytest
 
