@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -410,6 +411,39 @@ def test_ray_goes_on_when_one_of_its_workers_is_killed_in_the_middle(tmp_path, i
     plan, same = plan_in(tmp_path, **slow), plan_in(tmp_path / "same", **slow)
     make_twins(same, images, progress=False)
     assert_same_bits(plan, same)
+
+
+@pytest.fixture
+def ray_hosts(hosts):
+    "A Ray head on one host and a node on the other; all that they begin carries a tag, and is ended."
+    pytest.importorskip("ray")
+    ray, tags = Path(sys.executable).with_name("ray"), [f"tag{secrets.token_hex(8)}" for _ in hosts]
+    common = ("--num-cpus", 1, "--min-worker-port", 20000, "--max-worker-port", 20100, "--disable-usage-stats", "--block")
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as sockets:  # their names must be short
+        try:
+            head = ("--head", "--port", 6379, "--include-dashboard", "false", "--temp-dir", sockets)
+            for host, tag, words in zip(hosts, tags, (head, ("--address", f"{hosts[0].address}:6379"))):
+                process = host.start(ray, "start", *words, "--node-ip-address", host.address, *common, ZOOTWINS_TEST=tag)
+                wait_for(lambda host=host: "Ray runtime started" in host.log(0), process)
+            yield *hosts, tags[1]
+        finally:
+            for pid in [pid for tag in tags for pid in tagged(tag, b"")]:
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_two_hosts_under_ray_and_one_worker_killed_in_the_middle(tmp_path, images, ray_hosts):
+    (anna, berta, there), slow = ray_hosts, {"epochs": 40}
+    process = anna.start(sys.executable, script(anna.folder), anna.folder, "ray", repr(slow), RAY_ADDRESS=f"{anna.address}:6379")
+    wait_for(lambda: tagged(there, b"ray::work_off"), process, 120)
+    time.sleep(0.5)
+    os.kill(tagged(there, b"ray::work_off")[0], signal.SIGKILL)
+    assert process.wait(200) == 0 and "done" in anna.log(1), anna.log(1)
+    plan, same = plan_in(anna.folder, **slow), plan_in(tmp_path / "same", **slow)
+    make_twins(same, images, progress=False)
+    assert_same_bits(plan, same)
+    assert not (berta.folder / "zoos").exists()
 
 
 def test_the_recipe_for_slurm_gives_jobs_of_single_threaded_workers(tmp_path):
