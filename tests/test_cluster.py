@@ -418,6 +418,7 @@ def ray_hosts(hosts):
     "A Ray head on one host and a node on the other; all that they begin carries a tag, and is ended."
     pytest.importorskip("ray")
     ray, tags = Path(sys.executable).with_name("ray"), [f"tag{secrets.token_hex(8)}" for _ in hosts]
+    before = set(tagged("", b"ray::"))  # Ray's own agents overwrite their environment
     common = ("--num-cpus", 1, "--min-worker-port", 20000, "--max-worker-port", 20100, "--disable-usage-stats", "--block")
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as sockets:  # their names must be short
         try:
@@ -427,7 +428,7 @@ def ray_hosts(hosts):
                 wait_for(lambda host=host: "Ray runtime started" in host.log(0), process)
             yield *hosts, tags[1]
         finally:
-            for pid in [pid for tag in tags for pid in tagged(tag, b"")]:
+            for pid in [pid for tag in tags for pid in tagged(tag, b"")] + list(set(tagged("", b"ray::")) - before):
                 with contextlib.suppress(OSError):
                     os.kill(pid, signal.SIGKILL)
 
