@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['SUFFIX', 'LARGEST', 'FORMAT', 'Piece', 'row_names', 'check_rows', 'check_piece', 'pack', 'archive', 'add_file',
-           'check_file', 'OutOfMemory', 'opened', 'table_in', 'told_by', 'epochs_in', 'rows_in', 'models_in',
+           'remove', 'check_file', 'OutOfMemory', 'opened', 'table_in', 'told_by', 'epochs_in', 'rows_in', 'models_in',
            'read_manifest', 'finished_files', 'write_manifest', 'listed', 'read_stage', 'read_stage_metrics',
            'read_predictions', 'finished_rows', 'locked', 'sweep', 'open_store', 'save_part', 'read_part', 'drop_parts']
 
-# %% ../nbs/27_store.ipynb #b2c3d573
+# %% ../nbs/27_store.ipynb #888cdfc2
 import hashlib
 import io
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -126,7 +127,20 @@ def add_file(
             temporary.write_bytes(content)
     return path
 
-# %% ../nbs/27_store.ipynb #16a6632e
+# %% ../nbs/27_store.ipynb #d4bb2e4a
+def remove(
+    path: Path,  # of a file that is nobody's
+) -> None:
+    "Remove a file, or a folder in its place; raises `UserError` if that cannot be."
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
 LARGEST = 1 << 30  # bytes of a file: a block of CNN large with all its epochs has some 40 million
 
 
@@ -339,7 +353,7 @@ def finished_rows(
             there |= set(rows_in(file))
     return there
 
-# %% ../nbs/27_store.ipynb #7ea2e796
+# %% ../nbs/27_store.ipynb #5a748774
 @contextmanager
 def locked(
     folder: Path,  # of a zoo in a store
@@ -373,7 +387,7 @@ def sweep(
     places = folder, folder / name, folder / "parts"
     left = [path for place in places for path in place.glob(f".{name}-*") if path.is_file()]
     for path in left:
-        path.unlink(missing_ok=True)
+        remove(path)
     return len(left)
 
 # %% ../nbs/27_store.ipynb #d505e018
@@ -413,7 +427,7 @@ def _difference(
     found, wanted = ("none" if value is None else value for value in (found, wanted))
     return f"{found}, now {wanted}"
 
-# %% ../nbs/27_store.ipynb #98c8c8a1
+# %% ../nbs/27_store.ipynb #07c753fd
 def save_part(
     folder: Path,                   # for unfinished work
     block: str,                     # its name, such as "vd-1f0c9a2b"
@@ -426,7 +440,7 @@ def save_part(
     kept = add_file(folder, block, archive(content, told))
     for path in folder.glob(f"{block}-*{SUFFIX}"):
         if path != kept:
-            path.unlink(missing_ok=True)
+            remove(path)
 
 
 def read_part(
@@ -445,10 +459,10 @@ def read_part(
             raise
         except UserError:
             print(f"The unfinished work in {path.name} cannot be read; its block is begun again.", flush=True)
-            path.unlink(missing_ok=True)
+            remove(path)
     return max(found, key=lambda part: part[0])[1:] if found else None
 
-# %% ../nbs/27_store.ipynb #d4a6b8c2
+# %% ../nbs/27_store.ipynb #965f4e2b
 def drop_parts(
     folder: Path,      # for unfinished work
     stage: str,        # its name
@@ -462,4 +476,4 @@ def drop_parts(
         except UserError as error:
             useless = not isinstance(error, OutOfMemory)
         if useless:
-            path.unlink(missing_ok=True)
+            remove(path)
