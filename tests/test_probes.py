@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from nbclient import NotebookClient
 from sklearn.linear_model import Ridge
 from sklearn.metrics import r2_score
 from sklearn.preprocessing import StandardScaler
@@ -208,6 +209,17 @@ def test_the_notebook_writes_its_tables_and_figures(tmp_path):
     assert names == {"run.json", "table_3.csv", "table_3.md", "table_3.tex", "probes_twins.csv", "zero_shot.csv", "figure_losses.png", "figure_latent.png", "figure_zero_shot.png"}
     record = json.loads((folder / "run.json").read_text())
     assert record["n_models"] == 12 and record["config"]["epochs"] == 1 and record["states"] == 12 * 26
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_again_in_one_kernel(tmp_path):
+    notebook = nbformat.read(NOTEBOOK, 4)
+    first = next(i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", [])) + 1
+    own = [f"n_models, epochs, store, figures = 12, {n}, {str(tmp_path / 'zoos')!r}, {str(tmp_path / 'figures')!r}\nmine = 3" for n in (1, 2)]
+    notebook.cells = [cell for code in own for cell in (*notebook.cells[:first], nbformat.v4.new_code_cell(code), *notebook.cells[first:])]
+    NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": str(ROOT / "nbs")}}).execute()
+    record = json.loads((tmp_path / "figures/digits_seed/hyper_representations/run.json").read_text())
+    assert record["config"]["epochs"] == 2
 
 
 def test_a_mistake_is_told_before_any_work(tmp_path):
