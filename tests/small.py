@@ -11,12 +11,11 @@ import pandas as pd
 import torch
 
 from zootwins.datasets import load_images, subset
-from zootwins.plans import make_plan
+from zootwins.plans import STAGES, make_plan, make_stages
 from zootwins.store import finished_files, read_manifest
 from zootwins.twins import load_metrics, load_stage
 from zootwins.zoos import get_zoo
 
-STAGES = ("original", "mp", "vd")
 IMAGES = subset(load_images("digits"), 80, 50)
 
 
@@ -29,7 +28,7 @@ def small_plan(folder, n=3, epochs=3, **changes):
 
 def different(one, other):
     "Name the first thing in which the stores of two equal plans differ bit by bit; none: nothing."
-    for stage in ("original", *one.methods):
+    for stage in [stage.name for stage in make_stages(one)]:
         for epoch in range(one.zoo.vd_epochs + 1) if stage == "vd" else [None]:
             left, right = (load_stage(plan, stage, epoch) for plan in (one, other))
             if not left.models.equals(right.models) or left.weights.keys() != right.weights.keys():
