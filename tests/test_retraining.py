@@ -23,11 +23,11 @@ from zootwins.retraining import Rates, Rule, Trainer, TrainSettings, augmented, 
 from zootwins.schedules import epoch_factors
 
 NET = make_network("resnet8", channels=1, seed=1)
-SETTINGS = TrainSettings(batch_size=16)
+SETTINGS, RATES = TrainSettings(batch_size=16), Rates(0.05, 2)
 X, Y = IMAGES.x_train, IMAGES.y_train
 
 
-def trained(rates=Rates(0.05, 2), settings=SETTINGS, seed=1, net=NET, **how):
+def trained(rates=RATES, settings=SETTINGS, seed=1, net=NET, **how):
     return train_network(copy.deepcopy(net), X, Y, rates, settings, seed, **how)
 
 

@@ -72,7 +72,7 @@ def _plain(
     own = dict(layer.named_parameters(recurse=False))
     if "weight_orig" in own or "weight_g" in own or "weight" in getattr(layer, "parametrizations", {}):
         raise UserError(
-            f"The weight of {path} is computed from other parameters at every pass (torch.nn.utils.prune or a "
+            f"The weight of {path or 'the model'} is computed from other parameters at every pass (torch.nn.utils.prune or a "
             "parametrization): make it permanent first, by prune.remove or parametrize.remove_parametrizations."
         )
 
