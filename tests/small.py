@@ -11,11 +11,13 @@ import pandas as pd
 import torch
 
 from zootwins.datasets import load_images, subset
-from zootwins.plans import STAGES, make_plan, make_stages
+from zootwins import plans
+from zootwins.plans import make_plan, make_stages
 from zootwins.store import finished_files, read_manifest
 from zootwins.twins import load_metrics, load_stage
 from zootwins.zoos import get_zoo
 
+STAGES = ("original", "mp", "vd")
 IMAGES = subset(load_images("digits"), 80, 50)
 
 
@@ -47,8 +49,8 @@ def left_over(plan):
     folder = plan.folder
     parts = list((folder / "parts").glob("*")) if (folder / "parts").exists() else []
     hidden = [path for path in folder.rglob(".*")]
-    strange = [path for path in folder.iterdir() if path.suffix not in (".json", ".lock") and path.name not in (*STAGES, "parts")]
-    unlisted = [path for stage in STAGES for path in finished_files(folder, stage) if path.name not in read_manifest(folder, stage)["files"]]
+    strange = [path for path in folder.iterdir() if path.suffix not in (".json", ".lock") and path.name not in (*plans.STAGES, "parts")]
+    unlisted = [path for stage in plans.STAGES for path in finished_files(folder, stage) if path.name not in read_manifest(folder, stage)["files"]]
     return sorted({str(path.relative_to(folder)) for path in (*parts, *hidden, *strange, *unlisted)})
 
 
