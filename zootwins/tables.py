@@ -326,7 +326,9 @@ def table_empty(
     cells = cells.assign(cell=[f"{row.models}" + (f": {which[key]}" if (key := (row.zoo, row.selector, row.level)) in which else "") for row in cells.itertuples()])
     titles = {"Model Zoo": cells["zoo"].map(zoo_title), "Selector": cells["selector"], "Sparsity": cells["level"].map("{:.0%}".format)}
     caption = f"Models with an empty layer after magnitude pruning, and how often which layer. {caption_end(numbers)}"
-    return Table("table_empty", caption, numbers, arrange(cells.assign(**titles), ["Model Zoo", "Selector"], ["Sparsity"]))
+    layout = arrange(cells.assign(**titles), ["Model Zoo", "Selector"], ["Sparsity"])
+    rising = [f"{level:.0%}" for level in sorted(cells["level"].unique())]
+    return Table("table_empty", caption, numbers, layout.reindex(columns=pd.Index(rising, name="Sparsity")))
 
 # %% ../nbs/30_tables.ipynb #cc934d3e
 TABLE_1_STATES = {
@@ -424,9 +426,10 @@ def table_1(
 
 # %% ../nbs/30_tables.ipynb #b7f07e98
 def table_partners(
-    numbers: pd.DataFrame,  # zoo, method, selector, level, epoch, partner, n (models), mean and std over pairs in %
+    numbers: pd.DataFrame,  # zoo, method, perhaps selector, level, epoch, partner, n (models), mean and std over pairs in %
 ) -> Table:
     "Eq. 1 of twins with different partners, beside Table 1."
+    numbers = with_selectors(numbers)
     titles = {"Model Zoo": numbers["zoo"].map(zoo_title), "Method": method_titles(numbers), "Agreement with": numbers["partner"]}
     cells = numbers.assign(cell=list(map(mean_std, numbers["mean"], numbers["std"])), **titles)
     caption = f"Agreement of the twins of Table 1 with their own originals, with other originals and with each other: mean (std) over pairs in %. {model_counts(numbers)}"
