@@ -202,6 +202,7 @@ def get_selector(
     return SELECTORS[check_name(selector, SELECTORS, "selector")]
 
 
+# %% ../nbs/15_selectors.ipynb #15aa0002
 def check_target(
     selector: str,      # a name in SELECTORS
     architecture: str,  # a key of ARCHITECTURES
