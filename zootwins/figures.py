@@ -120,11 +120,11 @@ def selector_looks(
 def of_one_selector(
     metrics: pd.DataFrame,  # tidy metrics or removal frequencies of one or more zoos
 ) -> tuple[pd.DataFrame, dict[str, str]]:  # those of one selector for every zoo, and a title for each method
-    "What a figure shows that has room for one selector; the title names it unless it is the zoo's own and the only one."
+    "What a figure with room for one selector shows; a title names it unless it is the zoo's own and the only one."
     shown = one_selector(metrics)
     pruned = shown.loc[shown["method"] == "mp", ["zoo", "selector"]].drop_duplicates().astype(str)
-    plain = all(own_name(zoo) == name for zoo, name in pruned.to_numpy()) and not several_selectors(with_selectors(metrics))
-    named = "" if plain else f" ({', '.join(pruned['selector'].unique())})"
+    own = all(own_name(zoo) == name for zoo, name in pruned.to_numpy())
+    named = "" if own and not several_selectors(with_selectors(metrics)) else f" ({', '.join(pruned['selector'].unique())})"
     return shown, METHOD_TITLES | {"mp": METHOD_TITLES["mp"] + named}
 
 # %% ../nbs/31_figures.ipynb #a8bb3564
@@ -378,7 +378,8 @@ def draw_twins(
         label = METHOD_TITLES[method] + (f", {name}" if several and name else "") if len(curve) else None
         ax.plot(curve["sparsity"], curve["accuracy"], label=label, markevery=marker_steps(len(curve)), **drawn)
         if band and rows["model"].nunique() > 1:
-            ax.fill_between(curve["sparsity"], curve["low"], curve["high"], color=drawn["color"], alpha=0.1 if several else 0.2, linewidth=0)
+            shade = {"color": drawn["color"], "alpha": 0.1 if several else 0.2, "linewidth": 0}
+            ax.fill_between(curve["sparsity"], curve["low"], curve["high"], **shade)
 
 # %% ../nbs/31_figures.ipynb #34e9c0d1
 def _zoo_legend(

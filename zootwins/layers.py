@@ -76,14 +76,15 @@ CATEGORIES = ["zoo", "method", "selector", "layer"]  # that are kept as categori
 
 
 def stack_frequencies(
-    states: Mapping[tuple[str, str, str, float | None, int], pd.DataFrame],  # (zoo, method, selector or "", level or none, epoch) -> from removal_frequency
-) -> pd.DataFrame:                                                           # FREQUENCY_COLUMNS, states in their order
+    states: Mapping[tuple, pd.DataFrame],  # (zoo, method, selector or "", level or none, epoch) -> from removal_frequency
+) -> pd.DataFrame:                         # FREQUENCY_COLUMNS, states in their order
     "Stack the removal frequencies of several states; raises `UserError` if there are none."
     if not states:
         raise UserError("There are no removal frequencies to stack: give at least one state of twins.")
     parts = []
     for (zoo, method, selector, level, epoch), frequency in states.items():
-        keys = {"zoo": zoo, "method": method, "selector": selector, "level": np.float32(np.nan if level is None else level), "epoch": np.int16(epoch)}
+        keys = {"zoo": zoo, "method": method, "selector": selector, "epoch": np.int16(epoch)}
+        keys |= {"level": np.float32(np.nan if level is None else level)}
         parts.append(frequency.astype({"layer": str}).assign(**keys))
     stacked = pd.concat(parts, ignore_index=True)[FREQUENCY_COLUMNS]
     categories = {name: pd.CategoricalDtype(list(stacked[name].unique())) for name in CATEGORIES}

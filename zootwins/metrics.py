@@ -122,7 +122,8 @@ def read_metrics(
             frames.append(read_table(path))
         except UserError as error:
             raise UserError(f"{path} is not a readable metrics file ({one_line(error.__cause__ or error)}): run the zoo to make it.") from error
-        missing = [name for name in [*KEYS, *BASIC_MEASURES, "agreement"] if name not in (*frames[-1].columns, "selector")]
+        there = {*frames[-1].columns, "selector"}
+        missing = [name for name in [*KEYS, *BASIC_MEASURES, "agreement"] if name not in there]
         if missing:
             raise UserError(f"{path} holds no metrics: the columns {', '.join(missing)} are missing; choose the metrics.parquet of a run.")
         if wrong := [name for name in frames[-1] if name not in ("zoo", "method", "selector") and frames[-1][name].dtype.kind not in "fiu"]:

@@ -246,7 +246,8 @@ def make_stages(
     if plan.source:
         stages = [stage("original", 0, None, each, "taken", first_epoch=plan.epochs)]
     for selector in plan.selectors if "mp" in plan.methods else ():
-        rows, told = pd.concat(at_levels, ignore_index=True), {"name": pruning_stage(zoo, selector), "selector": selector}
+        rows = pd.concat(at_levels, ignore_index=True)
+        told = {"name": pruning_stage(zoo, selector), "selector": selector}
         stages.append(stage("mp", zoo.mp_epochs, zoo.mp_learning_rate, rows, "pruned", **told))
     if "vd" in plan.methods:
         stages.append(stage("vd", zoo.vd_epochs, zoo.vd_learning_rate, each, "noisy", trajectory=True))

@@ -117,7 +117,8 @@ def summary(
     last = last.sort_values("method", key=lambda column: column.map([*STAGE_TITLES].index), kind="stable")
     rows = {}
     for (method, selector, level), group in last.groupby(["method", "selector", "level"], dropna=False, sort=False):
-        name = STAGE_TITLES[method] + (f" ({selector})" if selector else "") + ("" if pd.isna(level) else f", {level:.0%}")
+        who, at = f" ({selector})" if selector else "", "" if pd.isna(level) else f", {level:.0%}"
+        name = STAGE_TITLES[method] + who + at
         cells = {column: mean_std(100 * group[column].mean(), 100 * group[column].std()) for column in ("test_acc",
             "sparsity", "agreement")}
         rows[name] = {"models": len(group), "epoch": group["epoch"].max(), **cells}
@@ -158,8 +159,8 @@ def provenance(
     }
     for stage in (stage for stage in stages if stage.startswith("mp")):
         selector = stage.partition("_")[2] or zoo["mp_selector"]
-        lines[stage] = (f"Magnitude pruning by the selector `{selector}` ({SELECTORS[selector].title}) is followed by fine-tuning for "
-                        f"{zoo['mp_epochs']} epochs, {rate(zoo['mp_learning_rate'])}.")
+        lines[stage] = (f"Magnitude pruning by the selector `{selector}` ({SELECTORS[selector].title}) is followed by "
+                        f"fine-tuning for {zoo['mp_epochs']} epochs, {rate(zoo['mp_learning_rate'])}.")
     told = [f"- {lines[stage]}" for stage in STAGES if stage in ("original", *stages)]
     told.append(f"- Images: {data['name']}, {data['n_train']:,} for training and {data['n_test']:,} for the test. Seed of the run: {store['seed']}.")
     for run in (run for run in history if run["stage"] in stages):

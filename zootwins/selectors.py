@@ -99,7 +99,7 @@ def snip_scores(
             "SNIP scores weights by the loss on training images: give images=, from datasets.load_images, "
             "or choose a selector that needs none."
         )
-    found = {name: torch.zeros_like(tensor, dtype=torch.double) for name, tensor in prunable(population.weights).items()}
+    found = {name: torch.zeros_like(of, dtype=torch.double) for name, of in prunable(population.weights).items()}
     device = next(iter(found.values())).device
     x, y = images.x_train[:SNIP_IMAGES].to(device).double(), images.y_train[:SNIP_IMAGES].to(device)
     for activation, rows in population.models.groupby("activation").indices.items():

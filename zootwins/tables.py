@@ -167,7 +167,8 @@ def selector_text(
     if named["selector"].nunique() < 2:
         return f"Selector: {named['selector'].iloc[0]}." if len(named) else ""
     own = lambda zoo, name: f"{name} (its own)" if name == own_name(zoo) else name
-    zoos = [f"{zoo_title(zoo)}: {', '.join(own(zoo, name) for name in of)}" for zoo, of in named.groupby("zoo", sort=False)["selector"]]
+    of_zoos = named.groupby("zoo", sort=False)["selector"]
+    zoos = [f"{zoo_title(zoo)}: {', '.join(own(zoo, name) for name in names)}" for zoo, names in of_zoos]
     return f"Selectors of {'; '.join(zoos)}."
 
 
@@ -223,7 +224,8 @@ def table_5(
     every = cell_numbers(rows.assign(zoo="All", selector=other), by, ["sparsity"])
     numbers, several = pd.concat([every, zoos], ignore_index=True), several_selectors(zoos)
     cells = pd.DataFrame({
-        "Model Zoo": numbers["zoo"].map(zoo_title), "Selector": numbers["selector"].replace("", "own"), "Metric": numbers["metric"].map(NAMES),
+        "Model Zoo": numbers["zoo"].map(zoo_title), "Selector": numbers["selector"].replace("", "own"),
+        "Metric": numbers["metric"].map(NAMES),
         "Sparsity": numbers["level"].map("{:.0%}".format), "Epoch": numbers["epoch"], "cell": list(map(mean_std, numbers["mean"], numbers["std"])),
     })
     caption = f"Table 5. Magnitude pruning before (epoch 0) and after fine-tuning: mean (std) in %. {caption_end(zoos)}"
@@ -281,9 +283,8 @@ def emptied_layers(
 ) -> str:                   # a sentence; empty where every layer keeps more than a thousandth of its weights
     "Name the layers that pruning has emptied, where accuracy tells of the choice of weights rather than of their number."
     empty = numbers[numbers["metric"].str.startswith("sparsity_") & (numbers["mean"] > 99.9)]
-    names = "; ".join(
-        f"{zoo_title(cell.zoo)}, {cell.selector} at {cell.level:.0%}: {cell.metric.removeprefix('sparsity_')}" for cell in empty.itertuples()
-    )
+    told = lambda of: f"{zoo_title(of.zoo)}, {of.selector} at {of.level:.0%}: {of.metric.removeprefix('sparsity_')}"
+    names = "; ".join(map(told, empty.itertuples()))
     return f" Emptied layers ({names}): a collapse there is the selector's choice of weights, not their number." if names else ""
 
 
@@ -295,7 +296,8 @@ def table_8(
     headings = layer_measures(metrics)
     rows = with_selectors(shown_epochs(metrics, "mp", []))
     wanted = np.isclose(rows["level"].to_numpy()[:, None], np.asarray(levels)).any(axis=1)
-    numbers = cell_numbers(rows[wanted] if wanted.any() else rows, ["zoo", "selector", "level", "epoch"], list(headings))
+    rows, by = rows[wanted] if wanted.any() else rows, ["zoo", "selector", "level", "epoch"]
+    numbers = cell_numbers(rows, by, list(headings))
     cells = _layer_cells(numbers, headings, Selector=numbers["selector"], Spars=numbers["level"].map("{:.0%}".format))
     caption = f"Table 8. Sparsity by layer, magnitude pruning after fine-tuning: mean (std over models) in %. {caption_end(numbers)}{emptied_layers(numbers)}"
     names = ["Model Zoo", *(["Selector"] if several_selectors(numbers) else []), "Spars"]
@@ -309,9 +311,10 @@ def empty_counts(
     layers = [name for name in rows.columns if name.startswith("sparsity_")]
     empty = (rows[layers] == 1).rename(columns=lambda name: name.removeprefix("sparsity_"))
     empty.insert(0, "any", empty.any(axis=1))
-    groups = pd.concat([rows[["zoo", "selector", "level"]], empty], axis=1).groupby(["zoo", "selector", "level"], sort=False)
+    keys = ["zoo", "selector", "level"]
+    groups = pd.concat([rows[keys], empty], axis=1).groupby(keys, sort=False)
     counts = groups.sum().assign(n=groups.size())
-    return counts.reset_index().melt(["zoo", "selector", "level", "n"], var_name="layer", value_name="models")
+    return counts.reset_index().melt([*keys, "n"], var_name="layer", value_name="models")
 
 
 def table_empty(
@@ -323,8 +326,10 @@ def table_empty(
     found = numbers[(numbers["layer"] != "any") & (numbers["models"] > 0)]
     which = {key: ", ".join(f"{row.layer} {row.models}" for row in of.itertuples()) for key, of in found.groupby(keys)}
     cells = numbers[numbers["layer"] == "any"]
-    cells = cells.assign(cell=[f"{row.models}" + (f": {which[key]}" if (key := (row.zoo, row.selector, row.level)) in which else "") for row in cells.itertuples()])
-    titles = {"Model Zoo": cells["zoo"].map(zoo_title), "Selector": cells["selector"], "Sparsity": cells["level"].map("{:.0%}".format)}
+    layers = [which.get((row.zoo, row.selector, row.level)) for row in cells.itertuples()]
+    cells = cells.assign(cell=[f"{count}: {of}" if of else f"{count}" for count, of in zip(cells["models"], layers)])
+    titles = {"Model Zoo": cells["zoo"].map(zoo_title), "Selector": cells["selector"]}
+    titles |= {"Sparsity": cells["level"].map("{:.0%}".format)}
     caption = f"Models with an empty layer after magnitude pruning, and how often which layer. {caption_end(numbers)}"
     layout = arrange(cells.assign(**titles), ["Model Zoo", "Selector"], ["Sparsity"])
     rising = [f"{level:.0%}" for level in sorted(cells["level"].unique())]
@@ -389,12 +394,12 @@ METHOD_TITLES = {"mp": "Magnitude pruning", "vd": "Variational dropout"}
 
 
 def method_titles(
-    rows: pd.DataFrame,                            # with zoo, method and selector
-    titles: Mapping[str, str] = METHOD_TITLES,     # by method
-) -> pd.Series:                                    # such as "Magnitude pruning", or "Magnitude pruning (lamp)" where a zoo has several selectors
-    "Name the method of every row."
-    several = several_selectors(rows)
-    named = [titles[method] + (f" ({name})" if name and several else "") for method, name in zip(rows["method"], rows["selector"])]
+    rows: pd.DataFrame,                         # with zoo, method and selector
+    titles: Mapping[str, str] = METHOD_TITLES,  # by method
+) -> pd.Series:                                 # such as "Magnitude pruning", or "Magnitude pruning (lamp)"
+    "Name the method of every row, and its selector where a zoo has several."
+    several, both = several_selectors(rows), zip(rows["method"], rows["selector"])
+    named = [titles[method] + (f" ({name})" if name and several else "") for method, name in both]
     return pd.Series(named, index=rows.index, dtype=object)
 
 # %% ../nbs/30_tables.ipynb #f6f45bbb
@@ -402,7 +407,8 @@ def state_layout(
     cells: pd.DataFrame,   # zoo, method, selector, epoch, heading, cell
 ) -> pd.DataFrame:         # one row per zoo; for each method the epoch, then the headings
     "Lay out one row per zoo with the two methods side by side."
-    epochs = cells.drop_duplicates(["zoo", "method", "selector"]).assign(heading="Epoch", cell=lambda rows: rows["epoch"].astype(str))
+    epochs = cells.drop_duplicates(["zoo", "method", "selector"])
+    epochs = epochs.assign(heading="Epoch", cell=epochs["epoch"].astype(str))
     both = pd.concat([epochs, cells], ignore_index=True)
     places = [both["method"].map(list(METHOD_TITLES).index), pd.factorize(both["selector"])[0]]
     both = both.iloc[np.lexsort(places[::-1])].reset_index(drop=True)
@@ -418,7 +424,8 @@ def table_1(
     "Table 1: agreement between twins and their originals."
     states = choose_states(metrics, TABLE_1_STATES, level, target)
     rows = rows_of_states(metrics, states)
-    numbers = cell_numbers(rows, ["zoo", "method", "selector", "level", "epoch", "target"], ["test_acc", "sparsity", "agreement"])
+    by = ["zoo", "method", "selector", "level", "epoch", "target"]
+    numbers = cell_numbers(rows, by, ["test_acc", "sparsity", "agreement"])
     headings = {"test_acc": "Accuracy", "sparsity": "Sparsity", "agreement": "Agreem"}
     cells = numbers.assign(heading=numbers["metric"].map(headings), cell=list(map(mean_std, numbers["mean"], numbers["std"])))
     caption = f"Table 1. Agreement of twins with their own originals: mean (std) in %. {model_counts(numbers)} {states_text(states)}"
@@ -426,11 +433,12 @@ def table_1(
 
 # %% ../nbs/30_tables.ipynb #b7f07e98
 def table_partners(
-    numbers: pd.DataFrame,  # zoo, method, perhaps selector, level, epoch, partner, n (models), mean and std over pairs in %
+    numbers: pd.DataFrame,  # from twins.partner_agreements, perhaps older than its column selector
 ) -> Table:
     "Eq. 1 of twins with different partners, beside Table 1."
     numbers = with_selectors(numbers)
-    titles = {"Model Zoo": numbers["zoo"].map(zoo_title), "Method": method_titles(numbers), "Agreement with": numbers["partner"]}
+    titles = {"Model Zoo": numbers["zoo"].map(zoo_title), "Method": method_titles(numbers)}
+    titles |= {"Agreement with": numbers["partner"]}
     cells = numbers.assign(cell=list(map(mean_std, numbers["mean"], numbers["std"])), **titles)
     caption = f"Agreement of the twins of Table 1 with their own originals, with other originals and with each other: mean (std) over pairs in %. {model_counts(numbers)}"
     return Table("table_partners", caption, numbers, arrange(cells, ["Model Zoo", "Method"], ["Agreement with"]))
@@ -446,7 +454,7 @@ def state_correlations(
         rows = metrics[(metrics["zoo"] == state.zoo) & metrics["selector"].isin(["", state.selector])]
         level = None if np.isnan(state.level) else state.level
         found = correlation(rows, state.method, state.epoch, level).rename(columns={"coefficient": "metric"})
-        percent = found.assign(selector=state.selector, **{name: 100 * found[name] for name in ("value", "low", "high")})
+        percent = found.assign(**{name: 100 * found[name] for name in ("value", "low", "high")}, selector=state.selector)
         chosen = rows_of_states(rows, states.loc[[state.Index]])
         mean = cell_numbers(chosen, ["zoo", "method", "selector", "level", "epoch"], ["sparsity"])
         parts += [mean.rename(columns={"mean": "value"}), percent]
@@ -486,7 +494,8 @@ def table_9(
     numbers = table_1(metrics, level, target).numbers
     headings = {"test_acc": "Acc", "sparsity": "Spar", "agreement": "Aggr"}
     cells = pd.DataFrame({
-        "Model Zoo": numbers["zoo"].map(zoo_title), "Measure": numbers["metric"].map(headings) + " " + method_titles(numbers, {"mp": "MP", "vd": "VD"}),
+        "Model Zoo": numbers["zoo"].map(zoo_title),
+        "Measure": numbers["metric"].map(headings) + " " + method_titles(numbers, {"mp": "MP", "vd": "VD"}),
         "cell": list(map(mean_std, numbers["mean"], numbers["std"])), "order": numbers["method"].map(list(METHOD_TITLES).index),
     })
     layout = arrange(cells.sort_values("order", kind="stable"), ["Model Zoo"], ["Measure"])
