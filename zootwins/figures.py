@@ -15,7 +15,7 @@ __all__ = ['COLOURS', 'BLUE', 'ORANGE', 'GREEN', 'GREY', 'MARKERS', 'LOOKS', 'WI
            'save_figure']
 
 # %% ../nbs/31_figures.ipynb #cf56bbb5
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -34,7 +34,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 from scipy.stats import kendalltau
 
-from .core import UserError, atomic_path
+from .core import FIGURE_FORMATS, UserError, atomic_path, in_formats
 from .correlation import correlate, correlation, paired_accuracy
 from .layers import layer_profile, layer_sizes
 from .tables import METHOD_TITLES, TABLE_1_STATES, TABLE_2_STATES, choose_states, last_epoch, rows_of_states, zoo_title
@@ -759,11 +759,10 @@ METADATA = {".png": {"Software": None}, ".pdf": {"CreationDate": None, "Creator"
 # %% ../nbs/31_figures.ipynb #e9358ae6
 def save_figure(
     fig: Figure,       # what to save
-    path: Path | str,  # such as "figures/usps_seed/figure_2.png"; or .pdf or .svg
+    path: Path | str,  # such as "figures/usps_seed/figure_2.png"
+    formats: Collection[str] | None = None,  # instead of the path's own: those of png, pdf and svg are written
 ) -> None:
     "Save a figure, whole or not at all; raises `UserError` for another file type."
-    kind = Path(path).suffix
-    if kind not in METADATA:
-        raise UserError(f"A figure cannot be saved as {kind!r}: use {', '.join(METADATA)}.")
-    with style(), atomic_path(path) as temporary:
-        fig.savefig(temporary, dpi=DPI[kind], metadata=METADATA[kind])
+    for target in in_formats(path, FIGURE_FORMATS, formats):
+        with style(), atomic_path(target) as temporary:
+            fig.savefig(temporary, dpi=DPI[target.suffix], metadata=METADATA[target.suffix])
