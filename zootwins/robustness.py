@@ -31,7 +31,9 @@ from scipy.stats import poisson
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .averaging import class_logits, copies, copy_masks, number_of_copies, sparse_soup, train_copies, uniform_soup
+from zootwins.averaging import (
+    class_logits, copies, copy_masks, number_of_copies, sparse_soup, train_copies, uniform_soup,
+)
 from .core import UserError, check_name, one_line
 from .datasets import DATA_SETS, Images, normalise, prepare
 from .distances import barrier, between, pairwise_distances
@@ -141,9 +143,11 @@ def defocus_blur(
 ) -> np.ndarray:
     "Convolve with a disc."
     radius, soft = (length * per_pixel(x) for length in strength)
-    reach = math.ceil(radius + 4 * soft)
-    rows, columns = np.mgrid[-reach : reach + 1, -reach : reach + 1]
-    disc = ndimage.gaussian_filter((rows**2 + columns**2 <= radius**2).astype(np.float32), soft, mode="constant")
+    reach, parts = math.ceil(radius + 4 * soft), 9  # a pixel is looked at in 9 by 9 places
+    at = (np.arange(parts * (2 * reach + 1)) - (parts * (2 * reach + 1) - 1) / 2) / parts
+    inside = (at[:, None] ** 2 + at**2 <= radius**2).astype(np.float32)
+    disc = inside.reshape(2 * reach + 1, parts, -1, parts).mean((1, 3))
+    disc = ndimage.gaussian_filter(disc, soft, mode="constant")
     return ndimage.convolve(x, (disc / disc.sum())[None, :, :, None], mode="mirror")
 
 
@@ -688,7 +692,7 @@ def table_15(
     shown = pd.DataFrame(layout).rename_axis(["Setting", "Sparsity"])
     return Table("table_15", f"Table 15, {data}: mean ± standard deviation.", pd.DataFrame(numbers), shown)
 
-# %% ../nbs/76_robustness.ipynb #7965ea7d
+# %% ../nbs/76_robustness.ipynb #22f74511
 def soup_populations(
     population: Population,  # N trained models
     images: Images,          # to train on
@@ -730,24 +734,26 @@ def ood_cells(
         by_copy = values.reshape(-1, m if row == "candidates" else 1)
         named = {"best candidate": by_copy.max(1), "mean candidate": by_copy.mean(1)}
         for name, each in (named if row == "candidates" else {row: values}).items():
-            told = {"row": name, "merge": "" if name.startswith("IMP") else "uniform", "m": pd.NA if name == "IMP" else m}
-            rows.append({**told, "phase": phase, "sparsity": levels[phase - 1], "mean": each.mean(), "std": each.std(ddof=1)})
+            told = {"row": name, "merge": "" if name.startswith("IMP") else "uniform", "phase": phase}
+            told |= {"m": pd.NA if name == "IMP" else m, "sparsity": levels[phase - 1]}
+            rows.append({**told, "mean": each.mean(), "std": each.std(ddof=1)})
     told = {"table": table, "setting": setting, "pruning": "weights", "level": level, "metric": "ood_acc"}
     cells = pd.DataFrame(rows).assign(**told, schedule="", doubtful="")
     return cells.astype({"m": "Int64", "phase": "Int64"})
 
-# %% ../nbs/76_robustness.ipynb #f8447cce
+# %% ../nbs/76_robustness.ipynb #1dba4c49
 def pair_averages(
     population: Population,  # copies, those of a model beside each other
     score: Callable[[Population], np.ndarray],  # accuracy of every model, such as its ood_accuracy
 ) -> pd.DataFrame:           # one row per pair: model, first, second, best, average
     "The average of every two copies of a model, beside the better of the two."
     m = number_of_copies(population)
-    alone, models, frames = np.asarray(score(population)).reshape(-1, m), population.models["model"].to_numpy()[::m], []
+    alone, frames = np.asarray(score(population)).reshape(-1, m), []
+    models = population.models["model"].to_numpy()[::m]
     for first, second in combinations(range(m), 2):
         middle = np.asarray(score(between(population[first::m], population[second::m], 0.5)))
-        best = alone[:, [first, second]].max(1)
-        frames.append(pd.DataFrame({"model": models, "first": first, "second": second, "best": best, "average": middle}))
+        columns = {"best": alone[:, [first, second]].max(1), "average": middle}
+        frames.append(pd.DataFrame({"model": models, "first": first, "second": second, **columns}))
     if not frames:
         raise UserError("There are no pairs of one copy each: give at least two copies of every model.")
     return pd.concat(frames, ignore_index=True)
@@ -761,7 +767,8 @@ def figure_pairs(
     "Accuracy of the average of two models against the better of the two (Figures 3, 5, 7 and 8)."
     fig, ax = plt.subplots(figsize=(0.6 * WIDTH, 1.3 * HEIGHT))
     for place, (varied, found) in enumerate(pairs.items()):
-        ax.scatter(found["best"], found["average"], s=14, color=COLOURS[place], marker=MARKERS[place], label=varied, alpha=0.7)
+        look = {"color": COLOURS[place], "marker": MARKERS[place], "alpha": 0.7}
+        ax.scatter(found["best"], found["average"], s=14, label=varied, **look)
     low, high = (f(f(found[name]) for found in pairs.values() for name in ("best", "average")) for f in (min, max))
     ax.plot([low, high], [low, high], color=GREY, linewidth=0.8)
     ax.set(xlabel=f"{measure} of the better of two", ylabel=f"{measure} of their average")
@@ -770,7 +777,7 @@ def figure_pairs(
         percent_axis(axis)
     return fig
 
-# %% ../nbs/76_robustness.ipynb #d577004c
+# %% ../nbs/76_robustness.ipynb #a9f33587
 def instability(
     population: Population,  # N trained models
     images: Images,          # to train on and to judge by
@@ -784,14 +791,16 @@ def instability(
     rows = []
     for level, rate in product(levels, rates):
         pruned, masks = prune(population, level)
-        ends = train_copies(copies(pruned, m), images, replace(recipe, lr=rate), copy_masks(masks, m), engine).population
+        many = copy_masks(masks, m)
+        ends = train_copies(copies(pruned, m), images, replace(recipe, lr=rate), many, engine).population
         apart = pairwise_distances(ends)
-        heights = [barrier(ends[i::m], ends[j::m], images, 5, engine)["barrier"] for i, j in combinations(range(m), 2)]
+        pairs = combinations(range(m), 2)
+        heights = [barrier(ends[i::m], ends[j::m], images, 5, engine)["barrier"] for i, j in pairs]
         right = lambda models: accuracy(judge(models, images.x_test, images.y_test, engine)[1], images.y_test)
-        gain = right(uniform_soup(ends, copy_masks(masks, m))) - right(ends).reshape(-1, m).max(1).values
-        found = {"mean distance": apart["distance"].mean(), "max distance": apart.groupby("model")["distance"].max().mean()}
-        rows.append({"level": level, "rate": rate, **found, "relative": apart["relative"].mean(),
-                     "barrier": np.mean(heights), "gain": 100 * gain.mean().item()})
+        gain = right(uniform_soup(ends, many)) - right(ends).reshape(-1, m).max(1).values
+        means = {"mean distance": apart["distance"].mean(), "relative": apart["relative"].mean()}
+        means |= {"max distance": apart.groupby("model")["distance"].max().mean(), "barrier": np.mean(heights)}
+        rows.append({"level": level, "rate": rate, **means, "gain": 100 * gain.mean().item()})
     return pd.DataFrame(rows)
 
 
@@ -801,7 +810,7 @@ def figure_instability(
 ) -> Figure:
     "Distance, barrier and gain over sparsity, a line for every rate."
     fig, axes = plt.subplots(1, 3, figsize=(WIDTH, HEIGHT))
-    titles = {"relative": "distance over norm", "barrier": "barrier of the loss", "gain": "soup minus best candidate, points"}
+    titles = {"relative": "distance over norm", "barrier": "barrier of the loss", "gain": "soup minus best, points"}
     for ax, (name, title) in zip(axes, titles.items()):
         for place, (rate, line) in enumerate(found.groupby("rate")):
             ax.plot(line["level"], line[name], color=COLOURS[place], marker=MARKERS[place], label=f"rate {rate:g}")
