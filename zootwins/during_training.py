@@ -91,34 +91,64 @@ class Method:
     restarts: ClassVar[bool] = False  # momentum is dropped whenever the level changes
     momentum: float = 0.9
 
-    def when(self, level: float, steps: int) -> dict[int, float]:
-        "Before which steps masks are found anew, and at what sparsity."
+    def when(
+        self,
+        level: float,  # sparsity in the end
+        steps: int,    # of the whole training
+    ) -> dict[int, float]:  # step, from 0 -> sparsity from there on
+        "Before which steps masks are found anew."
         return {}
 
-    def change(self, weights: Weights, level: float, memory: Memory) -> None:
+    def change(
+        self,
+        weights: Weights,  # dense, with thresholds
+        level: float,      # sparsity from here on
+        memory: Memory,    # is given the masks
+    ) -> None:
         "Find new masks."
         memory.masks = largest(magnitudes(weights), level)
 
-    def seen(self, weights: Weights, memory: Memory) -> Weights:
+    def seen(
+        self,
+        weights: Weights,  # dense, with thresholds
+        memory: Memory,    # has the masks
+    ) -> Weights:          # without thresholds
         "What the forward pass sees."
         plain = {name: tensor for name, tensor in weights.items() if not name.endswith(THRESHOLD)}
         return {name: tensor * memory.masks.get(name, 1) for name, tensor in plain.items()}
 
-    def reach(self, weights: Weights, gradients: Weights, memory: Memory) -> Weights:
-        "What of the gradient with respect to what was seen reaches the weights, and the thresholds."
+    def reach(
+        self,
+        weights: Weights,    # dense, with thresholds
+        gradients: Weights,  # of the loss, at what was seen
+        memory: Memory,      # has the masks
+    ) -> Weights:            # of the weights and thresholds
+        "What the gradient reaches."
         return gradients
 
-    def thresholds(self, weights: Weights) -> Weights:
-        "What is learned beside the weights, before the first step."
+    def thresholds(
+        self,
+        weights: Weights,  # before the first step
+    ) -> Weights:          # by `<name>.threshold`
+        "What is learned beside the weights."
         return {}
 
-    def final(self, weights: Weights, memory: Memory) -> Weights:
-        "The weights that are left in the end."
+    def final(
+        self,
+        weights: Weights,  # after the last step, with thresholds
+        memory: Memory,    # has the level
+    ) -> Weights:          # without thresholds
+        "The weights that are left."
         kept = largest(magnitudes(weights), memory.level)
         return {name: weights[name] * mask for name, mask in kept.items()}
 
-    def rate(self, step: int, steps: int, memory: Memory) -> Tensor | float | None:
-        "What the rate is multiplied by; none: the training's own schedule."
+    def rate(
+        self,
+        step: int,       # from 0
+        steps: int,      # of the whole training
+        memory: Memory,  # has what pruning has damaged
+    ) -> Tensor | float | None:  # [models] or for all; none: the training's own schedule holds
+        "What the first rate is multiplied by."
         return None
 
 # %% ../nbs/77_during_training.ipynb #62e08569
@@ -433,6 +463,34 @@ def _gather(
     moments = {"first": mean(state.first), "second": mean(state.second)}
     return replace(state, population=population, keys=keys, masks=first(state.masks), **moments)
 
+# %% ../nbs/77_during_training.ipynb #d892fddd
+def _with_thresholds(
+    state: State,          # before the first step; moved in place
+    names: Sequence[str],  # of the weights that may be pruned
+    method: Method,
+) -> list[str]:            # of the weights and thresholds
+    "Put a method's thresholds among the weights."
+    weights = state.population.weights
+    extra = method.thresholds({name: weights[name] for name in names})
+    weights.update(extra)
+    for moments in (state.first, *([state.second] if state.second else [])):
+        moments.update({name: torch.zeros_like(tensor) for name, tensor in extra.items()})
+    return [*names, *extra]
+
+
+def _finish(
+    state: State,          # after the last step; moved in place
+    names: Sequence[str],  # of the weights and thresholds
+    method: Method,
+    memory: Memory,
+) -> State:
+    "Leave what is left, without thresholds."
+    weights = state.population.weights
+    left = method.final({name: weights[name] for name in names}, memory)
+    plain = {name: tensor for name, tensor in weights.items() if not name.endswith(THRESHOLD)}
+    state.population.weights = plain | left
+    return state
+
 # %% ../nbs/77_during_training.ipynb #83c78b60
 def _renew(
     state: State,      # its masks and moments are changed in place
@@ -476,7 +534,7 @@ def _move(
     reached = method.reach(weights, {name: found[name] for name in seen}, memory)
     optimizer_step(state, found | reached, rates, decays, nesterov, method.momentum)
 
-# %% ../nbs/77_during_training.ipynb #31561e71
+# %% ../nbs/77_during_training.ipynb #479a8780
 def train_sparsely(
     state: State,        # before the first step; moved in place
     learner: Learner,    # computes gradients
@@ -490,13 +548,9 @@ def train_sparsely(
 ) -> State:              # with the weights that are left
     "Train by one of the methods."
     per_epoch, memory, copied, last = -(-n // recipe.batch_size), Memory(level), False, 0.0
-    steps, models, weights = recipe.epochs * per_epoch, state.population.models, state.population.weights
-    extra = method.thresholds({name: weights[name] for name in names})
-    weights.update(extra)
-    for moments in (state.first, *([state.second] if state.second else [])):
-        moments.update({name: torch.zeros_like(tensor) for name, tensor in extra.items()})
+    steps, models, names = recipe.epochs * per_epoch, state.population.models, _with_thresholds(state, names, method)
     device, plain = state.keys.device, replace(recipe, schedule="constant")
-    names, when, places = [*names, *extra], method.when(level, steps), torch.arange(n, device=device)
+    when, places = method.when(level, steps), torch.arange(n, device=device)
     for step in range(steps):
         epoch, number = divmod(step, per_epoch)
         if step in when:
@@ -518,10 +572,7 @@ def train_sparsely(
     if copied:
         state = _gather(state, memory, m, models, recipe)
         learner.gather(m)
-    weights = state.population.weights
-    left = method.final({name: weights[name] for name in names}, memory)
-    state.population.weights = {name: left.get(name, tensor) for name, tensor in weights.items() if name not in extra}
-    return state
+    return _finish(state, names, method, memory)
 
 # %% ../nbs/77_during_training.ipynb #2dd99e64
 def check_method(
