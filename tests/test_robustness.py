@@ -14,7 +14,7 @@ from zootwins.figures import style
 from zootwins.population import sample_population
 from zootwins.robustness import (
     CORRUPTIONS, Grain, calibration_error, celeba_groups, class_recall, contrast, corrupt, corrupted_accuracy, corrupted_sets, elastic_transform, fairness,
-    figure_pairs, fractal, impulse_noise, instability, judge, logits, magnify, ood_accuracy, ood_cells, pair_averages, read_corrupted, reliability, sample,
+    figure_pairs, fractal, impulse_noise, instability, judge, magnify, ood_accuracy, ood_cells, pair_averages, probabilities, read_corrupted, reliability, sample,
     shot_noise, soup_populations, table_15,
 )
 from zootwins.reported_soups import soup_table
@@ -169,7 +169,7 @@ def test_a_population_and_its_modules_are_judged_alike(zoo):
     assert len(one) == 4 * 4 and np.allclose(one["loss"], other["loss"], rtol=1e-4)
     pd.testing.assert_frame_equal(one.drop(columns="loss"), other.drop(columns="loss"))
     assert ood_accuracy(one)[2] == pytest.approx(one.loc[one["place"] == 2, "accuracy"].mean())
-    assert torch.equal(logits(zoo, IMAGES.x_test), logits(modules, IMAGES.x_test))
+    assert torch.allclose(probabilities(zoo, IMAGES), probabilities(modules, IMAGES), atol=1e-6)
 
 
 def test_corrupted_pixels_are_those_of_the_images():
@@ -182,7 +182,7 @@ def test_corrupted_pixels_are_those_of_the_images():
 def test_a_module_keeps_its_mode():
     module = nn.Sequential(nn.Flatten(), nn.Linear(784, 10), nn.BatchNorm1d(10)).train()
     before = {name: value.clone() for name, value in module.state_dict().items()}
-    judge(module, IMAGES.x_test, IMAGES.y_test)
+    judge(module, IMAGES)
     assert module.training and all(torch.equal(before[name], value) for name, value in module.state_dict().items())
 
 
@@ -254,7 +254,7 @@ def test_everybody_of_table_13(zoo):
     total = sum(w[0].numel() for name, w in zoo.weights.items() if name.endswith("weight"))
     assert all((zeros[row, 2] == round(total / 2)).all() for row in ("SMS", "candidates", "IMP_mx", "IMP", "IMP-RePrune"))
     assert len(found["candidates", 1]) == 4 and ("IMP-RePrune", 1) not in found
-    right = lambda models: accuracy(judge(models, IMAGES.x_test, IMAGES.y_test)[1], IMAGES.y_test)
+    right = lambda models: accuracy(judge(models, IMAGES)[1], IMAGES.y_test)
     cells = ood_cells(found, 0.5, right, "test")
     by_hand = 100 * right(found["candidates", 2]).reshape(2, 2)
     at = cells[(cells["phase"] == 2)].set_index("row")["mean"]

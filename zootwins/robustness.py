@@ -7,8 +7,8 @@ __all__ = ['GREY_WEIGHTS', 'FROST_COLOUR', 'CORRUPTIONS', 'SEVERITIES', 'AT_ONCE
            'SPLITS', 'LARGEST_TEXT', 'Grain', 'gaussian_noise', 'shot_noise', 'impulse_noise', 'sample', 'places',
            'per_pixel', 'smooth', 'defocus_blur', 'glass_blur', 'drag', 'motion_blur', 'magnify', 'zoom_blur',
            'luminance', 'fractal', 'snow', 'frost', 'fog', 'brightness', 'contrast', 'elastic_transform', 'pixelate',
-           'jpeg_compression', 'Corruption', 'corrupt', 'read_corrupted', 'corrupted_sets', 'module_logits', 'logits',
-           'judge', 'corrupted_accuracy', 'ood_accuracy', 'figure_robustness', 'reliability', 'calibration_error',
+           'jpeg_compression', 'Corruption', 'corrupt', 'read_corrupted', 'corrupted_sets', 'probabilities', 'judge',
+           'corrupted_accuracy', 'ood_accuracy', 'figure_robustness', 'reliability', 'calibration_error',
            'class_recall', 'fairness', 'celeba_groups', 'table_15', 'soup_populations', 'ood_cells', 'pair_averages',
            'figure_pairs', 'instability', 'figure_instability']
 
@@ -34,6 +34,7 @@ from torch.nn import functional as F
 from zootwins.averaging import (
     class_logits, copies, copy_masks, number_of_copies, sparse_soup, train_copies, uniform_soup,
 )
+from .batch_statistics import class_probabilities
 from .core import UserError, check_name, one_line
 from .datasets import DATA_SETS, Images, normalise, prepare
 from .distances import barrier, between, pairwise_distances
@@ -487,55 +488,35 @@ def corrupted_sets(
             pixels, labels = pixels[: len(images.x_test)], torch.from_numpy(numbers[: len(images.x_test)])
         yield (name, severity), replace(images, x_test=normalise(pixels, entry.mean, entry.std), y_test=labels)
 
-# %% ../nbs/76_robustness.ipynb #4f9d4cc3
+# %% ../nbs/76_robustness.ipynb #b1611368
 Models = Population | nn.Module | Sequence[nn.Module]
 
 
-def _modules(
-    models: nn.Module | Sequence[nn.Module],  # one or several
-) -> list[nn.Module]:
-    "A list in any case."
-    return [models] if isinstance(models, nn.Module) else list(models)
-
-
-def module_logits(
-    module: nn.Module,  # of any kind; left in the mode in which it was
-    x: Tensor,          # float32 [N, C, H, W]
-    at_once: int = 256,  # images
-) -> Tensor:            # float32 [N, classes], on the CPU
-    "The outputs of one module in eval mode."
-    training, place = module.training, next(module.parameters()).device
-    with torch.no_grad():
-        module.eval()
-        found = torch.cat([module(part.to(place)).float().cpu() for part in x.split(at_once)])
-    module.train(training)
-    return found
-
-# %% ../nbs/76_robustness.ipynb #a0fc13db
-def logits(
+def probabilities(
     models: Models,  # a population, a module, or several modules
-    x: Tensor,       # float32 [N, C, H, W]
-) -> Tensor:         # float32 [models, N, classes]
-    "The outputs before the softmax."
+    images: Images,  # whose test images are judged
+) -> Tensor:         # float64 [models, N, classes]
+    "What models of any kind make of the test images."
     if isinstance(models, Population):
-        return class_logits(models, x)
-    return torch.stack([module_logits(module, x) for module in _modules(models)])
+        return class_logits(models, images.x_test).double().softmax(-1)
+    modules = [models] if isinstance(models, nn.Module) else list(models)
+    return torch.stack([class_probabilities(module, images)[0] for module in modules])
 
 
 def judge(
     models: Models,          # a population, a module, or several modules
-    x: Tensor,               # float32 [N, C, H, W]
-    y: Tensor,               # int64 [N]
+    images: Images,          # whose test images are judged
     engine: Engine = TORCH,  # who judges a population
 ) -> tuple[Tensor, Tensor]:  # mean cross-entropy float64 [models], predicted classes [models, N]
     "Loss and predictions of models of any kind."
+    x, y = images.x_test, images.y_test
     if isinstance(models, Population):
         return engine.evaluate(models.weights, models.architecture, models.models["activation"], x, y)
-    found = logits(models, x)
-    loss = torch.stack([F.cross_entropy(one.double(), y) for one in found])
-    return loss, found.argmax(-1)
+    found = probabilities(models, images)
+    likely = found.gather(2, y.cpu().expand(len(found), -1)[..., None]).squeeze(2)
+    return -likely.clamp_min(torch.finfo(torch.float64).tiny).log().mean(1), found.argmax(-1)
 
-# %% ../nbs/76_robustness.ipynb #62edaf2a
+# %% ../nbs/76_robustness.ipynb #a9aa4c50
 def corrupted_accuracy(
     models: Models,                        # a population, a module, or several modules
     sets: Iterable[tuple[Key, Images]],    # from corrupted_sets, or the items of a dictionary of them
@@ -544,7 +525,7 @@ def corrupted_accuracy(
     "How every model does on every corruption at every severity."
     frames = []
     for (name, severity), bad in sets:
-        loss, predictions = judge(models, bad.x_test, bad.y_test, engine)
+        loss, predictions = judge(models, bad, engine)
         right = accuracy(predictions, bad.y_test)
         columns = {"accuracy": right.cpu().numpy(), "loss": loss.cpu().numpy()}
         frames.append(pd.DataFrame({"place": range(len(right)), "corruption": name, "severity": severity, **columns}))
@@ -583,17 +564,17 @@ def figure_robustness(
     fig.tight_layout(rect=(0, 0.07, 1, 1), h_pad=0.6, w_pad=0.4)
     return fig
 
-# %% ../nbs/76_robustness.ipynb #89311688
+# %% ../nbs/76_robustness.ipynb #2a3b699a
 BINS = 15
 
 
 def reliability(
-    probabilities: Tensor,  # [N, classes] of one model
+    confident: Tensor,      # [N, classes], probabilities of one model
     y: Tensor,              # int64 [N]
     bins: int = BINS,       # of equal width; bin b holds confidences in ((b - 1) / bins, b / bins]
 ) -> pd.DataFrame:          # one row per bin with images: images, confidence, accuracy
     "How often a model is right, by how sure it is."
-    confidence, guess = probabilities.double().max(-1)
+    confidence, guess = confident.double().max(-1)
     place = (confidence * bins).ceil().long().clamp(1, bins)
     frame = pd.DataFrame({"bin": place, "confidence": confidence, "accuracy": (guess == y).double()})
     means = frame.groupby("bin").mean()
@@ -601,13 +582,13 @@ def reliability(
 
 
 def calibration_error(
-    probabilities: Tensor,  # [models, N, classes]
+    confident: Tensor,      # [models, N, classes], from `probabilities`
     y: Tensor,              # int64 [N]
     bins: int = BINS,       # of equal width
 ) -> pd.DataFrame:          # one row per model: ECE and MCE, fractions
     "Expected and maximum calibration error of every model."
     rows = []
-    for one in probabilities:
+    for one in confident:
         table = reliability(one, y, bins)
         gap = (table["accuracy"] - table["confidence"]).abs()
         rows.append({"ECE": (gap * table["images"]).sum() / len(y), "MCE": gap.max()})
@@ -796,7 +777,7 @@ def instability(
         apart = pairwise_distances(ends)
         pairs = combinations(range(m), 2)
         heights = [barrier(ends[i::m], ends[j::m], images, 5, engine)["barrier"] for i, j in pairs]
-        right = lambda models: accuracy(judge(models, images.x_test, images.y_test, engine)[1], images.y_test)
+        right = lambda models: accuracy(judge(models, images, engine)[1], images.y_test)
         gain = right(uniform_soup(ends, many)) - right(ends).reshape(-1, m).max(1).values
         means = {"mean distance": apart["distance"].mean(), "relative": apart["relative"].mean()}
         means |= {"max distance": apart.groupby("model")["distance"].max().mean(), "barrier": np.mean(heights)}
