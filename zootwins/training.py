@@ -177,8 +177,9 @@ def optimizer_step(
     rates: Tensor,                 # float32 [models], learning rates
     decays: Tensor,                # float32 [models], weight decays
     nesterov: bool = False,        # for SGD: look ahead along the momentum
+    momentum: float = 0.9,         # of SGD; Adam's is 0.9
 ) -> None:
-    "One step of Adam or of SGD with momentum 0.9, with each model's learning rate and weight decay."
+    "One step of Adam or of SGD with momentum, with each model's learning rate and weight decay."
     state.steps += 1
     correction1, correction2 = 1 - 0.9**state.steps, math.sqrt(1 - 0.999**state.steps)
     for name, weight in state.population.weights.items():
@@ -191,8 +192,8 @@ def optimizer_step(
             state.second[name].mul_(0.999).addcmul_(gradient, gradient, value=0.001)
             weight.sub_(rate / correction1 * state.first[name] / (state.second[name].sqrt() / correction2 + 1e-8))
         else:
-            momentum = state.first[name].mul_(0.9).add_(gradient)
-            weight.sub_(rate * (gradient + 0.9 * momentum if nesterov else momentum))
+            moving = state.first[name].mul_(momentum).add_(gradient)
+            weight.sub_(rate * (gradient + momentum * moving if nesterov else moving))
 
 # %% ../nbs/12_training.ipynb #d404b899
 def alike(
