@@ -6,8 +6,8 @@
 __all__ = ['COUNT', 'INITS', 'BIAS', 'NORMS', 'HELD', 'RANGES', 'PARAMETERS', 'Population', 'initial_weight',
            'initial_population', 'sample_population', 'check_norm', 'parameter_shapes', 'plain_weights',
            'check_weights', 'from_state_dicts', 'from_modules', 'plain_models', 'complete_models', 'check_factors',
-           'concatenate', 'noise_shapes', 'in_order', 'checked_population', 'weights_digest', 'save_population',
-           'load_population', 'read_stacked']
+           'concatenate', 'flatten', 'unflatten', 'noise_shapes', 'in_order', 'checked_population', 'weights_digest',
+           'save_population', 'load_population', 'read_stacked']
 
 # %% ../nbs/05_population.ipynb #0ab0daf6
 import io
@@ -297,6 +297,25 @@ def concatenate(
     first = populations[0]
     weights = {name: torch.cat([p.weights[name] for p in populations]) for name in first.weights}
     return Population(weights, pd.concat([p.models for p in populations], ignore_index=True), first.architecture)
+
+# %% ../nbs/05_population.ipynb #3746c1a0
+def flatten(
+    weights: Mapping[str, Tensor],  # stacked plain parameters
+) -> Tensor:                        # float32 [models, parameters]
+    "Write models as vectors."
+    return torch.cat([tensor.flatten(1) for tensor in weights.values()], 1)
+
+
+def unflatten(
+    vectors: Tensor,      # [models, parameters]
+    architecture: str,    # a name in architectures.ARCHITECTURES
+) -> dict[str, Tensor]:   # stacked parameters
+    "Read models from vectors; raises `UserError` if they have another length."
+    shapes = parameter_shapes(architecture)
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    if vectors.ndim != 2 or vectors.shape[1] != sum(sizes):
+        raise UserError(f"Models of {architecture} are vectors of {sum(sizes)} numbers, not {list(vectors.shape[1:])}.")
+    return {name: part.reshape(-1, *shapes[name]) for name, part in zip(shapes, vectors.split(sizes, 1))}
 
 # %% ../nbs/05_population.ipynb #de1f21f1
 def noise_shapes(

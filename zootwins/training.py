@@ -145,12 +145,12 @@ def training_module(
         layer.site = site
     return module.train(), noisy
 
-# %% ../nbs/12_training.ipynb #e6d44f57
+# %% ../nbs/12_training.ipynb #52e5a248
 def loss_function(
     module: nn.Module,       # from training_module
     noisy: list[nn.Module],  # its layers that draw noise
-) -> Callable:               # (weights, x [B, C, H, W], y [B], key [2], position [B], epoch, divergence weight) -> (loss, (sum of cross-entropy, right answers, running statistics by name))
-    "Make the loss of one model on one batch as a function of its weights."
+) -> Callable:               # of weights, x [B, C, H, W], y [B], key [2], position [B], epoch, divergence weight
+    "Make the loss of one model on one batch; beside it: sum of cross-entropy, right answers, running statistics."
     divergent = any(isinstance(layer, (SparseConv2d, SparseLinear)) for layer in noisy)
     norms = {path: layer for path, layer in module.named_modules() if isinstance(layer, SeenBatchNorm)}
 
