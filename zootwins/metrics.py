@@ -73,16 +73,16 @@ def tidy(
 # %% ../nbs/20_metrics.ipynb #20aa0001
 def own_name(
     zoo: str,  # name of a zoo, registered or not
-) -> str:      # one of selectors.SELECTORS
+) -> str:      # one of selectors.SELECTORS; empty for a zoo that is not registered
     "The selector by which a zoo is pruned unless another is asked for."
-    return getattr(ZOOS.get(zoo), "mp_selector", "global")
+    return getattr(ZOOS.get(zoo), "mp_selector", "")
 
 
 def with_selectors(
     metrics: pd.DataFrame,  # with zoo and method; perhaps with selector
 ) -> pd.DataFrame:          # the same rows, every one of magnitude pruning with its selector
     "Name the zoo's own selector where none is named."
-    own = metrics["zoo"].astype(object).map({zoo: own_name(zoo) for zoo in metrics["zoo"].unique()})
+    own = metrics["zoo"].astype(object).map({zoo: own_name(zoo) or "global" for zoo in metrics["zoo"].unique()})
     own = own.where(metrics["method"] == "mp", "")
     if "selector" not in metrics:
         columns = list(metrics.columns)
@@ -95,10 +95,10 @@ def with_selectors(
 def own_selector(
     metrics: pd.DataFrame,  # tidy metrics of one or more zoos
 ) -> pd.DataFrame:          # without the rows of other selectors
-    "What the zoos' own selectors have pruned, and all that was not pruned."
-    known = with_selectors(metrics)
+    "What the zoos' own selectors have pruned, and all that was not pruned; a zoo of one's own lists its own first."
+    known = one_selector(metrics)
     own = known["zoo"].astype(object).map({zoo: own_name(zoo) for zoo in known["zoo"].unique()})
-    return known[(known["method"] != "mp") | (known["selector"] == own)]
+    return known[(known["method"] != "mp") | (own == "") | (known["selector"] == own)]
 
 
 def one_selector(
