@@ -141,14 +141,14 @@ def test_selectors_are_not_in_the_fingerprint_but_the_zoos_own_is(tmp_path, both
 def test_metrics_older_than_the_column_are_of_the_zoos_own(tmp_path, metrics, monkeypatch):
     old = own_selector(metrics).reset_index(drop=True)
     save_metrics(old.drop(columns="selector"), tmp_path / "metrics.parquet")
-    pd.testing.assert_frame_equal(read_metrics(tmp_path / "metrics.parquet"), old, check_dtype=False)
+    pd.testing.assert_frame_equal(read_metrics(tmp_path / "metrics.parquet"), old)
     svhn = old.drop(columns="selector").assign(zoo="svhn_seed")
     assert set(with_selectors(svhn).query("method == 'mp'")["selector"]) == {"layerwise"}
     measure = blocks.measure
     monkeypatch.setattr(blocks, "measure", lambda *given: measure(*given).drop(columns="selector"))
     plan = small_plan(tmp_path / "store", n=4)
     run(plan)
-    pd.testing.assert_frame_equal(load_metrics(plan), old, check_dtype=False)
+    pd.testing.assert_frame_equal(load_metrics(plan), old)
 
 
 # --- tables, figures and verdicts

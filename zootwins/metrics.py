@@ -83,12 +83,12 @@ def with_selectors(
 ) -> pd.DataFrame:          # the same rows, every one of magnitude pruning with its selector
     "Name the zoo's own selector where none is named."
     own = metrics["zoo"].astype(object).map({zoo: own_name(zoo) or "global" for zoo in metrics["zoo"].unique()})
-    own = own.where(metrics["method"] == "mp", "")
+    own = own.where(metrics["method"] == "mp", "").astype(str)
     if "selector" not in metrics:
         columns = list(metrics.columns)
         columns.insert(columns.index("method") + 1, "selector")
         return metrics.assign(selector=own)[columns]
-    told = metrics["selector"].astype(object).fillna("")
+    told = metrics["selector"].astype(object).fillna("").astype(str)
     return metrics.assign(selector=told.where(told != "", own))
 
 # %% ../nbs/20_metrics.ipynb #20aa0002

@@ -24,7 +24,7 @@ from pandas.io.formats.style import Styler
 
 from .core import TABLE_FORMATS, atomic_path, in_formats
 from .correlation import correlation
-from .metrics import own_name, summarise, with_selectors
+from .metrics import own_name, own_selector, summarise, with_selectors
 from .zoos import ZOOS, list_zoos, zoo_size
 
 # %% ../nbs/30_tables.ipynb #050f9188
@@ -260,9 +260,10 @@ def table_5(
     metrics: pd.DataFrame,  # tidy metrics of one or more zoos
 ) -> Table:
     "Table 5: accuracy and gap of magnitude pruning before and after fine-tuning."
-    rows, by = with_selectors(shown_epochs(metrics, "mp", [0])), ["zoo", "selector", "level", "epoch"]
+    rows, by = shown_epochs(metrics, "mp", [0]).reset_index(drop=True), ["zoo", "selector", "level", "epoch"]
+    rows = with_selectors(rows)
     zoos = cell_numbers(rows, by, ["test_acc", "ggap"])
-    other = rows["selector"].where(rows["selector"] != rows["zoo"].map(own_name), "")
+    other = rows["selector"].where(~rows.index.isin(own_selector(rows).index), "")
     every = cell_numbers(rows.assign(zoo="All", selector=other), by, ["sparsity"])
     numbers, several = pd.concat([every, zoos], ignore_index=True), several_selectors(zoos)
     cells = pd.DataFrame({
