@@ -117,7 +117,7 @@ def test_printed_means_are_those_of_tables_5_to_8():
     cells = read_reported()
     assert printed_means(cells, "usps_seed", "mp", "test_acc")["value"].to_dict() == pytest.approx({0: 0.91, 0.5: 0.901, 0.6: 0.899, 0.7: 0.895, 0.8: 0.885, 0.9: 0.738})
     dropout = printed_means(cells, "usps_seed", "vd", "test_acc")["value"]
-    assert dropout[0] == 0.87 and dropout[2] == 0.874 and dropout[5] == 0.865 and dropout[25] == 0.714
+    assert [*dropout[[0, 2, 5, 25]]] == pytest.approx([0.87, 0.874, 0.865, 0.714])
     layer = printed_means(cells, "usps_seed", "vd", "sparsity", "conv2")["value"]
     assert layer.to_dict() == pytest.approx({0: 0.009, 5: 0.808, 10: 0.946, 15: 0.974, 20: 0.975, 25: 0.969})
     assert printed_means(cells, "cifar10_seed", "mp", "sparsity", "conv2")["doubtful"].all()

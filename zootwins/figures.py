@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'BLUE', 'ORANGE', 'GREEN', 'GREY', 'MARKERS', 'LOOKS', 'WIDTH', 'HEIGHT', 'FEW', 'STEPS', 'RING', 'RINGS',
-           'HISTORIES', 'CURVES', 'HEAT', 'BIN_LOOK', 'BEYOND', 'ACCURACY_TICKS', 'TINTS', 'FAILED', 'FIGURES', 'DPI',
-           'METADATA', 'style', 'styled', 'zoo_looks', 'percent_axis', 'one_zoo', 'heading', 'no_data', 'first_drawn',
-           'marker_steps', 'printed_means', 'draw_printed', 'printed_handles', 'draw_spread', 'spread_note',
-           'row_label', 'draw_history', 'figure_2', 'frequency_matrix', 'draw_frequencies', 'figure_3', 'bin_layers',
-           'draw_sizes', 'log_ticks', 'figure_4', 'accuracy_over_sparsity', 'printed_curve', 'draw_twins', 'spaced',
-           'direct_labels', 'curve_end', 'figure_5', 'coefficient_text', 'draw_pairs', 'padded', 'figure_twins',
-           'correlation_curve', 'figure_correlation', 'agreement_range', 'stretch', 'unstretch', 'stretched_ticks',
-           'stretched_limits', 'stretch_axes', 'draw_agreement', 'figure_agreement', 'accuracy_changes', 'hardness',
-           'individuals', 'describe_model', 'varied_factors', 'draw_individuals', 'figure_individuals', 'layer_looks',
-           'draw_layers', 'figure_layers', 'few_colours', 'save_figure']
+           'HISTORIES', 'CURVES', 'HEAT', 'BIN_LOOK', 'BEYOND', 'ACCURACY_TICKS', 'TINTS', 'FAILED', 'FIGURES',
+           'RINGED', 'DPI', 'METADATA', 'style', 'styled', 'zoo_looks', 'percent_axis', 'one_zoo', 'heading', 'no_data',
+           'first_drawn', 'marker_steps', 'printed_means', 'draw_printed', 'printed_handles', 'draw_spread',
+           'spread_note', 'row_label', 'draw_history', 'figure_2', 'frequency_matrix', 'draw_frequencies', 'figure_3',
+           'bin_layers', 'draw_sizes', 'log_ticks', 'figure_4', 'accuracy_over_sparsity', 'printed_curve', 'draw_twins',
+           'spaced', 'direct_labels', 'curve_end', 'figure_5', 'coefficient_text', 'draw_pairs', 'padded',
+           'figure_twins', 'correlation_curve', 'figure_correlation', 'agreement_range', 'stretch', 'unstretch',
+           'stretched_ticks', 'stretched_limits', 'stretch_axes', 'draw_agreement', 'figure_agreement',
+           'accuracy_changes', 'hardness', 'individuals', 'describe_model', 'varied_factors', 'draw_individuals',
+           'figure_individuals', 'layer_looks', 'draw_layers', 'figure_layers', 'few_colours', 'save_figure']
 
 # %% ../nbs/31_figures.ipynb #cf56bbb5
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -415,7 +415,7 @@ def printed_curve(
     "One curve of Figure 5 as Tables 5 and 6 print it."
     accuracy, sparsity = (printed_means(printed, zoo, method, metric) for metric in ("test_acc", "sparsity"))
     sparsity = accuracy.assign(value=accuracy.index, doubtful=False) if method == "mp" else sparsity
-    both = sparsity.join(accuracy, how="inner", lsuffix="_sparsity")
+    both = sparsity.merge(accuracy, left_index=True, right_index=True, suffixes=("_sparsity", ""))
     return pd.DataFrame({"sparsity": both["value_sparsity"], "value": both["value"], "doubtful": both["doubtful_sparsity"] | both["doubtful"]})
 
 # %% ../nbs/31_figures.ipynb #5481232d
@@ -883,6 +883,7 @@ FIGURES = {
     "figure_2": figure_2, "figure_4": figure_4, "figure_5": figure_5, "figure_twins": figure_twins, "figure_correlation": figure_correlation,
     "figure_agreement": figure_agreement, "figure_individuals": figure_individuals, "figure_layers": figure_layers,
 }  # those that are made from metrics alone
+RINGED = ("figure_2", "figure_4", "figure_5", "figure_layers")  # those that take printed numbers as well
 DPI = {".png": 200, ".pdf": 300, ".svg": 300}  # of vector files: of what in them is an image
 METADATA = {".png": {"Software": None}, ".pdf": {"CreationDate": None, "Creator": None, "Producer": None}, ".svg": {"Date": None, "Creator": None}}
 
