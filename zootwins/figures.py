@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'BLUE', 'ORANGE', 'GREEN', 'GREY', 'MARKERS', 'LOOKS', 'WIDTH', 'HEIGHT', 'SELECTOR_COLOURS',
-           'SELECTOR_MARKERS', 'FEW', 'CURVES', 'HEAT', 'BIN_LOOK', 'BEYOND', 'ACCURACY_TICKS', 'TINTS', 'STEPS',
-           'FIGURES', 'DPI', 'METADATA', 'style', 'styled', 'zoo_looks', 'percent_axis', 'one_zoo', 'selector_looks',
-           'of_one_selector', 'heading', 'no_data', 'first_drawn', 'marker_steps', 'draw_spread', 'spread_note',
-           'draw_history', 'figure_2', 'frequency_matrix', 'draw_frequencies', 'figure_3', 'bin_layers', 'draw_sizes',
-           'log_ticks', 'figure_4', 'accuracy_over_sparsity', 'draw_twins', 'figure_5', 'coefficient_text',
-           'draw_pairs', 'figure_twins', 'correlation_curve', 'figure_correlation', 'agreement_range', 'stretch',
-           'unstretch', 'stretched_ticks', 'stretched_limits', 'stretch_axes', 'draw_agreement', 'figure_agreement',
-           'accuracy_drops', 'hardness', 'individuals', 'describe_model', 'varied_factors', 'draw_individuals',
-           'figure_individuals', 'layer_looks', 'draw_layers', 'figure_layers', 'save_figure']
+           'SELECTOR_MARKERS', 'FEW', 'STEPS', 'RING', 'RINGS', 'HISTORIES', 'CURVES', 'HEAT', 'BIN_LOOK', 'BEYOND',
+           'ACCURACY_TICKS', 'TINTS', 'FAILED', 'FIGURES', 'RINGED', 'DPI', 'METADATA', 'style', 'styled', 'zoo_looks',
+           'percent_axis', 'one_zoo', 'selector_looks', 'of_one_selector', 'heading', 'no_data', 'first_drawn',
+           'marker_steps', 'printed_means', 'draw_printed', 'printed_handles', 'draw_spread', 'spread_note',
+           'row_label', 'draw_history', 'figure_2', 'frequency_matrix', 'draw_frequencies', 'figure_3', 'bin_layers',
+           'draw_sizes', 'log_ticks', 'figure_4', 'accuracy_over_sparsity', 'printed_curve', 'draw_twins', 'spaced',
+           'direct_labels', 'curve_end', 'figure_5', 'coefficient_text', 'draw_pairs', 'padded', 'figure_twins',
+           'correlation_curve', 'figure_correlation', 'agreement_range', 'stretch', 'unstretch', 'stretched_ticks',
+           'stretched_limits', 'stretch_axes', 'draw_agreement', 'figure_agreement', 'accuracy_changes', 'hardness',
+           'individuals', 'describe_model', 'varied_factors', 'draw_individuals', 'figure_individuals', 'layer_looks',
+           'draw_layers', 'figure_layers', 'few_colours', 'save_figure']
 
-# %% ../nbs/31_figures.ipynb #cf56bbb5
+# %% ../nbs/31_figures.ipynb #d1fd7afc
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
@@ -32,6 +34,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
+from PIL import Image
 from scipy.stats import kendalltau
 
 from .core import FIGURE_FORMATS, UserError, atomic_path, in_formats
@@ -133,8 +136,8 @@ def heading(
     fig: Figure,  # or a part of one
     text: str,    # which zoo, how many models, how to read the figure
 ) -> None:
-    "Write the line above a figure."
-    fig.suptitle(text, fontsize=9, color=GREY)
+    "Write the grey line above a figure."
+    fig.suptitle(text, fontsize=9, color=GREY, x=0.005, ha="left")
 
 # %% ../nbs/31_figures.ipynb #3c26a406
 def no_data(
@@ -157,6 +160,7 @@ def first_drawn(
 
 # %% ../nbs/31_figures.ipynb #07e8bfe0
 FEW = 8
+STEPS = {"mp": "level", "vd": "epoch"}
 
 
 def marker_steps(
@@ -165,66 +169,125 @@ def marker_steps(
     "Every how many points a curve has a marker."
     return 1 if n <= 12 else 5 if n <= 30 else 10
 
+# %% ../nbs/31_figures.ipynb #e921d97b
+RING = {"linestyle": "", "marker": "o", "markersize": 7.5, "markerfacecolor": "none", "markeredgewidth": 0.9, "zorder": 4}
+RINGS = {"printed 2023": "black", "printed, but contradicted": "#aaaaaa"}
+
+
+def printed_means(
+    printed: pd.DataFrame,  # cells, from reported.read_reported
+    zoo: str,               # name
+    method: str,            # "mp" (after fine-tuning) or "vd"
+    metric: str,            # "test_acc", "sparsity" or "ggap"
+    layer: str = "",        # such as "conv1"; empty: the whole model
+) -> pd.DataFrame:          # level or epoch -> value (a fraction) and doubtful; empty where nothing was printed
+    "Means that Tables 5 to 8 print of a zoo."
+    step = STEPS[method]
+    rows = printed[printed["table"].between(5, 8) & (printed["zoo"] == zoo) & (printed["method"] == method)]
+    rows = rows[(rows["metric"] == metric) & (rows["layer"] == layer) & rows["mean"].notna()]
+    rows = rows[rows["epoch"].isna() | (rows["epoch"] > 0).fillna(False)] if method == "mp" else rows
+    rows = rows.assign(value=rows["mean"] / 100, doubtful=rows["doubtful"] != "").sort_values("doubtful", kind="stable")
+    return rows.drop_duplicates(step).set_index(step)[["value", "doubtful"]].sort_index()
+
+
+def draw_printed(
+    ax: Axes,              # where to draw
+    x: Sequence[float],    # where the numbers belong
+    found: pd.DataFrame,   # value and doubtful, as from printed_means
+) -> None:
+    "Draw printed means as hollow rings, paler where another table contradicts them."
+    for (label, colour), chosen in zip(RINGS.items(), (~found["doubtful"], found["doubtful"])):
+        if chosen.any():
+            ax.plot(np.asarray(x, float)[chosen], found["value"][chosen], **RING, markeredgecolor=colour, gid=label)
+
+
+def printed_handles(
+    fig: Figure,       # with or without rings
+) -> list[Line2D]:     # one for each kind of ring that was drawn
+    "What a legend says of the rings."
+    drawn = {line.get_gid() for ax in fig.axes for line in ax.lines}
+    return [Line2D([], [], **RING, markeredgecolor=colour, label=label) for label, colour in RINGS.items() if label in drawn]
+
 # %% ../nbs/31_figures.ipynb #3270bf6e
 def draw_spread(
     ax: Axes,             # where to draw
     rows: pd.DataFrame,   # with model, x and y
     label: str,           # for the legend
-    **look,               # color, linestyle, marker of the median
+    **look,               # color, linestyle, marker of the mean
 ) -> None:
-    "Draw a population's median and spread of y over x."
+    "Draw a population's mean and spread of y over x."
     curves = rows.pivot(index="x", columns="model", values="y")
-    low, fifth, median, ninetyfifth, high = curves.quantile([0, 0.05, 0.5, 0.95, 1], axis=1).to_numpy()
+    low, fifth, ninetyfifth, high = curves.quantile([0, 0.05, 0.95, 1], axis=1).to_numpy()
     if curves.shape[1] <= FEW:
         ax.plot(curves.index, curves.to_numpy(), color=look["color"], alpha=0.45, linewidth=0.7)
     else:
         ax.fill_between(curves.index, low, high, color=look["color"], alpha=0.13, linewidth=0)
         ax.fill_between(curves.index, fifth, ninetyfifth, color=look["color"], alpha=0.27, linewidth=0)
-    ax.plot(curves.index, median, label=label, markevery=marker_steps(len(curves)), **look)
+    ax.plot(curves.index, curves.mean(axis=1), label=label, markevery=marker_steps(len(curves)), **look)
 
 # %% ../nbs/31_figures.ipynb #372212b1
 def spread_note(
-    n_models: int,  # drawn by draw_spread
-) -> str:           # for a title or a caption
-    "What line and bands of `draw_spread` mean."
-    if n_models <= FEW:
-        return f"median and each of {n_models} models" if n_models > 1 else "one model"
-    return f"median, middle 90 % and range of {n_models:,} models"
+    counts: Sequence[int],  # of models, one for each population drawn by draw_spread
+) -> str:                   # for a heading
+    "What lines and bands of `draw_spread` mean."
+    parts = ["bands: middle 90 % and range of the models"] * (max(counts) > FEW) + ["thin: single models"] * (1 < min(counts) <= FEW)
+    return "; ".join(["Lines: means", *parts]) if max(counts) > 1 else "One model"
+
+
+def row_label(
+    ax: Axes,       # the first panel of a row
+    zoo: str,       # whose row it is
+    n_models: int,  # that are drawn
+) -> None:
+    "Name the zoo of a row, and how many models it shows."
+    ax.set_ylabel(f"{zoo_title(zoo)}\n{n_models:,} model{'s' * (n_models != 1)}", fontweight="bold")
 
 # %% ../nbs/31_figures.ipynb #c7cbeb03
+HISTORIES = {"original": "Original training", "vd": "Variational dropout"}
 CURVES = {"test_acc": LOOKS["mp"] | {"label": "Test accuracy"}, "sparsity": LOOKS["vd"] | {"label": "Sparsity"}}
 
 
 def draw_history(
-    ax: Axes,             # where to draw
-    rows: pd.DataFrame,   # metrics of one zoo and one method
-    title: str,           # of the panel
+    ax: Axes,               # where to draw
+    rows: pd.DataFrame,     # metrics of one zoo and one method
+    method: str,            # "original" or "vd"
     curves: Sequence[str],  # columns, keys of CURVES
+    printed: pd.DataFrame | None = None,  # cells, from reported.read_reported, to be drawn as rings
 ) -> None:
     "Draw measures of a population over the epochs."
     if rows.empty:
-        return no_data(ax, title.lower())
+        return no_data(ax, HISTORIES[method].lower())
     for column in curves:
         draw_spread(ax, rows.rename(columns={"epoch": "x", column: "y"})[["model", "x", "y"]], **CURVES[column])
-    ax.set(title=title, xlabel="Epoch", ylim=(-0.01, 1.02))
+        if printed is not None:
+            found = printed_means(printed, rows["zoo"].iloc[0], "vd", column)
+            found = found if method == "vd" else found[found.index == 0].set_axis([rows["epoch"].max()] * (0 in found.index))
+            draw_printed(ax, found.index, found)
+    ax.set(ylim=(-0.01, 1.02))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     percent_axis(ax.yaxis)
 
 # %% ../nbs/31_figures.ipynb #8248ff0e
 @styled
 def figure_2(
-    metrics: pd.DataFrame,  # tidy metrics of one or more zoos
+    metrics: pd.DataFrame,                # tidy metrics of one or more zoos
+    printed: pd.DataFrame | None = None,  # cells, from reported.read_reported, to be drawn as rings
 ) -> Figure:
     "Figure 2: test accuracy in the original training; test accuracy and sparsity under variational dropout."
     zoos = list(metrics["zoo"].unique())
-    fig = plt.figure(figsize=(WIDTH, 0.3 + 3.1 * len(zoos)), layout="constrained")
-    for zoo, part in zip(zoos, np.atleast_1d(fig.subfigures(len(zoos), 1))):
+    height = 2.9 if len(zoos) == 1 else 0.4 + 1.75 * len(zoos)
+    fig, axes = plt.subplots(len(zoos), 2, figsize=(WIDTH, height), layout="constrained", sharey="row", sharex="col", squeeze=False)
+    for (left, right), zoo in zip(axes, zoos):
         rows = metrics[metrics["zoo"] == zoo]
-        left, right = part.subplots(1, 2, sharey=True)
-        draw_history(left, rows[rows["method"] == "original"], "Original training", ["test_acc"])
-        draw_history(right, rows[rows["method"] == "vd"], "Variational dropout", ["test_acc", "sparsity"])
-        heading(part, f"{zoo_title(zoo)}: {spread_note(rows['model'].nunique())}")
-    fig.legend(handles=[Line2D([], [], **look) for look in CURVES.values()], ncols=2, loc="outside upper center")
+        draw_history(left, rows[rows["method"] == "original"], "original", ["test_acc"], printed)
+        draw_history(right, rows[rows["method"] == "vd"], "vd", ["test_acc", "sparsity"], printed)
+        row_label(first_drawn((left, right)), zoo, rows["model"].nunique())
+    for ax, title in zip(axes[0], HISTORIES.values()):
+        ax.set_title(title)
+    for ax in axes[-1]:
+        ax.set_xlabel("Epoch")
+    heading(fig, spread_note(metrics.groupby("zoo")["model"].nunique()))
+    fig.legend(handles=[*(Line2D([], [], **look) for look in CURVES.values()), *printed_handles(fig)], ncols=4, loc="outside lower center")
     return fig
 
 # %% ../nbs/31_figures.ipynb #a9408947
@@ -300,11 +363,15 @@ def draw_sizes(
     ax: Axes,                # where to draw
     profile: pd.DataFrame,   # rows of layers.layer_profile, of one epoch
     looks: dict[str, dict],  # zoo -> color and marker
+    printed: pd.DataFrame | None = None,  # cells, from reported.read_reported, to be drawn as rings
 ) -> None:
     "Draw size against sparsity: every layer of every zoo, and the bins with their error bars."
     for i, (zoo, rows) in enumerate(profile.groupby("zoo", sort=False, observed=True)):
         aside = 1.08 ** (i - (profile["zoo"].nunique() - 1) / 2)
         ax.plot(aside * rows["size"], rows["mean"], linestyle="", alpha=0.75, markersize=4, **looks[zoo])
+        for layer in rows.itertuples() if printed is not None else ():
+            found = printed_means(printed, zoo, "vd", "sparsity", layer.layer).query("index == @layer.epoch")
+            draw_printed(ax, [aside * layer.size] * len(found), found)
     bins = bin_layers(profile)
     ax.errorbar(bins["size"], bins["mean"], (bins["std"], bins["std"].clip(upper=1 - bins["mean"])), **BIN_LOOK, elinewidth=1, capsize=2.5, zorder=3)
     ax.set_xscale("log")
@@ -328,6 +395,7 @@ def log_ticks(
 @styled
 def figure_4(
     metrics: pd.DataFrame,                                    # tidy metrics of one or more zoos
+    printed: pd.DataFrame | None = None,                      # cells, from reported.read_reported, to be drawn as rings
     epochs: Sequence[int] = (5, 10, 15, 20),                  # of variational dropout; the paper's
     sizes: Mapping[str, Mapping[str, int]] | None = None,     # zoo -> layer -> number of weights; none: from the registry
 ) -> Figure:
@@ -336,20 +404,20 @@ def figure_4(
     rows = metrics[(metrics["method"] == "vd") & metrics["epoch"].isin(epochs)]
     profile = layer_profile(rows, sizes=sizes) if len(rows) else pd.DataFrame({"epoch": [], "mean": []})
     profile = profile[profile["mean"] > 0]
-    fig, axes = plt.subplots(1, len(epochs), figsize=(WIDTH, 1.1 * HEIGHT), layout="constrained", sharex=True, sharey=True, squeeze=False)
+    fig, axes = plt.subplots(1, len(epochs), figsize=(WIDTH, 1.2 * HEIGHT), layout="constrained", sharex=True, sharey=True, squeeze=False)
     for ax, epoch in zip(axes[0], epochs):
-        ax.set_title(f"Epoch {epoch}")
+        ax.set(title=f"Epoch {epoch}", xlabel="Weights of the layer")
         found = profile[profile["epoch"] == epoch]
-        draw_sizes(ax, found, looks) if len(found) else no_data(ax, f"variational dropout,\nepoch {epoch},")
+        draw_sizes(ax, found, looks, printed) if len(found) else no_data(ax, f"variational dropout,\nepoch {epoch},")
     if len(profile):
         log_ticks(axes[0, 0].xaxis, (100, 300, 1000, 3000, 10000), "{:,.0f}".format)
         low, high = axes[0, 0].get_ylim()
         log_ticks(axes[0, 0].yaxis, (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1) if high > 5 * low else np.arange(1, 11) / 10, "{:.0%}".format)
         axes[0, 0].set_ylabel("Mean sparsity of the layer")
-        fig.supxlabel("Number of weights of the layer", fontsize=9)
     zoos = [Line2D([], [], linestyle="", label=zoo_title(zoo), **looks[zoo]) for zoo in metrics["zoo"].unique()]
-    bins = Line2D([], [], **BIN_LOOK, label="bins: mean, std")
-    fig.legend(handles=[*zoos, bins], loc="outside upper center", ncols=min(5, len(zoos) + 1))
+    bins = Line2D([], [], **BIN_LOOK, label="layers of similar size: mean, std")
+    heading(fig, "Variational dropout: every layer of every zoo; τ: rank correlation of size and sparsity over these layers")
+    fig.legend(handles=[*zoos, bins, *printed_handles(fig)], loc="outside lower center", ncols=min(4, len(zoos) + 1))
     return fig
 
 # %% ../nbs/31_figures.ipynb #fdf947af
@@ -362,11 +430,24 @@ def accuracy_over_sparsity(
     accuracy = groups["test_acc"]
     return pd.DataFrame({"sparsity": groups["sparsity"].mean(), "accuracy": accuracy.mean(), "low": accuracy.quantile(0.05), "high": accuracy.quantile(0.95)})
 
-# %% ../nbs/31_figures.ipynb #5481232d
+
+def printed_curve(
+    printed: pd.DataFrame,  # cells, from reported.read_reported
+    zoo: str,               # name
+    method: str,            # "mp" or "vd"
+) -> pd.DataFrame:          # one row per level or epoch: sparsity, value (accuracy), doubtful
+    "One curve of Figure 5 as Tables 5 and 6 print it."
+    accuracy, sparsity = (printed_means(printed, zoo, method, metric) for metric in ("test_acc", "sparsity"))
+    sparsity = accuracy.assign(value=accuracy.index, doubtful=False) if method == "mp" else sparsity
+    both = sparsity.merge(accuracy, left_index=True, right_index=True, suffixes=("_sparsity", ""))
+    return pd.DataFrame({"sparsity": both["value_sparsity"], "value": both["value"], "doubtful": both["doubtful_sparsity"] | both["doubtful"]})
+
+# %% ../nbs/31_figures.ipynb #f400df4d
 def draw_twins(
     ax: Axes,               # where to draw
     metrics: pd.DataFrame,  # of one zoo
     band: bool,             # whether to draw the spread
+    printed: pd.DataFrame | None = None,  # cells, from reported.read_reported, to be drawn as rings
     **look,                 # color, or marker, that replaces the method's
 ) -> None:
     "Draw the curves of both methods for one zoo, and of every selector."
@@ -381,37 +462,71 @@ def draw_twins(
         if band and rows["model"].nunique() > 1:
             shade = {"color": drawn["color"], "alpha": 0.1 if several else 0.2, "linewidth": 0}
             ax.fill_between(curve["sparsity"], curve["low"], curve["high"], **shade)
+        if printed is not None and name in ("", own_name(metrics["zoo"].iloc[0])):
+            found = printed_curve(printed, metrics["zoo"].iloc[0], method)
+            draw_printed(ax, found["sparsity"], found)
 
 # %% ../nbs/31_figures.ipynb #34e9c0d1
-def _zoo_legend(
-    ax: Axes,               # the panel of Figure 5
-    looks: dict[str, dict],  # zoo -> color and marker
-) -> None:
-    "Explain colours (zoos) and dashes (methods) beside the panel."
-    zoos = [Line2D([], [], label=zoo_title(zoo), **look) for zoo, look in looks.items()]
-    methods = [Line2D([], [], color=GREY, linestyle=LOOKS[method]["linestyle"], label=title) for method, title in METHOD_TITLES.items()]
-    ax.legend(handles=[*zoos, *methods], loc="center left", bbox_to_anchor=(1.01, 0.5))
+def spaced(
+    wanted: Sequence[float],  # where labels should stand
+    gap: float,               # the least distance between two
+) -> np.ndarray:              # where they stand, in the same order
+    "Move labels apart as little as it takes, keeping their order."
+    order, groups = np.argsort(wanted, kind="stable"), []
+    for place in np.asarray(wanted, float)[order]:
+        groups.append((place, 1))
+        while len(groups) > 1 and groups[-1][0] - groups[-2][0] < gap * (groups[-1][1] + groups[-2][1]) / 2:
+            (last, m), (middle, n) = groups.pop(), groups.pop()
+            groups.append(((middle * n + last * m) / (n + m), n + m))
+    places = np.concatenate([middle + gap * (np.arange(n) - (n - 1) / 2) for middle, n in groups])
+    return places[np.argsort(order)]
 
-# %% ../nbs/31_figures.ipynb #184684f1
+
+def direct_labels(
+    ax: Axes,                              # the panel
+    ends: dict[str, tuple[float, float]],  # zoo -> where its curve ends
+    looks: dict[str, dict],                # zoo -> color and marker
+) -> None:
+    "Write the zoos' names beside the panel, each joined to the end of its curve."
+    places = spaced([y for _, y in ends.values()], gap=0.052 * np.ptp(ax.get_ylim()))
+    for (zoo, end), place in zip(ends.items(), places):
+        line = {"arrowstyle": "-", "color": looks[zoo]["color"], "linewidth": 0.7, "shrinkA": 0, "shrinkB": 3}
+        ax.annotate(zoo_title(zoo), end, (1.03, place), xycoords="data", textcoords=ax.get_yaxis_transform(), arrowprops=line,
+                    color=looks[zoo]["color"], fontsize=8.5, fontweight="bold", va="center", annotation_clip=False)
+
+# %% ../nbs/31_figures.ipynb #d42ec042
+def curve_end(
+    metrics: pd.DataFrame,  # of one zoo
+) -> tuple[float, float]:   # mean sparsity and mean accuracy
+    "Where the longer of a zoo's two curves ends: at its sparsest twins."
+    last = metrics[last_epoch(metrics)]
+    ends = last.groupby(["method", "level"], dropna=False)[["sparsity", "test_acc"]].mean()
+    return tuple(ends.iloc[ends["sparsity"].argmax()])
+
+
 @styled
 def figure_5(
-    metrics: pd.DataFrame,  # tidy metrics of one or more zoos
+    metrics: pd.DataFrame,                # tidy metrics of one or more zoos
+    printed: pd.DataFrame | None = None,  # cells, from reported.read_reported, to be drawn as rings
 ) -> Figure:
     "Figure 5: mean accuracy over mean sparsity for both kinds of twins."
-    fig, ax = plt.subplots(figsize=(0.72 * WIDTH, 1.1 * HEIGHT), layout="constrained")
     zoos = list(metrics["zoo"].unique())
-    looks = zoo_looks(zoos)
     metrics = metrics if len(zoos) == 1 else one_selector(metrics)
+    looks = zoo_looks(zoos) if len(zoos) > 1 else {zoos[0]: {}}
+    fig, ax = plt.subplots(figsize=(0.86 * WIDTH, 1.35 * HEIGHT), layout="constrained")
+    ax.set(xlabel="Mean sparsity", ylabel="Mean test accuracy", xlim=(-0.02, 1.02), ylim=(0, 1.02))
     for zoo in zoos:
-        draw_twins(ax, metrics[metrics["zoo"] == zoo], band=len(zoos) == 1, **looks[zoo] if len(zoos) > 1 else {})
+        draw_twins(ax, metrics[metrics["zoo"] == zoo], band=len(zoos) == 1, printed=printed, **looks[zoo])
     if len(zoos) > 1:
-        _zoo_legend(ax, looks)
+        direct_labels(ax, {zoo: curve_end(metrics[metrics["zoo"] == zoo]) for zoo in zoos}, looks)
+        lines = [Line2D([], [], color=GREY, linestyle=LOOKS[method]["linestyle"], label=title) for method, title in METHOD_TITLES.items()]
+        heading(fig, "Mean accuracy of the twins over their mean sparsity; each zoo is named where its longer curve ends")
     else:
         originals = metrics[(metrics["method"] == "original") & last_epoch(metrics)]
         ax.axhline(originals["test_acc"].mean(), label="Originals", **LOOKS["original"])
-        ax.legend(loc="lower left")
-    count = f"{metrics['model'].nunique():,} models of {zoo_title(zoos[0])}" if len(zoos) == 1 else f"{len(zoos)} zoos"
-    ax.set(xlabel="Mean sparsity", ylabel="Mean test accuracy", xlim=(-0.02, 1.02), ylim=(0, 1.02), title=f"Accuracy over sparsity: {count}")
+        lines = [line for line in ax.lines if not line.get_label().startswith("_")]
+        heading(fig, f"{zoo_title(zoos[0])}: {metrics['model'].nunique():,} models; bands: middle 90 % of them")
+    ax.legend(handles=[*lines, *printed_handles(fig)], loc="lower left")
     percent_axis(ax.xaxis)
     percent_axis(ax.yaxis)
     return fig
@@ -437,36 +552,41 @@ def draw_pairs(
     if pairs["before"].nunique() > 2:
         ends = pairs["before"].agg(["min", "max"]).to_numpy()
         ax.plot(ends, np.polyval(np.polyfit(pairs["before"], pairs["after"], 1), ends), color=look["color"], linewidth=1.2)
-    limits = ax.get_xlim(), ax.get_ylim()
     ax.axline((0, 0), slope=1, color=GREY, linestyle=":", linewidth=1)
-    ax.set(xlim=limits[0], ylim=limits[1])
     ax.text(0, 1.02, coefficient_text(pairs["before"], pairs["after"]), transform=ax.transAxes, fontsize=8.5)
 
-# %% ../nbs/31_figures.ipynb #fdae781e
+
+def padded(
+    values: np.ndarray,    # what is drawn
+) -> tuple[float, float]:  # a little below and above
+    "Limits of an axis."
+    low, high = float(np.min(values)), float(np.max(values))
+    margin = 0.05 * (high - low) or 0.01
+    return low - margin, high + margin
+
+# %% ../nbs/31_figures.ipynb #d953e76e
 @styled
 def figure_twins(
     metrics: pd.DataFrame,         # tidy metrics of one zoo
     level: float | None = None,    # as in tables.table_2
     target: float | None = None,   # as in tables.table_2
 ) -> Figure:
-    "Accuracy of every original against that of its twins."
+    "Accuracy of every original against that of its twins; both panels have the same axes."
     zoo, (metrics, titles) = one_zoo(metrics), of_one_selector(metrics)
     states = choose_states(metrics, TABLE_2_STATES, level, target).set_index("method")
-    fig, axes = plt.subplots(1, 2, figsize=(WIDTH, 1.08 * HEIGHT), layout="constrained")
+    found = {state.Index: paired_accuracy(metrics, state.Index, state.epoch, None if np.isnan(state.level) else state.level) for state in states.itertuples()}
+    drawn = pd.concat([pd.DataFrame(columns=["before", "after"], dtype=float), *(pairs[["before", "after"]] for pairs in found.values())])
+    fig, axes = plt.subplots(1, 2, figsize=(WIDTH, 1.2 * HEIGHT), layout="constrained", sharey=True)
     for ax, (method, title) in zip(axes, titles.items()):
-        if method not in states.index:
-            no_data(ax, title.lower())
+        if method not in found or found[method].empty:
+            no_data(ax, "originals" if method in found else title.lower())
             continue
-        state = states.loc[method]
-        pairs = paired_accuracy(metrics, method, state["epoch"], state["level"] if method == "mp" else None)
-        if pairs.empty:
-            no_data(ax, "originals")
-            continue
-        draw_pairs(ax, pairs, color=LOOKS[method]["color"], marker=LOOKS[method]["marker"])
-        ax.set_title(f"{title}: {pairs['sparsity'].mean():.0%} sparse, epoch {state['epoch']}", pad=20)
-        ax.set(xlabel="Test accuracy of the original", ylabel="Test accuracy of the twin")
+        draw_pairs(ax, found[method], color=LOOKS[method]["color"], marker=LOOKS[method]["marker"])
+        ax.set_title(f"{title}: {found[method]['sparsity'].mean():.0%} sparse, epoch {states.loc[method, 'epoch']}", pad=20)
+        ax.set(xlabel="Test accuracy of the original", xlim=padded(drawn["before"]), ylim=padded(drawn.to_numpy()))
         percent_axis(ax.xaxis)
         percent_axis(ax.yaxis)
+    first_drawn(axes).set_ylabel("Test accuracy of the twin")
     heading(fig, f"{zoo_title(zoo)}: {metrics['model'].nunique():,} models; r: Pearson, τ: Kendall, with 95 % intervals; dotted: as good as the original")
     return fig
 
@@ -564,16 +684,15 @@ def stretched_limits(
 
 
 def stretch_axes(
-    ax: Axes,            # a panel
-    x: np.ndarray,       # what is drawn
-    y: np.ndarray,
+    ax: Axes,                     # a panel
+    limits: tuple[float, float],  # of both axes
 ) -> None:
-    "Set scale, limits and ticks of both axes."
+    "Set scale, limits and ticks of both axes, which are equal."
     ax.set_xscale("function", functions=(stretch, unstretch))
     ax.set_yscale("function", functions=(stretch, unstretch))
-    ax.set(xlim=stretched_limits(x), ylim=stretched_limits(y))
-    log_ticks(ax.xaxis, stretched_ticks(*ax.get_xlim(), at_most=9), "{:.0%}".format)
-    log_ticks(ax.yaxis, stretched_ticks(*ax.get_ylim(), at_most=14), "{:.0%}".format)
+    ax.set(xlim=limits, ylim=limits)
+    for axis in (ax.xaxis, ax.yaxis):
+        log_ticks(axis, stretched_ticks(*limits, at_most=9), "{:.0%}".format)
 
 # %% ../nbs/31_figures.ipynb #76386288
 TINTS = sns.color_palette("crest", as_cmap=True)
@@ -584,18 +703,20 @@ def draw_agreement(
     rows: pd.DataFrame,    # metrics of one zoo and one method
     chosen: pd.DataFrame,  # those of Table 1 among them
     originals: pd.Series,  # accuracies of the originals; may be empty
+    limits: tuple[float, float],  # of both axes
 ) -> None:
     "Draw agreement over accuracy, every twin a point."
     x = np.linspace(0, 1, 1001)
     ax.fill_between(x, *agreement_range(x, originals.min(), originals.max()), color="#e3e3e3", linewidth=0)
     marker = LOOKS[rows["method"].iloc[0]]["marker"]
     ax.scatter(rows["test_acc"], rows["agreement"], c=rows["sparsity"], cmap=TINTS, vmin=0, vmax=1, s=14, marker=marker, edgecolors="white", linewidths=0.25, rasterized=True)
-    stretch_axes(ax, rows["test_acc"], rows["agreement"])
-    ax.set(xlabel="Test accuracy of the twin", ylabel="Agreement with the original")
+    ax.plot(x, x, color=GREY, linestyle=":", linewidth=1)
+    stretch_axes(ax, limits)
+    ax.set(xlabel="Test accuracy of the twin")
     line = f"{chosen['sparsity'].mean():.0%} sparse: {coefficient_text(chosen['test_acc'], chosen['agreement'])}"
-    ax.text(0, 1.02, line, transform=ax.transAxes, fontsize=8.5).set_in_layout(False)
+    ax.text(0, 1.02, line, transform=ax.transAxes, fontsize=8).set_in_layout(False)
 
-# %% ../nbs/31_figures.ipynb #e1ec2d4e
+# %% ../nbs/31_figures.ipynb #adbd8062
 @styled
 def figure_agreement(
     metrics: pd.DataFrame,         # tidy metrics of one zoo
@@ -606,64 +727,67 @@ def figure_agreement(
     zoo, (metrics, titles) = one_zoo(metrics), of_one_selector(metrics)
     chosen = rows_of_states(metrics, choose_states(metrics, TABLE_1_STATES, level, target))
     originals = metrics.loc[(metrics["method"] == "original") & last_epoch(metrics), "test_acc"]
-    known = metrics[metrics["agreement"].notna() & (last_epoch(metrics) | ((metrics["method"] == "vd") & metrics["epoch"].isin(range(5, 1000, 5))))]
-    fig, axes = plt.subplots(1, 2, figsize=(WIDTH, 1.3 * HEIGHT), layout="constrained")
+    every_fifth = (metrics["method"] == "vd") & metrics["epoch"].isin(range(5, 1000, 5))
+    known = metrics[metrics["method"].isin(METHOD_TITLES) & metrics["agreement"].notna() & (last_epoch(metrics) | every_fifth)]
+    limits = stretched_limits(known[["test_acc", "agreement"]].to_numpy()) if len(known) else (0.0, 1.0)
+    fig, axes = plt.subplots(1, 2, figsize=(WIDTH, 1.5 * HEIGHT), layout="constrained", sharey=True)
     for ax, (method, title) in zip(axes, titles.items()):
         rows = known[known["method"] == method]
         if rows.empty:
             no_data(ax, title.lower())
             continue
-        draw_agreement(ax, rows, chosen[chosen["method"] == method], originals)
+        draw_agreement(ax, rows, chosen[chosen["method"] == method], originals, limits)
         ax.set_title(title, pad=20)
     bar = fig.colorbar(ScalarMappable(Normalize(0, 1), TINTS), ax=axes, aspect=35, pad=0.015)
     bar.outline.set_visible(False)
     bar.set_label("Sparsity of the twin")
     percent_axis(bar.ax.yaxis)
-    note = "r: Pearson, τ: Kendall, with 95 % intervals\ngrey area: possible by accuracy alone; both axes are stretched towards 100 %"
+    first_drawn(axes).set_ylabel("Agreement with the original")
+    note = "r: Pearson, τ: Kendall, with 95 % intervals\nGrey area: possible by accuracy alone; dotted: as much agreement as accuracy; axes stretched towards 100 %"
     heading(fig, f"{zoo_title(zoo)}: {metrics['model'].nunique():,} models; {note}")
     return fig
 
-# %% ../nbs/31_figures.ipynb #063eea82
-STEPS = {"mp": "level", "vd": "epoch"}
+# %% ../nbs/31_figures.ipynb #7db898d8
+FAILED = 0.2  # test accuracy below which a model of ten classes has learned nothing
 
 
-def accuracy_drops(
+def accuracy_changes(
     metrics: pd.DataFrame,  # tidy metrics of one zoo
     method: str,            # "mp" or "vd"
-) -> pd.DataFrame:          # a row per model, a column per level (after fine-tuning) or epoch: accuracy of the original minus that of the twin
-    "The drop of every model; empty where originals or twins are missing."
+) -> pd.DataFrame:          # a row per model, a column per level (after fine-tuning) or epoch: accuracy of the twin minus that of the original
+    "What every model that had learned something gains; empty where originals or twins are missing."
     metrics = one_selector(metrics)
     last = last_epoch(metrics)
     originals = metrics[(metrics["method"] == "original") & last].set_index("model")["test_acc"]
     twins = metrics[(metrics["method"] == method) & (last | (method == "vd"))].pivot(index="model", columns=STEPS[method], values="test_acc")
-    return twins.rsub(originals, axis=0).dropna(how="all")
+    return twins.sub(originals[originals >= FAILED], axis=0).dropna(how="all")
 
 # %% ../nbs/31_figures.ipynb #485ff98e
 def hardness(
-    drops: pd.DataFrame,  # from accuracy_drops
-) -> pd.Series:           # per model, from 0 to 1
-    "Mean rank of a model's drop over the steps with sparsity, scaled to 0 (always the smallest) to 1 (always the largest)."
-    sparse = drops.loc[:, drops.columns > 0]
-    return ((sparse.rank() - 1) / max(len(sparse) - 1, 1)).mean(axis=1).rename("hardness")
+    changes: pd.DataFrame,  # from accuracy_changes
+) -> pd.Series:             # per model, from 0 to 1
+    "Mean rank of a model's loss over the steps with sparsity, scaled to 0 (always the smallest) to 1 (always the largest)."
+    sparse = changes.loc[:, changes.columns > 0]
+    return ((sparse.rank(ascending=False) - 1) / max(len(sparse) - 1, 1)).mean(axis=1).rename("hardness")
 
 # %% ../nbs/31_figures.ipynb #071f888c
 def individuals(
     metrics: pd.DataFrame,                 # tidy metrics of one or more zoos
     models: pd.DataFrame | None = None,    # generating factors by `model`, of a zoo of one's own; none: from the registry
-) -> pd.DataFrame:                         # zoo, method, model, hardness, original (accuracy), drop (mean), seed and other factors; friendliest first
+) -> pd.DataFrame:                         # zoo, method, model, hardness, original (accuracy), change (mean), seed and other factors; friendliest first
     "How hard every model is to sparsify, with its generating factors."
     parts = []
     for zoo, rows in metrics.groupby("zoo", sort=False):
         factors = model_table(ZOOS[zoo]) if models is None and zoo in ZOOS else models
         originals = rows[(rows["method"] == "original") & last_epoch(rows)].set_index("model")["test_acc"].rename("original")
         for method in METHOD_TITLES:
-            drops = accuracy_drops(rows, method)
-            mean = drops.loc[:, drops.columns > 0].mean(axis=1).rename("drop")
-            found = pd.concat([hardness(drops), mean], axis=1).join(originals).rename_axis("model").reset_index().sort_values(["hardness", "model"])
+            changes = accuracy_changes(rows, method)
+            mean = changes.loc[:, changes.columns > 0].mean(axis=1).rename("change")
+            found = pd.concat([hardness(changes), mean], axis=1).join(originals).rename_axis("model").reset_index().sort_values(["hardness", "model"])
             parts.append(found.assign(zoo=zoo, method=method) if factors is None else found.assign(zoo=zoo, method=method).merge(factors, on="model"))
     table = pd.concat(parts, ignore_index=True)
     shown = [name for name in ("seed", *FACTORS) if name in table]
-    return table[["zoo", "method", "model", "hardness", "original", "drop", *shown]]
+    return table[["zoo", "method", "model", "hardness", "original", "change", *shown]]
 
 # %% ../nbs/31_figures.ipynb #b66473ca
 def describe_model(
@@ -684,50 +808,51 @@ def varied_factors(
 
 # %% ../nbs/31_figures.ipynb #0a8c005b
 def draw_individuals(
-    ax: Axes,             # where to draw
-    drops: pd.DataFrame,  # from accuracy_drops
-    table: pd.DataFrame,  # from individuals, the same models
-    k: int,               # how many on each side
+    ax: Axes,               # where to draw
+    changes: pd.DataFrame,  # from accuracy_changes
+    table: pd.DataFrame,    # from individuals, the same models
+    k: int,                 # how many on each side
 ) -> None:
-    "Draw all drops, the median, and the extremes with their factors below."
+    "Draw all changes, the median, and the extremes with their factors below."
     varied = varied_factors(table)
     k = min(k, len(table) // 2)
-    ax.plot(drops.columns, drops.T, color="#bbbbbb", linewidth=0.5, alpha=min(1, 40 / len(drops)), zorder=1)
+    ax.plot(changes.columns, changes.T, color="#bbbbbb", linewidth=0.5, alpha=min(1, 40 / len(changes)), zorder=1)
     for rows, look in ((table.head(k), LOOKS["mp"]), (table.tail(k), LOOKS["vd"])):
         for i, (_, row) in enumerate(rows.iterrows()):
             drawn = look | {"marker": MARKERS[i], "linewidth": 1.1, "label": describe_model(row, varied), "clip_on": False}
-            ax.plot(drops.columns, drops.loc[row["model"]], markevery=marker_steps(drops.shape[1]), **drawn)
+            ax.plot(changes.columns, changes.loc[row["model"]], markevery=marker_steps(changes.shape[1]), **drawn)
         if look is LOOKS["mp"]:
-            ax.plot(drops.columns, drops.median(), color="black", linestyle=":", label="median of all", zorder=3)
+            ax.plot(changes.columns, changes.median(), color="black", linestyle=":", label="median of all", zorder=3)
     ax.axhline(0, color=GREY, linewidth=0.8, zorder=1)
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=4.4, ncols=1 if len(varied) > 1 else 2, handlelength=3)
 
-# %% ../nbs/31_figures.ipynb #e8ead3a4
+# %% ../nbs/31_figures.ipynb #6f951571
 @styled
 def figure_individuals(
     metrics: pd.DataFrame,                 # tidy metrics of one zoo
     models: pd.DataFrame | None = None,    # as in individuals
     k: int = 3,                            # how many of the friendliest and of the hardest models are highlighted
 ) -> Figure:
-    "The drop in accuracy of every model, the friendliest and the hardest highlighted."
+    "Twin minus original for every model that had learned something, the friendliest and the hardest highlighted."
     zoo, (metrics, titles) = one_zoo(metrics), of_one_selector(metrics)
     table = individuals(metrics, models)
     tall = 0.26 * k if len(varied_factors(table)) > 1 else 0
     fig, axes = plt.subplots(1, 2, figsize=(WIDTH, (1.5 + tall) * HEIGHT), layout="constrained", sharey=True)
     for ax, (method, title) in zip(axes, titles.items()):
-        drops = accuracy_drops(metrics, method)
-        if drops.empty:
+        changes = accuracy_changes(metrics, method)
+        if changes.empty:
             no_data(ax, f"{title.lower()} with its originals")
             continue
-        draw_individuals(ax, drops, table[table["method"] == method], k)
+        draw_individuals(ax, changes, table[table["method"] == method], k)
         ax.set(title=title, xlabel={"mp": "Level", "vd": "Epoch"}[method])
         percent_axis(ax.xaxis) if method == "mp" else ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes[0].set_yscale("symlog", linthresh=0.05)
-    axes[0].invert_yaxis()
-    log_ticks(axes[0].yaxis, (-0.5, -0.2, -0.1, -0.05, -0.02, 0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8), lambda value: f"{100 * value:.0f}")
-    first_drawn(axes).set_ylabel("Drop in test accuracy, percentage points (below 0: gain)")
-    note = "blue: sparsification-friendly, orange dashed: sparsification-hard\nin brackets: test accuracy of the original"
-    heading(fig, f"{zoo_title(zoo)}: each of {metrics['model'].nunique():,} models; {note}")
+    log_ticks(axes[0].yaxis, (-0.8, -0.5, -0.3, -0.2, -0.1, -0.05, -0.02, 0, 0.02, 0.05, 0.1, 0.2, 0.5), lambda value: f"{100 * value:+.0f}" if value else "0")
+    first_drawn(axes).set_ylabel("Twin minus original: test accuracy in points")
+    known, shown = metrics["model"].nunique(), table["model"].nunique()
+    chance = f", {known - shown:,} at chance left out" if shown < known else ""
+    heading(fig, f"{zoo_title(zoo)}: {shown:,} models{chance}; blue: sparsification-friendly, orange dashed: sparsification-hard\n"
+                 "In brackets: test accuracy of the original")
     return fig
 
 # %% ../nbs/31_figures.ipynb #485d4fce
@@ -746,19 +871,24 @@ def draw_layers(
     rows: pd.DataFrame,  # metrics of one zoo and one method
     step: str,           # "level" or "epoch"
     looks: dict,         # from layer_looks
+    printed: pd.DataFrame | None = None,  # cells, from reported.read_reported, to be drawn as rings
 ) -> None:
     "Draw one line with its band per layer."
     for layer, look in looks.items():
         groups = rows.groupby(step)[f"sparsity_{layer}"]
-        median = groups.median()
-        ax.plot(median.index, median, markevery=marker_steps(len(median)), **look)
+        mean = groups.mean()
+        ax.plot(mean.index, mean, markevery=marker_steps(len(mean)), **look)
         if rows["model"].nunique() > 1:
-            ax.fill_between(median.index, groups.quantile(0.05), groups.quantile(0.95), color=look["color"], alpha=0.15, linewidth=0)
+            ax.fill_between(mean.index, groups.quantile(0.05), groups.quantile(0.95), color=look["color"], alpha=0.15, linewidth=0)
+        if printed is not None:
+            found = printed_means(printed, rows["zoo"].iloc[0], rows["method"].iloc[0], "sparsity", layer)
+            draw_printed(ax, found.index, found)
 
-# %% ../nbs/31_figures.ipynb #ce47c3e9
+# %% ../nbs/31_figures.ipynb #136b4064
 @styled
 def figure_layers(
     metrics: pd.DataFrame,                   # tidy metrics of one zoo
+    printed: pd.DataFrame | None = None,     # cells, from reported.read_reported, to be drawn as rings
     sizes: dict[str, int] | None = None,     # layer -> number of weights; none: from the registry
 ) -> Figure:
     "Sparsity of every layer over epochs of variational dropout and levels of magnitude pruning."
@@ -768,14 +898,15 @@ def figure_layers(
     rows = metrics[last_epoch(metrics) | (metrics["method"] == "vd")]
     for ax, method, step, label in zip(axes, ("vd", "mp"), ("epoch", "level"), ("Epoch", "Level (sparsity of the whole model)")):
         found = rows[rows["method"] == method]
-        draw_layers(ax, found, step, looks) if len(found) else no_data(ax, titles[method].lower())
+        draw_layers(ax, found, step, looks, printed) if len(found) else no_data(ax, titles[method].lower())
         ax.set(title=titles[method], xlabel=label, ylim=(-0.02, 1.02))
     first_drawn(axes).set_ylabel("Sparsity of the layer")
     axes[0].xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes[1].set_xlim(-0.02, 1.02)
     percent_axis(axes[0].yaxis)
     percent_axis(axes[1].xaxis)
-    fig.legend(*first_drawn(axes).get_legend_handles_labels(), loc="outside right center", title=zoo_title(zoo), alignment="left")
+    heading(fig, f"{zoo_title(zoo)}: {metrics['model'].nunique():,} models; lines: means, bands: middle 90 %; the darker, the larger the layer")
+    fig.legend(handles=[*first_drawn(axes).get_legend_handles_labels()[0], *printed_handles(fig)], loc="outside right center", alignment="left")
     return fig
 
 # %% ../nbs/31_figures.ipynb #a9f90f9a
@@ -783,10 +914,20 @@ FIGURES = {
     "figure_2": figure_2, "figure_4": figure_4, "figure_5": figure_5, "figure_twins": figure_twins, "figure_correlation": figure_correlation,
     "figure_agreement": figure_agreement, "figure_individuals": figure_individuals, "figure_layers": figure_layers,
 }  # those that are made from metrics alone
-DPI = {".png": 130, ".pdf": 300, ".svg": 300}  # of vector files: of what in them is an image
+RINGED = ("figure_2", "figure_4", "figure_5", "figure_layers")  # those that take printed numbers as well
+DPI = {".png": 200, ".pdf": 300, ".svg": 300}  # of vector files: of what in them is an image
 METADATA = {".png": {"Software": None}, ".pdf": {"CreationDate": None, "Creator": None, "Producer": None}, ".svg": {"Date": None, "Creator": None}}
 
-# %% ../nbs/31_figures.ipynb #e9358ae6
+# %% ../nbs/31_figures.ipynb #3188b644
+def few_colours(
+    path: Path | str,  # of a PNG file, which is replaced
+) -> None:
+    "Store a picture with 256 colours, which takes a third of the space."
+    with Image.open(path) as picture:
+        fewer = picture.convert("RGB").quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    fewer.save(path, "PNG", optimize=True)
+
+
 def save_figure(
     fig: Figure,       # what to save
     path: Path | str,  # such as "figures/usps_seed/figure_2.png"
@@ -796,3 +937,5 @@ def save_figure(
     for target in in_formats(path, FIGURE_FORMATS, formats):
         with style(), atomic_path(target) as temporary:
             fig.savefig(temporary, dpi=DPI[target.suffix], metadata=METADATA[target.suffix])
+            if target.suffix == ".png":
+                few_colours(temporary)
