@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['TOGETHER', 'MERGES', 'copies', 'copy_masks', 'train_copies', 'number_of_copies', 'check_masks', 'average',
            'uniform_soup', 'validation_accuracy', 'greedy_soup', 'class_logits', 'learned_soup', 'prediction_ensemble',
-           'weight_average', 'merge', 'test_accuracy', 'compare_candidates', 'gains', 'Phase', 'sparse_soup']
+           'weight_average', 'merge', 'test_accuracy', 'compare_candidates', 'gains', 'Phase', 'sparse_soup',
+           'gradual_events', 'merge_and_prune', 'gradual_soup']
 
 # %% ../nbs/19_averaging.ipynb #4d8678d8
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +26,7 @@ from .engines import Trajectory, engine_for, train
 from .population import Population, concatenate
 from .schedules import pruning_damage
 from .selectors import Scores, Selector, prunable, prune, sparsity_per_phase
-from .training import Engine, Recipe, accuracy
+from .training import Engine, Recipe, State, accuracy, begin, groups, model_keys
 from .variational import deterministic
 
 # %% ../nbs/19_averaging.ipynb #86abee55
@@ -406,3 +407,61 @@ def sparse_soup(
         population = merge(merge_by, candidates, images, engine, many, dense)
         found.append(Phase(number, reached, pruned, candidates, population, masks))
     return found
+
+# %% ../nbs/19_averaging.ipynb #f4e16930
+def gradual_events(
+    level: float,  # sparsity after the last event
+    events: int,   # how many, n
+    epochs: int,   # of the whole run
+    dense: bool,   # whether a dense interval comes first
+) -> tuple[tuple[int, float], ...]:  # epochs after which it is pruned, and to which level
+    "The cubic schedule of sparsity; raises `UserError` for fewer epochs than intervals."
+    if events < 1 or epochs < events + dense:
+        raise UserError(
+            f"Gradual pruning has at least one event and one epoch after each, not {events} events in {epochs} epochs."
+        )
+    at = [(i + dense) * epochs // (events + dense) for i in range(events)]
+    return tuple((epoch, level * (1 - (1 - i / events) ** 3)) for i, epoch in enumerate(at, start=1))
+
+
+def merge_and_prune(
+    state: State,    # of copies, those of a model beside each other; changed in place
+    level: float,    # sparsity afterwards
+    selector: str | Selector | Scores = "global",  # which weights go
+    images: Images | None = None,  # for selectors that look at data
+) -> None:
+    "Let copies go on from their pruned average, with the averages of their moments."
+    population, m = state.population, number_of_copies(state.population)
+    if state.masks:
+        check_masks(population, state.masks)
+    on_cpu = lambda tensors: {name: tensor.cpu() for name, tensor in tensors.items()}
+    mean = lambda tensors: average(replace(population, weights=on_cpu(tensors)))
+    device = state.keys.device
+    spread = lambda tensors: {name: tensor.repeat_interleave(m, 0).to(device) for name, tensor in tensors.items()}
+    earlier = {name: mask[::m] for name, mask in on_cpu(state.masks).items()} or None
+    pruned, masks = prune(mean(population.weights), level, selector, earlier, images)
+    kept = lambda tensors: {name: tensor * masks.get(name, 1) for name, tensor in mean(tensors).weights.items()}
+    state.first, state.second = (spread(kept(part)) if part else {} for part in (state.first, state.second))
+    state.population, state.masks = replace(population, weights=spread(pruned.weights)), spread(masks)
+
+# %% ../nbs/19_averaging.ipynb #e4e4bd68
+def gradual_soup(
+    population: Population,  # N models, initial or trained
+    images: Images,          # to train on
+    recipe: Recipe,          # of the whole run
+    events: Sequence[tuple[int, float]],  # from gradual_events
+    m: int = 1,              # copies of every model; 1: GMP
+    selector: str | Selector | Scores = "global",  # which weights go
+    engine: Engine | str = "auto",  # who trains
+) -> Population:             # N * m copies after the last epoch, to be merged
+    "Gradual pruning of a whole population in memory, with soups in every interval."
+    many, engine, levels, ends = copies(population, m), engine_for(engine, population), dict(events), []
+    parts = groups(many.models, engine)
+    for rows in parts:
+        state = begin(many[rows], model_keys(recipe, many.models.iloc[rows]))
+        for epoch in range(recipe.epochs):
+            if epoch in levels:
+                merge_and_prune(state, levels[epoch], selector, images)
+            engine.train_epoch(state, images.x_train, images.y_train, recipe)
+        ends.append(state.population)
+    return concatenate(ends)[np.argsort(sum(parts, []))]

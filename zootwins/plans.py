@@ -188,11 +188,13 @@ class Stage:
     scope: str = "global"     # which weights are pruned, a name in selectors.SELECTORS
     trajectory: bool = False  # whether every epoch is kept
     first_epoch: int = 0      # at which the rows begin; for models taken from a source the epoch of their last
+    events: tuple[tuple[int, float], ...] = ()  # epochs after which copies are merged and pruned, and to which level
 
     @property
     def method(self) -> str:
-        "What its rows are called in the metrics; rows with copies belong to iterative magnitude pruning."
-        return "imp" if "copy" in self.rows else self.name
+        "What its rows are called in the metrics; copies are of gradual, iterative or variational sparsification."
+        copied = "gmp" if self.events else "vd" if self.recipe.variational else "imp"
+        return copied if "copy" in self.rows else self.name
 
     @property
     def last_epoch(self) -> int:
