@@ -6,10 +6,10 @@
 __all__ = ['APART', 'VARIED', 'LONGER', 'MORE_PHASES', 'SWA', 'GMP', 'GMP_SOUP', 'BASELINES', 'PARAMETERS', 'LATER',
            'VARIATIONAL', 'Chain', 'check_chain', 'copy_settings', 'Gradual', 'check_gradual', 'story_chains',
            'as_gradual', 'parse_story', 'check', 'phase_settings', 'phase_names', 'phase_name', 'phase_stages',
-           'read_candidates', 'rows_of', 'read_soup', 'beginnings', 'phase_blocks', 'make_chain', 'gradual_settings',
-           'gradual_stage', 'read_gradual', 'make_gradual', 'gradual_table', 'make_soups', 'reprune', 'chain_table',
-           'story_table', 'soup_cells', 'story_gains', 'variational_stage', 'make_variational', 'read_variational',
-           'variational_table']
+           'read_candidates', 'rows_of', 'read_soup', 'read_last', 'beginnings', 'phase_blocks', 'make_chain',
+           'gradual_settings', 'gradual_stage', 'read_gradual', 'make_gradual', 'gradual_table', 'make_soups',
+           'reprune', 'chain_table', 'story_table', 'soup_cells', 'story_gains', 'variational_stage',
+           'make_variational', 'read_variational', 'variational_table']
 
 # %% ../nbs/44_soups.ipynb #218e64f1
 import json
@@ -337,6 +337,14 @@ def read_soup(
     masks = {name: tensor != 0 for name, tensor in prunable(candidates.weights).items()}
     dense = read_stage(plan.folder, "original").numbered(plan.models["model"]) if chain.merge == "distilled" else None
     return merge(chain.merge, candidates, images, plan.engine, masks, dense)
+
+
+def read_last(
+    plan: Plan,                # whose store
+    chain: Chain | Gradual,    # how
+) -> Population:               # copies, those of a model beside each other
+    "Read what a chain or a gradual run ended with; raises `UserError` if some is missing."
+    return read_gradual(plan, chain) if isinstance(chain, Gradual) else read_candidates(plan, chain, chain.phases)
 
 
 def beginnings(
