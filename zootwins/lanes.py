@@ -17,7 +17,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from _thread import start_new_thread
 from functools import cache
 from importlib.resources import files
@@ -25,6 +25,7 @@ from itertools import product
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from .architectures import ACTIVATIONS, build, layer_names
@@ -70,7 +71,24 @@ def _library_path(
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     return cache_folder() / "lanes" / f"lanes-{scalar}-{digest}.so"
 
-# %% ../nbs/13_lanes.ipynb #c16cc2e7
+# %% ../nbs/13_lanes.ipynb #e34a7835
+def _build_once(
+    command: str,  # the compiler
+    scalar: str,   # "float" or "double"
+    path: Path,    # where the library shall be
+) -> None:
+    "Build the library unless another process does so; raises as `_compile` does."
+    lock = FileLock(path.with_suffix(".lock"))
+    with suppress(OSError, NotImplementedError):  # where no lock is to be had, everybody builds
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    try:
+        if not path.exists():
+            _compile(command, scalar, path)
+    finally:
+        lock.release()
+
+
 def _compile(
     command: str,  # the compiler
     scalar: str,   # "float" or "double"
@@ -95,7 +113,7 @@ def library(
     try:
         path = _library_path(command, scalar)
         if not path.exists():
-            _compile(command, scalar, path)
+            _build_once(command, scalar, path)
         return ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as error:
         raise UserError(f"The fast engine could not be built with {command} in {cache_folder()}, or not be loaded from there ({error}): "
