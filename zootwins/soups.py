@@ -13,6 +13,7 @@ __all__ = ['APART', 'VARIED', 'LONGER', 'MORE_PHASES', 'SWA', 'GMP', 'GMP_SOUP',
 
 # %% ../nbs/44_soups.ipynb #218e64f1
 import json
+import math
 import threading
 from collections.abc import Iterable, Mapping
 from contextlib import closing
@@ -76,14 +77,30 @@ def check_chain(
     sparsity_per_phase(chain.level, chain.phases)
     if chain.m < 1 or chain.epochs < 1:
         raise UserError(f"A phase has at least one copy and one epoch, not {chain.m} and {chain.epochs}.")
-    least = 0 if chain.varied == "wd" else 1 if chain.varied == "epochs" else 1e-12
-    if (chain.varied == "seed") != (not chain.values) or len(chain.values) < (chain.m if chain.values else 0):
-        raise UserError(f"Copies that differ in {chain.varied} need a value each: {chain.m} copies, {len(chain.values)} values.")
-    if any(value < least or (chain.varied == "epochs" and value != int(value)) for value in chain.values):
-        raise UserError(f"{chain.values} cannot be the {chain.varied} of copies: give rates above 0, whole epochs, or decays.")
+    _check_values(chain)
     for own in (copy_settings(chain, copy) for copy in range(chain.m)):
         check_schedule(own.schedule, own.epochs, own.history, own.original_epochs, own.warm_up)
     return chain
+
+
+def _check_values(
+    chain: Chain,  # what a user asks for
+) -> None:
+    "Raise `UserError` for values that copies cannot have."
+    number = len(chain.values)
+    if chain.varied == "seed" and number:
+        raise UserError(f"Copies that differ in their seed alone take no values, here {number}: say what is varied.")
+    if chain.varied != "seed" and number < chain.m:
+        raise UserError(f"Copies that differ in {chain.varied} need a value each: {chain.m} copies, {number} values.")
+    fits = {
+        "wd": lambda value: 0 <= value < math.inf, "lr": lambda value: 0 < value < math.inf,
+        "epochs": lambda value: value >= 1 and value % 1 == 0,
+    }
+    if not all(fits[chain.varied](value) for value in chain.values) or not (chain.wd is None or fits["wd"](chain.wd)):
+        raise UserError(
+            "Weight decays are at least 0, learning rates above it, and epochs whole numbers from 1, "
+            f"not {chain.values or chain.wd}."
+        )
 
 
 def copy_settings(
@@ -124,7 +141,10 @@ def check_gradual(
     sparsity_per_phase(gradual.level, gradual.events)
     check_schedule(gradual.schedule, gradual.epochs, gradual.history, gradual.original_epochs, gradual.warm_up)
     if gradual.schedule == "ALLR" or gradual.m < 1:
-        raise UserError("Gradual pruning has at least one copy, and its rate cannot follow ALLR, which begins at every pruning.")
+        raise UserError(
+            "Gradual pruning has at least one copy, and its rate cannot follow ALLR, which begins at every pruning: "
+            "choose LLR."
+        )
     return gradual
 
 # %% ../nbs/44_soups.ipynb #09e342eb
@@ -158,7 +178,8 @@ def as_gradual(
 ) -> Gradual:
     "Gradual pruning from the originals with as many epochs and prunings as a chain has."
     schedule = "LLR" if chain.schedule == "ALLR" else chain.schedule  # ALLR is LLR with an adapted first rate
-    same = {name: getattr(chain, name) for name in ("level", "lr", "history", "original_epochs", "warm_up", "selector", "nesterov")}
+    shared = ("level", "lr", "history", "original_epochs", "warm_up", "selector", "nesterov")
+    same = {name: getattr(chain, name) for name in shared}
     return Gradual(events=chain.phases, m=m, epochs=chain.phases * chain.epochs, schedule=schedule, **same)
 
 # %% ../nbs/44_soups.ipynb #a9697d6b
@@ -241,11 +262,13 @@ def _settings(
 def phase_names(
     plan: Plan,    # the zoo
     chain: Chain,  # how
-    number: int,   # of the phase, from 1
+    number: int,   # of the phase, from 1; 0: before the first, where there are none
 ) -> list[str]:    # of copy 0, 1, ..., such as "imp1f0c9a2b0d3e4f5a": all the same unless copies differ in `varied`
     "Name the phases in which copies are trained by the hash of their settings."
-    before = phase_names(plan, chain, number - 1) if number > 1 else []
-    settings = [_settings(plan, chain, number, copy, before) for copy in range(chain.m if chain.values else 1)] if number else []
+    if number == 0:
+        return []
+    before, differing = phase_names(plan, chain, number - 1), chain.m if chain.values else 1
+    settings = [_settings(plan, chain, number, copy, before) for copy in range(differing)]
     names = [f"imp{digest(json.dumps(each, sort_keys=True).encode())[:16]}" for each in settings]
     return names if chain.values else names * chain.m
 
@@ -411,10 +434,12 @@ def gradual_stage(
     zoo, settings = plan.zoo, gradual_settings(plan, gradual)
     name = f"gmp{digest(json.dumps(settings, sort_keys=True).encode())[:16]}"
     recipe = Recipe(
-        zoo.name, "original" if gradual.scratch else "gmp", gradual.epochs, gradual.lr, zoo.batch_size, False, plan.run_seed,
-        gradual.schedule, gradual.history, gradual.original_epochs, gradual.warm_up, nesterov=gradual.nesterov,
+        zoo.name, "original" if gradual.scratch else "gmp", gradual.epochs, gradual.lr, zoo.batch_size, False,
+        plan.run_seed, gradual.schedule, gradual.history, gradual.original_epochs, gradual.warm_up,
+        nesterov=gradual.nesterov,
     )
-    rows = pd.concat([plan.models.assign(level=gradual.level, copy=copy) for copy in range(gradual.m)], ignore_index=True)
+    at_level = plan.models.assign(level=gradual.level)
+    rows = pd.concat([at_level.assign(copy=copy) for copy in range(gradual.m)], ignore_index=True)
     events = gradual_events(gradual.level, gradual.events, gradual.epochs, gradual.scratch)
     begins = "drawn" if gradual.scratch else "taken"
     return Stage(name, zoo.architecture, recipe, rows, begins, gradual.selector, events=events)
