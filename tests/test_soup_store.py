@@ -128,7 +128,8 @@ def test_repruning_reaches_the_level_again(plan):
     ({"level": 1.0}, "below 1"), ({"phases": 0}, "one phase"), ({"schedule": "FT"}, "history"),
     ({"varied": "dropout", "values": (0.1, 0.2)}, "seed, wd, lr, epochs"), ({"varied": "wd"}, "a value each"), ({"values": (1.0, 2.0)}, "no values"),
     ({"varied": "wd", "values": (1e-3,)}, "2 copies, 1 values"), ({"varied": "lr", "values": (0.0, 1e-3)}, "at least 0"),
-    ({"varied": "epochs", "values": (1, 1.5)}, "whole numbers"), ({"wd": -0.1}, "at least 0"), ({"varied": "epochs", "values": (1, float("nan"))}, "whole"), ({"varied": "wd", "values": (-1e-3, 0.0)}, "at least 0"),
+    ({"varied": "epochs", "values": (1, 1.5)}, "whole numbers"), ({"wd": -0.1}, "at least 0"), ({"varied": "wd", "values": (-1e-3, 0.0)}, "at least 0"),
+    ({"varied": "epochs", "values": (1, float("nan"))}, "whole"),
     ({"varied": "epochs", "values": (1, 4), "schedule": "LRW", "history": (1.0, 0.5, 0.1)}, "fewer epochs"),
 ])
 def test_impossible_chains_are_told_before_any_work(plan, images, change, message):
