@@ -231,7 +231,7 @@ def resume(
     past = sorted({int(name.partition("/")[0]) for name in tensors if name[0].isdigit()})
     return [metrics], {epoch: replace(population, weights=under(epoch)) for epoch in past}
 
-# %% ../nbs/28_blocks.ipynb #6ecbe406
+# %% ../nbs/28_blocks.ipynb #4a98fef8
 SAVE_EVERY = 10.0  # seconds
 
 
@@ -241,6 +241,7 @@ class Step(NamedTuple):
     epoch: int     # that is done
     samples: int   # model-samples that were trained
     skipped: int   # model-samples that had been trained before, by a run that stopped
+    metrics: pd.DataFrame | None = None  # tidy, of this epoch, and before it of those that such a run had trained
 
 # %% ../nbs/28_blocks.ipynb #e5f7a9b1
 def predict(
@@ -280,7 +281,7 @@ def train_block(
     stage, state = block.stage, start_of(block, device, images)
     recipe, per_epoch, events = stage.recipe, len(stage.rows) * len(images.x_train), dict(stage.events)
     frames, kept = resume(parts, block, state, -(-len(images.x_train) // recipe.batch_size)) if parts else ([], {})
-    saved, skipped, predictions, whole = time.monotonic(), state.epoch * per_epoch, None, None
+    saved, skipped, predictions, whole, told = time.monotonic(), state.epoch * per_epoch, None, None, 0
     if events:
         state.masks = {name: tensor != 0 for name, tensor in prunable(state.population.weights).items()}
     if state.epoch in events:
@@ -295,8 +296,9 @@ def train_block(
             if parts and whole and time.monotonic() - saved > SAVE_EVERY:
                 keep(parts, block, *whole)
                 saved = time.monotonic()
-            yield Step(measured.epoch, per_epoch if measured.epoch else 0, skipped)
-            skipped = 0
+            news = pd.concat(frames[told:], ignore_index=True)
+            yield Step(measured.epoch, per_epoch if measured.epoch else 0, skipped, news)
+            skipped, told = 0, len(frames)
             if measured.epoch and measured.epoch in events:
                 merge_and_prune(state, events[measured.epoch], stage.scope, images)
         if predictions is None:  # it had been stopped right before its end

@@ -11,7 +11,7 @@ __all__ = ['APART', 'VARIED', 'LONGER', 'MORE_PHASES', 'SWA', 'GMP', 'GMP_SOUP',
            'reprune', 'chain_table', 'story_table', 'soup_cells', 'story_gains', 'variational_stage',
            'make_variational', 'read_variational', 'variational_table']
 
-# %% ../nbs/44_soups.ipynb #218e64f1
+# %% ../nbs/44_soups.ipynb #eda09918
 import json
 import math
 import threading
@@ -30,6 +30,7 @@ from zootwins.averaging import (
 from .blocks import Block, cut_blocks
 from .core import UserError, check_name, digest, write_json
 from .datasets import Images
+from .engines import Listener, OnEpoch
 from .plans import Plan, Stage, fingerprint
 from .population import Population, concatenate
 from .schedules import check_schedule
@@ -484,19 +485,21 @@ def gradual_table(
     rows = ["GMP"] if gradual.m == 1 else ["GMP+SMS", "GMP+SMS mean candidate"]
     return _long(table[rows], gradual.events, gradual.level)
 
-# %% ../nbs/44_soups.ipynb #22e04b30
+# %% ../nbs/44_soups.ipynb #df702f3c
 def make_soups(
     plan: Plan,                # the zoo, whose originals are in the store
     images: Images,            # to train on, to choose by, and to judge by
     chains: Iterable[Chain | Gradual],  # what to make
     progress: bool = True,     # show bars
     workers: Executor | None = None,  # from workers.open_workers; none: the threads of this machine
+    on_epoch: OnEpoch | None = None,  # as in make_twins
 ) -> list[Report]:             # what each phase cost
     "Make all phases of some chains, and gradual runs; raises `UserError`, and `Interrupted` with all work kept."
     chains = [check(chain) for chain in chains]
     open_store(plan.folder, fingerprint(plan, images))
     on = images if workers else on_device(images, plan.device)
-    crew = Crew(plan.engine, plan.device, on, plan.zoo.image_size, workers, threading.Event())
+    told = Listener(on_epoch) if on_epoch else None
+    crew = Crew(plan.engine, plan.device, on, plan.zoo.image_size, workers, threading.Event(), told)
     with interruptible(plan.folder, crew.stop):
         reports = []
         for chain in chains:
