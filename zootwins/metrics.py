@@ -38,8 +38,8 @@ def sparsity(
     whole = sum(zeros.values()) / sum(tensor.shape[1] for tensor in tensors.values())
     return {"sparsity": whole} | {f"sparsity_{layer}": zeros[layer] / tensors[layer].shape[1] for layer in tensors}
 
-# %% ../nbs/20_metrics.ipynb #74ef05ec
-METHODS = ("original", "mp", "vd", "imp")  # imp: phases of iterative magnitude pruning, by copy
+# %% ../nbs/20_metrics.ipynb #24064cb2
+METHODS = ("original", "mp", "vd", "imp", "gmp")  # imp, gmp: iterative and gradual magnitude pruning, by copy
 KEYS = ["zoo", "method", "selector", "level", "model", "epoch"]
 BASIC_MEASURES = ["train_acc", "test_acc", "ggap", "train_loss", "test_loss", "sparsity"]
 LAYERS = ["conv1", "conv2", "conv3", "fc1", "fc2"]

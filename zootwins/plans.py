@@ -206,7 +206,7 @@ def fingerprint(
     trainer = {"engine": plan.engine.name, "arithmetic": plan.engine.arithmetic(), "device": plan.device}
     return {"zoo": entry, "images": images_fingerprint(images), "seed": plan.run_seed, **trainer, **source}
 
-# %% ../nbs/26_plans.ipynb #be9af060
+# %% ../nbs/26_plans.ipynb #c56aeaec
 BEGINNINGS = ("drawn", "taken", "pruned", "noisy")
 
 
@@ -222,11 +222,13 @@ class Stage:
     selector: str = ""        # who chooses the weights that are pruned, a name in selectors.SELECTORS
     trajectory: bool = False  # whether every epoch is kept
     first_epoch: int = 0      # at which the rows begin; for models taken from a source the epoch of their last
+    events: tuple[tuple[int, float], ...] = ()  # epochs after which copies are merged and pruned, and to which level
 
     @property
     def method(self) -> str:
-        "What its rows are called in the metrics; rows with copies belong to iterative magnitude pruning."
-        return "imp" if "copy" in self.rows else self.name.partition("_")[0]
+        "What its rows are called in the metrics; copies are of gradual, iterative or variational sparsification."
+        copied = "gmp" if self.events else "vd" if self.recipe.variational else "imp"
+        return copied if "copy" in self.rows else self.name.partition("_")[0]
 
     @property
     def last_epoch(self) -> int:

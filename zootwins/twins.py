@@ -9,14 +9,14 @@ __all__ = ['MEMORY_SIGNS', 'Crew', 'terms_of', 'tell', 'stored', 'make_blocks', 
            'removal_frequencies', 'partner_agreements', 'predictions_of', 'fitting_epoch', 'table_reevaluation',
            'run_record', 'begin_figures']
 
-# %% ../nbs/40_twins.ipynb #6d846747
+# %% ../nbs/40_twins.ipynb #c996304b
 import platform
 import shutil
 import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -202,8 +202,9 @@ def make_stage(
     stage: Stage,            # all rows that are wanted
     folder: Path,            # of the zoo in the store, opened
     crew: Crew,              # who works
-    source: Source | None,   # of the originals; none: they are trained
+    cut: Callable[[Stage], Sequence[Block]],  # cuts the stage, with those rows alone that are missing, into blocks
     bar: Bar,                # told of what is done
+    source: Source | None = None,  # of the originals; none: they are trained
 ) -> Report:
     "Make what is missing of a stage."
     started = time.monotonic()
@@ -211,7 +212,7 @@ def make_stage(
         sweep(folder, stage.name)
         taken_up, there = take_stock(folder, stage.name), finished_rows(folder, stage.name)
         missing = stage.rows[[name not in there for name in row_names(stage.rows)]].reset_index(drop=True)
-        blocks = blocks_of(replace(stage, rows=missing), folder, crew.engine, source) if len(missing) else []
+        blocks = cut(replace(stage, rows=missing)) if len(missing) else []
         per_row = stage.recipe.epochs * len(crew.images.x_train)
         bar.expect(len(missing) * per_row, len(blocks), weight(stage) * (len(stage.rows) - len(missing)) * per_row)
         samples = make_blocks(blocks, crew, folder, bar) if blocks else 0
@@ -230,12 +231,13 @@ def count_diverged(
     last = metrics[(metrics["epoch"] == stage.last_epoch) & ~np.isfinite(metrics["train_loss"])]
     return len(set(row_names(last)) & set(row_names(stage.rows)))
 
-# %% ../nbs/40_twins.ipynb #b8c9d0e1
+# %% ../nbs/40_twins.ipynb #4d0a5c85
 def read_history(
     folder: Path,  # of a zoo in a store
 ) -> list[dict[str, object]]:  # one record per stage that was made or added to, stage by stage
-    "What made the models of a store."
-    return [record for stage in STAGES for record in read_manifest(folder, stage)["history"]]
+    "What made the models of a store: originals, twins, then phases of soups and whatever else was made of them."
+    others = sorted(path.stem for path in folder.glob("*.json") if (folder / path.stem).is_dir() and path.stem not in STAGES)
+    return [record for stage in (*STAGES, *others) for record in read_manifest(folder, stage)["history"]]
 
 # %% ../nbs/40_twins.ipynb #a7ab635f
 class Interrupted(KeyboardInterrupt):
@@ -297,7 +299,9 @@ def make_twins(
         for group in _together(wanted, workers is not None):
             shown = bar or _bar_of(group, stages, plan.zoo.name, len(images.x_train), progress)
             try:
-                reports += _at_once([partial(make_stage, stage, folder, crew, plan.source, shown) for stage in group], stop)
+                cut = partial(blocks_of, folder=folder, engine=crew.engine, source=plan.source)
+                tasks = [partial(make_stage, stage, folder, crew, cut, shown, plan.source) for stage in group]
+                reports += _at_once(tasks, stop)
             finally:
                 if bar is None:
                     shown.close()
