@@ -318,9 +318,9 @@ def activation_table(
         frames.append(sweep(zoo, originals, images, shots, engine).assign(activation=activation))
     return pd.concat(frames, ignore_index=True)
 
-# %% ../nbs/46_soup_questions.ipynb #826e7a34
+# %% ../nbs/46_soup_questions.ipynb #3232baba
 EXPERIMENTS: dict[str, Callable[[Plan, Population, Images], pd.DataFrame]] = {
-    "one_shot": lambda plan, zoo, images: sweep(plan.zoo, zoo, images, sparsity_shots(), plan.engine),
+    "one_shot": lambda plan, zoo, images: sweep(plan.zoo, zoo[range(min(16, len(zoo)))], images, sparsity_shots(), plan.engine),
     "lengths": lambda plan, zoo, images: sweep(plan.zoo, zoo[range(min(16, len(zoo)))], images, length_shots(), plan.engine),
     "rates": lambda plan, zoo, images: sweep(plan.zoo, zoo[range(min(16, len(zoo)))], images, rate_shots(), plan.engine),
     "pairs": lambda plan, zoo, images: pd.concat([varied_pairs(plan.zoo, zoo[range(min(8, len(zoo)))], images, Shot(level, schedule=schedule), plan.engine) for level, schedule in ((0.7, "constant"), (0.9, "constant"), (0.7, "LLR"))], ignore_index=True),
