@@ -36,7 +36,8 @@ def test_a_run_and_another_with_more_copies(tmp_path):
     small = {"n_models": 2, "level": 80, "phases": 2, "epochs": 1, "merge": "uniform"}
     done = papermill(tmp_path, **small, copies=2)
     assert done.returncode == 0, done.stderr[-2000:]
-    folder = tmp_path / "figures" / "digits_seed" / "soups"
+    story = lambda numbers: tmp_path / "figures" / "soups" / "digits_seed" / f"lamp_80_constant_0.005_m{numbers}_uniform"
+    folder = story("2")
     record = json.loads((folder / "run.json").read_text())
     assert [stage["made"] for stage in record["stages"]] == [2, 4, 4, 0, 4, 2, 2]
     results = pd.read_parquet(folder / "results.parquet")
@@ -44,9 +45,9 @@ def test_a_run_and_another_with_more_copies(tmp_path):
     assert {path.name for path in folder.iterdir()} == {"run.json", "results.parquet", "table_1.csv", "table_1.md", "table_1.tex", "gains.csv", "gains.png"}
     again = papermill(tmp_path, **small, copies="2,3", engine="lanes")
     assert again.returncode == 0, again.stderr[-2000:]
-    made = [stage["made"] for stage in json.loads((folder / "run.json").read_text())["stages"]]
+    made = [stage["made"] for stage in json.loads((story("2-3") / "run.json").read_text())["stages"]]
     assert made == [0, 0, 0, 0, 0, 0, 0, 2, 6, 0, 2, 2, 2]
-    same = pd.read_parquet(folder / "results.parquet").query("m == 2").reset_index(drop=True)
+    same = pd.read_parquet(story("2-3") / "results.parquet").query("m == 2").reset_index(drop=True)
     assert same.equals(results)
 
 

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['LEVELS', 'VARIED', 'ALIGNMENTS', 'EXPERIMENTS', 'Shot', 'shot_recipe', 'judge', 'first_copies', 'compare_copies',
-           'one_shot', 'sweep', 'sparsity_shots', 'length_shots', 'rate_shots', 'pair_table', 'varied_pairs', 'zeros',
-           'line_table', 'shifted', 'line_tables', 'zoo_soups', 'variational_soups', 'activation_table',
-           'make_experiments']
+           'one_shot', 'sweep', 'sparsity_shots', 'length_shots', 'rate_shots', 'pair_table', 'varied_pairs',
+           'all_pairs', 'zeros', 'line_table', 'shifted', 'line_tables', 'zoo_soups', 'variational_soups',
+           'activation_table', 'make_experiments']
 
-# %% ../nbs/46_soup_questions.ipynb #44dae7f7
+# %% ../nbs/46_soup_questions.ipynb #c5464de8
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -23,13 +23,13 @@ from torch import Tensor
 from .alignment import aligned
 from .averaging import average, compare_candidates, copies, copy_masks, greedy_soup, train_copies, uniform_soup
 from .averaging import number_of_copies, weight_average
-from .core import UserError, check_name, write_json
+from .core import check_name, write_json
 from .correlation import correlate
 from .datasets import Images, load_images
 from .distances import between, pairwise_distances
-from .engines import Trajectory, train
+from .engines import train
 from .plans import Plan, make_plan
-from .population import Population, concatenate, sample_population
+from .population import Population, sample_population
 from .schedules import pruning_damage
 from .selectors import empty_layers, prunable, prune
 from .store import read_stage
@@ -198,6 +198,17 @@ def varied_pairs(
         frames.append(pair_table(ends, images, engine).assign(varied=name, level=shot.level, schedule=shot.schedule))
     return pd.concat(frames, ignore_index=True)
 
+# %% ../nbs/46_soup_questions.ipynb #1e1c9deb
+def all_pairs(
+    zoo: Zoo,               # the registry's entry
+    originals: Population,  # N trained models
+    images: Images,         # to train on and judge by
+    engine: Engine,         # who trains
+) -> pd.DataFrame:          # as `varied_pairs`
+    "Pairs at 70 and 90 % with a constant rate, and at 70 % with one that decays."
+    shots = [Shot(0.7), Shot(0.9), Shot(0.7, schedule="LLR")]
+    return pd.concat([varied_pairs(zoo, originals, images, shot, engine) for shot in shots], ignore_index=True)
+
 # %% ../nbs/46_soup_questions.ipynb #494fc1bd
 ALIGNMENTS: dict[str, Callable[[Population, Population], Population]] = {
     "as they are": lambda population, reference: population,
@@ -318,12 +329,12 @@ def activation_table(
         frames.append(sweep(zoo, originals, images, shots, engine).assign(activation=activation))
     return pd.concat(frames, ignore_index=True)
 
-# %% ../nbs/46_soup_questions.ipynb #3232baba
+# %% ../nbs/46_soup_questions.ipynb #88fda648
 EXPERIMENTS: dict[str, Callable[[Plan, Population, Images], pd.DataFrame]] = {
     "one_shot": lambda plan, zoo, images: sweep(plan.zoo, zoo[range(min(16, len(zoo)))], images, sparsity_shots(), plan.engine),
     "lengths": lambda plan, zoo, images: sweep(plan.zoo, zoo[range(min(16, len(zoo)))], images, length_shots(), plan.engine),
     "rates": lambda plan, zoo, images: sweep(plan.zoo, zoo[range(min(16, len(zoo)))], images, rate_shots(), plan.engine),
-    "pairs": lambda plan, zoo, images: pd.concat([varied_pairs(plan.zoo, zoo[range(min(8, len(zoo)))], images, Shot(level, schedule=schedule), plan.engine) for level, schedule in ((0.7, "constant"), (0.9, "constant"), (0.7, "LLR"))], ignore_index=True),
+    "pairs": lambda plan, zoo, images: all_pairs(plan.zoo, zoo[range(min(8, len(zoo)))], images, plan.engine),
     "lines": lambda plan, zoo, images: line_tables(plan.zoo, zoo, images, plan.engine),
     "zoo_soups": lambda plan, zoo, images: zoo_soups(zoo, images, plan.engine),
     "variational": lambda plan, zoo, images: variational_soups(plan.zoo, zoo[range(min(16, len(zoo)))], images, plan.engine),

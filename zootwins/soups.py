@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['APART', 'LONGER', 'PARAMETERS', 'Chain', 'check_chain', 'story_chains', 'parse_story', 'phase_settings', 'phase_name',
            'phase_stage', 'read_candidates', 'read_soup', 'beginnings', 'make_phase', 'make_soups', 'reprune',
-           'chain_table', 'story_table', 'soup_cells', 'story_gains']
+           'chain_table', 'story_table', 'soup_cells', 'story_folder', 'story_gains']
 
 # %% ../nbs/44_soups.ipynb #218e64f1
 import json
@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import pandas as pd
 
@@ -316,6 +317,19 @@ def soup_cells(
     cells = (100 * results.groupby(keys, sort=False)["test_acc"].agg(["mean", "std"])).reset_index()
     told = {"table": 1, "setting": setting, "pruning": "weights", "schedule": "", "metric": "test_acc", "doubtful": ""}
     return cells.assign(**told).astype({"m": "Int64", "phase": "Int64"})
+
+# %% ../nbs/44_soups.ipynb #24f4bb72
+def story_folder(
+    plan: Plan,      # the zoo, and the folder of figures
+    chains: Mapping[tuple[str, int], Chain],  # from story_chains
+) -> Path:           # such as "runs/soups/digits_seed/lamp_90_constant_0.005_m3_uniform"
+    "Name the folder of a story by its setting."
+    chain = next(iter(chains.values()))
+    rate = "own" if chain.lr is None else f"{chain.lr:g}"
+    numbers = "-".join(map(str, sorted({m for _, m in chains})))
+    merges = "-".join(dict.fromkeys(name for name, _ in chains if name in MERGES))
+    setting = f"{chain.selector}_{100 * chain.level:g}_{chain.schedule}_{rate}_m{numbers}_{merges}"
+    return plan.figures.parent / "soups" / plan.zoo.name / setting
 
 # %% ../nbs/44_soups.ipynb #3473d5e2
 def story_gains(
