@@ -6,9 +6,10 @@
 __all__ = ['WIDTH', 'GUESSING', 'COLLAPSE', 'SWEEP_CLAIMS', 'judge_cells', 'row_differences', 'judge_story', 'by_cell', 'change',
            'gains_two_points', 'declines', 'collapses', 'greedy_is_safe', 'schedules_help', 'swa_does_not_help',
            'distances_grow', 'beats_longer', 'loses_when_brief', 'breaks_even', 'returns_diminish',
-           'one_epoch_is_enough', 'pair_gains', 'most_pairs_improve', 'seeds_gain_most', 'SweepClaim', 'judge_sweep']
+           'one_epoch_is_enough', 'pair_gains', 'most_pairs_improve', 'seeds_gain_most', 'SweepClaim', 'judge_sweep',
+           'printed_verdicts', 'story_verdicts', 'verdict_matrix', 'sweep_verdicts']
 
-# %% ../nbs/38_soup_claims.ipynb #ca665ba6
+# %% ../nbs/38_soup_claims.ipynb #2ecb21d9
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .claims import FAILS, HOLDS, OPEN, Finding, bootstrap, finding, mean_interval
+from .claims import Finding, bootstrap, finding, mean_interval
 from .reported_soups import ALWAYS, MOSTLY, ONCE, SOUP_CLAIMS, SoupClaim, judge_soups, read_reported_soups
-from .tables import Table
+from .soup_figures import SETTING, read_sweep, setting_title
 
 # %% ../nbs/38_soup_claims.ipynb #d1da823c
 WIDTH = 0.05  # of all intervals together
@@ -42,7 +43,9 @@ def judge_cells(
     choose = min if quantifier == ALWAYS else max
     cell = choose(known, key=lambda name: known[name].mean())
     estimate = mean_interval(known[cell], 1 - WIDTH / len(known))
-    at = f"{what} in {cell}" + (f", {'smallest' if choose is min else 'largest'} of {len(known)}" if len(known) > 1 else "")
+    at = f"{what} in {cell}" + (
+        f", {'smallest' if choose is min else 'largest'} of {len(known)}" if len(known) > 1 else ""
+    )
     return [finding(at, estimate, len(known[cell]), above=margin, of=of)]
 
 # %% ../nbs/38_soup_claims.ipynb #e0a7b547
@@ -58,7 +61,10 @@ def row_differences(
         here = kept[(kept["row"] == row) & (kept["merge"].eq(merge) if merge else True)]
         sides.append(here.set_index(["phase", "m", "model"])["test_acc"])
     difference = (100 * (sides[0] - sides[1])).dropna().round(9)
-    return {f"phase {phase}, m = {m}": part.droplevel(["phase", "m"]) for (phase, m), part in difference.groupby(level=["phase", "m"])}
+    return {
+        f"phase {phase}, m = {m}": part.droplevel(["phase", "m"])
+        for (phase, m), part in difference.groupby(level=["phase", "m"])
+    }
 
 
 def judge_story(
@@ -87,7 +93,9 @@ def by_cell(
     found = {}
     for names, part in table.groupby(list(keys), sort=True):
         if part["mean candidate"].mean() > GUESSING:
-            told = ", ".join(f"{key} {name:g}" if isinstance(name, float) else f"{key} {name}" for key, name in zip(keys, names))
+            told = ", ".join(
+                f"{key} {name:g}" if isinstance(name, float) else f"{key} {name}" for key, name in zip(keys, names)
+            )
             found[told] = (100 * (part.set_index("model")[left] - part.set_index("model")[right])).round(9)
     return found
 
@@ -102,13 +110,23 @@ def change(
 
 def gains_two_points(table: pd.DataFrame) -> list[Finding]:
     "Soups gain up to 2 points over the best candidate."
-    return [found for merge in ("uniform", "greedy") for found in judge_cells(by_cell(table, merge, "best candidate"), ONCE, f"{merge} soup minus best candidate", 1.5, merge)]
+    return [
+        found
+        for merge in ("uniform", "greedy")
+        for found in judge_cells(
+            by_cell(table, merge, "best candidate"), ONCE, f"{merge} soup minus best candidate", 1.5, merge
+        )
+    ]
 
 
 def declines(table: pd.DataFrame) -> list[Finding]:
     "The gain is smaller at the highest sparsity than at the lowest."
     cells = by_cell(table, "uniform", "best candidate")
-    return judge_cells({"the highest sparsity": -change(cells)}, ALWAYS, "gain at the lowest minus gain") if len(cells) > 1 else []
+    return (
+        judge_cells({"the highest sparsity": -change(cells)}, ALWAYS, "gain at the lowest minus gain")
+        if len(cells) > 1
+        else []
+    )
 
 
 def collapses(table: pd.DataFrame) -> list[Finding]:
@@ -148,19 +166,25 @@ def distances_grow(table: pd.DataFrame) -> list[Finding]:
 def beats_longer(table: pd.DataFrame) -> list[Finding]:
     "At the lowest sparsity the soup beats longer training at every length."
     rows = table[table["level"] == table["level"].min()]
-    return judge_cells(by_cell(rows, "uniform", "IMP_mx", ("level", "epochs")), ALWAYS, "uniform soup minus longer training")
+    return judge_cells(
+        by_cell(rows, "uniform", "IMP_mx", ("level", "epochs")), ALWAYS, "uniform soup minus longer training"
+    )
 
 
 def loses_when_brief(table: pd.DataFrame) -> list[Finding]:
     "At the highest sparsity and the shortest training the soup loses to longer training."
     rows = table[(table["level"] == table["level"].max()) & (table["epochs"] == table["epochs"].min())]
-    return judge_cells(by_cell(rows, "IMP_mx", "uniform", ("level", "epochs")), ALWAYS, "longer training minus uniform soup")
+    return judge_cells(
+        by_cell(rows, "IMP_mx", "uniform", ("level", "epochs")), ALWAYS, "longer training minus uniform soup"
+    )
 
 
 def breaks_even(table: pd.DataFrame) -> list[Finding]:
     "At the highest sparsity and from 15 epochs on the soup beats longer training."
     rows = table[(table["level"] == table["level"].max()) & (table["epochs"] >= 15)]
-    return judge_cells(by_cell(rows, "uniform", "IMP_mx", ("level", "epochs")), ALWAYS, "uniform soup minus longer training")
+    return judge_cells(
+        by_cell(rows, "uniform", "IMP_mx", ("level", "epochs")), ALWAYS, "uniform soup minus longer training"
+    )
 
 
 def returns_diminish(table: pd.DataFrame) -> list[Finding]:
@@ -175,7 +199,11 @@ def returns_diminish(table: pd.DataFrame) -> list[Finding]:
 def one_epoch_is_enough(table: pd.DataFrame) -> list[Finding]:
     "After a single epoch the soup improves upon the best candidate, at every sparsity."
     rows = table[table["epochs"] == 1]
-    return judge_cells(by_cell(rows, "uniform", "best candidate", ("level",)), ALWAYS, "uniform soup minus best candidate after one epoch")
+    return judge_cells(
+        by_cell(rows, "uniform", "best candidate", ("level",)),
+        ALWAYS,
+        "uniform soup minus best candidate after one epoch",
+    )
 
 # %% ../nbs/38_soup_claims.ipynb #96684b68
 def pair_gains(
@@ -183,7 +211,10 @@ def pair_gains(
 ) -> dict[str, pd.DataFrame]:   # what was varied -> points [model, pair]
     "What the average of two gains over the better of them."
     gain = pairs.assign(gain=(100 * (pairs["soup"] - pairs["better"])).round(9))
-    return {name: part.pivot(index="model", columns=["first", "second"], values="gain") for name, part in gain.groupby("varied", sort=False)}
+    return {
+        name: part.pivot(index="model", columns=["first", "second"], values="gain")
+        for name, part in gain.groupby("varied", sort=False)
+    }
 
 
 def most_pairs_improve(pairs: pd.DataFrame) -> list[Finding]:
@@ -214,20 +245,60 @@ class SweepClaim:
 
 
 SWEEP_CLAIMS = (
-    SweepClaim("up to two points", "3.2", "enhance accuracy by up to 2% over individual models", "one_shot", gains_two_points),
+    SweepClaim(
+        "up to two points", "3.2", "enhance accuracy by up to 2% over individual models", "one_shot", gains_two_points
+    ),
     SweepClaim("the gain declines", "3.2", "as sparsity increases, this benefit declines", "one_shot", declines),
     SweepClaim("uniform soups collapse", "3.2", "with UniformSoup collapsing in performance", "one_shot", collapses),
-    SweepClaim("greedy soups are safe", "3.2", "GreedySoup performs at least as well as the best individual model", "one_shot", greedy_is_safe),
-    SweepClaim("all schedules", "C.1.1", "for all other schedules we see consistent improvements", "schedules", schedules_help),
-    SweepClaim("averaging along the way", "C.3", "slightly inferior results when adding SWA", "schedules", swa_does_not_help),
-    SweepClaim("copies part", "C.4", "a much increased distance between the retrained models", "one_shot", distances_grow),
-    SweepClaim("soups instead of longer training", "3.2", "averaging m models is more effective [...] even with brief retraining", "lengths", beats_longer),
-    SweepClaim("not when brief and sparse", "3.2", "short-term retraining and averaging m models underperforms", "lengths", loses_when_brief),
+    SweepClaim(
+        "greedy soups are safe",
+        "3.2",
+        "GreedySoup performs at least as well as the best individual model",
+        "one_shot",
+        greedy_is_safe,
+    ),
+    SweepClaim(
+        "all schedules", "C.1.1", "for all other schedules we see consistent improvements", "schedules", schedules_help
+    ),
+    SweepClaim(
+        "averaging along the way", "C.3", "slightly inferior results when adding SWA", "schedules", swa_does_not_help
+    ),
+    SweepClaim(
+        "copies part", "C.4", "a much increased distance between the retrained models", "one_shot", distances_grow
+    ),
+    SweepClaim(
+        "soups instead of longer training",
+        "3.2",
+        "averaging m models is more effective [...] even with brief retraining",
+        "lengths",
+        beats_longer,
+    ),
+    SweepClaim(
+        "not when brief and sparse",
+        "3.2",
+        "short-term retraining and averaging m models underperforms",
+        "lengths",
+        loses_when_brief,
+    ),
     SweepClaim("break-even", "3.2", "a break-even point emerges around 15 epochs", "lengths", breaks_even),
-    SweepClaim("returns diminish", "C.1.2", "the longer we retrain, the smaller the improvement", "lengths", returns_diminish),
-    SweepClaim("one epoch is enough", "C.1.2", "consistent improvements even with a mere single retraining epoch", "lengths", one_epoch_is_enough),
+    SweepClaim(
+        "returns diminish", "C.1.2", "the longer we retrain, the smaller the improvement", "lengths", returns_diminish
+    ),
+    SweepClaim(
+        "one epoch is enough",
+        "C.1.2",
+        "consistent improvements even with a mere single retraining epoch",
+        "lengths",
+        one_epoch_is_enough,
+    ),
     SweepClaim("most pairs improve", "3.2", "most averaged models show a net improvement", "pairs", most_pairs_improve),
-    SweepClaim("seeds are best", "3.2", "the most substantial and consistent improvement comes from varying the random seed", "pairs", seeds_gain_most),
+    SweepClaim(
+        "seeds are best",
+        "3.2",
+        "the most substantial and consistent improvement comes from varying the random seed",
+        "pairs",
+        seeds_gain_most,
+    ),
 )
 
 
@@ -238,6 +309,62 @@ def judge_sweep(
     "Try the claims about an experiment."
     rows = [
         {"claim": claim.name, "place": claim.place, "quote": claim.quote, **asdict(found)}
-        for claim in SWEEP_CLAIMS if claim.experiment == experiment for found in claim.judge(table)
+        for claim in SWEEP_CLAIMS
+        if claim.experiment == experiment
+        for found in claim.judge(table)
     ]
     return pd.DataFrame(rows, columns=["claim", "place", "quote", *Finding.__dataclass_fields__])
+
+# %% ../nbs/38_soup_claims.ipynb #90f94ceb
+def printed_verdicts() -> pd.Series:  # by claim
+    "What the paper's own tables say of its claims."
+    return judge_soups(read_reported_soups()).set_index("claim")["verdict"]
+
+
+def story_verdicts(
+    stories: pd.DataFrame,  # from soup_figures.read_stories
+) -> pd.DataFrame:          # setting (its title), and the columns of `judge_story`
+    "Try the claims on every story."
+    parts = [
+        judge_story(rows).assign(setting=setting_title(rows.iloc[0]))
+        for _, rows in stories.groupby(SETTING, dropna=False, sort=False)
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
+def verdict_matrix(
+    verdicts: pd.DataFrame,  # from story_verdicts
+) -> pd.DataFrame:           # one row per claim: place, printed tables, and a column per setting
+    "Verdicts at a glance."
+    printed = printed_verdicts()
+    wide = verdicts.pivot(index="claim", columns="setting", values="verdict")
+    wide = wide.reindex(
+        index=[claim.name for claim in SOUP_CLAIMS if claim.name in wide.index], columns=verdicts["setting"].unique()
+    )
+    places = {claim.name: claim.place for claim in SOUP_CLAIMS}
+    return pd.concat(
+        [
+            wide.index.to_series().map(places).rename("place"),
+            printed.reindex(wide.index).rename("printed tables"),
+            wide,
+        ],
+        axis=1,
+    ).fillna("")
+
+# %% ../nbs/38_soup_claims.ipynb #1f3f0ff9
+def sweep_verdicts(
+    folder: Path | str,  # such as "figures/soups"
+    zoo: str,            # its name
+) -> pd.DataFrame:       # setting, and the columns of `judge_sweep`
+    "Try the claims about figures on a zoo's sweeps, with LAMP and the largest number of copies."
+    one_shot = read_sweep(folder, zoo, "one_shot").query("selector == 'lamp'")
+    most = one_shot[one_shot["m"] == one_shot["m"].max()]
+    parts = [
+        judge_sweep(most[most["schedule"] == name], "one_shot").assign(setting=name) for name in ("constant", "LLR")
+    ]
+    parts.append(judge_sweep(most, "schedules").assign(setting="all schedules"))
+    parts.append(judge_sweep(read_sweep(folder, zoo, "lengths"), "lengths").assign(setting="constant"))
+    pairs = read_sweep(folder, zoo, "pairs")
+    for (level, schedule), rows in pairs.groupby(["level", "schedule"], sort=False):
+        parts.append(judge_sweep(rows, "pairs").assign(setting=f"{level:.0%}, {schedule}"))
+    return pd.concat(parts, ignore_index=True)

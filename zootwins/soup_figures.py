@@ -20,7 +20,18 @@ from scipy import stats
 from .averaging import gains
 from .claims import mean_interval
 from .core import UserError, read_json
-from .figures import COLOURS, GREY, HEIGHT, MARKERS, WIDTH, draw_spread, heading, percent_axis, spread_note, styled
+from zootwins.figures import (
+    COLOURS,
+    GREY,
+    HEIGHT,
+    MARKERS,
+    WIDTH,
+    draw_spread,
+    heading,
+    percent_axis,
+    spread_note,
+    styled,
+)
 from .reported_soups import soup_table
 from .soups import soup_cells
 from .tables import Table, mean_std, zoo_title
@@ -33,14 +44,19 @@ ROW = ["row", "merge", "m", "phase", "model"]
 
 def read_stories(
     folder: Path | str,  # such as "figures/soups", with a folder per zoo and one per story in it
-) -> pd.DataFrame:       # SETTING, then row, merge, m, phase, sparsity, model, test_acc; rate is NaN for each model's own
+) -> pd.DataFrame:       # SETTING, row, merge, m, phase, sparsity, model, test_acc; rate NaN: each model's own
     "Read all stories; raises `UserError` if there are none, and for a damaged file."
     frames = []
     for path in sorted(Path(folder).glob("*/*/run.json")):
         record = read_json(path)
         if "chains" in record:
             chain = record["chains"][0]
-            told = {"zoo": record["zoo"], "selector": chain["selector"], "schedule": chain["schedule"], "epochs": chain["epochs"]}
+            told = {
+                "zoo": record["zoo"],
+                "selector": chain["selector"],
+                "schedule": chain["schedule"],
+                "epochs": chain["epochs"],
+            }
             rate = np.nan if chain["lr"] is None else chain["lr"]
             frames.append(read_table(path.with_name("results.parquet")).assign(**told, rate=rate))
     if not frames:
@@ -80,12 +96,14 @@ def one_story(
     found = stories[keep]
     if len(found[SETTING].drop_duplicates()) != 1:
         there = "; ".join(setting_title(row) for _, row in stories[SETTING].drop_duplicates().iterrows())
-        raise UserError(f"{len(found[SETTING].drop_duplicates())} stories fit {setting}, and one is needed. There are: {there}.")
+        raise UserError(
+            f"{len(found[SETTING].drop_duplicates())} stories fit {setting}, and one is needed. There are: {there}."
+        )
     return found
 
-# %% ../nbs/37_soup_figures.ipynb #77bc230e
+# %% ../nbs/37_soup_figures.ipynb #a1ae8f2f
 def table_1(
-    results: pd.DataFrame,  # one story
+    results: pd.DataFrame,      # one story
 ) -> Table:                 # mean ± standard deviation over models; bold: the best of a column
     "Table 1 (and 4, 5) of a population."
     return soup_table(soup_cells(results, setting_title(results.iloc[0])), 1, setting_title(results.iloc[0]))
@@ -111,14 +129,17 @@ def paired_table(
     for (phase, m), here in wide.groupby(level=["phase", "m"]):
         here = here.set_axis(here.columns.to_flat_index(), axis=1)
         others = [name for name in here if name != ("SMS", merged) and here[name].notna().all()]
-        for name, gain in gains(here, ("SMS", merged), others).set_axis(others).iterrows() if ("SMS", merged) in here else ():
+        for name, gain in (
+            gains(here, ("SMS", merged), others).set_axis(others).iterrows() if ("SMS", merged) in here else ()
+        ):
             told = f"{name[0]} ({name[1]})" if name[1] else name[0]
             rows.append({"over": told, "phase": phase, "m": m, "n": len(here), **gain})
             heading_of = (f"{sparsity[phase]:.1%}, phase {phase}", f"m = {m}")
             text.setdefault(heading_of, {})[told] = difference_cell(gain, len(here))
     if not rows:
         raise UserError(f"This story has no {merged} soups.")
-    caption = f"{setting_title(results.iloc[0])}: points of the {merged} soup over ..., mean [95 % interval] over {results['model'].nunique()} models."
+    n = results["model"].nunique()
+    caption = f"{setting_title(results.iloc[0])}: points of the {merged} soup over ..., mean [95 % interval], {n} models."
     return Table(f"differences_{merged}", caption, pd.DataFrame(rows), pd.DataFrame(text).fillna(""))
 
 # %% ../nbs/37_soup_figures.ipynb #05ae0502
@@ -126,10 +147,19 @@ def shot_story(
     sweep: pd.DataFrame,  # from soup_questions.sweep, of one selector, schedule, rate and length
 ) -> pd.DataFrame:        # as a story of one phase per sparsity
     "Lay a sweep out as the rows of a story."
-    kept = {("SMS", "uniform"): "uniform", ("best candidate", "uniform"): "best candidate", ("mean candidate", "uniform"): "mean candidate",
-            ("SMS", "greedy"): "greedy", ("IMP_mx", ""): "IMP_mx", ("IMP", ""): "IMP"}
-    frames = [sweep[[*SETTING, "m", "model"]].assign(row=row, merge=merge, test_acc=sweep[column])
-              for (row, merge), column in kept.items() if column in sweep and sweep[column].notna().all()]
+    kept = {
+        ("SMS", "uniform"): "uniform",
+        ("best candidate", "uniform"): "best candidate",
+        ("mean candidate", "uniform"): "mean candidate",
+        ("SMS", "greedy"): "greedy",
+        ("IMP_mx", ""): "IMP_mx",
+        ("IMP", ""): "IMP",
+    }
+    frames = [
+        sweep[[*SETTING, "m", "model"]].assign(row=row, merge=merge, test_acc=sweep[column])
+        for (row, merge), column in kept.items()
+        if column in sweep and sweep[column].notna().all()
+    ]
     return pd.concat(frames, ignore_index=True).assign(phase=1, sparsity=lambda rows: rows["level"])
 
 
@@ -140,10 +170,10 @@ def table_6(
     title = setting_title(sweep.iloc[0].to_dict()).replace(f" to {sweep['level'].iloc[0]:.0%}", "")
     return soup_table(soup_cells(shot_story(sweep), title).assign(table=6), 6, title)
 
-# %% ../nbs/37_soup_figures.ipynb #2012266c
+# %% ../nbs/37_soup_figures.ipynb #529fd48b
 def table_16(
     results: pd.DataFrame,  # one story with both baselines
-) -> Table:                 # mean ± standard deviation, and the paired difference
+) -> Table:               # mean ± standard deviation, and the paired difference
     "Table 16 of a population; raises `UserError` if the story lacks the baseline of more phases."
     last = results[(results["phase"] == results["phase"].max()) & results["row"].isin(["IMP_mx", "IMP with m phases"])]
     if last["row"].nunique() < 2:
@@ -154,7 +184,12 @@ def table_16(
         cells = {row: mean_std(here[row].mean(), here[row].std()) for row in ("IMP_mx", "IMP with m phases")}
         difference = gains(here / 100, "IMP with m phases", ["IMP_mx"]).iloc[0]
         text[f"m = {m}"] = cells | {"difference": difference_cell(difference, len(here))}
-    return Table("table_16", f"Table 16, {setting_title(results.iloc[0])}: longer phases or more of them.", wide.reset_index(), pd.DataFrame(text))
+    return Table(
+        "table_16",
+        f"Table 16, {setting_title(results.iloc[0])}: longer phases or more of them.",
+        wide.reset_index(),
+        pd.DataFrame(text),
+    )
 
 
 def table_17(
@@ -168,7 +203,9 @@ def table_17(
         cells = {row: mean_std(100 * here[row].mean(), 100 * here[row].std()) for row in ("IMP", "IMP + SWA")}
         difference = gains(here.set_index("model"), "IMP + SWA", ["IMP"]).iloc[0]
         text[schedule] = cells | {"difference": difference_cell(difference, len(here))}
-    caption = f"Table 17, {zoo_title(rows['zoo'].iloc[0])}, one shot at {level:.0%}: one run, and the average of its epochs."
+    caption = (
+        f"Table 17, {zoo_title(rows['zoo'].iloc[0])}, one shot at {level:.0%}: one run, and the average of its epochs."
+    )
     return Table("table_17", caption, rows[["schedule", "level", "model", "IMP", "IMP + SWA"]], pd.DataFrame(text))
 
 
@@ -176,11 +213,17 @@ def table_18(
     sweep: pd.DataFrame,  # from soup_questions.sweep, of one selector, schedule and m
 ) -> Table:               # means over models
     "Table 18 of a population: distances of the copies by sparsity."
-    numbers = sweep.groupby("level").agg(mean=("distance", "mean"), largest=("farthest", "mean"), relative=("relative", "mean"))
-    rows = {"mean L2 distance": numbers["mean"].map("{:.2f}".format), "max L2 distance": numbers["largest"].map("{:.2f}".format),
-            "mean distance / norm": numbers["relative"].map("{:.1%}".format)}
+    numbers = sweep.groupby("level").agg(
+        mean=("distance", "mean"), largest=("farthest", "mean"), relative=("relative", "mean")
+    )
+    rows = {
+        "mean L2 distance": numbers["mean"].map("{:.2f}".format),
+        "max L2 distance": numbers["largest"].map("{:.2f}".format),
+        "mean distance / norm": numbers["relative"].map("{:.1%}".format),
+    }
     layout = pd.DataFrame(rows).T.rename(columns="{:.0%}".format)
-    caption = f"Table 18, {zoo_title(sweep['zoo'].iloc[0])}, {sweep['schedule'].iloc[0]} rate: distances of {sweep['m'].iloc[0]} copies."
+    first = sweep.iloc[0]
+    caption = f"Table 18, {zoo_title(first['zoo'])}, {first['schedule']} rate: distances of {first['m']} copies."
     return Table("table_18", caption, numbers.reset_index(), layout)
 
 # %% ../nbs/37_soup_figures.ipynb #e02749e3
@@ -195,7 +238,16 @@ def figure_pairs(
         here = pairs[(pairs["level"] == level) & (pairs["schedule"] == schedule)]
         for colour, marker, (name, part) in zip(COLOURS, MARKERS, here.groupby("varied", sort=False)):
             wins = (part["soup"] > part["better"]).mean()
-            ax.scatter(part["better"], part["soup"], 9, colour, marker, alpha=0.35, linewidths=0, label=f"{name}: {wins:.0%} win")
+            ax.scatter(
+                part["better"],
+                part["soup"],
+                9,
+                colour,
+                marker,
+                alpha=0.35,
+                linewidths=0,
+                label=f"{name}: {wins:.0%} win",
+            )
         low = max(here[["better", "soup"]].quantile(0.005).min(), 0)
         limits = (low, here[["better", "soup"]].max().max() + 0.004)
         ax.plot(limits, limits, color=GREY, linewidth=0.8)
@@ -203,18 +255,23 @@ def figure_pairs(
         percent_axis(ax.xaxis), percent_axis(ax.yaxis)
         ax.legend(loc="upper left", fontsize=7.5, handletextpad=0.1, markerscale=1.5)
     axes[0][0].set_ylabel("average of two")
-    heading(fig, f"{pairs['model'].nunique()} models, all pairs of 8 copies that differ in ...; the lowest 0.5 % lie outside")
+    heading(
+        fig,
+        f"{pairs['model'].nunique()} models, all pairs of 8 copies that differ in ...; the lowest 0.5 % lie outside",
+    )
     return fig
 
-# %% ../nbs/37_soup_figures.ipynb #4a0a5f0d
+# %% ../nbs/37_soup_figures.ipynb #8f64412e
 def draw_mean(
-    ax: Axes,             # where
+    ax: Axes,      # where
     rows: pd.DataFrame,   # x, y, one row per model
     label: str,           # for the legend
     **look,               # color, marker, ...
 ) -> None:
     "Draw means with 95 % intervals over the models."
-    estimates = pd.DataFrame({x: mean_interval(part["y"]) for x, part in rows.groupby("x")}, index=["mean", "low", "high"]).T
+    estimates = pd.DataFrame(
+        {x: mean_interval(part["y"]) for x, part in rows.groupby("x")}, index=["mean", "low", "high"]
+    ).T
     errors = np.abs(estimates[["low", "high"]].to_numpy().T - estimates["mean"].to_numpy())
     ax.errorbar(estimates.index, estimates["mean"], errors, capsize=2, label=label, **look)
 
@@ -243,14 +300,23 @@ def figure_4(
     percent_axis(left.xaxis)
     left.legend(loc="lower left")
     for colour, marker, (level, rows) in zip(COLOURS, MARKERS, lengths.groupby("level")):
-        draw_mean(right, rows.assign(x=rows["epochs"], y=100 * (rows["uniform"] - rows["IMP_mx"])), f"{level:.0%}", color=colour, marker=marker)
+        draw_mean(
+            right,
+            rows.assign(x=rows["epochs"], y=100 * (rows["uniform"] - rows["IMP_mx"])),
+            f"{level:.0%}",
+            color=colour,
+            marker=marker,
+        )
     m = lengths["m"].iloc[0]
     zero_line(right, f"one run, {m} times as long")
     right.set(xscale="log", xlabel="epochs of each copy", title=f"(b) soups of {m}")
     right.set_xticks(sorted(lengths["epochs"].unique()), map(str, sorted(lengths["epochs"].unique())))
     right.minorticks_off()
     right.legend(title="sparsity")
-    heading(fig, f"{zoo_title(sweep['zoo'].iloc[0])}, one shot. Left: {spread_note(sweep['model'].nunique())}; right: mean and 95 % interval of {lengths['model'].nunique()}")
+    heading(
+        fig,
+        f"{zoo_title(sweep['zoo'].iloc[0])}. Left: {spread_note(sweep['model'].nunique())}; right: mean, 95 % interval",
+    )
     return fig
 
 # %% ../nbs/37_soup_figures.ipynb #5810f2a4
@@ -266,14 +332,23 @@ def figure_9(
         here = sweep[sweep["m"] == m]
         for place, (name, rows) in enumerate(here.groupby("schedule", sort=False)):
             moved = rows["level"].rank(method="dense") + 0.08 * (place - 2)
-            draw_mean(ax, rows.assign(x=moved, y=100 * (rows["uniform"] - rows[over])), name, color=COLOURS[place], marker=MARKERS[place])
+            draw_mean(
+                ax,
+                rows.assign(x=moved, y=100 * (rows["uniform"] - rows[over])),
+                name,
+                color=COLOURS[place],
+                marker=MARKERS[place],
+            )
         levels = sorted(here["level"].unique())
         ax.set_xticks(range(1, len(levels) + 1), [f"{level:.0%}" for level in levels])
         ax.set(xlabel="sparsity", title=f"m = {m}")
         zero_line(ax, f"the {over}")
     axes[0][-1].set_ylabel("")
     axes[0][0].legend(loc="lower left")
-    heading(fig, f"{zoo_title(sweep['zoo'].iloc[0])}, one shot: uniform soups by schedule, mean and 95 % interval of {sweep['model'].nunique()} models")
+    heading(
+        fig,
+        f"{zoo_title(sweep['zoo'].iloc[0])}: mean and 95 % interval of {sweep['model'].nunique()} models",
+    )
     return fig
 
 
@@ -287,18 +362,32 @@ def figure_10(
     for place, (epochs, rows) in enumerate(lengths.groupby("epochs")):
         moved = rows["level"].rank(method="dense") + 0.08 * (place - 2)
         label = f"{epochs} epoch{'s' if epochs > 1 else ''}"
-        draw_mean(ax, rows.assign(x=moved, y=100 * (rows["uniform"] - rows[over])), label, color=COLOURS[place], marker=MARKERS[place], linestyle="")
+        draw_mean(
+            ax,
+            rows.assign(x=moved, y=100 * (rows["uniform"] - rows[over])),
+            label,
+            color=COLOURS[place],
+            marker=MARKERS[place],
+            linestyle="",
+        )
     levels = sorted(lengths["level"].unique())
     ax.set_xticks(range(1, len(levels) + 1), [f"{level:.0%}" for level in levels])
     ax.set_xlabel("sparsity")
     zero_line(ax, f"the {over}")
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    heading(fig, f"{zoo_title(lengths['zoo'].iloc[0])}, one shot: soups of {lengths['m'].iloc[0]}, mean and 95 % interval of {lengths['model'].nunique()} models")
+    heading(
+        fig,
+        f"{zoo_title(lengths['zoo'].iloc[0])}: soups of {lengths['m'].iloc[0]}, mean and 95 % interval",
+    )
     return fig
 
-# %% ../nbs/37_soup_figures.ipynb #25de8913
-OVER = {"mean candidate": ("mean candidate", "uniform"), "IMP": ("IMP", ""), "best candidate (oracle)": ("best candidate", "uniform"),
-        "one run, m times as long": ("IMP_mx", "")}
+# %% ../nbs/37_soup_figures.ipynb #b07b2fa5
+OVER = {
+    "mean candidate": ("mean candidate", "uniform"),
+    "IMP": ("IMP", ""),
+    "best candidate (oracle)": ("best candidate", "uniform"),
+    "one run, m times as long": ("IMP_mx", ""),
+}
 
 
 def last_gains(
@@ -332,7 +421,9 @@ def figure_when(
     for place, (name, rows) in enumerate(table.groupby("over", sort=False)):
         at = [titles.index(title) + 0.15 * (place - 1.5) for title in rows["title"]]
         errors = np.abs(rows[["low", "high"]].to_numpy().T - rows["gain"].to_numpy())
-        ax.errorbar(rows["gain"], at, xerr=errors, fmt=MARKERS[place], color=COLOURS[place], capsize=2, label=f"over {name}")
+        ax.errorbar(
+            rows["gain"], at, xerr=errors, fmt=MARKERS[place], color=COLOURS[place], capsize=2, label=f"over {name}"
+        )
     ax.axvline(0, color=GREY, linewidth=0.9)
     ax.set_xscale("symlog", linthresh=1, linscale=1)
     ax.set_yticks(range(len(titles)), titles)
