@@ -241,9 +241,9 @@ def figure_pairs(
             ax.scatter(
                 part["better"],
                 part["soup"],
-                9,
-                colour,
-                marker,
+                s=9,
+                color=colour,
+                marker=marker,
                 alpha=0.35,
                 linewidths=0,
                 label=f"{name}: {wins:.0%} win",
