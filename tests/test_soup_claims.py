@@ -65,6 +65,7 @@ def test_a_story_where_all_is_known():
     assert found["soups beat the best candidate"] == HOLDS and found["soups beat longer training"] == FAILS
     assert found["by a point"] == OPEN and found["mean candidates from a soup beat IMP"] == FAILS
     assert found["best candidates from a soup beat IMP"] == HOLDS and found["by two points with three copies"] == OPEN
+    assert not {"soups are more robust than IMP", "soups are fairer"} & set(found.index)
     assert found["longer phases beat more phases"] == HOLDS and "uniform beats greedy" not in found
     other = story(n=30, soup=0.005, longer=-0.02)
     other["test_acc"] += random.normal(0, 0.001, len(other))

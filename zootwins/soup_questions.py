@@ -436,11 +436,11 @@ def activation_gains(
         over = gains(here.set_index("model"), "uniform", ["mean candidate", "best candidate"])
         told = {f"over {name}": f"{row['gain']:+.2f} ± {row['error']:.2f}" for name, row in over.iterrows()}
         rows[names] = {
-            "original": 100 * here["original"].mean(),
-            "soup": 100 * here["uniform"].mean(),
+            "original": f"{here['original'].mean():.1%}",
+            "soup": f"{here['uniform'].mean():.1%}",
             **told,
-            "wins": over["wins"].iloc[0],
-            "distance": here["relative"].mean(),
+            "wins": f"{over['wins'].iloc[0]:.0%}",
+            "distance": f"{here['relative'].mean():.1%}",
         }
     return pd.DataFrame(rows).T
 
