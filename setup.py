@@ -41,7 +41,7 @@ setup(
     extras_require=extras | {"dev": extras["dev"] + extras["dask"]},
     cmdclass={"build_py": BuildWithNotebooks},
     packages=find_packages(include=["zootwins", "zootwins.*"]),
-    package_data={"zootwins": ["*.cpp", "*.cu", "*.h", "*.csv"]},
+    package_data={"zootwins": ["*.cpp", "*.cu", "*.h", "*.csv", "py.typed"]},
     include_package_data=True,
     entry_points={
         "nbdev": [f"{settings['lib_name']}={settings['lib_path']}._modidx:d"],

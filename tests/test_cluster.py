@@ -387,6 +387,59 @@ def test_two_hosts_without_a_shared_folder_and_one_worker_killed_in_the_middle(t
     assert not (berta.folder / "zoos").exists()
 
 
+def other_package(folder):
+    "A copy of the package that differs in a comment."
+    shutil.copytree(HERE.parent / "zootwins", folder / "zootwins", ignore=shutil.ignore_patterns("__pycache__"))
+    with (folder / "zootwins" / "core.py").open("a") as file:
+        file.write("# another version\n")
+    return {"PYTHONPATH": f"{folder}:{HERE}"}
+
+
+def other_digits(folder):
+    "A scikit-learn whose digits differ."
+    (folder / "sitecustomize.py").write_text(
+        "from sklearn import datasets\nload = datasets.load_digits\n"
+        "def changed(*args, **kwargs):\n    found = load(*args, **kwargs)\n    found[0][0, 10] += 1\n    return found\n"
+        "datasets.load_digits = changed\n")
+    return {"PYTHONPATH": f"{folder}:{HERE.parent}:{HERE}"}
+
+
+def no_compiler(folder):
+    "A machine on which the fast engine cannot be built."
+    return {"HOME": folder, "XDG_CACHE_HOME": folder, "CXX": shutil.which("false")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spoil, told", [
+    (other_package, "another version of zootwins than the driver: install the same one everywhere"),
+    (other_digits, "other images of digits than the driver ("),
+    (no_compiler, "could not be built with"),
+])
+def test_a_dask_worker_that_does_not_fit_ends_the_run_in_one_sentence(tmp_path, images, alone, spoil, told):
+    distributed = pytest.importorskip("distributed")
+    plan, begin = plan_in(tmp_path), [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0",
+                                      "--scheduler-file", tmp_path / "scheduler.json", "--no-dashboard", "--no-show"]
+    (tmp_path / "other").mkdir()
+    with contextlib.ExitStack() as stack, (tmp_path / "log").open("w") as log:
+        def start(command, **changes):
+            process = subprocess.Popen(list(map(str, command)), env=environment(**{name: str(value) for name, value in changes.items()}),
+                                       stdout=log, stderr=log, cwd=tmp_path / "other")
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+        start(begin)
+        wait_for((tmp_path / "scheduler.json").exists)
+        start([sys.executable, "-m", "distributed.cli.dask_worker", "--scheduler-file", tmp_path / "scheduler.json", "--nthreads", 1, "--no-nanny", "--no-dashboard"],
+              **spoil(tmp_path / "other"))
+        with distributed.Client(scheduler_file=str(tmp_path / "scheduler.json")) as client:
+            address = client.scheduler.address
+        with open_workers(address) as executor, pytest.raises(UserError) as error:
+            make_twins(plan, images, progress=False, workers=executor)
+    assert told in str(error.value) and str(error.value).startswith("Worker ") and "\n" not in str(error.value)
+    assert made(plan) == 0 and not list((plan.folder / "parts").glob("*"))
+    make_twins(plan, images, progress=False)
+    assert_same_bits(plan, alone)
+
+
 def tagged(tag, start):
     "The processes that inherited a tag in their environment, and whose command line begins so."
     found = []

@@ -62,8 +62,6 @@ def test_kept_tables_follow_from_the_metrics(zoo, made):
     assert {"table_1", "table_2", "table_5", "table_6", "table_7", "table_8", "table_9", "claims"} <= set(made[zoo]) and ("comparison" in made[zoo]) == ZOOS[zoo].in_paper
     wrong = {name: differences(pd.read_csv(ROOT / "figures" / zoo / f"{name}.csv"), saved(table.numbers)) for name, table in made[zoo].items()}
     assert not any(wrong.values()), wrong
-    texts = {name: (ROOT / "figures" / zoo / f"{name}.md").read_text(encoding="utf-8") for name in made[zoo]}
-    assert all(texts[name] == table.to_markdown() for name, table in made[zoo].items())
 
 
 def test_the_papers_tables_follow_from_the_metrics(metrics, made, comparison):

@@ -639,6 +639,25 @@ def test_compilers_and_folders_that_do_not_work(fresh_library, monkeypatch, tmp_
     assert lanes.why_unavailable() == ""
 
 
+@pytest.mark.parametrize("locks", [True, False])
+def test_of_many_workers_one_builds_where_there_are_locks(locks, monkeypatch, tmp_path):
+    source, path, built = tmp_path / "tiny.cpp", tmp_path / "cache" / "tiny.so", []
+    source.write_text('extern "C" int answer() { return 42; }\n')
+    monkeypatch.setattr(lanes, "SOURCE", source)
+    if not locks:
+        monkeypatch.setattr(lanes.FileLock, "acquire", lambda self: (_ for _ in ()).throw(NotImplementedError()))
+    compile, ready = lanes._compile, threading.Barrier(3)
+    monkeypatch.setattr(lanes, "_compile", lambda *words: built.append(words) or compile(*words))
+
+    def work(_):
+        ready.wait()
+        lanes._build_once(lanes.compiler(), "float", path)
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(work, range(3)))
+    assert ctypes.CDLL(str(path)).answer() == 42 and (len(built) == 1 if locks else 1 <= len(built) <= 3)
+
+
 def test_building(monkeypatch, tmp_path):
     """Two builders at once leave one whole library; a broken source is told in one line."""
     source, path = tmp_path / "tiny.cpp", tmp_path / "cache" / "tiny.so"
