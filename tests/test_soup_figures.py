@@ -8,7 +8,7 @@ from test_evidence import differences, saved
 
 from zootwins.core import UserError, write_json
 from zootwins.reported_soups import ROWS
-from zootwins.soup_figures import SETTING, difference_cell, figure_4, figure_9, figure_10, figure_pairs, figure_when, last_gains, one_story
+from zootwins.soup_figures import STORY, difference_cell, figure_4, figure_9, figure_10, figure_pairs, figure_when, last_gains, one_story
 from zootwins.soup_figures import paired_table, read_stories, read_sweep, setting_title, shot_story, table_1, table_6, table_16, table_17, table_18
 from zootwins.soups import story_gains
 from zootwins.twins import save_metrics
@@ -17,7 +17,7 @@ from zootwins.zoos import ZOOS
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = sorted((ROOT / "figures" / "soups").glob("*/*/run.json"))
 STORIES = [path.parent for path in KEPT if (path.parent / "gains.csv").exists()]
-TOLD = {"zoo": "digits_seed", "selector": "lamp", "level": 0.9, "schedule": "constant", "rate": 5e-3, "epochs": 5}
+TOLD = {"zoo": "digits_seed", "selector": "lamp", "level": 0.9, "schedule": "constant", "rate": 5e-3, "epochs": 5, "varied": "seed"}
 
 
 def story(n=6, phases=2, m=3, soup=0.02, longer=0.03, **told):
@@ -69,7 +69,7 @@ def test_kept_results_say_what_made_them(folder):
 def test_there_are_stories_of_two_zoos_and_every_one_can_be_told():
     stories = read_stories(ROOT / "figures" / "soups")
     assert {"usps_seed", "digits_seed"} <= set(stories["zoo"])
-    for _, results in stories.groupby(SETTING, dropna=False):
+    for _, results in stories.groupby(STORY, dropna=False):
         assert table_1(results).layout.shape[0] >= 5 and len(paired_table(results).numbers)
 
 

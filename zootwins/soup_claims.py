@@ -19,7 +19,7 @@ import pandas as pd
 
 from .claims import Finding, bootstrap, finding, mean_interval
 from .reported_soups import ALWAYS, MOSTLY, ONCE, SOUP_CLAIMS, SoupClaim, judge_soups, read_reported_soups
-from .soup_figures import SETTING, read_sweep, setting_title
+from .soup_figures import STORY, read_sweep, setting_title
 
 # %% ../nbs/38_soup_claims.ipynb #d1da823c
 WIDTH = 0.05  # of all intervals together
@@ -330,7 +330,7 @@ def story_verdicts(
     "Try the claims on every story."
     parts = [
         judge_story(rows).assign(setting=setting_title(rows.iloc[0]))
-        for _, rows in stories.groupby(SETTING, dropna=False, sort=False)
+        for _, rows in stories.groupby(STORY, dropna=False, sort=False)
     ]
     return pd.concat(parts, ignore_index=True)
 
