@@ -261,7 +261,7 @@ def figure_pairs(
 ) -> Figure:
     "Figures 3 and 5: average of two copies against the better of them, by what was varied; a panel per setting."
     settings = list(pairs[["level", "schedule"]].drop_duplicates().itertuples(index=False))
-    fig, axes = plt.subplots(1, len(settings), figsize=(WIDTH, 3.6), layout="constrained", squeeze=False)
+    fig, axes = plt.subplots(1, len(settings), figsize=(WIDTH, 4.2), layout="constrained", squeeze=False)
     for ax, (level, schedule) in zip(axes[0], settings):
         here = pairs[(pairs["level"] == level) & (pairs["schedule"] == schedule)]
         for colour, marker, (name, part) in zip(COLOURS, MARKERS, here.groupby("varied", sort=False)):
@@ -281,7 +281,7 @@ def figure_pairs(
         ax.plot(limits, limits, color=GREY, linewidth=0.8)
         ax.set(xlim=limits, ylim=limits, xlabel="better of the two", title=f"{level:.0%}, {schedule}")
         percent_axis(ax.xaxis), percent_axis(ax.yaxis)
-        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), fontsize=7.5, ncols=2, columnspacing=1, handletextpad=0.1)
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), fontsize=7.5, handletextpad=0.1)
     axes[0][0].set_ylabel("average of two")
     heading(
         fig,
@@ -454,8 +454,10 @@ def figure_when(
         )
     ax.axvline(0, color=GREY, linewidth=0.9)
     ax.set_xscale("symlog", linthresh=1, linscale=1)
+    ax.set_xticks([-10, -3, -1, -0.5, 0, 0.5, 1], ["-10", "-3", "-1", "-0.5", "0", "0.5", "1"])
+    ax.minorticks_off()
     ax.set_yticks(range(len(titles)), titles)
-    ax.invert_yaxis()
     ax.set_xlabel("points of the uniform soup, mean and 95 % interval over models")
-    ax.legend(loc="upper center", bbox_to_anchor=(0.3, 1.0 + 0.5 / len(titles) + 0.12), ncols=4)
+    ax.set_ylim(len(titles) - 0.5, -0.5)
+    fig.legend(loc="outside upper center", ncols=4, columnspacing=1)
     return fig
