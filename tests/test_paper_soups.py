@@ -18,8 +18,8 @@ PROSE = "\n\n".join(cell.source for cell in CELLS if cell.cell_type == "markdown
 def test_it_is_prose_with_short_cells_of_code():
     code = [cell.source for cell in CELLS if cell.cell_type == "code"]
     assert max(len(source.splitlines()) for source in code) <= 3 and max(len(line) for source in code for line in source.splitlines()) <= 120
-    paragraphs = [part for part in PROSE.split("\n\n") if not part.startswith(("#", ">", "$", "|"))]
-    assert len(PROSE.split()) >= 2000 and max(len(part.split()) for part in paragraphs) <= 100
+    paragraphs = [line for line in PROSE.split("\n") if not line.startswith(("#", ">", "$", "|"))]
+    assert len(PROSE.split()) >= 2500 and max(len(line.split()) for line in paragraphs) <= 90
 
 
 def test_every_code_cell_that_shows_something_has_its_output():
