@@ -1,8 +1,11 @@
 """Who listens hears every epoch of every row that a run makes, once and in order, and cannot damage the store."""
+import json
+import re
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -110,3 +113,64 @@ def test_training_in_memory_is_heard(trained):
     assert [(stage, epoch) for stage, _, epoch, _ in ear] == [("original", 0), ("original", 1), ("original", 2)]
     heard = pd.concat([metrics for *_, metrics in ear]).sort_values(["model", "epoch"], ignore_index=True)
     assert heard.equals(found.metrics) and ear[0][1]["seed"].tolist() == [1, 2, 3]
+
+
+RECIPES = Path(__file__).parents[1] / "nbs" / "tutorials" / "watch_a_run.ipynb"
+
+
+def recipe(package):
+    "The code of the tutorial's recipe that imports a package."
+    cells = ["".join(cell["source"]) for cell in json.loads(RECIPES.read_text(encoding="utf-8"))["cells"]]
+    blocks = [block for cell in cells for block in re.findall(r"```python\n(.*?)```", cell, re.S)]
+    return next(block for block in blocks if package in block)
+
+
+@pytest.fixture
+def logged(tmp_path, monkeypatch):
+    "Runs a recipe of the tutorial in an empty folder; gives its names, and the metrics that it was told."
+    def run(package):
+        pytest.importorskip(package)
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("WANDB_MODE", "offline")
+        monkeypatch.setenv("WANDB_SILENT", "true")
+        names = {"row_names": row_names}
+        exec(recipe(package), names)
+        plan = small_plan(tmp_path / "store", n=2, epochs=2, levels="90")
+        make_twins(plan, IMAGES, progress=False, on_epoch=names["on_epoch"])
+        return names, load_metrics(plan)
+
+    return run
+
+
+def test_the_recipe_for_tensorboard(logged, tmp_path):
+    names, metrics = logged("tensorboard")
+    names["writer"].close()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "digits_seed")).Reload()
+    curve = [(event.step, event.value) for event in events.Scalars("mp test_acc/1 at 0.9")]
+    wanted = metrics.query("method == 'mp' and model == 1")
+    assert curve == [(epoch, pytest.approx(value)) for epoch, value in zip(wanted["epoch"], wanted["test_acc"])]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("place", ["sqlite", "file"])
+def test_the_recipe_for_mlflow(logged, monkeypatch, place):
+    if place == "file":  # the older store, as a folder of files
+        monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+        there = recipe("mlflow").replace("sqlite:///mlflow.db", "file:./mlruns")
+        monkeypatch.setitem(globals(), "recipe", lambda package: there)
+    names, metrics = logged("mlflow")
+    client, runs = names["client"], names["runs"]
+    assert len(runs) == 6 and len(client.search_runs([names["experiment"]])) == 6
+    run = runs["vd", "1"]
+    wanted = metrics.query("method == 'vd' and model == 1")
+    assert [(m.step, m.value) for m in client.get_metric_history(run, "sparsity")] == list(zip(wanted["epoch"], wanted["sparsity"]))
+    assert client.get_run(run).data.params["seed"] == "2" and client.get_run(runs["mp", "0 at 0.9"]).data.params["level"] == "0.9"
+
+
+def test_the_recipe_for_weights_and_biases(logged, tmp_path):
+    names, metrics = logged("wandb")
+    last = metrics.query("method == 'vd' and model == 0 and epoch == 2")["test_acc"].item()
+    assert names["run"].summary["vd/0/test_acc"] == pytest.approx(last) and names["run"].summary["epoch"] == 2
+    names["run"].finish()
+    assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))

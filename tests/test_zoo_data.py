@@ -17,6 +17,7 @@ from zootwins.architectures import build
 from zootwins.core import UserError
 from zootwins.population import flatten, parameter_shapes, unflatten
 from zootwins.publishing import publish
+from zootwins.soups import Chain, make_soups, phase_name
 from zootwins.store import read_stage, read_stage_metrics
 from zootwins.twins import make_twins
 from zootwins.untrusted import HASHES
@@ -131,7 +132,7 @@ def test_workers_read_the_same(twelve, context):
     data = ZooDataset(twelve.folder, "vd", epoch="all", targets=("sparsity", "optimizer", "lr"))
     data[0]  # files are open when it travels
     assert len(pickle.dumps(data)) < 100_000
-    loader = DataLoader(data, batch_size=8, num_workers=2, multiprocessing_context=context)
+    loader = DataLoader(data, batch_size=8, num_workers={"fork": 2, "spawn": 1}[context], multiprocessing_context=context)
     vectors, targets = (torch.cat(parts) for parts in zip(*loader))
     assert torch.equal(vectors, torch.stack([data[i][0] for i in range(len(data))])) and torch.equal(targets, data.targets)
     assert data.classes == {"optimizer": ["adam"]} and (targets[:, 1] == 0).all()
@@ -215,6 +216,23 @@ def test_copies_and_selectors_are_told_apart(tmp_path, public):
         masks(both, model=4)
     assert masks(both, model=4, copy=1).keys() == masks(both, model=4, copy=0).keys()
     assert {"vd, copy 0", "vd, copy 1", "mp 80 %", "mp_lamp 80 %"} < set(best(both))
+
+
+def test_candidates_of_soups_are_states_of_their_own(copied):
+    told = []
+    chain = Chain(level=0.5, phases=1, m=2, merge="uniform", epochs=1)
+    make_soups(copied, IMAGES, [chain], progress=False, on_epoch=lambda stage, rows, epoch, metrics: told.append((epoch, len(rows))))
+    stage, zoo = phase_name(copied, chain, 1), load_zoo(copied.folder)
+    states = select(zoo, stage)
+    assert set(states["method"]) == {"imp"} and len(states) == 10 and sorted(set(states["copy"])) == [0, 1]
+    assert sum(rows for epoch, rows in told if epoch == 1) == 10 and states["test_acc"].notna().all()
+    with pytest.raises(UserError, match="differ in copy"):
+        masks(zoo, model=2, stage=stage)
+    first, second = (masks(zoo, model=2, stage=stage, copy=copy) for copy in (0, 1))
+    assert all(torch.equal(first[name], second[name]) for name in first)  # pruned from one original
+    one, other = (ZooDataset(zoo, stage, model=2, copy=copy)[0][0] for copy in (0, 1))
+    assert not torch.equal(one, other)
+    assert (zoo.states.query("stage == 'vd'")["copy"] == 0).all() and masks(zoo, model=2)
 
 
 def test_the_best_and_their_twins(twelve):

@@ -23,6 +23,7 @@ import pandas as pd
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from .alignment import augmented, hidden_layers
@@ -32,7 +33,7 @@ from .metrics import read_metrics
 from .population import Population, flatten, in_order, noise_shapes, parameter_shapes
 from .selectors import prunable
 from zootwins.store import (
-    SUFFIX, epochs_in, listed, opened, read_stage_metrics, row_names, table_in, told_by,
+    SUFFIX, epochs_in, listed, opened, read_manifest, read_stage_metrics, row_names, table_in, told_by,
 )
 from .streams import epoch_order, stream_keys
 from .untrusted import HASHES, check_hashes, ordinary_size, read_table
@@ -86,16 +87,17 @@ def check_tensors(
 ) -> None:
     "Raise `UserError` unless these are stacked weights of that architecture; nothing but the header is read."
     if architecture not in ARCHITECTURES:
-        raise UserError(f"Models of the architecture {one_line(architecture, 60)!r} are not known here: make it known by zootwins.architectures.register first.")
-    names = {name.removeprefix(prefix) for name in file.keys() if name.startswith(prefix) and "/" not in name.removeprefix(prefix)}
-    names -= {"models", "metrics", "predictions"}
+        raise UserError(f"Models of the architecture {one_line(architecture, 60)!r} are not known here: "
+                        "make it known by zootwins.architectures.register first.")
+    names = {name.removeprefix(prefix) for name in file.keys() if name.startswith(prefix)}
+    names = {name for name in names if "/" not in name} - {"models", "metrics", "predictions"}
     noisy = any(".log_sigma2" in name for name in names)
     expected = parameter_shapes(architecture) | (noise_shapes(architecture) if noisy else {})
     for name in sorted(names | expected.keys()):
-        there = file.get_slice(f"{prefix}{name}") if name in names else None
-        fits = there is not None and name in expected and there.get_shape() == [rows, *expected[name]] and there.get_dtype() == "F32"
-        if not fits:
-            raise UserError(f"These are not the weights of {rows} models of {architecture}: {one_line(name, 60)} does not fit.")
+        there = file.get_slice(f"{prefix}{name}") if name in names and name in expected else None
+        if there is None or there.get_shape() != [rows, *expected[name]] or there.get_dtype() != "F32":
+            raise UserError(f"These are not the weights of {rows} models of {architecture}: "
+                            f"{one_line(name, 60)} does not fit.")
 
 # %% ../nbs/47_zoo_data.ipynb #3b1433df
 def store_states(
@@ -103,7 +105,8 @@ def store_states(
 ) -> tuple[str, pd.DataFrame]:  # architecture, states
     "The states of a store; raises `UserError` for files that are damaged or do not belong together."
     zoo, parts, architectures = read_json(folder / "store.json")["zoo"], [], set()
-    for stage in sorted(path.stem for path in folder.glob("*.json") if path.stem != "store"):
+    stages = sorted(path.stem for path in folder.glob("*.json") if path.stem != "store" and "." not in path.stem)
+    for stage in (stage for stage in stages if read_manifest(folder, stage)["files"]):
         method, selector = method_and_selector(stage, zoo)
         frames = []
         for path in listed(folder, stage):
@@ -111,12 +114,14 @@ def store_states(
                 models, architecture = table_in(file, "models"), str(told_by(file)["architecture"])
                 for epoch in epochs_in(file):
                     check_tensors(file, f"{epoch}/", len(models), architecture)
-                    frames.append(models.assign(epoch=epoch, file=str(path), prefix=f"{epoch}/", row=range(len(models))))
+                    place = {"file": str(path), "prefix": f"{epoch}/", "row": range(len(models))}
+                    frames.append(models.assign(epoch=epoch, **place))
             architectures.add(architecture)
         states = pd.concat(frames, ignore_index=True).assign(stage=stage, method=method, selector=selector)
         parts.append(with_measures(states, read_stage_metrics(folder, stage)))
     if len(architectures) != 1:
-        raise UserError(f"{folder} holds {len(architectures) or 'no'} architectures: give the folder of a zoo with finished stages.")
+        raise UserError(f"{folder} holds {len(architectures) or 'no'} architectures: "
+                        "give the folder of a zoo with finished stages.")
     return architectures.pop(), pd.concat(parts, ignore_index=True)
 
 
@@ -126,10 +131,11 @@ def with_measures(
 ) -> pd.DataFrame:          # each state once, with what was measured of it
     "Put measures beside states, by model, level, copy and epoch."
     keyed = lambda frame: pd.MultiIndex.from_arrays([row_names(frame), frame["epoch"]])
-    states = states[~keyed(states).duplicated()]
+    states = states[~keyed(states).duplicated()].reset_index(drop=True)
     columns = [name for name in metrics if name not in {*states, "zoo", "method", "selector"}]
     measures = metrics.set_index(keyed(metrics))[columns]
-    return states.assign(**measures[~measures.index.duplicated()].reindex(keyed(states)).reset_index(drop=True).set_index(states.index))
+    measures = measures[~measures.index.duplicated()].reindex(keyed(states)).reset_index(drop=True)
+    return pd.concat([states, measures], axis=1)
 
 # %% ../nbs/47_zoo_data.ipynb #7829e79d
 def publication_states(
@@ -137,7 +143,8 @@ def publication_states(
 ) -> tuple[str, pd.DataFrame]:  # architecture, states
     "The states of a publication; raises `UserError` if a listed file differs, or files do not belong together."
     check_hashes(folder)
-    zoo, metrics, parts, architectures = read_json(folder / "store.json")["zoo"], read_metrics(folder / "metrics.parquet"), [], set()
+    zoo, metrics = read_json(folder / "store.json")["zoo"], read_metrics(folder / "metrics.parquet")
+    parts, architectures = [], set()
     for path in sorted(folder.glob(f"*{SUFFIX}")) + sorted(folder.glob(f"trajectory/*{SUFFIX}")):
         if ordinary_size(path) > LARGEST:
             raise UserError(f"{path} is larger than {LARGEST >> 30} GiB, and no file of a zoo is.")
@@ -151,20 +158,23 @@ def publication_states(
             architecture = (file.metadata() or {}).get("architecture", "")
             check_tensors(file, "", len(models), architecture)
         architectures.add(architecture)
-        states = models.assign(epoch=int(epoch or measured["epoch"].max()), file=str(path), prefix="", row=range(len(models)))
-        parts.append((stage, with_measures(states.assign(stage=stage, method=method, selector=selector), measured)))
+        states = models.assign(stage=stage, method=method, selector=selector)
+        states = states.assign(epoch=int(epoch or measured["epoch"].max()))
+        parts.append(with_measures(states.assign(file=str(path), prefix="", row=range(len(models))), measured))
     if len(architectures) != 1:
-        raise UserError(f"{folder} holds models of {len(architectures) or 'no'} architectures: it is no publication of a zoo.")
-    states = pd.concat([part for _, part in parts], ignore_index=True)
-    return architectures.pop(), states.drop_duplicates(["stage", "model", "epoch", *[n for n in ("level", "copy") if n in states]], ignore_index=True)
+        raise UserError(f"{folder} holds models of {len(architectures) or 'no'} architectures: "
+                        "it is no publication of a zoo.")
+    states = pd.concat(parts, ignore_index=True)
+    known = [name for name in ("stage", "model", "epoch", "level", "copy") if name in states]
+    return architectures.pop(), states.drop_duplicates(known, ignore_index=True)
 
-# %% ../nbs/47_zoo_data.ipynb #edc6109f
+# %% ../nbs/47_zoo_data.ipynb #09b4aa73
 FIRST = ["stage", "method", "selector", "model", "level", "copy", "epoch"]  # columns of states, in this order
 
 
 def load_zoo(
-    source: "str | Path | ZooData",  # a zoo in a store, a publication, or one on the hub such as "hf://USER/digits-twins"
-) -> ZooData:                        # nothing of its weights is read yet
+    source: str | Path | ZooData,  # a zoo in a store, a publication, or one on the hub such as "hf://USER/digits-twins"
+) -> ZooData:                      # nothing of its weights is read yet
     "Find all states of a zoo; raises `UserError` if there are none, or they are not what they say."
     if isinstance(source, ZooData):
         return source
@@ -178,9 +188,10 @@ def load_zoo(
         if isinstance(error, UserError):
             raise
         raise UserError(f"{folder} holds no zoo that can be read ({one_line(error)}): get it again.") from error
-    states = states if "copy" in states else states.assign(copy=0)
-    states = states.astype({"model": "int64", "level": float}).sort_values(["stage", "level", "model", "copy", "epoch"], kind="stable")
-    return ZooData(folder, zoo, architecture, states[FIRST + [name for name in states if name not in FIRST]].reset_index(drop=True))
+    states = states.assign(copy=states["copy"].fillna(0) if "copy" in states else 0)
+    states = states.astype({"model": "int64", "copy": "int64", "level": float})
+    states = states.sort_values(["stage", "level", "model", "copy", "epoch"], kind="stable", ignore_index=True)
+    return ZooData(folder, zoo, architecture, states[FIRST + [name for name in states if name not in FIRST]])
 
 
 HUB = "hf://"
@@ -219,8 +230,10 @@ def _with(
     missing = values[~values.isin(there)]
     if len(missing):
         known = sorted(there.dropna().unique().tolist())
-        listed = f"{known[0]} to {known[-1]}" if name in ("model", "epoch") and len(known) > 8 else ", ".join(map(str, known)) or "none"
-        raise UserError(f"{zoo.folder.name} has no {name} {missing.iloc[0]} among the states that are asked for. Valid: {listed}.")
+        many = name in ("model", "epoch") and len(known) > 8
+        valid = f"{known[0]} to {known[-1]}" if many else ", ".join(map(str, known)) or "none"
+        raise UserError(f"{zoo.folder.name} has no {name} {missing.iloc[0]} among the states that are asked for. "
+                        f"Valid: {valid}.")
     return states[there.isin(values).to_numpy()]
 
 # %% ../nbs/47_zoo_data.ipynb #1ffa2a75
@@ -294,7 +307,8 @@ def masks(
     found = select(zoo, stage, model, level, selector, copy, epoch)
     if len(found) > 1:
         differ = [name for name in FIRST if found[name].nunique(dropna=False) > 1]
-        raise UserError(f"{zoo.folder.name} has {len(found)} such twins of model {model}, which differ in {', '.join(differ)}: say which.")
+        raise UserError(f"{zoo.folder.name} has {len(found)} such twins of model {model}, "
+                        f"which differ in {', '.join(differ)}: say which.")
     weights = prunable(population_of(zoo, found).weights)
     return {name: tensor[0] != 0 for name, tensor in weights.items()}
 
@@ -325,7 +339,8 @@ def best(
     level = twins["level"].map(lambda value: "" if np.isnan(value) else f" {100 * value:g} %")
     copy = np.where(twins.groupby("stage")["copy"].transform("nunique") > 1, ", copy " + twins["copy"].astype(str), "")
     wide = twins.assign(kind=twins["stage"] + level + copy).pivot(index="model", columns="kind", values=measure or by)
-    return originals[["model", by]].head(n).merge(wide, how="left", left_on="model", right_index=True).reset_index(drop=True)
+    top = originals[["model", by]].head(n)
+    return top.merge(wide, how="left", left_on="model", right_index=True).reset_index(drop=True)
 
 # %% ../nbs/47_zoo_data.ipynb #31e821ea
 def split_models(
@@ -369,10 +384,11 @@ def token_places(
     if isinstance(width, bool) or not isinstance(width, int) or width < 1:
         raise UserError(f"{width!r} is not a width of tokens: give a whole number, or 0 for that of the widest neuron.")
     pieces = [-(-row.shape[1] // width) for row in rows]
-    index = [torch.nn.functional.pad(row, (0, n * width - row.shape[1]), value=start).reshape(-1, width) for row, n in zip(rows, pieces)]
-    where = [(layer, unit) for layer, (row, n) in enumerate(zip(rows, pieces)) for unit in range(len(row)) for _ in range(n)]
-    whole = torch.cat(index)
-    return Tokens(whole, whole != start, torch.tensor([(i, *place) for i, place in enumerate(where)]))
+    padded = [F.pad(row, (0, n * width - row.shape[1]), value=start) for row, n in zip(rows, pieces)]
+    index = torch.cat([row.reshape(-1, width) for row in padded])
+    units = [(layer, unit, n) for layer, (row, n) in enumerate(zip(rows, pieces)) for unit in range(len(row))]
+    where = [(layer, unit) for layer, unit, n in units for _ in range(n)]
+    return Tokens(index, index != start, torch.tensor([(i, *place) for i, place in enumerate(where)]))
 
 # %% ../nbs/47_zoo_data.ipynb #1aec0dc6
 @dataclass(frozen=True)
@@ -408,18 +424,18 @@ def graph_places(
         node_layer.append(torch.full((units,), number))
         before = here
     most = max(blocks.shape[1] for _, blocks, _ in layers)
-    edges = torch.cat([torch.nn.functional.pad(blocks, (0, most - blocks.shape[1]), value=start) for _, blocks, _ in layers])
+    edges = torch.cat([F.pad(blocks, (0, most - blocks.shape[1]), value=start) for _, blocks, _ in layers])
     ends, numbers = torch.cat([end for end, _, _ in layers], 1), torch.cat([number for *_, number in layers])
     return Graph(ends, edges, torch.cat(nodes), torch.cat(node_layer), numbers)
 
-# %% ../nbs/47_zoo_data.ipynb #532a8edd
+# %% ../nbs/47_zoo_data.ipynb #65dbac3a
 FORMS = ("flat", "layers", "tokens", "graph", "pyg")
 
 
 def random_order(
     population: Population,  # any models
 ) -> Population:             # the same functions
-    "Put the hidden units of models in a random order, with random signs where they are free: a transform for ZooDataset."
+    "Put hidden units in a random order, with random signs where they are free: a transform for ZooDataset."
     return augmented(population, int(torch.randint(2**31 - 1, ())))
 
 
@@ -438,19 +454,19 @@ class ZooDataset(Dataset):
 
     def __init__(
         self,
-        source: str | Path | ZooData,           # as load_zoo takes it
+        source: str | Path | ZooData,             # as load_zoo takes it
         stage: str | Sequence[str] = "original",  # or "vd", "mp", ...
-        targets: Sequence[str] = ("test_acc",),  # measures and factors: columns of `rows`
-        form: str = "flat",                     # one of FORMS
-        split: str | None = None,               # "train", "val" or "test": of models, the same for all stages; none: all
-        seed: int = 0,                          # of the split
-        width: int = 0,                         # of tokens; 0: that of the widest neuron
-        judged: bool = True,                    # zero where pruned; otherwise as trained, with log variances in "layers"
+        targets: Sequence[str] = ("test_acc",),   # measures and factors: columns of `rows`
+        form: str = "flat",                       # one of FORMS
+        split: str | None = None,                 # "train", "val" or "test": of models, for all stages; none: all
+        seed: int = 0,                            # of the split
+        width: int = 0,                           # of tokens; 0: that of the widest neuron
+        judged: bool = True,                      # zero where pruned; else as trained, log variances in "layers"
         transform: Callable[[Population], Population] | None = None,  # such as random_order
-        **which: Any,                           # model, level, selector, copy, epoch: as select takes them
+        **which: Any,                             # model, level, selector, copy, epoch: as select takes them
     ):
-        zoo, self.form, self.judged, self.transform = load_zoo(source), check_name(form, FORMS, "form of weights"), judged, transform
-        rows = select(zoo, stage, **which)
+        zoo, self.form = load_zoo(source), check_name(form, FORMS, "form of weights")
+        self.judged, self.transform, rows = judged, transform, select(zoo, stage, **which)
         if split is not None:
             check_name(split, ("train", "val", "test"), "split")
             rows = rows[rows["model"].map(split_models(zoo.models, zoo.zoo, seed)) == split]
@@ -490,7 +506,8 @@ class ZooDataset(Dataset):
             return vector, target
         behind = torch.cat([vector, vector.new_zeros(1)])
         if self.form == "tokens":
-            return {"tokens": behind[self.tokens.index], "mask": self.tokens.mask, "positions": self.tokens.positions}, target
+            places = self.tokens
+            return {"tokens": behind[places.index], "mask": places.mask, "positions": places.positions}, target
         graph = graph_of(self.graph, behind)
         return (graph, target) if self.form == "graph" else self.data(**graph, y=target[None], state=i)
 
@@ -519,7 +536,8 @@ def pyg_data() -> type:
     try:
         from torch_geometric.data import Data
     except ImportError as error:
-        raise UserError("torch_geometric is not installed: pip install 'zootwins[graphs]', or take form='graph', a plain dictionary.") from error
+        raise UserError("torch_geometric is not installed: pip install 'zootwins[graphs]', "
+                        "or take form='graph', a plain dictionary.") from error
     return Data
 
 # %% ../nbs/47_zoo_data.ipynb #de0edde9
@@ -534,7 +552,8 @@ def hub_client(
     try:
         from huggingface_hub import HfApi
     except ImportError as error:
-        raise UserError("huggingface_hub is not installed: pip install 'zootwins[hub]', or use hf download and hf upload.") from error
+        raise UserError("huggingface_hub is not installed: pip install 'zootwins[hub]', "
+                        "or use hf download and hf upload.") from error
     return HfApi(endpoint=endpoint or os.environ.get("HF_ENDPOINT"))
 
 
@@ -559,9 +578,11 @@ def push(
     client = hub_client(endpoint)
     try:
         client.create_repo(name, repo_type="dataset", private=private, exist_ok=True)
-        done = client.upload_folder(repo_id=name, folder_path=folder, repo_type="dataset", allow_patterns=list(KINDS), commit_message=f"Publish {folder.name}")
+        done = client.upload_folder(repo_id=name, folder_path=folder, repo_type="dataset", allow_patterns=list(KINDS),
+                                    commit_message=f"Publish {folder.name}")
     except Exception as error:  # of the client, of HTTP and of the network
-        raise UserError(f"{name} could not be put on the hub ({one_line(error, 160)}): log in by 'hf auth login' and push again, which goes on.") from error
+        raise UserError(f"{name} could not be put on the hub ({one_line(error, 160)}): "
+                        "log in by 'hf auth login' and push again, which goes on.") from error
     return str(done.commit_url)
 
 # %% ../nbs/47_zoo_data.ipynb #972707ba
@@ -578,11 +599,14 @@ def fetch(
         sizes = [file.size for file in about.siblings if any(Path(file.rfilename).match(kind) for kind in KINDS)]
         if None in sizes or sum(sizes) > limit:
             told = "of unknown size" if None in sizes else f"of {sum(sizes):,} bytes"
-            raise UserError(f"{repository} is {told}, and no more than {limit:,} are fetched: allow for more by fetch(..., limit=...), and load the folder.")
-        folder = client.snapshot_download(repository, repo_type="dataset", revision=about.sha, allow_patterns=list(KINDS))
+            raise UserError(f"{repository} is {told}, and no more than {limit:,} are fetched: "
+                            "allow for more by fetch(..., limit=...), and load the folder.")
+        kinds = list(KINDS)
+        folder = client.snapshot_download(repository, repo_type="dataset", revision=about.sha, allow_patterns=kinds)
     except UserError:
         raise
     except Exception as error:  # of the client, of HTTP and of the network
-        raise UserError(f"{repository} cannot be fetched from the hub ({one_line(error, 160)}): see whether it is there.") from error
+        raise UserError(f"{repository} cannot be fetched from the hub ({one_line(error, 160)}): "
+                        "see whether it is there.") from error
     check_hashes(folder)
     return Path(folder)
