@@ -1,4 +1,4 @@
-"""Is what is generated up to date? `fresh.py clean-check | export-check | readme-check` compare, `fresh.py readme` writes README.md.
+"""Is what is generated up to date? `fresh.py clean-check | export-check | readme-check` compare, `fresh.py package | readme` write.
 
 The checks work on a copy in a temporary folder, so that they neither change the checkout nor depend on what is committed."""
 import filecmp
@@ -8,6 +8,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from docments import write_docstrings
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -36,7 +38,14 @@ def readme() -> str:
                         "--TagRemovePreprocessor.enabled=True", "--TagRemovePreprocessor.remove_input_tags=hide_input",
                         "--output-dir", folder, "--output", "README", str(ROOT / "nbs" / "index.ipynb")], check=True)
         text = (Path(folder) / "README.md").read_text(encoding="utf-8")
+    text = re.sub(r"\]\((?!\.\./|https?:|#)", "](nbs/", text)  # other notebooks
     return re.sub(r"\]\(\.\./", "](", text).strip() + "\n"
+
+
+def export(project: Path) -> None:
+    "Make the modules from the notebooks, with what stands beside parameters in their docstrings."
+    subprocess.run([Path(sys.executable).parent / "nbdev_export"], cwd=project, check=True)
+    write_docstrings(project / "zootwins")
 
 
 def stale(task: str) -> tuple[list[str], str]:
@@ -45,9 +54,11 @@ def stale(task: str) -> tuple[list[str], str]:
         return (["README.md"] if (ROOT / "README.md").read_text(encoding="utf-8") != readme() else []), "make readme"
     copy = copy_of_project()
     try:
-        command, folder, pattern = ("nbdev_clean", "nbs", "*.ipynb") if task == "clean-check" else ("nbdev_export", "zootwins", "*.py")
-        subprocess.run([Path(sys.executable).parent / command], cwd=copy, check=True)
-        return differing(copy, folder, pattern), f".venv/bin/{command}"
+        if task == "export-check":
+            export(copy)
+            return differing(copy, "zootwins", "*.py"), "make package"
+        subprocess.run([Path(sys.executable).parent / "nbdev_clean"], cwd=copy, check=True)
+        return differing(copy, "nbs", "*.ipynb"), ".venv/bin/nbdev_clean"
     finally:
         shutil.rmtree(copy)
 
@@ -55,6 +66,8 @@ def stale(task: str) -> tuple[list[str], str]:
 if __name__ == "__main__":
     if sys.argv[1] == "readme":
         (ROOT / "README.md").write_text(readme(), encoding="utf-8")
+    elif sys.argv[1] == "package":
+        export(ROOT)
     else:
         names, remedy = stale(sys.argv[1])
         print(f"{sys.argv[1]}: " + (f"not up to date: {', '.join(names)}; run {remedy}" if names else "ok"))

@@ -33,7 +33,16 @@ def copies(
     m: int,                  # how many copies of each
     **factors: Sequence[float],  # columns in which the copies differ, one value per copy, such as wd=(0, 1e-3, 1e-2)
 ) -> Population:             # [N * m] copies, those of a model beside each other, with a column `copy` from 0
-    "Copy every model; raises `UserError` for less than one copy and for factors that are not one per copy."
+    """Copy every model; raises `UserError` for less than one copy and for factors that are not one per copy.
+
+    Args:
+        population: N models
+        m: how many copies of each
+        **factors: columns in which the copies differ, one value per copy, such as wd=(0, 1e-3, 1e-2)
+
+    Returns:
+        Population: [N * m] copies, those of a model beside each other, with a column `copy` from 0
+    """
     for name, values in factors.items():
         if len(values) != m:
             raise UserError(f"{name} needs one value for each of the {m} copies, and has {len(values)}.")
@@ -51,7 +60,15 @@ def copy_masks(
     masks: Mapping[str, Tensor],  # weight name -> bool [N, ...]
     m: int,                       # how many copies
 ) -> dict[str, Tensor]:           # weight name -> bool [N * m, ...]
-    "The masks of the copies, which are those of their models."
+    """The masks of the copies, which are those of their models.
+
+    Args:
+        masks: weight name -> bool [N, ...]
+        m: how many copies
+
+    Returns:
+        dict[str, Tensor]: weight name -> bool [N * m, ...]
+    """
     return {name: mask.repeat_interleave(m, dim=0) for name, mask in masks.items()}
 
 # %% ../nbs/19_averaging.ipynb #1652ee07
@@ -62,7 +79,18 @@ def train_copies(
     masks: dict[str, Tensor] | None = None,  # of the copies
     engine: Engine | str = "auto",           # who trains, as in `engines.train`
 ) -> Trajectory:             # in the order of the copies, without snapshots
-    "Train copies, those of one length together."
+    """Train copies, those of one length together.
+
+    Args:
+        population: copies, those with a column `epochs` each of its own length
+        images: training images
+        recipe: how to move
+        masks: of the copies
+        engine: who trains, as in `engines.train`
+
+    Returns:
+        Trajectory: in the order of the copies, without snapshots
+    """
     lengths = (
         population.models["epochs"].to_numpy()
         if "epochs" in population.models
@@ -84,7 +112,14 @@ def train_copies(
 def number_of_copies(
     population: Population,  # copies, those of a model beside each other
 ) -> int:                    # m
-    "How many copies every model has; raises `UserError` if they are not 0 to m - 1, beside each other."
+    """How many copies every model has; raises `UserError` if they are not 0 to m - 1, beside each other.
+
+    Args:
+        population: copies, those of a model beside each other
+
+    Returns:
+        int: m
+    """
     models = population.models
     m = int(models["copy"].max()) + 1 if "copy" in models and len(models) else 0
     if (
@@ -104,7 +139,12 @@ def check_masks(
     population: Population,  # copies
     masks: Mapping[str, Tensor] | None = None,  # bool [N * m, ...]; none: a weight is pruned where it is zero
 ) -> None:
-    "Raise `UserError` unless all copies of a model have the same weights pruned."
+    """Raise `UserError` unless all copies of a model have the same weights pruned.
+
+    Args:
+        population: copies
+        masks: bool [N * m, ...]; none: a weight is pruned where it is zero
+    """
     m = number_of_copies(population)
     masks = masks or {name: tensor != 0 for name, tensor in prunable(population.weights).items()}
     for name, tensor in masks.items():
@@ -123,7 +163,15 @@ def average(
     population: Population,             # copies
     coefficients: Tensor | None = None,  # [N, m], the weights of the copies; none: 1 / m each
 ) -> Population:                        # N models, with the factors of their copies 0
-    "The weighted average of every model's copies (Eq. 1), whatever their masks."
+    """The weighted average of every model's copies (Eq. 1), whatever their masks.
+
+    Args:
+        population: copies
+        coefficients: [N, m], the weights of the copies; none: 1 / m each
+
+    Returns:
+        Population: N models, with the factors of their copies 0
+    """
     m = number_of_copies(population)
     share = torch.full((len(population) // m, m), 1 / m) if coefficients is None else coefficients
     share = share.double() / share.double().sum(1, keepdim=True)
@@ -142,7 +190,15 @@ def uniform_soup(
     population: Population,                     # copies
     masks: Mapping[str, Tensor] | None = None,  # of the copies; none: a weight is pruned where it is zero
 ) -> Population:                                # N models
-    "Average all copies with equal weights (UniformSoup); raises `UserError` if their masks differ."
+    """Average all copies with equal weights (UniformSoup); raises `UserError` if their masks differ.
+
+    Args:
+        population: copies
+        masks: of the copies; none: a weight is pruned where it is zero
+
+    Returns:
+        Population: N models
+    """
     check_masks(population, masks)
     return average(population)
 
@@ -152,7 +208,16 @@ def validation_accuracy(
     images: Images,          # with validation images
     engine: Engine = TORCH,  # who judges
 ) -> Tensor:                 # float64 [models], fractions
-    "Accuracy on the images that are kept for choices; raises `UserError` if there are none."
+    """Accuracy on the images that are kept for choices; raises `UserError` if there are none.
+
+    Args:
+        population: any models
+        images: with validation images
+        engine: who judges
+
+    Returns:
+        Tensor: float64 [models], fractions
+    """
     if not len(images.x_val):
         raise UserError(
             f"{images.name} has no validation images here: choices need images that are neither trained on nor "
@@ -170,7 +235,17 @@ def greedy_soup(
     engine: Engine = TORCH,  # who judges
     masks: Mapping[str, Tensor] | None = None,  # of the copies; none: a weight is pruned where it is zero
 ) -> tuple[Population, Tensor]:                 # N models, and bool [N, m]: which copies are in the soup
-    "Add copies from the best down while validation accuracy does not fall; raises `UserError` if masks differ."
+    """Add copies from the best down while validation accuracy does not fall; raises `UserError` if masks differ.
+
+    Args:
+        population: copies
+        images: with validation images
+        engine: who judges
+        masks: of the copies; none: a weight is pruned where it is zero
+
+    Returns:
+        tuple[Population, Tensor]: N models, and bool [N, m]: which copies are in the soup
+    """
     check_masks(population, masks)
     accuracies = validation_accuracy(population, images, engine).reshape(-1, number_of_copies(population))
     order = accuracies.argsort(dim=1, descending=True, stable=True)
@@ -189,7 +264,15 @@ def class_logits(
     population: Population,  # any models
     x: Tensor,               # float32 [N, C, H, W]
 ) -> Tensor:                 # float32 [models, N, classes]
-    "The outputs before the softmax of one model after the other, in eval mode, by the reference engine."
+    """The outputs before the softmax of one model after the other, in eval mode, by the reference engine.
+
+    Args:
+        population: any models
+        x: float32 [N, C, H, W]
+
+    Returns:
+        Tensor: float32 [models, N, classes]
+    """
     with torch.no_grad():
         return torch.stack([population.to_module(i).eval()(x) for i in range(len(population))])
 
@@ -202,7 +285,19 @@ def learned_soup(
     lr: float = 0.1,         # of Adam
     masks: Mapping[str, Tensor] | None = None,  # of the copies; none: a weight is pruned where it is zero
 ) -> tuple[Population, Tensor]:                 # N models, and float32 [N, m]: the coefficients
-    "Learn coefficients on the simplex from validation images (LearnedSoup); raises `UserError` if masks differ."
+    """Learn coefficients on the simplex from validation images (LearnedSoup); raises `UserError` if masks differ.
+
+    Args:
+        population: copies
+        images: with validation images
+        teacher: N dense models to imitate; none: the labels
+        steps: of Adam
+        lr: of Adam
+        masks: of the copies; none: a weight is pruned where it is zero
+
+    Returns:
+        tuple[Population, Tensor]: N models, and float32 [N, m]: the coefficients
+    """
     check_masks(population, masks)
     m, found = number_of_copies(population), []
     for i in range(len(population) // m):
@@ -231,7 +326,18 @@ def _mixed_loss(
     x: Tensor,                   # validation images
     target: Tensor,              # int64 [N], classes, or float32 [N, classes], probabilities
 ) -> Tensor:                     # scalar
-    "Cross-entropy of the average; with a teacher it differs from the divergence by the teacher's entropy, a constant."
+    """Cross-entropy of the average; with a teacher it differs from the divergence by the teacher's entropy, a constant.
+
+    Args:
+        module: stands for the copies
+        weights: [m, ...] of one model
+        share: [m], on the simplex
+        x: validation images
+        target: int64 [N], classes, or float32 [N, classes], probabilities
+
+    Returns:
+        Tensor: scalar
+    """
     mixed = {name: torch.tensordot(share, tensor, 1) for name, tensor in weights.items()}
     return F.cross_entropy(functional_call(module, mixed, (x,)), target)
 
@@ -242,7 +348,17 @@ def _learn(
     steps: int,   # of Adam
     lr: float,    # of Adam
 ) -> Tensor:      # float32 [m], those with the lowest loss that was met
-    "Descend from equal coefficients."
+    """Descend from equal coefficients.
+
+    Args:
+        loss: of coefficients [m]
+        m: how many copies
+        steps: of Adam
+        lr: of Adam
+
+    Returns:
+        Tensor: float32 [m], those with the lowest loss that was met
+    """
     z = torch.zeros(m, requires_grad=True)
     optimizer, best, lowest = torch.optim.Adam([z], lr), torch.full((m,), 1 / m), float("inf")
     for _ in range(steps):
@@ -261,7 +377,16 @@ def prediction_ensemble(
     x: Tensor,               # float32 [N, C, H, W]
     y: Tensor,               # int64 [N]
 ) -> tuple[Tensor, Tensor]:  # mean cross-entropy float64 [models], predicted classes uint8 [models, N]
-    "Judge the mean of the copies' softmax outputs."
+    """Judge the mean of the copies' softmax outputs.
+
+    Args:
+        population: copies, or independent runs that are laid out as copies
+        x: float32 [N, C, H, W]
+        y: int64 [N]
+
+    Returns:
+        tuple[Tensor, Tensor]: mean cross-entropy float64 [models], predicted classes uint8 [models, N]
+    """
     m = number_of_copies(population)
     mean = class_logits(population, x).double().softmax(-1).unflatten(0, (-1, m)).mean(1)
     loss = -mean.gather(2, y.expand(len(mean), -1)[:, :, None]).squeeze(2).log().mean(1)
@@ -271,7 +396,14 @@ def prediction_ensemble(
 def weight_average(
     snapshots: Mapping[int, Population],  # epoch -> the same models, from Trajectory.snapshots
 ) -> Population:                          # their average over the epochs
-    "Average one run over its epochs (SWA, Izmailov et al. 2018); the masks do not change within a phase."
+    """Average one run over its epochs (SWA, Izmailov et al. 2018); the masks do not change within a phase.
+
+    Args:
+        snapshots: epoch -> the same models, from Trajectory.snapshots
+
+    Returns:
+        Population: their average over the epochs
+    """
     states = [snapshots[epoch] for epoch in sorted(snapshots)]
     mean = {
         name: torch.stack([state.weights[name].double() for state in states]).mean(0).to(tensor.dtype)
@@ -290,7 +422,18 @@ def merge(
     engine: Engine = TORCH,  # who judges
     masks: Mapping[str, Tensor] | None = None,  # of the copies
 ) -> Population:             # N models
-    "Merge the copies of every model; raises `UserError` for an unknown merge and for masks that differ."
+    """Merge the copies of every model; raises `UserError` for an unknown merge and for masks that differ.
+
+    Args:
+        name: one of MERGES
+        population: copies
+        images: with validation images for greedy and learned soups
+        engine: who judges
+        masks: of the copies
+
+    Returns:
+        Population: N models
+    """
     check_name(name, MERGES, "merge")
     if name == "uniform":
         return uniform_soup(population, masks)
@@ -307,7 +450,17 @@ def compare_candidates(
     images: Images,          # validation images choose, test images judge
     engine: Engine = TORCH,  # who judges
 ) -> pd.DataFrame:           # one row per model: mean, best, best by validation, then the soups; fractions
-    "Test accuracy of candidates and soups, model by model."
+    """Test accuracy of candidates and soups, model by model.
+
+    Args:
+        population: copies
+        soups: what they were merged to, by name
+        images: validation images choose, test images judge
+        engine: who judges
+
+    Returns:
+        pd.DataFrame: one row per model: mean, best, best by validation, then the soups; fractions
+    """
     judge = lambda models: accuracy(
         engine.evaluate(models.weights, models.architecture, models.models["activation"], images.x_test, images.y_test)[
             1
@@ -334,7 +487,16 @@ def gains(
     of: str,              # a column, such as "uniform"
     over: Sequence[str],  # columns to compare it with
 ) -> pd.DataFrame:        # by column: gain and its standard error in points; share of models that win, tie, lose
-    "Paired differences between two columns over the models."
+    """Paired differences between two columns over the models.
+
+    Args:
+        table: one row per model, from compare_candidates
+        of: a column, such as "uniform"
+        over: columns to compare it with
+
+    Returns:
+        pd.DataFrame: by column: gain and its standard error in points; share of models that win, tie, lose
+    """
     rows = {}
     for name in over:
         difference = 100 * (table[of] - table[name])
@@ -349,7 +511,16 @@ def gains(
 # %% ../nbs/19_averaging.ipynb #ad043b36
 @dataclass(frozen=True)
 class Phase:
-    "What came of one phase of pruning and retraining."
+    """What came of one phase of pruning and retraining.
+
+    Attributes:
+        number: from 1
+        level: cumulative sparsity, a fraction
+        pruned: N models before retraining
+        candidates: N * m copies after it
+        soup: N models, merged
+        masks: weight name -> bool [N, ...]
+    """
 
     number: int              # from 1
     level: float             # cumulative sparsity, a fraction
@@ -370,7 +541,22 @@ def sparse_soup(
     merge_by: str = "uniform",  # one of MERGES
     engine: Engine | str = "auto",  # who trains, as in `engines.train`
 ) -> list[Phase]:             # one after the other
-    "Sparse model soups of a whole population in memory (Algorithm 1)."
+    """Sparse model soups of a whole population in memory (Algorithm 1).
+
+    Args:
+        population: N trained models
+        images: to train on, and to choose by
+        level: sparsity after the last phase
+        recipe: of one phase; its stage names the random streams, together with phase and copy
+        phases: how many
+        m: copies of every model; 1: iterative magnitude pruning
+        selector: which weights go
+        merge_by: one of MERGES
+        engine: who trains, as in `engines.train`
+
+    Returns:
+        list[Phase]: one after the other
+    """
     engine = choose_engine(engine, "cpu", population.architecture) if isinstance(engine, str) else engine
     found: list[Phase] = []
     masks = None

@@ -70,7 +70,14 @@ def style() -> Iterator[None]:
 def styled(
     draw: Callable[..., Figure],  # a function that makes a figure
 ) -> Callable[..., Figure]:       # the same in the shared style, closed to pyplot
-    "Draw in the shared style."
+    """Draw in the shared style.
+
+    Args:
+        draw: a function that makes a figure
+
+    Returns:
+        Callable[..., Figure]: the same in the shared style, closed to pyplot
+    """
     @wraps(draw)
     def _drawn(*arguments, **options) -> Figure:
         with style():
@@ -84,14 +91,25 @@ def styled(
 def zoo_looks(
     zoos: Sequence[str],   # names, in the order of their appearance
 ) -> dict[str, dict]:      # zoo -> color and marker; no two of the first hundred are alike
-    "How each zoo is drawn where a figure shows several."
+    """How each zoo is drawn where a figure shows several.
+
+    Args:
+        zoos: names, in the order of their appearance
+
+    Returns:
+        dict[str, dict]: zoo -> color and marker; no two of the first hundred are alike
+    """
     return {zoo: {"color": COLOURS[i % 10], "marker": MARKERS[(i + i // 10) % 10]} for i, zoo in enumerate(zoos)}
 
 # %% ../nbs/31_figures.ipynb #af45068f
 def percent_axis(
     axis: Axis,  # an axis whose data are fractions
 ) -> None:
-    "Label an axis in percent, with as many decimals as its ticks need."
+    """Label an axis in percent, with as many decimals as its ticks need.
+
+    Args:
+        axis: an axis whose data are fractions
+    """
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{round(100 * value, 3):g}%"))
     axis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
 
@@ -99,7 +117,14 @@ def percent_axis(
 def one_zoo(
     metrics: pd.DataFrame,  # tidy metrics
 ) -> str:                   # the zoo's name
-    "The zoo of a frame; raises `UserError` if it holds none or several."
+    """The zoo of a frame; raises `UserError` if it holds none or several.
+
+    Args:
+        metrics: tidy metrics
+
+    Returns:
+        str: the zoo's name
+    """
     zoos = list(metrics["zoo"].unique())
     if len(zoos) != 1:
         raise UserError(f"This figure shows one zoo, but the metrics hold {', '.join(zoos) or 'none'}: select one with metrics[metrics['zoo'] == NAME].")
@@ -110,7 +135,12 @@ def heading(
     fig: Figure,  # or a part of one
     text: str,    # which zoo, how many models, how to read the figure
 ) -> None:
-    "Write the line above a figure."
+    """Write the line above a figure.
+
+    Args:
+        fig: or a part of one
+        text: which zoo, how many models, how to read the figure
+    """
     fig.suptitle(text, fontsize=9, color=GREY)
 
 # %% ../nbs/31_figures.ipynb #3c26a406
@@ -118,7 +148,12 @@ def no_data(
     ax: Axes,    # an empty panel
     what: str,   # what is missing
 ) -> None:
-    "Say in the panel that a run has no such data."
+    """Say in the panel that a run has no such data.
+
+    Args:
+        ax: an empty panel
+        what: what is missing
+    """
     ax.text(0.5, 0.5, f"no {what} in this run", transform=ax.transAxes, ha="center", va="center", color=GREY)
     ax.set_axis_off()
     if ax.get_subplotspec().is_first_col():
@@ -129,7 +164,14 @@ def no_data(
 def first_drawn(
     axes: Sequence[Axes],  # panels
 ) -> Axes:                 # the first that is not empty, or else the first
-    "The panel that carries what several panels share."
+    """The panel that carries what several panels share.
+
+    Args:
+        axes: panels
+
+    Returns:
+        Axes: the first that is not empty, or else the first
+    """
     return next((ax for ax in axes if ax.axison), axes[0])
 
 # %% ../nbs/31_figures.ipynb #07e8bfe0
@@ -139,7 +181,14 @@ FEW = 8
 def marker_steps(
     n: int,   # points of a curve
 ) -> int:     # 1, 5 or 10
-    "Every how many points a curve has a marker."
+    """Every how many points a curve has a marker.
+
+    Args:
+        n: points of a curve
+
+    Returns:
+        int: 1, 5 or 10
+    """
     return 1 if n <= 12 else 5 if n <= 30 else 10
 
 # %% ../nbs/31_figures.ipynb #3270bf6e
@@ -149,7 +198,14 @@ def draw_spread(
     label: str,           # for the legend
     **look,               # color, linestyle, marker of the median
 ) -> None:
-    "Draw a population's median and spread of y over x."
+    """Draw a population's median and spread of y over x.
+
+    Args:
+        ax: where to draw
+        rows: with model, x and y
+        label: for the legend
+        **look: color, linestyle, marker of the median
+    """
     curves = rows.pivot(index="x", columns="model", values="y")
     low, fifth, median, ninetyfifth, high = curves.quantile([0, 0.05, 0.5, 0.95, 1], axis=1).to_numpy()
     if curves.shape[1] <= FEW:
@@ -163,7 +219,14 @@ def draw_spread(
 def spread_note(
     n_models: int,  # drawn by draw_spread
 ) -> str:           # for a title or a caption
-    "What line and bands of `draw_spread` mean."
+    """What line and bands of `draw_spread` mean.
+
+    Args:
+        n_models: drawn by draw_spread
+
+    Returns:
+        str: for a title or a caption
+    """
     if n_models <= FEW:
         return f"median and each of {n_models} models" if n_models > 1 else "one model"
     return f"median, middle 90 % and range of {n_models:,} models"
@@ -178,7 +241,14 @@ def draw_history(
     title: str,           # of the panel
     curves: Sequence[str],  # columns, keys of CURVES
 ) -> None:
-    "Draw measures of a population over the epochs."
+    """Draw measures of a population over the epochs.
+
+    Args:
+        ax: where to draw
+        rows: metrics of one zoo and one method
+        title: of the panel
+        curves: columns, keys of CURVES
+    """
     if rows.empty:
         return no_data(ax, title.lower())
     for column in curves:
@@ -192,7 +262,11 @@ def draw_history(
 def figure_2(
     metrics: pd.DataFrame,  # tidy metrics of one or more zoos
 ) -> Figure:
-    "Figure 2: test accuracy in the original training; test accuracy and sparsity under variational dropout."
+    """Figure 2: test accuracy in the original training; test accuracy and sparsity under variational dropout.
+
+    Args:
+        metrics: tidy metrics of one or more zoos
+    """
     zoos = list(metrics["zoo"].unique())
     fig = plt.figure(figsize=(WIDTH, 0.3 + 3.1 * len(zoos)), layout="constrained")
     for zoo, part in zip(zoos, np.atleast_1d(fig.subfigures(len(zoos), 1))):
@@ -209,7 +283,15 @@ def frequency_matrix(
     frequencies: pd.DataFrame,  # removal frequencies of one zoo and one method
     step: str,                  # "epoch" or "level"
 ) -> pd.DataFrame:              # rows (layer, weight) as in the network, one column per step
-    "Arrange removal frequencies as a picture."
+    """Arrange removal frequencies as a picture.
+
+    Args:
+        frequencies: removal frequencies of one zoo and one method
+        step: "epoch" or "level"
+
+    Returns:
+        pd.DataFrame: rows (layer, weight) as in the network, one column per step
+    """
     wide = frequencies.astype({"layer": str, step: float}).pivot(index=["layer", "weight"], columns=step, values="frequency")
     return wide.reindex(frequencies["layer"].astype(str).unique(), level="layer")
 
@@ -222,7 +304,13 @@ def draw_frequencies(
     matrix: pd.DataFrame,  # from frequency_matrix
     label: str,            # of the horizontal axis
 ) -> None:
-    "Draw the heat map of one method: a column per step, a row per weight, white lines between the layers."
+    """Draw the heat map of one method: a column per step, a row per weight, white lines between the layers.
+
+    Args:
+        ax: where to draw
+        matrix: from frequency_matrix
+        label: of the horizontal axis
+    """
     steps = [f"{step:g}" for step in matrix.columns]
     fine = 24  # copies of a column, so that scaling the image down does not blend neighbouring steps
     ax.imshow(np.repeat(matrix.to_numpy(), fine, axis=1), cmap=HEAT, vmin=0, vmax=1, aspect="auto", extent=(-0.5, len(steps) - 0.5, len(matrix), 0))
@@ -241,7 +329,11 @@ def draw_frequencies(
 def figure_3(
     frequencies: pd.DataFrame,  # removal frequencies of one zoo, from layers.stack_frequencies
 ) -> Figure:
-    "Figure 3: the share of models in which each weight is removed, over epochs of variational dropout and levels of magnitude pruning."
+    """Figure 3: the share of models in which each weight is removed, over epochs of variational dropout and levels of magnitude pruning.
+
+    Args:
+        frequencies: removal frequencies of one zoo, from layers.stack_frequencies
+    """
     zoo = one_zoo(frequencies)
     percent = frequencies.assign(level=(100 * frequencies["level"]).round(3))
     fig, axes = plt.subplots(1, 2, figsize=(WIDTH, 1.45 * HEIGHT), layout="constrained", sharey=True, width_ratios=(1.5, 1))
@@ -261,7 +353,14 @@ def figure_3(
 def bin_layers(
     profile: pd.DataFrame,  # rows of layers.layer_profile, of one epoch
 ) -> pd.DataFrame:          # one row per bin: size (geometric mean), mean, std, layers (how many layers of zoos)
-    "Average layers of similar size, at most half an octave from a power of two."
+    """Average layers of similar size, at most half an octave from a power of two.
+
+    Args:
+        profile: rows of layers.layer_profile, of one epoch
+
+    Returns:
+        pd.DataFrame: one row per bin: size (geometric mean), mean, std, layers (how many layers of zoos)
+    """
     square = profile["mean"] ** 2 + profile["std"].fillna(0) ** 2
     rows = pd.DataFrame({"bin": np.log2(profile["size"]).round(), "log_size": np.log(profile["size"]), "mean": profile["mean"], "square": square})
     groups = rows.groupby("bin")
@@ -278,7 +377,13 @@ def draw_sizes(
     profile: pd.DataFrame,   # rows of layers.layer_profile, of one epoch
     looks: dict[str, dict],  # zoo -> color and marker
 ) -> None:
-    "Draw size against sparsity: every layer of every zoo, and the bins with their error bars."
+    """Draw size against sparsity: every layer of every zoo, and the bins with their error bars.
+
+    Args:
+        ax: where to draw
+        profile: rows of layers.layer_profile, of one epoch
+        looks: zoo -> color and marker
+    """
     for i, (zoo, rows) in enumerate(profile.groupby("zoo", sort=False, observed=True)):
         aside = 1.08 ** (i - (profile["zoo"].nunique() - 1) / 2)
         ax.plot(aside * rows["size"], rows["mean"], linestyle="", alpha=0.75, markersize=4, **looks[zoo])
@@ -296,7 +401,13 @@ def log_ticks(
     ticks: Sequence[float],  # where
     write: Callable,        # how
 ) -> None:
-    "Set the ticks of a logarithmic axis."
+    """Set the ticks of a logarithmic axis.
+
+    Args:
+        axis: a logarithmic axis
+        ticks: where
+        write: how
+    """
     axis.set_major_locator(FixedLocator(ticks))
     axis.set_minor_locator(FixedLocator([]))
     axis.set_major_formatter(FuncFormatter(lambda value, _: write(value)))
@@ -308,7 +419,13 @@ def figure_4(
     epochs: Sequence[int] = (5, 10, 15, 20),                  # of variational dropout; the paper's
     sizes: Mapping[str, Mapping[str, int]] | None = None,     # zoo -> layer -> number of weights; none: from the registry
 ) -> Figure:
-    "Figure 4: mean sparsity of a layer against its size, in all zoos."
+    """Figure 4: mean sparsity of a layer against its size, in all zoos.
+
+    Args:
+        metrics: tidy metrics of one or more zoos
+        epochs: of variational dropout; the paper's
+        sizes: zoo -> layer -> number of weights; none: from the registry
+    """
     looks = zoo_looks(metrics["zoo"].unique())
     rows = metrics[(metrics["method"] == "vd") & metrics["epoch"].isin(epochs)]
     profile = layer_profile(rows, sizes=sizes) if len(rows) else pd.DataFrame({"epoch": [], "mean": []})
@@ -334,7 +451,15 @@ def accuracy_over_sparsity(
     rows: pd.DataFrame,  # metrics of one zoo and one method
     step: str,           # "level" or "epoch"
 ) -> pd.DataFrame:       # one row per step: sparsity and accuracy (means), low and high (5 % and 95 % of accuracy)
-    "One curve of Figure 5."
+    """One curve of Figure 5.
+
+    Args:
+        rows: metrics of one zoo and one method
+        step: "level" or "epoch"
+
+    Returns:
+        pd.DataFrame: one row per step: sparsity and accuracy (means), low and high (5 % and 95 % of accuracy)
+    """
     groups = rows.groupby(step)
     accuracy = groups["test_acc"]
     return pd.DataFrame({"sparsity": groups["sparsity"].mean(), "accuracy": accuracy.mean(), "low": accuracy.quantile(0.05), "high": accuracy.quantile(0.95)})
@@ -346,7 +471,14 @@ def draw_twins(
     band: bool,             # whether to draw the spread
     **look,                 # color, or marker, that replaces the method's
 ) -> None:
-    "Draw the curves of both methods for one zoo."
+    """Draw the curves of both methods for one zoo.
+
+    Args:
+        ax: where to draw
+        metrics: of one zoo
+        band: whether to draw the spread
+        **look: color, or marker, that replaces the method's
+    """
     rows = metrics[last_epoch(metrics) | (metrics["method"] == "vd")]
     for method, step in (("mp", "level"), ("vd", "epoch")):
         curve = accuracy_over_sparsity(rows[rows["method"] == method], step)
@@ -360,7 +492,12 @@ def _zoo_legend(
     ax: Axes,               # the panel of Figure 5
     looks: dict[str, dict],  # zoo -> color and marker
 ) -> None:
-    "Explain colours (zoos) and dashes (methods) beside the panel."
+    """Explain colours (zoos) and dashes (methods) beside the panel.
+
+    Args:
+        ax: the panel of Figure 5
+        looks: zoo -> color and marker
+    """
     zoos = [Line2D([], [], label=zoo_title(zoo), **look) for zoo, look in looks.items()]
     methods = [Line2D([], [], color=GREY, linestyle=LOOKS[method]["linestyle"], label=title) for method, title in METHOD_TITLES.items()]
     ax.legend(handles=[*zoos, *methods], loc="center left", bbox_to_anchor=(1.01, 0.5))
@@ -370,7 +507,11 @@ def _zoo_legend(
 def figure_5(
     metrics: pd.DataFrame,  # tidy metrics of one or more zoos
 ) -> Figure:
-    "Figure 5: mean accuracy over mean sparsity for both kinds of twins."
+    """Figure 5: mean accuracy over mean sparsity for both kinds of twins.
+
+    Args:
+        metrics: tidy metrics of one or more zoos
+    """
     fig, ax = plt.subplots(figsize=(0.72 * WIDTH, 1.1 * HEIGHT), layout="constrained")
     zoos = list(metrics["zoo"].unique())
     looks = zoo_looks(zoos)
@@ -393,7 +534,15 @@ def coefficient_text(
     x: pd.Series,  # one value per model
     y: pd.Series,  # another, in the same order
 ) -> str:          # one line
-    "Pearson's r and Kendall's tau with their intervals."
+    """Pearson's r and Kendall's tau with their intervals.
+
+    Args:
+        x: one value per model
+        y: another, in the same order
+
+    Returns:
+        str: one line
+    """
     found = correlate(x, y)
     parts = [f"{symbol} = {row.value:.2f} [{row.low:.2f}, {row.high:.2f}]" for symbol, row in zip("rτ", found.itertuples())]
     return "   ".join(parts) if found["value"].notna().all() else "too few different models for a correlation"
@@ -404,7 +553,13 @@ def draw_pairs(
     pairs: pd.DataFrame,  # from correlation.paired_accuracy
     **look,               # color and marker
 ) -> None:
-    "Draw originals against twins with the least-squares line and the diagonal."
+    """Draw originals against twins with the least-squares line and the diagonal.
+
+    Args:
+        ax: where to draw
+        pairs: from correlation.paired_accuracy
+        **look: color and marker
+    """
     ax.plot(pairs["before"], pairs["after"], **look | {"linestyle": ""}, alpha=0.65, markeredgecolor="white", markeredgewidth=0.4)
     if pairs["before"].nunique() > 2:
         ends = pairs["before"].agg(["min", "max"]).to_numpy()
@@ -421,7 +576,13 @@ def figure_twins(
     level: float | None = None,    # as in tables.table_2
     target: float | None = None,   # as in tables.table_2
 ) -> Figure:
-    "Accuracy of every original against that of its twins."
+    """Accuracy of every original against that of its twins.
+
+    Args:
+        metrics: tidy metrics of one zoo
+        level: as in tables.table_2
+        target: as in tables.table_2
+    """
     zoo = one_zoo(metrics)
     states = choose_states(metrics, TABLE_2_STATES, level, target).set_index("method")
     fig, axes = plt.subplots(1, 2, figsize=(WIDTH, 1.08 * HEIGHT), layout="constrained")
@@ -447,7 +608,15 @@ def correlation_curve(
     metrics: pd.DataFrame,  # tidy metrics of one zoo
     method: str,            # "mp" or "vd"
 ) -> pd.DataFrame:          # sparsity (mean), coefficient, value, low, high, n; two rows per level or epoch
-    "Correlation between originals and twins for every level of magnitude pruning, or every epoch of variational dropout."
+    """Correlation between originals and twins for every level of magnitude pruning, or every epoch of variational dropout.
+
+    Args:
+        metrics: tidy metrics of one zoo
+        method: "mp" or "vd"
+
+    Returns:
+        pd.DataFrame: sparsity (mean), coefficient, value, low, high, n; two rows per level or epoch
+    """
     rows = metrics[(metrics["method"] == method) & (last_epoch(metrics) | (method == "vd"))]
     parts = []
     for (level, epoch), group in rows.groupby(["level", "epoch"], dropna=False):
@@ -461,7 +630,11 @@ def correlation_curve(
 def figure_correlation(
     metrics: pd.DataFrame,  # tidy metrics of one zoo
 ) -> Figure:
-    "Pearson's r and Kendall's tau between the accuracies of originals and twins, over sparsity."
+    """Pearson's r and Kendall's tau between the accuracies of originals and twins, over sparsity.
+
+    Args:
+        metrics: tidy metrics of one zoo
+    """
     zoo = one_zoo(metrics)
     curves = {method: correlation_curve(metrics, method).dropna() for method in METHOD_TITLES}
     fig, axes = plt.subplots(1, 2, figsize=(WIDTH, HEIGHT), layout="constrained", sharey=True)
@@ -487,7 +660,16 @@ def agreement_range(
     worst: float,      # accuracy of the worst original
     best: float,       # accuracy of the best original
 ) -> tuple[np.ndarray, np.ndarray]:  # lowest and highest agreement
-    "The agreements that accuracies allow between twins and one of the originals."
+    """The agreements that accuracies allow between twins and one of the originals.
+
+    Args:
+        twin: accuracies of twins
+        worst: accuracy of the worst original
+        best: accuracy of the best original
+
+    Returns:
+        tuple[np.ndarray, np.ndarray]: lowest and highest agreement
+    """
     return np.maximum(0, twin + worst - 1), 1 - np.maximum(0, np.maximum(twin - best, worst - twin))
 
 # %% ../nbs/31_figures.ipynb #fff7efd1
@@ -498,14 +680,28 @@ ACCURACY_TICKS = np.array([1, 0.99, 0.98, 0.97, 0.96, 0.95, 0.9, 0.85, 0.8, 0.75
 def stretch(
     value: np.ndarray,  # accuracies or agreements
 ) -> np.ndarray:        # where they are drawn
-    "Give more room to values near 1."
+    """Give more room to values near 1.
+
+    Args:
+        value: accuracies or agreements
+
+    Returns:
+        np.ndarray: where they are drawn
+    """
     return -np.log10(BEYOND - np.asarray(value))
 
 
 def unstretch(
     place: np.ndarray,  # from stretch
 ) -> np.ndarray:        # accuracies or agreements
-    "The inverse of `stretch`."
+    """The inverse of `stretch`.
+
+    Args:
+        place: from stretch
+
+    Returns:
+        np.ndarray: accuracies or agreements
+    """
     return BEYOND - 10 ** -np.asarray(place)
 
 
@@ -514,7 +710,15 @@ def stretched_ticks(
     high: float,
     at_most: int,  # about so many
 ) -> list[float]:  # accuracies, descending
-    "Ticks within the limits that keep their distance; those of `ACCURACY_TICKS` if there are enough, else every percent."
+    """Ticks within the limits that keep their distance; those of `ACCURACY_TICKS` if there are enough, else every percent.
+
+    Args:
+        low: limits
+        at_most: about so many
+
+    Returns:
+        list[float]: accuracies, descending
+    """
     for ticks in (ACCURACY_TICKS, np.arange(100, -1, -1) / 100):
         kept = []
         for tick in ticks[(low <= ticks) & (high >= ticks)]:
@@ -528,7 +732,14 @@ def stretched_ticks(
 def stretched_limits(
     values: np.ndarray,  # what is drawn
 ) -> tuple[float, float]:  # a little below and above
-    "Limits of a stretched axis."
+    """Limits of a stretched axis.
+
+    Args:
+        values: what is drawn
+
+    Returns:
+        tuple[float, float]: a little below and above
+    """
     low, high = (float(stretch(value)) for value in (np.nanmin(values), np.nanmax(values)))
     margin = 0.05 * max(high - low, 0.5)
     return float(unstretch(low - margin)), float(unstretch(high + margin))
@@ -539,7 +750,12 @@ def stretch_axes(
     x: np.ndarray,       # what is drawn
     y: np.ndarray,
 ) -> None:
-    "Set scale, limits and ticks of both axes."
+    """Set scale, limits and ticks of both axes.
+
+    Args:
+        ax: a panel
+        x: what is drawn
+    """
     ax.set_xscale("function", functions=(stretch, unstretch))
     ax.set_yscale("function", functions=(stretch, unstretch))
     ax.set(xlim=stretched_limits(x), ylim=stretched_limits(y))
@@ -556,7 +772,14 @@ def draw_agreement(
     chosen: pd.DataFrame,  # those of Table 1 among them
     originals: pd.Series,  # accuracies of the originals; may be empty
 ) -> None:
-    "Draw agreement over accuracy, every twin a point."
+    """Draw agreement over accuracy, every twin a point.
+
+    Args:
+        ax: where to draw
+        rows: metrics of one zoo and one method
+        chosen: those of Table 1 among them
+        originals: accuracies of the originals; may be empty
+    """
     x = np.linspace(0, 1, 1001)
     ax.fill_between(x, *agreement_range(x, originals.min(), originals.max()), color="#e3e3e3", linewidth=0)
     marker = LOOKS[rows["method"].iloc[0]]["marker"]
@@ -573,7 +796,13 @@ def figure_agreement(
     level: float | None = None,    # as in tables.table_1
     target: float | None = None,   # as in tables.table_1
 ) -> Figure:
-    "Agreement of every twin with its original against the twin's accuracy."
+    """Agreement of every twin with its original against the twin's accuracy.
+
+    Args:
+        metrics: tidy metrics of one zoo
+        level: as in tables.table_1
+        target: as in tables.table_1
+    """
     zoo = one_zoo(metrics)
     chosen = rows_of_states(metrics, choose_states(metrics, TABLE_1_STATES, level, target))
     originals = metrics.loc[(metrics["method"] == "original") & last_epoch(metrics), "test_acc"]
@@ -602,7 +831,16 @@ def accuracy_drops(
     metrics: pd.DataFrame,  # tidy metrics of one zoo
     method: str,            # "mp" or "vd"
 ) -> pd.DataFrame:          # a row per model, a column per level (after fine-tuning) or epoch: accuracy of the original minus that of the twin
-    "The drop of every model; empty where originals or twins are missing."
+    """The drop of every model; empty where originals or twins are missing.
+
+    Args:
+        metrics: tidy metrics of one zoo
+        method: "mp" or "vd"
+
+    Returns:
+        pd.DataFrame: a row per model, a column per level (after fine-tuning) or epoch: accuracy of the original minus
+            that of the twin
+    """
     last = last_epoch(metrics)
     originals = metrics[(metrics["method"] == "original") & last].set_index("model")["test_acc"]
     twins = metrics[(metrics["method"] == method) & (last | (method == "vd"))].pivot(index="model", columns=STEPS[method], values="test_acc")
@@ -612,7 +850,14 @@ def accuracy_drops(
 def hardness(
     drops: pd.DataFrame,  # from accuracy_drops
 ) -> pd.Series:           # per model, from 0 to 1
-    "Mean rank of a model's drop over the steps with sparsity, scaled to 0 (always the smallest) to 1 (always the largest)."
+    """Mean rank of a model's drop over the steps with sparsity, scaled to 0 (always the smallest) to 1 (always the largest).
+
+    Args:
+        drops: from accuracy_drops
+
+    Returns:
+        pd.Series: per model, from 0 to 1
+    """
     sparse = drops.loc[:, drops.columns > 0]
     return ((sparse.rank() - 1) / max(len(sparse) - 1, 1)).mean(axis=1).rename("hardness")
 
@@ -621,7 +866,16 @@ def individuals(
     metrics: pd.DataFrame,                 # tidy metrics of one or more zoos
     models: pd.DataFrame | None = None,    # generating factors by `model`, of a zoo of one's own; none: from the registry
 ) -> pd.DataFrame:                         # zoo, method, model, hardness, original (accuracy), drop (mean), seed and other factors; friendliest first
-    "How hard every model is to sparsify, with its generating factors."
+    """How hard every model is to sparsify, with its generating factors.
+
+    Args:
+        metrics: tidy metrics of one or more zoos
+        models: generating factors by `model`, of a zoo of one's own; none: from the registry
+
+    Returns:
+        pd.DataFrame: zoo, method, model, hardness, original (accuracy), drop (mean), seed and other factors;
+            friendliest first
+    """
     parts = []
     for zoo, rows in metrics.groupby("zoo", sort=False):
         factors = model_table(ZOOS[zoo]) if models is None and zoo in ZOOS else models
@@ -640,7 +894,16 @@ def describe_model(
     row: pd.Series,          # of `individuals`
     varied: Sequence[str],   # factors that differ between the models
 ) -> str:                    # such as "model 3 (91.2 %): relu, seed 4" in lines that fit below a panel; "seed 4 (91.2 %)" where nothing else varies
-    "Name a model, the accuracy of its original, and its generating factors."
+    """Name a model, the accuracy of its original, and its generating factors.
+
+    Args:
+        row: of `individuals`
+        varied: factors that differ between the models
+
+    Returns:
+        str: such as "model 3 (91.2 %): relu, seed 4" in lines that fit below a panel; "seed 4 (91.2 %)" where nothing
+            else varies
+    """
     write = lambda name: f"{name}\u00a0{short_number(row[name]) if isinstance(row[name], float) else row[name]}" if name in ("seed", "lr", "wd", "dropout") else row[name]
     factors, accuracy = ", ".join(map(write, varied)), f"({100 * row['original']:.1f}\u00a0%)"
     return f"{factors} {accuracy}" if list(varied) == ["seed"] else fill(f"model {row['model']} {accuracy}" + (f": {factors}" if factors else ""), 48)
@@ -649,7 +912,14 @@ def describe_model(
 def varied_factors(
     table: pd.DataFrame,  # from individuals
 ) -> list[str]:           # their names, the seed last
-    "The generating factors that differ between models."
+    """The generating factors that differ between models.
+
+    Args:
+        table: from individuals
+
+    Returns:
+        list[str]: their names, the seed last
+    """
     return [name for name in (*FACTORS, "seed") if name in table and table[name].nunique() > 1]
 
 # %% ../nbs/31_figures.ipynb #0a8c005b
@@ -659,7 +929,14 @@ def draw_individuals(
     table: pd.DataFrame,  # from individuals, the same models
     k: int,               # how many on each side
 ) -> None:
-    "Draw all drops, the median, and the extremes with their factors below."
+    """Draw all drops, the median, and the extremes with their factors below.
+
+    Args:
+        ax: where to draw
+        drops: from accuracy_drops
+        table: from individuals, the same models
+        k: how many on each side
+    """
     varied = varied_factors(table)
     k = min(k, len(table) // 2)
     ax.plot(drops.columns, drops.T, color="#bbbbbb", linewidth=0.5, alpha=min(1, 40 / len(drops)), zorder=1)
@@ -679,7 +956,13 @@ def figure_individuals(
     models: pd.DataFrame | None = None,    # as in individuals
     k: int = 3,                            # how many of the friendliest and of the hardest models are highlighted
 ) -> Figure:
-    "The drop in accuracy of every model, the friendliest and the hardest highlighted."
+    """The drop in accuracy of every model, the friendliest and the hardest highlighted.
+
+    Args:
+        metrics: tidy metrics of one zoo
+        models: as in individuals
+        k: how many of the friendliest and of the hardest models are highlighted
+    """
     zoo = one_zoo(metrics)
     table = individuals(metrics, models)
     tall = 0.26 * k if len(varied_factors(table)) > 1 else 0
@@ -704,7 +987,14 @@ def figure_individuals(
 def layer_looks(
     sizes: dict[str, int],   # layer -> number of weights
 ) -> dict[str, dict]:        # layer, largest first -> color, marker, linestyle, label
-    "How each layer is drawn."
+    """How each layer is drawn.
+
+    Args:
+        sizes: layer -> number of weights
+
+    Returns:
+        dict[str, dict]: layer, largest first -> color, marker, linestyle, label
+    """
     order = sorted(sizes, key=sizes.get, reverse=True)
     colours = sns.color_palette("viridis", len(order)).as_hex()
     look = lambda i: {"color": colours[i], "marker": MARKERS[i % 10], "linestyle": ("-", "--", "-.", ":")[i % 4]}
@@ -717,7 +1007,14 @@ def draw_layers(
     step: str,           # "level" or "epoch"
     looks: dict,         # from layer_looks
 ) -> None:
-    "Draw one line with its band per layer."
+    """Draw one line with its band per layer.
+
+    Args:
+        ax: where to draw
+        rows: metrics of one zoo and one method
+        step: "level" or "epoch"
+        looks: from layer_looks
+    """
     for layer, look in looks.items():
         groups = rows.groupby(step)[f"sparsity_{layer}"]
         median = groups.median()
@@ -731,7 +1028,12 @@ def figure_layers(
     metrics: pd.DataFrame,                   # tidy metrics of one zoo
     sizes: dict[str, int] | None = None,     # layer -> number of weights; none: from the registry
 ) -> Figure:
-    "Sparsity of every layer over epochs of variational dropout and levels of magnitude pruning."
+    """Sparsity of every layer over epochs of variational dropout and levels of magnitude pruning.
+
+    Args:
+        metrics: tidy metrics of one zoo
+        sizes: layer -> number of weights; none: from the registry
+    """
     zoo = one_zoo(metrics)
     looks = layer_looks(sizes or layer_sizes(get_zoo(zoo).architecture))
     fig, axes = plt.subplots(1, 2, figsize=(WIDTH, HEIGHT), layout="constrained", sharey=True)
@@ -762,7 +1064,13 @@ def save_figure(
     path: Path | str,  # such as "figures/usps_seed/figure_2.png"
     formats: Collection[str] | None = None,  # instead of the path's own: those of png, pdf and svg are written
 ) -> None:
-    "Save a figure, whole or not at all; raises `UserError` for another file type."
+    """Save a figure, whole or not at all; raises `UserError` for another file type.
+
+    Args:
+        fig: what to save
+        path: such as "figures/usps_seed/figure_2.png"
+        formats: instead of the path's own: those of png, pdf and svg are written
+    """
     for target in in_formats(path, FIGURE_FORMATS, formats):
         with style(), atomic_path(target) as temporary:
             fig.savefig(temporary, dpi=DPI[target.suffix], metadata=METADATA[target.suffix])

@@ -20,7 +20,15 @@ def keep_highest(
     scores: Tensor,  # float [models, n]
     kept: int,       # how many stay
 ) -> Tensor:         # bool [models, n], True where one stays
-    "Mask all but the `kept` highest entries of every row; of equal ones the first go."
+    """Mask all but the `kept` highest entries of every row; of equal ones the first go.
+
+    Args:
+        scores: float [models, n]
+        kept: how many stay
+
+    Returns:
+        Tensor: bool [models, n], True where one stays
+    """
     order = torch.argsort(scores, dim=1, stable=True)
     return torch.ones_like(scores, dtype=torch.bool).scatter_(1, order[:, : scores.shape[1] - kept], False)
 
@@ -29,14 +37,29 @@ def keep_largest(
     magnitude: Tensor,  # float [models, n], absolute values
     level: float,       # fraction to prune
 ) -> Tensor:            # bool [models, n], True where a weight stays
-    "Mask the `round(level * n)` smallest entries of every row."
+    """Mask the `round(level * n)` smallest entries of every row.
+
+    Args:
+        magnitude: float [models, n], absolute values
+        level: fraction to prune
+
+    Returns:
+        Tensor: bool [models, n], True where a weight stays
+    """
     return keep_highest(magnitude, magnitude.shape[1] - round(level * magnitude.shape[1]))
 
 # %% ../nbs/10_magnitude.ipynb #21abac59
 def check_level(
     level: float,  # a fraction, 0.5 for 50 %
 ) -> float:        # the same, now known to be valid
-    "Raise `UserError` unless 0 <= level < 1."
+    """Raise `UserError` unless 0 <= level < 1.
+
+    Args:
+        level: a fraction, 0.5 for 50 %
+
+    Returns:
+        float: the same, now known to be valid
+    """
     if not 0 <= level < 1:
         raise UserError(f"A sparsity level of {level!r} is not possible: give a fraction of at least 0 and below 1, such as 0.5 for 50 %.")
     return float(level)
@@ -47,7 +70,16 @@ def magnitude_masks(
     level: float,                # fraction to prune, 0 <= level < 1
     scope: str = "global",       # "global": one threshold per model; "layerwise": the same fraction of every layer
 ) -> dict[str, Tensor]:          # weight name -> bool [models, ...], True where a weight stays
-    "Find the masks of magnitude pruning for all models; raises `UserError` for an impossible level or scope."
+    """Find the masks of magnitude pruning for all models; raises `UserError` for an impossible level or scope.
+
+    Args:
+        weights: stacked parameters [models, ...]; those named "...weight" are prunable
+        level: fraction to prune, 0 <= level < 1
+        scope: "global": one threshold per model; "layerwise": the same fraction of every layer
+
+    Returns:
+        dict[str, Tensor]: weight name -> bool [models, ...], True where a weight stays
+    """
     check_level(level)
     check_name(scope, SCOPES, "scope of pruning")
     magnitudes = {name: w.abs().flatten(1) for name, w in weights.items() if name.endswith("weight")}
@@ -63,7 +95,15 @@ def apply_masks(
     tensors: dict[str, Tensor],  # stacked parameters, gradients or the like
     masks: dict[str, Tensor],    # name -> bool, True where a weight stays
 ) -> dict[str, Tensor]:          # the same, zero where a mask is False
-    "Set what is pruned to zero."
+    """Set what is pruned to zero.
+
+    Args:
+        tensors: stacked parameters, gradients or the like
+        masks: name -> bool, True where a weight stays
+
+    Returns:
+        dict[str, Tensor]: the same, zero where a mask is False
+    """
     return {name: tensor * masks[name] if name in masks else tensor for name, tensor in tensors.items()}
 
 
@@ -72,6 +112,15 @@ def prune(
     level: float,            # fraction to prune
     scope: str = "global",   # or "layerwise"
 ) -> tuple[Population, dict[str, Tensor]]:  # the pruned models and their masks
-    "Prune every model of a population by magnitude."
+    """Prune every model of a population by magnitude.
+
+    Args:
+        population: trained models
+        level: fraction to prune
+        scope: or "layerwise"
+
+    Returns:
+        tuple[Population, dict[str, Tensor]]: the pruned models and their masks
+    """
     masks = magnitude_masks(population.weights, level, scope)
     return Population(apply_masks(population.weights, masks), population.models, population.architecture), masks

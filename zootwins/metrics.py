@@ -23,7 +23,15 @@ def generalisation_gap(
     train_accuracy: Tensor,  # [models], running accuracy in train mode
     test_accuracy: Tensor,   # [models], in eval mode
 ) -> Tensor:                 # [models]; negative where noise in training outweighs overfitting
-    "Train accuracy minus test accuracy, as in the paper's Tables 5 to 8."
+    """Train accuracy minus test accuracy, as in the paper's Tables 5 to 8.
+
+    Args:
+        train_accuracy: [models], running accuracy in train mode
+        test_accuracy: [models], in eval mode
+
+    Returns:
+        Tensor: [models]; negative where noise in training outweighs overfitting
+    """
     return train_accuracy - test_accuracy
 
 # %% ../nbs/20_metrics.ipynb #d2e04a94
@@ -31,7 +39,15 @@ def sparsity(
     weights: Mapping[str, Tensor],  # weights or bool masks [models, ...], by state-dict name; other parameters are ignored
     layers: Mapping[str, str],      # such as {"conv1": "module_list.0", ...}, from architectures.layer_names
 ) -> dict[str, Tensor]:             # "sparsity", "sparsity_conv1", ...: float64 [models], fractions
-    "Fraction of removed weights, of the whole model and of every layer."
+    """Fraction of removed weights, of the whole model and of every layer.
+
+    Args:
+        weights: weights or bool masks [models, ...], by state-dict name; other parameters are ignored
+        layers: such as {"conv1": "module_list.0", ...}, from architectures.layer_names
+
+    Returns:
+        dict[str, Tensor]: "sparsity", "sparsity_conv1", ...: float64 [models], fractions
+    """
     tensors = {layer: weights[f"{path}.weight"].flatten(1) for layer, path in layers.items()}
     zeros = {layer: (tensor == 0).sum(dim=1).double() for layer, tensor in tensors.items()}
     whole = sum(zeros.values()) / sum(tensor.shape[1] for tensor in tensors.values())
@@ -56,7 +72,22 @@ def tidy(
     sparsities: Mapping[str, Tensor],   # from `sparsity`
     agreement: Tensor | None = None,    # [models], with the model's own original; none: missing
 ) -> pd.DataFrame:                      # one row per model; METRIC_COLUMNS for the paper's CNNs
-    "Put the measures of one epoch of a population into tidy rows; raises `UserError` for an unknown method."
+    """Put the measures of one epoch of a population into tidy rows; raises `UserError` for an unknown method.
+
+    Args:
+        zoo: name of the zoo
+        method: one of METHODS
+        level: target sparsity as a fraction; none for original and vd
+        epoch: 0: before any step
+        models: the models' numbers
+        train: loss and running accuracy [models], as an engine's train_epoch returns them
+        test: loss and accuracy [models] on the test set
+        sparsities: from `sparsity`
+        agreement: [models], with the model's own original; none: missing
+
+    Returns:
+        pd.DataFrame: one row per model; METRIC_COLUMNS for the paper's CNNs
+    """
     (train_loss, train_acc), (test_loss, test_acc) = train, test
     measures = {
         "train_acc": train_acc, "test_acc": test_acc, "ggap": generalisation_gap(train_acc, test_acc),
@@ -71,7 +102,14 @@ def tidy(
 def read_metrics(
     *paths: Path | str,  # parquet files, one per zoo
 ) -> pd.DataFrame:       # their rows, one file after the other
-    "Read tidy metrics; raises `UserError` if a file is missing, unreadable or lacks columns."
+    """Read tidy metrics; raises `UserError` if a file is missing, unreadable or lacks columns.
+
+    Args:
+        *paths: parquet files, one per zoo
+
+    Returns:
+        pd.DataFrame: their rows, one file after the other
+    """
     frames = []
     for path in paths:
         try:
@@ -89,7 +127,14 @@ def read_metrics(
 def measure_columns(
     metrics: pd.DataFrame,  # tidy metrics
 ) -> list[str]:             # everything but KEYS
-    "The columns of a tidy frame that hold measures."
+    """The columns of a tidy frame that hold measures.
+
+    Args:
+        metrics: tidy metrics
+
+    Returns:
+        list[str]: everything but KEYS
+    """
     return [name for name in metrics.columns if name not in KEYS]
 
 # %% ../nbs/20_metrics.ipynb #0678de45
@@ -98,7 +143,16 @@ def summarise(
     by: Sequence[str],                      # what makes a group, such as ["zoo", "method", "level", "epoch"]
     measures: Sequence[str] | None = None,  # which columns; none: all
 ) -> pd.DataFrame:                          # long: by, metric, mean, std (sample), n (models with a value)
-    "Mean, standard deviation and number of models for every group and measure."
+    """Mean, standard deviation and number of models for every group and measure.
+
+    Args:
+        metrics: tidy metrics
+        by: what makes a group, such as ["zoo", "method", "level", "epoch"]
+        measures: which columns; none: all
+
+    Returns:
+        pd.DataFrame: long: by, metric, mean, std (sample), n (models with a value)
+    """
     measures = measure_columns(metrics) if measures is None else list(measures)
     long = metrics.melt(id_vars=list(by), value_vars=measures, var_name="metric")
     groups = long.groupby([*by, "metric"], sort=False, dropna=False)["value"]

@@ -33,7 +33,15 @@ def stages_of(
     folder: Path,                     # of a zoo in a store, such as zoos/digits_seed
     wanted: list[str] | None = None,  # some of METHODS; none: all that are there
 ) -> list[str]:                       # original first
-    "Which stages of a store to publish; raises `UserError` if there are none or one that is wanted is missing."
+    """Which stages of a store to publish; raises `UserError` if there are none or one that is wanted is missing.
+
+    Args:
+        folder: of a zoo in a store, such as zoos/digits_seed
+        wanted: some of METHODS; none: all that are there
+
+    Returns:
+        list[str]: original first
+    """
     there = [stage for stage in METHODS if read_manifest(folder, stage)["files"]]
     if not there or not (folder / "store.json").exists():
         raise UserError(f"{folder} holds no finished stage of a zoo: give the folder of a zoo in a store, such as "
@@ -47,7 +55,16 @@ def populations_of(
     stages: list[str],  # from stages_of
     trajectory: bool,   # every epoch of variational dropout as well
 ) -> Iterator[tuple[str, Population]]:  # name in the publication, such as "vd" or "trajectory/vd_epoch_05"
-    "The populations of some stages, one after the other."
+    """The populations of some stages, one after the other.
+
+    Args:
+        folder: of a zoo in a store
+        stages: from stages_of
+        trajectory: every epoch of variational dropout as well
+
+    Returns:
+        Iterator[tuple[str, Population]]: name in the publication, such as "vd" or "trajectory/vd_epoch_05"
+    """
     for stage in stages:
         yield stage, read_stage(folder, stage)
         for epoch in kept_epochs(folder, stage) if trajectory else ():
@@ -58,7 +75,15 @@ def kept_epochs(
     folder: Path,  # of a zoo in a store
     stage: str,    # its name
 ) -> list[int]:    # empty if only the last one is kept
-    "The epochs whose weights a stage keeps, if it keeps more than the last."
+    """The epochs whose weights a stage keeps, if it keeps more than the last.
+
+    Args:
+        folder: of a zoo in a store
+        stage: its name
+
+    Returns:
+        list[int]: empty if only the last one is kept
+    """
     with opened(listed(folder, stage)[0]) as file:
         epochs = epochs_in(file)
     return epochs if len(epochs) > 1 else []
@@ -75,7 +100,17 @@ def header(
     n_models: int,             # of all stages together
     licence: str,              # the hub's name for it
 ) -> str:                      # with the lines of three dashes
-    "The card's header."
+    """The card's header.
+
+    Args:
+        store: from store.json
+        stages: from stages_of
+        n_models: of all stages together
+        licence: the hub's name for it
+
+    Returns:
+        str: with the lines of three dashes
+    """
     configs = [{"config_name": "metrics", "data_files": "metrics.parquet", "default": True}]
     configs += [{"config_name": f"{stage}_models", "data_files": f"{stage}.parquet"} for stage in stages]
     fields = {
@@ -95,14 +130,28 @@ STAGE_TITLES = {"original": "original models", "mp": "magnitude-pruned twins", "
 def title_of(
     store: dict[str, object],  # from store.json
 ) -> str:                      # such as "A zoo of digits models (digits_seed)"
-    "Name what a store holds."
+    """Name what a store holds.
+
+    Args:
+        store: from store.json
+
+    Returns:
+        str: such as "A zoo of digits models (digits_seed)"
+    """
     return f"A zoo of {store['images']['name']} models ({store['zoo']['name']})"
 
 # %% ../nbs/41_publishing.ipynb #926078d8
 def summary(
     metrics: pd.DataFrame,  # tidy, of the stages that are published
 ) -> pd.DataFrame:          # text, one row per method and level
-    "What the card says of the models."
+    """What the card says of the models.
+
+    Args:
+        metrics: tidy, of the stages that are published
+
+    Returns:
+        pd.DataFrame: text, one row per method and level
+    """
     last = metrics[last_epoch(metrics)]
     last = last.sort_values("method", key=lambda column: column.map(METHODS.index), kind="stable")
     rows = {}
@@ -118,7 +167,14 @@ def summary(
 def content(
     populations: Mapping[str, Population],  # by name in the publication
 ) -> pd.DataFrame:                          # text, one row per population
-    "What the files of a publication hold."
+    """What the files of a publication hold.
+
+    Args:
+        populations: by name in the publication
+
+    Returns:
+        pd.DataFrame: text, one row per population
+    """
     rows = {}
     for name, population in populations.items():
         noisy = any(".log_sigma2" in parameter for parameter in population.weights)
@@ -135,7 +191,16 @@ def provenance(
     history: list[dict[str, object]],  # from read_history
     stages: list[str],                 # that are published
 ) -> str:                              # Markdown
-    "How the models of a store were made."
+    """How the models of a store were made.
+
+    Args:
+        store: from store.json
+        history: from read_history
+        stages: that are published
+
+    Returns:
+        str: Markdown
+    """
     zoo, data = store["zoo"], store["images"]
     rate = lambda value: "each model's own learning rate" if value is None else f"learning rate {value:g}"
     given = next((record["source"] for record in history if record["stage"] == "original" and record.get("source",
@@ -187,7 +252,20 @@ def card(
     stages: list[str],                 # from stages_of
     licence: str,                      # the hub's name for it
 ) -> str:                              # the text of README.md
-    "Write the card of a publication."
+    """Write the card of a publication.
+
+    Args:
+        store: from store.json
+        history: from twins.read_history
+        name: of the publication
+        files: from content
+        metrics: of the stages that are published
+        stages: from stages_of
+        licence: the hub's name for it
+
+    Returns:
+        str: the text of README.md
+    """
     n_models = int(files.loc[[f"`{stage}`" for stage in stages], "models"].sum())
     told = ", ".join(STAGE_TITLES[stage] for stage in stages)
     parts = [
@@ -202,7 +280,14 @@ def card(
 def hashes(
     folder: Path,  # a publication
 ) -> str:          # one line per file, as sha256sum writes them
-    "The hashes of all files but the list itself."
+    """The hashes of all files but the list itself.
+
+    Args:
+        folder: a publication
+
+    Returns:
+        str: one line per file, as sha256sum writes them
+    """
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
                    and path.name != HASHES)
     return "".join(f"{file_hash(folder / name)}  {name}\n" for name in files)
@@ -212,7 +297,14 @@ def hashes(
 def new_folder(
     to: Path,  # where the folder shall be in the end
 ) -> Iterator[Path]:  # a temporary folder beside it
-    "Give a folder that is moved to its place when the block ends well; raises `UserError` if the place is taken."
+    """Give a folder that is moved to its place when the block ends well; raises `UserError` if the place is taken.
+
+    Args:
+        to: where the folder shall be in the end
+
+    Returns:
+        Iterator[Path]: a temporary folder beside it
+    """
     if to.exists():
         raise UserError(f"{to} exists already: choose a new folder, or delete that one.")
     temporary = to.with_name(f".{to.name}-{secrets.token_hex(4)}")
@@ -231,7 +323,18 @@ def publish(
     trajectory: bool = False,          # also every epoch of variational dropout
     licence: str = "cc-by-4.0",        # as the hub calls it; that of the published zoos
 ) -> Path:                             # the folder made
-    "Make a publishable folder of a zoo; raises `UserError` if there is nothing to publish or no free place for it."
+    """Make a publishable folder of a zoo; raises `UserError` if there is nothing to publish or no free place for it.
+
+    Args:
+        folder: of a zoo in a store, such as zoos/digits_seed
+        to: the folder to make; its name is the publication's
+        stages: some of original, mp, vd; none: all that are there
+        trajectory: also every epoch of variational dropout
+        licence: as the hub calls it; that of the published zoos
+
+    Returns:
+        Path: the folder made
+    """
     folder, to = Path(folder), Path(to)
     stages = stages_of(folder, stages)
     metrics = pd.concat([read_stage_metrics(folder, stage) for stage in stages], ignore_index=True)
@@ -255,7 +358,17 @@ def parts_of(
     stage: str,         # one of METHODS
     trajectory: bool,   # all epochs of variational dropout
 ) -> Iterator[tuple[str, dict[int, Population], pd.DataFrame]]:  # name such as "mp_90", populations by epoch, tidy metrics
-    "Cut a stage of a store into zoos in the published sense."
+    """Cut a stage of a store into zoos in the published sense.
+
+    Args:
+        folder: of a zoo in a store
+        stage: one of METHODS
+        trajectory: all epochs of variational dropout
+
+    Returns:
+        Iterator[tuple[str, dict[int, Population], pd.DataFrame]]: name such as "mp_90", populations by epoch, tidy
+            metrics
+    """
     metrics, population = read_stage_metrics(folder, stage), read_stage(folder, stage)
     epochs = kept_epochs(folder, stage) if trajectory else []
     for level in population.models["level"].unique():
@@ -272,7 +385,17 @@ def export_zoo(
     stages: list[str] | None = None,   # some of original, mp, vd; none: all that are there
     trajectory: bool = True,           # every epoch of variational dropout, where the store has it
 ) -> Path:                             # the folder made, with original/, mp_50/, ..., vd/ in it
-    "Write a zoo and its twins in the layout of the published zoos; raises `UserError` as `publish` does."
+    """Write a zoo and its twins in the layout of the published zoos; raises `UserError` as `publish` does.
+
+    Args:
+        folder: of a zoo in a store, such as zoos/digits_seed
+        to: the folder to make
+        stages: some of original, mp, vd; none: all that are there
+        trajectory: every epoch of variational dropout, where the store has it
+
+    Returns:
+        Path: the folder made, with original/, mp_50/, ..., vd/ in it
+    """
     folder, to = Path(folder), Path(to)
     with new_folder(to) as temporary:
         parents = {}

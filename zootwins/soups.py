@@ -45,7 +45,21 @@ APART = "none"
 
 @dataclass(frozen=True)
 class Chain:
-    "How to prune, retrain and merge, phase after phase."
+    """How to prune, retrain and merge, phase after phase.
+
+    Attributes:
+        level: sparsity after the last phase
+        m: copies of every model
+        merge: one of averaging.MERGES; "none": every copy goes on by itself
+        epochs: of every phase
+        lr: none: each model's own
+        schedule: one of schedules.SCHEDULES
+        history: rates of the original training, for schedules that repeat them
+        original_epochs: of the original training, for LRW and ALLR
+        warm_up: share of a phase; none: as schedules.WARM_UP has it
+        selector: one of selectors.SELECTORS
+        nesterov: for SGD
+    """
 
     level: float = 0.9             # sparsity after the last phase
     phases: int = 3
@@ -64,7 +78,14 @@ class Chain:
 def check_chain(
     chain: Chain,  # what a user asks for
 ) -> Chain:        # the same, now known to be possible
-    "Raise `UserError` for a chain that cannot be made."
+    """Raise `UserError` for a chain that cannot be made.
+
+    Args:
+        chain: what a user asks for
+
+    Returns:
+        Chain: the same, now known to be possible
+    """
     check_name(chain.merge, (*MERGES, APART), "merge")
     check_name(chain.selector, SELECTORS, "selector")
     sparsity_per_phase(chain.level, chain.phases)
@@ -82,7 +103,16 @@ def story_chains(
     merges: Iterable[str],   # some of averaging.MERGES
     numbers: Iterable[int],  # of copies
 ) -> dict[tuple[str, int], Chain]:  # (merge, "none" or "longer"; m) -> chain
-    "The chains that the paper's tables compare."
+    """The chains that the paper's tables compare.
+
+    Args:
+        chain: how; its merge and m are replaced
+        merges: some of averaging.MERGES
+        numbers: of copies
+
+    Returns:
+        dict[tuple[str, int], Chain]: (merge, "none" or "longer"; m) -> chain
+    """
     found, numbers = {}, sorted(set(numbers))
     for m in numbers:
         found |= {(name, m): replace(chain, merge=name, m=m) for name in merges}
@@ -108,7 +138,22 @@ def parse_story(
     merges: str,          # some of averaging.MERGES, such as "uniform,greedy"
     original_epochs: int,  # of the original training, which had a constant rate
 ) -> dict[tuple[str, int], Chain]:  # as from story_chains, checked
-    "Read what a user asks for; raises `UserError` for the first thing that cannot be."
+    """Read what a user asks for; raises `UserError` for the first thing that cannot be.
+
+    Args:
+        level: sparsity after the last phase, in %
+        phases: how many
+        copies: of every model, such as "3,5"
+        epochs: of every phase
+        rate: learning rate; none: each model's own
+        schedule: one of schedules.SCHEDULES
+        selector: one of selectors.SELECTORS
+        merges: some of averaging.MERGES, such as "uniform,greedy"
+        original_epochs: of the original training, which had a constant rate
+
+    Returns:
+        dict[tuple[str, int], Chain]: as from story_chains, checked
+    """
     words = [word.strip() for word in str(copies).split(",") if word.strip()]
     names = [check_name(word.strip(), MERGES, "merge") for word in str(merges).split(",") if word.strip()]
     if not words or not all(word.isdigit() and int(word) > 0 for word in words) or not names:
@@ -130,7 +175,16 @@ def phase_settings(
     chain: Chain,  # how
     number: int,   # of the phase, from 1
 ) -> dict[str, object]:  # JSON types
-    "All that a phase depends on beside the originals of the store."
+    """All that a phase depends on beside the originals of the store.
+
+    Args:
+        plan: the zoo
+        chain: how
+        number: of the phase, from 1
+
+    Returns:
+        dict[str, object]: JSON types
+    """
     told = {name: value for name, value in asdict(chain).items() if name not in ("level", "phases", "m", "merge")}
     here = told | {"history": list(chain.history), "batch_size": plan.zoo.batch_size, "phase": number}
     here["level"] = sparsity_per_phase(chain.level, chain.phases)[number - 1]
@@ -145,7 +199,16 @@ def phase_name(
     chain: Chain,  # how
     number: int,   # of the phase, from 1
 ) -> str:          # such as "imp1f0c9a2b0d3e4f5a"
-    "Name a phase by the hash of its settings."
+    """Name a phase by the hash of its settings.
+
+    Args:
+        plan: the zoo
+        chain: how
+        number: of the phase, from 1
+
+    Returns:
+        str: such as "imp1f0c9a2b0d3e4f5a"
+    """
     return f"imp{digest(json.dumps(phase_settings(plan, chain, number), sort_keys=True).encode())[:16]}"
 
 
@@ -154,7 +217,16 @@ def phase_stage(
     chain: Chain,  # how
     number: int,   # of the phase, from 1
 ) -> Stage:        # its rows are all copies of all models
-    "Lay out a phase."
+    """Lay out a phase.
+
+    Args:
+        plan: the zoo
+        chain: how
+        number: of the phase, from 1
+
+    Returns:
+        Stage: its rows are all copies of all models
+    """
     zoo, models = plan.zoo, plan.models
     recipe = Recipe(
         zoo.name, f"imp, phase {number}", chain.epochs, chain.lr, zoo.batch_size, False, plan.run_seed,
@@ -170,7 +242,16 @@ def read_candidates(
     chain: Chain,  # how
     number: int,   # of the phase, from 1
 ) -> Population:   # the chain's copies, those of a model beside each other
-    "Read the candidates of a phase; raises `UserError` if some are missing."
+    """Read the candidates of a phase; raises `UserError` if some are missing.
+
+    Args:
+        plan: whose store
+        chain: how
+        number: of the phase, from 1
+
+    Returns:
+        Population: the chain's copies, those of a model beside each other
+    """
     stage = phase_stage(plan, chain, number)
     there = read_stage(plan.folder, stage.name)
     places = {name: place for place, name in enumerate(row_names(there.models))}
@@ -190,7 +271,17 @@ def read_soup(
     number: int,     # of the phase, from 1
     images: Images,  # with validation images for greedy and learned soups
 ) -> Population:     # one model each
-    "Merge the candidates of a phase as the chain does; raises `UserError` as `read_candidates` does."
+    """Merge the candidates of a phase as the chain does; raises `UserError` as `read_candidates` does.
+
+    Args:
+        plan: whose store
+        chain: how; not merged by "none"
+        number: of the phase, from 1
+        images: with validation images for greedy and learned soups
+
+    Returns:
+        Population: one model each
+    """
     candidates = read_candidates(plan, chain, number)
     masks = {name: tensor != 0 for name, tensor in prunable(candidates.weights).items()}
     return merge(chain.merge, candidates, images, plan.engine, masks)
@@ -202,7 +293,17 @@ def beginnings(
     number: int,     # of the phase, from 1
     images: Images,  # with validation images for greedy and learned soups
 ) -> list[tuple[Population, list[int]]]:  # models, and the copies that begin from them
-    "The models that a phase prunes."
+    """The models that a phase prunes.
+
+    Args:
+        plan: whose store
+        chain: how
+        number: of the phase, from 1
+        images: with validation images for greedy and learned soups
+
+    Returns:
+        list[tuple[Population, list[int]]]: models, and the copies that begin from them
+    """
     if number == 1:
         return [(read_stage(plan.folder, "original"), list(range(chain.m)))]
     if chain.merge != APART and chain.m > 1:
@@ -218,7 +319,15 @@ def make_phase(
     crew: Crew,      # who works
     show: bool,      # draw a bar
 ) -> Report:
-    "Make what is missing of a phase."
+    """Make what is missing of a phase.
+
+    Args:
+        plan: the zoo, whose originals are in the store
+        chain: how
+        number: of the phase, from 1
+        crew: who works
+        show: draw a bar
+    """
     started, folder, stage = time.monotonic(), plan.folder, phase_stage(plan, chain, number)
     with locked(folder, stage.name):
         sweep(folder, stage.name)
@@ -249,7 +358,18 @@ def make_soups(
     progress: bool = True,     # show bars
     workers: Executor | None = None,  # from workers.open_workers; none: the threads of this machine
 ) -> list[Report]:             # what each phase cost
-    "Make all phases of some chains; raises `UserError`, and `Interrupted` with all work kept."
+    """Make all phases of some chains; raises `UserError`, and `Interrupted` with all work kept.
+
+    Args:
+        plan: the zoo, whose originals are in the store
+        images: to train on, to choose by, and to judge by
+        chains: what to make
+        progress: show bars
+        workers: from workers.open_workers; none: the threads of this machine
+
+    Returns:
+        list[Report]: what each phase cost
+    """
     chains = [check_chain(chain) for chain in chains]
     open_store(plan.folder, fingerprint(plan, images))
     on = images if workers else on_device(images, plan.device)
@@ -265,7 +385,16 @@ def reprune(
     level: float,            # sparsity of each
     selector: str = "global",  # which weights go
 ) -> tuple[Population, pd.Series]:  # one model each at that level, and the sparsity of the averages before
-    "Average runs whose masks differ, and prune the average again (IMP-RePrune)."
+    """Average runs whose masks differ, and prune the average again (IMP-RePrune).
+
+    Args:
+        candidates: independent runs, laid out as copies
+        level: sparsity of each
+        selector: which weights go
+
+    Returns:
+        tuple[Population, pd.Series]: one model each at that level, and the sparsity of the averages before
+    """
     mean = average(candidates)
     zeros = sum((tensor == 0).flatten(1).sum(1) for tensor in prunable(mean.weights).values())
     total = sum(tensor[0].numel() for tensor in prunable(mean.weights).values())
@@ -277,7 +406,16 @@ def chain_table(
     chain: Chain,    # how
     images: Images,  # validation images choose, test images judge
 ) -> pd.DataFrame:   # phase, sparsity, row, model, test_acc: long
-    "Test accuracies of a chain, phase by phase and model by model."
+    """Test accuracies of a chain, phase by phase and model by model.
+
+    Args:
+        plan: whose store
+        chain: how
+        images: validation images choose, test images judge
+
+    Returns:
+        pd.DataFrame: phase, sparsity, row, model, test_acc: long
+    """
     frames = []
     for number, level in enumerate(sparsity_per_phase(chain.level, chain.phases), start=1):
         candidates, apart = read_candidates(plan, chain, number), chain.merge == APART
@@ -297,7 +435,16 @@ def story_table(
     chains: Mapping[tuple[str, int], Chain],  # from story_chains
     images: Images,  # validation images choose, test images judge
 ) -> pd.DataFrame:   # row, merge, m, level, phase, sparsity, model, test_acc: long
-    "Test accuracies of all chains of a story, model by model."
+    """Test accuracies of all chains of a story, model by model.
+
+    Args:
+        plan: whose store
+        chains: from story_chains
+        images: validation images choose, test images judge
+
+    Returns:
+        pd.DataFrame: row, merge, m, level, phase, sparsity, model, test_acc: long
+    """
     frames = []
     for (name, m), chain in chains.items():
         found = chain_table(plan, chain, images)
@@ -311,7 +458,15 @@ def soup_cells(
     results: pd.DataFrame,  # from story_table
     setting: str,           # what was pruned, such as the zoo's title
 ) -> pd.DataFrame:          # cells in the form of reported_soups, as its Table 1; in %
-    "Mean and standard deviation over the models."
+    """Mean and standard deviation over the models.
+
+    Args:
+        results: from story_table
+        setting: what was pruned, such as the zoo's title
+
+    Returns:
+        pd.DataFrame: cells in the form of reported_soups, as its Table 1; in %
+    """
     keys = ["row", "merge", "m", "level", "phase", "sparsity"]
     cells = (100 * results.groupby(keys, sort=False)["test_acc"].agg(["mean", "std"])).reset_index()
     told = {"table": 1, "setting": setting, "pruning": "weights", "schedule": "", "metric": "test_acc", "doubtful": ""}
@@ -322,7 +477,15 @@ def story_gains(
     results: pd.DataFrame,  # from story_table
     merged: str = "uniform",  # whose soups are compared
 ) -> pd.DataFrame:          # by phase, m and what it is compared with: gain, error, wins, ties, loses
-    "Paired differences of soups to everything else, over the models."
+    """Paired differences of soups to everything else, over the models.
+
+    Args:
+        results: from story_table
+        merged: whose soups are compared
+
+    Returns:
+        pd.DataFrame: by phase, m and what it is compared with: gain, error, wins, ties, loses
+    """
     wide = results.pivot_table("test_acc", ["phase", "m", "model"], ["row", "merge"])
     rows = {}
     for (phase, m), here in wide.groupby(level=["phase", "m"]):

@@ -31,7 +31,15 @@ def mean_std(
     mean: float,  # in %
     std: float,   # in %; NaN where there is none, as for a single model
 ) -> str:         # such as "87.0 (1.7)"; empty where the mean is missing
-    "Format a cell as the paper does."
+    """Format a cell as the paper does.
+
+    Args:
+        mean: in %
+        std: in %; NaN where there is none, as for a single model
+
+    Returns:
+        str: such as "87.0 (1.7)"; empty where the mean is missing
+    """
     if np.isnan(mean):
         return ""
     return f"{mean:z.1f} ({'-' if np.isnan(std) else format(std, '.1f')})"
@@ -41,7 +49,15 @@ def heading(
     column: object,         # text, a number, or a tuple of them
     names: Sequence[str],   # what the parts are, such as ["Sparsity", "Epoch"]
 ) -> str:                   # such as "50%, Epoch 15"
-    "One line for a heading of one or more lines; a number is given its name."
+    """One line for a heading of one or more lines; a number is given its name.
+
+    Args:
+        column: text, a number, or a tuple of them
+        names: what the parts are, such as ["Sparsity", "Epoch"]
+
+    Returns:
+        str: such as "50%, Epoch 15"
+    """
     parts = column if isinstance(column, tuple) else (column,)
     return ", ".join(part if isinstance(part, str) else f"{name} {part}" for name, part in zip(names, parts))
 
@@ -49,7 +65,14 @@ def heading(
 def markdown_table(
     layout: pd.DataFrame,  # text, with a named index
 ) -> str:                  # lines of a pipe table
-    "Write a frame in Markdown."
+    """Write a frame in Markdown.
+
+    Args:
+        layout: text, with a named index
+
+    Returns:
+        str: lines of a pipe table
+    """
     labels = layout.index.to_frame(index=False).astype(str)
     repeated = np.logical_and.accumulate((labels == labels.shift()).to_numpy(), axis=1)
     repeated[:, -1] = False
@@ -68,7 +91,14 @@ LATEX = str.maketrans({
 def latex_text(
     text: object,  # shown as it is
 ) -> str:          # such as r"50\%"
-    "Escape a text for LaTeX."
+    r"""Escape a text for LaTeX.
+
+    Args:
+        text: shown as it is
+
+    Returns:
+        str: such as r"50\%"
+    """
     return str(text).translate(LATEX)
 
 # %% ../nbs/30_tables.ipynb #0744467c
@@ -80,7 +110,14 @@ LINE = 80  # characters of a line in the small print of longer tables
 def column_widths(
     layout: pd.DataFrame,  # text, with a named index
 ) -> tuple[list[int], list[int]]:  # of the longest word, and of the longest cell, of the labels and then of the columns
-    "Count the characters that every column needs, and would like."
+    """Count the characters that every column needs, and would like.
+
+    Args:
+        layout: text, with a named index
+
+    Returns:
+        tuple[list[int], list[int]]: of the longest word, and of the longest cell, of the labels and then of the columns
+    """
     frame = layout.set_axis([column[-1] if isinstance(column, tuple) else column for column in layout.columns], axis=1)
     titles = [*(name or "" for name in layout.index.names), *frame.columns]
     columns = [layout.index.get_level_values(level) for level in range(layout.index.nlevels)]
@@ -96,7 +133,15 @@ def long_latex(
     caption: str,          # escaped
     label: str,            # such as "tab:comparison"
 ) -> str:
-    "Write a table that runs over pages; every column has room for its words, and a share of what is left of a line."
+    """Write a table that runs over pages; every column has room for its words, and a share of what is left of a line.
+
+    Args:
+        styled: the table's texts
+        words: characters of the longest word of every column
+        cells: and of the longest cell
+        caption: escaped
+        label: such as "tab:comparison"
+    """
     left = max(LINE - sum(words), 0) / max(sum(cells) - sum(words), 1)
     widths = [word + left * (cell - word) for word, cell in zip(words, cells)]
     room = (1 - 0.02 * len(widths)) / sum(widths)  # of a line, without the gaps of three points, per character
@@ -111,7 +156,16 @@ def latex_table(
     caption: str,          # of the table
     label: str,            # to refer to it, such as "tab:table-5"
 ) -> str:                  # a floating table, or one that runs over pages
-    "Write a frame in LaTeX."
+    """Write a frame in LaTeX.
+
+    Args:
+        layout: text, with a named index
+        caption: of the table
+        label: to refer to it, such as "tab:table-5"
+
+    Returns:
+        str: a floating table, or one that runs over pages
+    """
     caption, (words, cells) = latex_text(caption), column_widths(layout)
     index, columns = ([latex_text(name or "") for name in axis.names] for axis in (layout.index, layout.columns))
     styled = layout.rename_axis(index=index, columns=columns).style.format(latex_text)
@@ -126,7 +180,14 @@ def latex_table(
 # %% ../nbs/30_tables.ipynb #5cc8cd90
 @dataclass(frozen=True, repr=False)
 class Table:
-    "A table in two forms."
+    """A table in two forms.
+
+    Attributes:
+        name: such as "table_5"
+        caption: what it shows, and for how many models
+        numbers: long form: one row per cell, in %
+        layout: the paper's form: text
+    """
 
     name: str              # such as "table_5"
     caption: str           # what it shows, and for how many models
@@ -155,7 +216,14 @@ NAMES = {"test_acc": "Acc", "sparsity": "Spar", "ggap": "GGap", "agreement": "Ag
 def zoo_title(
     zoo: str,  # name of a zoo
 ) -> str:      # as in the paper, such as "USPS (s) Seed"; the name itself if it is not registered
-    "Title of a zoo."
+    """Title of a zoo.
+
+    Args:
+        zoo: name of a zoo
+
+    Returns:
+        str: as in the paper, such as "USPS (s) Seed"; the name itself if it is not registered
+    """
     return ZOOS[zoo].title if zoo in ZOOS else zoo
 
 # %% ../nbs/30_tables.ipynb #56f7eeae
@@ -164,7 +232,16 @@ def cell_numbers(
     by: Sequence[str],        # what makes a cell, "zoo" first
     measures: Sequence[str],  # what is shown, in order
 ) -> pd.DataFrame:            # by, metric, mean, std, n; in %, zoos in their order in `metrics`
-    "Mean and spread of every cell, sorted as in the table."
+    """Mean and spread of every cell, sorted as in the table.
+
+    Args:
+        metrics: tidy metrics of the models and epochs that the table shows
+        by: what makes a cell, "zoo" first
+        measures: what is shown, in order
+
+    Returns:
+        pd.DataFrame: by, metric, mean, std, n; in %, zoos in their order in `metrics`
+    """
     numbers = summarise(metrics, by, measures)
     rank = {name: i for i, name in enumerate([*metrics["zoo"].unique(), *measures])}
     ranked = lambda column: column.map(rank) if column.name in ("zoo", "metric") else column
@@ -177,7 +254,16 @@ def arrange(
     rows: Sequence[str],     # columns of `cells` that make the table's rows
     columns: Sequence[str],  # and its columns
 ) -> pd.DataFrame:           # text; empty where there is no cell
-    "Lay cells out in the order of their first appearance."
+    """Lay cells out in the order of their first appearance.
+
+    Args:
+        cells: columns rows + columns + "cell"
+        rows: columns of `cells` that make the table's rows
+        columns: and its columns
+
+    Returns:
+        pd.DataFrame: text; empty where there is no cell
+    """
     index, header = (pd.MultiIndex.from_frame(cells[list(names)].drop_duplicates()) for names in (rows, columns))
     wide = cells.set_index([*rows, *columns])["cell"].unstack(list(columns))
     wide = wide.reindex(index=index if len(rows) > 1 else index.get_level_values(0))
@@ -187,7 +273,14 @@ def arrange(
 def model_counts(
     numbers: pd.DataFrame,  # with zoo and n
 ) -> str:                   # such as "USPS (s) Seed: 16 models."
-    "How many models each zoo has, for the caption."
+    """How many models each zoo has, for the caption.
+
+    Args:
+        numbers: with zoo and n
+
+    Returns:
+        str: such as "USPS (s) Seed: 16 models."
+    """
     counts = numbers.groupby("zoo", sort=False)["n"].max()
     return "; ".join(f"{zoo_title(zoo)}: {n} model{'s' if n != 1 else ''}" for zoo, n in counts.items()) + "." if len(counts) else "No models."
 
@@ -198,7 +291,11 @@ TABLE_4_COLUMNS = ["W", "Activation", "Optim", "LR VD", "LR MP", "WD", "Dropout"
 def table_4(
     metrics: pd.DataFrame,  # tidy metrics of one or more zoos
 ) -> Table:
-    "Table 4: generating factors and recipes of the zoos; a zoo that is not registered has empty cells."
+    """Table 4: generating factors and recipes of the zoos; a zoo that is not registered has empty cells.
+
+    Args:
+        metrics: tidy metrics of one or more zoos
+    """
     counts = metrics.groupby("zoo", sort=False)["model"].nunique()
     numbers = counts.rename("n").reset_index().join(list_zoos()[TABLE_4_COLUMNS], on="zoo")
     sizes = [f" of {zoo_size(ZOOS[zoo]):,}" if zoo in ZOOS else "" for zoo in numbers["zoo"]]
@@ -213,7 +310,14 @@ def table_4(
 def last_epoch(
     metrics: pd.DataFrame,  # tidy metrics
 ) -> pd.Series:             # bool, one per row
-    "Whether a row is of the last epoch that its zoo has for the method."
+    """Whether a row is of the last epoch that its zoo has for the method.
+
+    Args:
+        metrics: tidy metrics
+
+    Returns:
+        pd.Series: bool, one per row
+    """
     return metrics["epoch"] == metrics.groupby(["zoo", "method"])["epoch"].transform("max")
 
 # %% ../nbs/30_tables.ipynb #1a797805
@@ -222,7 +326,16 @@ def shown_epochs(
     method: str,             # "mp" or "vd"
     epochs: Sequence[int],   # those of the paper's table
 ) -> pd.DataFrame:           # the rows to show
-    "Rows of a method at the paper's epochs, and at the last one of every zoo."
+    """Rows of a method at the paper's epochs, and at the last one of every zoo.
+
+    Args:
+        metrics: tidy metrics
+        method: "mp" or "vd"
+        epochs: those of the paper's table
+
+    Returns:
+        pd.DataFrame: the rows to show
+    """
     rows = metrics[metrics["method"] == method]
     return rows[rows["epoch"].isin(epochs) | last_epoch(rows)]
 
@@ -230,7 +343,11 @@ def shown_epochs(
 def table_5(
     metrics: pd.DataFrame,  # tidy metrics of one or more zoos
 ) -> Table:
-    "Table 5: accuracy and gap of magnitude pruning before and after fine-tuning."
+    """Table 5: accuracy and gap of magnitude pruning before and after fine-tuning.
+
+    Args:
+        metrics: tidy metrics of one or more zoos
+    """
     rows = shown_epochs(metrics, "mp", [0])
     zoos = cell_numbers(rows, ["zoo", "level", "epoch"], ["test_acc", "ggap"])
     every = cell_numbers(rows.assign(zoo="All"), ["zoo", "level", "epoch"], ["sparsity"])
@@ -247,7 +364,12 @@ def table_6(
     metrics: pd.DataFrame,                                              # tidy metrics of one or more zoos
     epochs: Sequence[int] = (0, 2, 4, 6, 8, 10, 13, 16, 19, 22, 25),  # the paper's
 ) -> Table:
-    "Table 6: accuracy, sparsity and gap over the epochs of variational dropout."
+    """Table 6: accuracy, sparsity and gap over the epochs of variational dropout.
+
+    Args:
+        metrics: tidy metrics of one or more zoos
+        epochs: the paper's
+    """
     numbers = cell_numbers(shown_epochs(metrics, "vd", epochs), ["zoo", "epoch"], ["test_acc", "sparsity", "ggap"])
     cells = pd.DataFrame({
         "Model Zoo": numbers["zoo"].map(zoo_title), "Metric": numbers["metric"].map(NAMES),
@@ -260,7 +382,14 @@ def table_6(
 def layer_measures(
     metrics: pd.DataFrame,  # tidy metrics
 ) -> dict[str, str]:        # column -> heading, such as "sparsity_conv1" -> "Conv 1"
-    "What Tables 7 and 8 show, in order."
+    """What Tables 7 and 8 show, in order.
+
+    Args:
+        metrics: tidy metrics
+
+    Returns:
+        dict[str, str]: column -> heading, such as "sparsity_conv1" -> "Conv 1"
+    """
     layers = [name for name in metrics.columns if name.startswith("sparsity_")]
     heading = lambda name: name.removeprefix("sparsity_").replace("conv", "Conv ").replace("fc", "FC ")
     return {name: heading(name) for name in layers} | {"test_acc": "Accuracy", "ggap": "GGAP"}
@@ -271,7 +400,16 @@ def _layer_cells(
     headings: dict[str, str],    # from layer_measures
     **row,                       # one more column that makes the rows, such as Epoch
 ) -> pd.DataFrame:               # cells for `arrange`
-    "Cells of Tables 7 and 8."
+    """Cells of Tables 7 and 8.
+
+    Args:
+        numbers: from cell_numbers
+        headings: from layer_measures
+        **row: one more column that makes the rows, such as Epoch
+
+    Returns:
+        pd.DataFrame: cells for `arrange`
+    """
     content = {"Metric": numbers["metric"].map(headings), "cell": list(map(mean_std, numbers["mean"], numbers["std"]))}
     return pd.DataFrame({"Model Zoo": numbers["zoo"].map(zoo_title), **row, **content})
 
@@ -280,7 +418,12 @@ def table_7(
     metrics: pd.DataFrame,                               # tidy metrics of one or more zoos
     epochs: Sequence[int] = (0, 5, 10, 15, 20, 25),    # the paper's
 ) -> Table:
-    "Table 7: sparsity by layer over the epochs of variational dropout."
+    """Table 7: sparsity by layer over the epochs of variational dropout.
+
+    Args:
+        metrics: tidy metrics of one or more zoos
+        epochs: the paper's
+    """
     headings = layer_measures(metrics)
     numbers = cell_numbers(shown_epochs(metrics, "vd", epochs), ["zoo", "epoch"], list(headings))
     cells = _layer_cells(numbers, headings, Epoch=numbers["epoch"])
@@ -291,7 +434,14 @@ def table_7(
 def emptied_layers(
     numbers: pd.DataFrame,  # of Table 8: zoo, level, metric, mean; in %
 ) -> str:                   # a sentence; empty where every layer keeps more than a thousandth of its weights
-    "Name the layers that pruning has emptied, where accuracy tells of the choice of weights rather than of their number."
+    """Name the layers that pruning has emptied, where accuracy tells of the choice of weights rather than of their number.
+
+    Args:
+        numbers: of Table 8: zoo, level, metric, mean; in %
+
+    Returns:
+        str: a sentence; empty where every layer keeps more than a thousandth of its weights
+    """
     empty = numbers[numbers["metric"].str.startswith("sparsity_") & (numbers["mean"] > 99.9)]
     names = "; ".join(f"{zoo_title(cell.zoo)} at {cell.level:.0%}: {cell.metric.removeprefix('sparsity_')}" for cell in empty.itertuples())
     return f" Layers emptied by the global choice of weights ({names}): a collapse there is the selector's." if names else ""
@@ -301,7 +451,12 @@ def table_8(
     metrics: pd.DataFrame,                             # tidy metrics of one or more zoos
     levels: Sequence[float] = (0.5, 0.7, 0.9),       # the paper's; if the run has none of them, all it has
 ) -> Table:
-    "Table 8: sparsity by layer over the levels of magnitude pruning, after fine-tuning."
+    """Table 8: sparsity by layer over the levels of magnitude pruning, after fine-tuning.
+
+    Args:
+        metrics: tidy metrics of one or more zoos
+        levels: the paper's; if the run has none of them, all it has
+    """
     headings = layer_measures(metrics)
     rows = shown_epochs(metrics, "mp", [])
     wanted = np.isclose(rows["level"].to_numpy()[:, None], np.asarray(levels)).any(axis=1)
@@ -328,7 +483,17 @@ def choose_states(
     level: float | None = None,                                            # instead, for all zoos
     target: float | None = None,                                           # of variational dropout; none: as printed, or the level
 ) -> pd.DataFrame:                                                         # zoo, method, level, epoch, target: one row per state that the run has
-    "The twins that Tables 1 and 2 show."
+    """The twins that Tables 1 and 2 show.
+
+    Args:
+        metrics: tidy metrics of one or more zoos
+        states: zoo -> level, target sparsity
+        level: instead, for all zoos
+        target: of variational dropout; none: as printed, or the level
+
+    Returns:
+        pd.DataFrame: zoo, method, level, epoch, target: one row per state that the run has
+    """
     chosen = []
     for zoo, rows in metrics.groupby("zoo", sort=False):
         printed = states.get(zoo, (OTHER_LEVEL, None)) if level is None else (level, None)
@@ -348,14 +513,29 @@ def rows_of_states(
     metrics: pd.DataFrame,  # tidy metrics
     states: pd.DataFrame,   # from choose_states
 ) -> pd.DataFrame:          # rows of the metrics, with `target`
-    "The metrics of the chosen twins."
+    """The metrics of the chosen twins.
+
+    Args:
+        metrics: tidy metrics
+        states: from choose_states
+
+    Returns:
+        pd.DataFrame: rows of the metrics, with `target`
+    """
     return metrics.merge(states, on=["zoo", "method", "level", "epoch"])
 
 # %% ../nbs/30_tables.ipynb #3703320d
 def states_text(
     states: pd.DataFrame,  # from choose_states, or a table's numbers; zoo, method, level, epoch, target
 ) -> str:                  # sentences for a caption
-    "Say which twins a table shows."
+    """Say which twins a table shows.
+
+    Args:
+        states: from choose_states, or a table's numbers; zoo, method, level, epoch, target
+
+    Returns:
+        str: sentences for a caption
+    """
     parts = {}
     for state in states.drop_duplicates(["zoo", "method"]).itertuples():
         pruned, dropped = f"pruned by {state.level:.0%} (epoch {state.epoch})", f"variational dropout at epoch {state.epoch} (nearest to {state.target:.1%} sparsity)"
@@ -369,7 +549,14 @@ METHOD_TITLES = {"mp": "Magnitude pruning", "vd": "Variational dropout"}
 def state_layout(
     cells: pd.DataFrame,   # zoo, method, epoch, heading, cell
 ) -> pd.DataFrame:         # one row per zoo; for each method the epoch, then the headings
-    "Lay out one row per zoo with the two methods side by side."
+    """Lay out one row per zoo with the two methods side by side.
+
+    Args:
+        cells: zoo, method, epoch, heading, cell
+
+    Returns:
+        pd.DataFrame: one row per zoo; for each method the epoch, then the headings
+    """
     epochs = cells.drop_duplicates(["zoo", "method"]).assign(heading="Epoch", cell=lambda rows: rows["epoch"].astype(str))
     both = pd.concat([epochs, cells])
     both = both.assign(order=both["method"].map(list(METHOD_TITLES).index)).sort_values("order", kind="stable")
@@ -382,7 +569,13 @@ def table_1(
     level: float | None = None,    # of magnitude pruning; none: as printed, else 80 %
     target: float | None = None,   # sparsity of variational dropout; none: as printed, else the level
 ) -> Table:
-    "Table 1: agreement between twins and their originals."
+    """Table 1: agreement between twins and their originals.
+
+    Args:
+        metrics: tidy metrics of one or more zoos
+        level: of magnitude pruning; none: as printed, else 80 %
+        target: sparsity of variational dropout; none: as printed, else the level
+    """
     states = choose_states(metrics, TABLE_1_STATES, level, target)
     rows = rows_of_states(metrics, states)
     numbers = cell_numbers(rows, ["zoo", "method", "level", "epoch", "target"], ["test_acc", "sparsity", "agreement"])
@@ -395,7 +588,11 @@ def table_1(
 def table_partners(
     numbers: pd.DataFrame,  # zoo, method, level, epoch, partner, n (models), mean and std over pairs in %
 ) -> Table:
-    "Eq. 1 of twins with different partners, beside Table 1."
+    """Eq. 1 of twins with different partners, beside Table 1.
+
+    Args:
+        numbers: zoo, method, level, epoch, partner, n (models), mean and std over pairs in %
+    """
     titles = {"Model Zoo": numbers["zoo"].map(zoo_title), "Method": numbers["method"].map(METHOD_TITLES), "Agreement with": numbers["partner"]}
     cells = numbers.assign(cell=list(map(mean_std, numbers["mean"], numbers["std"])), **titles)
     caption = f"Agreement of the twins of Table 1 with their own originals, with other originals and with each other: mean (std) over pairs in %. {model_counts(numbers)}"
@@ -406,7 +603,15 @@ def state_correlations(
     metrics: pd.DataFrame,  # tidy metrics
     states: pd.DataFrame,   # from choose_states
 ) -> pd.DataFrame:          # zoo, method, level, epoch, metric, value, std (of the sparsity), low, high, n; in %
-    "Mean sparsity and both coefficients of every chosen state."
+    """Mean sparsity and both coefficients of every chosen state.
+
+    Args:
+        metrics: tidy metrics
+        states: from choose_states
+
+    Returns:
+        pd.DataFrame: zoo, method, level, epoch, metric, value, std (of the sparsity), low, high, n; in %
+    """
     parts = []
     for state in states.itertuples():
         rows = metrics[metrics["zoo"] == state.zoo]
@@ -425,7 +630,16 @@ def _coefficient_cell(
     low: float,    # in %; NaN for the sparsity, which has no interval
     high: float,   # in %
 ) -> str:          # such as "90.0 [85.1, 93.4]"
-    "Format a coefficient with its interval; a missing one is shown as a dash."
+    """Format a coefficient with its interval; a missing one is shown as a dash.
+
+    Args:
+        value: in %
+        low: in %; NaN for the sparsity, which has no interval
+        high: in %
+
+    Returns:
+        str: such as "90.0 [85.1, 93.4]"
+    """
     return "-" if np.isnan(value) else f"{value:z.1f}" if np.isnan(low) else f"{value:z.1f} [{low:z.1f}, {high:z.1f}]"
 
 # %% ../nbs/30_tables.ipynb #26c925ec
@@ -434,7 +648,13 @@ def table_2(
     level: float | None = None,    # of magnitude pruning; none: as printed, else 80 %
     target: float | None = None,   # sparsity of variational dropout; none: as printed, else the level
 ) -> Table:
-    "Table 2: correlation between the accuracies of originals and twins."
+    """Table 2: correlation between the accuracies of originals and twins.
+
+    Args:
+        metrics: tidy metrics of one or more zoos
+        level: of magnitude pruning; none: as printed, else 80 %
+        target: sparsity of variational dropout; none: as printed, else the level
+    """
     states = choose_states(metrics, TABLE_2_STATES, level, target)
     numbers = state_correlations(metrics, states)
     headings = {"sparsity": "Sparsity", "pearson": "Pearson's r", "kendall": "Kendall's tau"}
@@ -448,7 +668,13 @@ def table_9(
     level: float | None = None,    # as in table_1
     target: float | None = None,   # as in table_1
 ) -> Table:
-    "Table 9: accuracy, sparsity and agreement of the twins in Table 1."
+    """Table 9: accuracy, sparsity and agreement of the twins in Table 1.
+
+    Args:
+        metrics: tidy metrics of one or more zoos
+        level: as in table_1
+        target: as in table_1
+    """
     numbers = table_1(metrics, level, target).numbers
     headings = {"test_acc": "Acc", "sparsity": "Spar", "agreement": "Aggr"}
     cells = pd.DataFrame({
@@ -468,7 +694,14 @@ TABLES = {
 def all_tables(
     metrics: pd.DataFrame,  # tidy metrics of one or more zoos
 ) -> list[Table]:           # in the paper's order
-    "Make every table, with the paper's states."
+    """Make every table, with the paper's states.
+
+    Args:
+        metrics: tidy metrics of one or more zoos
+
+    Returns:
+        list[Table]: in the paper's order
+    """
     return [table(metrics) for table in TABLES.values()]
 
 # %% ../nbs/30_tables.ipynb #ba01450a
@@ -477,7 +710,13 @@ def save_table(
     path: Path | str,  # such as "figures/usps_seed/table_5.csv"
     formats: Collection[str] | None = None,  # instead of the path's own: those of csv, md and tex are written
 ) -> None:
-    "Save a table, each file whole or not at all; raises `UserError` for another file type."
+    """Save a table, each file whole or not at all; raises `UserError` for another file type.
+
+    Args:
+        table: what to save
+        path: such as "figures/usps_seed/table_5.csv"
+        formats: instead of the path's own: those of csv, md and tex are written
+    """
     numbers = partial(table.numbers.to_csv, index=False, float_format="%.6g", lineterminator="\n")
     texts = {".csv": numbers, ".md": table.to_markdown, ".tex": table.to_latex}
     for target in in_formats(path, TABLE_FORMATS, formats):
