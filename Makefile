@@ -65,7 +65,7 @@ notebooks: $(VENV)/ready
 	$(SCRATCH) $(BIN)/nbdev_test --n_workers 2 --timing --skip_file_re '^[_.]|$(LONG)'
 
 lint: $(VENV)/ready
-	$(BIN)/ruff check zootwins tests
+	$(BIN)/ruff check zootwins tests docs
 
 pytest: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests

@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 from configparser import ConfigParser
-from pathlib import Path
 
 from groups import ROOT, all_notebooks, grouped
 

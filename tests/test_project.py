@@ -14,6 +14,8 @@ import pytest
 import zootwins
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "docs"))
+import groups  # noqa: E402
 
 
 def default_exports():
@@ -30,6 +32,13 @@ def default_exports():
 def test_every_module_has_its_notebook_and_every_notebook_its_module():
     modules = {p.stem for p in (ROOT / "zootwins").glob("*.py")} - {"__init__", "_modidx"}
     assert modules == set(default_exports())
+
+
+def test_every_notebook_has_a_title_in_words_and_a_group():
+    _, left = groups.grouped()
+    assert not left, f"in no group of docs/groups.toml: {left}"
+    titles = {name: groups.title_of(name) for name in groups.all_notebooks()}
+    assert not [name for name, title in titles.items() if not title[:1].isupper() or "_" in title] and len(set(titles.values())) == len(titles)
 
 
 def test_importing_the_package_needs_neither_the_tools_it_is_written_with_nor_widgets_nor_extras():
