@@ -11,7 +11,7 @@ NOTEBOOK ?= run_zoo
 VENV := .venv
 BIN := $(VENV)/bin
 RUNS ?= runs
-LONG := ^(paper|19_averaging|44_soups|50_bench|51_bench_published|52_costs)
+LONG := ^(paper_appendix|19_averaging|44_soups|50_bench|51_bench_published|52_costs)
 SCRATCH := scratch=$$(mktemp -d) && trap 'rm -rf $$scratch' EXIT && ZOOTWINS_STORE=$$scratch/zoos ZOOTWINS_FIGURES=$$scratch/figures OMP_NUM_THREADS=1
 
 export MPLBACKEND := Agg
@@ -43,10 +43,12 @@ keep: $(VENV)/ready
 	@mkdir -p "figures/$(ZOO)" && cp "runs/$(ZOO)"/*.{csv,png,parquet,json} "figures/$(ZOO)/"
 	@git status --short "figures/$(ZOO)"
 
-# The paper's collected tables and figures, and the diagrams, from the kept runs.
+# The paper's collected tables and figures, the diagrams, and the numbers in its prose, from the kept runs.
 paper: $(VENV)/ready
 	$(BIN)/python -m zootwins.claims figures
-	ZOOTWINS_FIGURES="$(CURDIR)/figures" $(BIN)/jupyter nbconvert --to notebook --execute --inplace nbs/35_diagrams.ipynb nbs/paper.ipynb
+	ZOOTWINS_FIGURES="$(CURDIR)/figures" $(BIN)/jupyter nbconvert --to notebook --execute --inplace nbs/35_diagrams.ipynb nbs/paper_appendix.ipynb
+	$(BIN)/python -m zootwins.kept figures nbs/paper.ipynb nbs/paper_appendix.ipynb
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace nbs/paper.ipynb
 	$(BIN)/nbdev_clean
 
 test: clean-check export-check readme-check notebooks lint pytest
