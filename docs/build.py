@@ -1,4 +1,5 @@
-"""Builds the site in _docs/html: the notebooks with their outputs, and a page of every module with its functions and parameters."""
+"""Builds the site in _docs/html: the notebooks with their outputs, and the functions of every module."""
+
 import json
 import re
 import shutil
@@ -56,7 +57,9 @@ def write_api() -> None:
     for name in modules:
         page = f"# zootwins.{name}\n\n```{{eval-rst}}\n.. automodule:: zootwins.{name}\n   :members:\n```\n"
         (SOURCE / "api" / f"{name}.md").write_text(page, encoding="utf-8")
-    listed = "# Modules\n\nEvery public function, with its parameters.\n\n```{toctree}\n" + "\n".join(modules) + "\n```\n"
+    listed = (
+        "# Modules\n\nEvery public function, with its parameters.\n\n```{toctree}\n" + "\n".join(modules) + "\n```\n"
+    )
     (SOURCE / "api" / "index.md").write_text(listed, encoding="utf-8")
 
 
@@ -74,7 +77,18 @@ def build() -> int:
     if left:
         print(f"These notebooks are in no group of docs/groups.toml: {', '.join(left)}", file=sys.stderr)
     write_api()
-    command = [sys.executable, "-m", "sphinx", "--quiet", "--fail-on-warning", "--keep-going", "-d", str(ROOT / "_docs" / "doctrees"), str(SOURCE), str(SITE)]
+    command = [
+        sys.executable,
+        "-m",
+        "sphinx",
+        "--quiet",
+        "--fail-on-warning",
+        "--keep-going",
+        "-d",
+        str(ROOT / "_docs" / "doctrees"),
+        str(SOURCE),
+        str(SITE),
+    ]
     return subprocess.run(command).returncode or bool(left)
 
 

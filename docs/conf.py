@@ -1,4 +1,5 @@
 """Settings of the site; `docs/build.py` copies this file beside the notebooks and runs Sphinx."""
+
 import re
 from configparser import ConfigParser
 from pathlib import Path
@@ -11,10 +12,19 @@ project, author, release = settings["title"], settings["author"], settings["vers
 copyright = settings["copyright"]
 root_doc = "index"
 extensions = [
-    "myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx_copybutton", "sphinx-mathjax-offline",
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+    "sphinx-mathjax-offline",
 ]
 html_theme, html_title = "furo", settings["title"]
-html_theme_options = {"source_repository": settings["git_url"], "source_branch": settings["branch"], "source_directory": "nbs/"}
+html_theme_options = {
+    "source_repository": settings["git_url"],
+    "source_branch": settings["branch"],
+    "source_directory": "nbs/",
+}
 html_copy_source = False
 html_static_path = ["static"]
 html_css_files = ["site.css"]
@@ -39,7 +49,9 @@ def as_text(app, what, name, obj, options, lines):
     "Docstrings are plain text with names in backticks: nothing else in them is markup."
     for place, line in enumerate(lines):
         parts = re.split(r"(`[^`]+`)", line)
-        lines[place] = "".join(part if part.startswith("`") else re.sub(r"([\\*|]|_(?=\W|$))", r"\\\1", part) for part in parts)
+        lines[place] = "".join(
+            part if part.startswith("`") else re.sub(r"([\\*|]|_(?=\W|$))", r"\\\1", part) for part in parts
+        )
 
 
 def setup(app):

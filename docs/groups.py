@@ -1,4 +1,5 @@
 """The groups of notebooks: for README, the sidebar of the site, and the test that none is left out."""
+
 import json
 import tomllib
 from dataclasses import dataclass
@@ -20,13 +21,21 @@ class Group:
 def all_notebooks() -> list[str]:
     "Every notebook but the front page, without copies that `make lab` made."
     found = [path.relative_to(ROOT / "nbs").with_suffix("").as_posix() for path in (ROOT / "nbs").rglob("*.ipynb")]
-    return sorted(name for name in found if name != "index" and not name.rpartition("/")[2].startswith(("_", ".")) and "checkpoints" not in name)
+    return sorted(
+        name
+        for name in found
+        if name != "index" and not name.rpartition("/")[2].startswith(("_", ".")) and "checkpoints" not in name
+    )
 
 
 def title_of(name: str) -> str:
     "The first heading of a notebook."
     cells = json.loads((ROOT / "nbs" / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
-    return next("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown").split("\n")[0].removeprefix("# ")
+    return (
+        next("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+        .split("\n")[0]
+        .removeprefix("# ")
+    )
 
 
 def grouped() -> tuple[list[Group], list[str]]:
@@ -36,7 +45,9 @@ def grouped() -> tuple[list[Group], list[str]]:
     for group in groups:
         fitting = {}
         for pattern in group.notebooks:
-            fitting |= {name: None for name in left if fnmatch(name, pattern) and (pattern.count("/") == name.count("/"))}
+            fitting |= {
+                name: None for name in left if fnmatch(name, pattern) and (pattern.count("/") == name.count("/"))
+            }
         group.notebooks = list(fitting)
         left = [name for name in left if name not in fitting]
     return groups, left
@@ -46,4 +57,10 @@ def table() -> str:
     "The groups as README shows them."
     groups, _ = grouped()
     links = lambda group: ", ".join(f"[{title_of(name)}]({name}.ipynb)" for name in group.notebooks)
-    return "\n".join(["| group | what it is about | notebooks |", "|---|---|---|", *(f"| **{g.title}** | {g.about} | {links(g)} |" for g in groups)])
+    return "\n".join(
+        [
+            "| group | what it is about | notebooks |",
+            "|---|---|---|",
+            *(f"| **{g.title}** | {g.about} | {links(g)} |" for g in groups),
+        ]
+    )

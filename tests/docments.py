@@ -1,6 +1,7 @@
-"""What stands beside each parameter as a comment, written into the docstring, so that `help`, editors and the site show it.
+"""What stands beside each parameter as a comment, written into the docstring: for `help`, editors and the site.
 
 The notebooks stay the source: `fresh.py export` runs this after `nbdev_export`, on the package only."""
+
 import ast
 import inspect
 import re
@@ -18,7 +19,8 @@ def comments_of(source: str) -> dict[int, str]:
     lines = source.splitlines()
     tokens = tokenize.generate_tokens(StringIO(source).readline)
     return {
-        token.start[0]: token.string.lstrip("#").strip() for token in tokens
+        token.start[0]: token.string.lstrip("#").strip()
+        for token in tokens
         if token.type == tokenize.COMMENT and lines[token.start[0] - 1][: token.start[1]].strip()
     }
 
@@ -31,7 +33,12 @@ def parameters_of(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[tuple[st
     end = lambda arg, default=None: (default or arg).end_lineno
     starred = lambda arg, star: [(star + arg.arg, end(arg))] if arg else []
     named = lambda args, values: [(arg.arg, end(arg, value)) for arg, value in zip(args, values)]
-    return named(plain, defaults) + starred(of.vararg, "*") + named(of.kwonlyargs, of.kw_defaults) + starred(of.kwarg, "**")
+    return (
+        named(plain, defaults)
+        + starred(of.vararg, "*")
+        + named(of.kwonlyargs, of.kw_defaults)
+        + starred(of.kwarg, "**")
+    )
 
 
 def sections_of(node: ast.AST, comments: dict[int, str]) -> list[tuple[str, list[str]]]:
@@ -42,8 +49,9 @@ def sections_of(node: ast.AST, comments: dict[int, str]) -> list[tuple[str, list
     last = node.returns.end_lineno if node.returns else 0
     found = parameters_of(node)
     entries = [
-        f"{name}: {comments[line]}" for place, (name, line) in enumerate(found)
-        if line in comments and line != last and line not in [other for _, other in found[place + 1:]]
+        f"{name}: {comments[line]}"
+        for place, (name, line) in enumerate(found)
+        if line in comments and line != last and line not in [other for _, other in found[place + 1 :]]
     ]
     given = [f"{ast.unparse(node.returns)}: {comments[last]}"] if last in comments else []
     return [("Args", entries), ("Returns", given)]
@@ -51,8 +59,12 @@ def sections_of(node: ast.AST, comments: dict[int, str]) -> list[tuple[str, list
 
 def docstring(text: str, sections: list[tuple[str, list[str]]], indent: str) -> str:
     "A docstring with its sections, in Google's style."
-    wrap = lambda entry: textwrap.fill(entry, WIDTH - len(indent) - 4, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
-    blocks = [f"{title}:\n" + textwrap.indent("\n".join(map(wrap, entries)), "    ") for title, entries in sections if entries]
+    wrap = lambda entry: textwrap.fill(
+        entry, WIDTH - len(indent) - 4, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
+    )
+    blocks = [
+        f"{title}:\n" + textwrap.indent("\n".join(map(wrap, entries)), "    ") for title, entries in sections if entries
+    ]
     body = textwrap.indent("\n\n".join([text, *blocks]), indent).lstrip()
     return f'{"r" if chr(92) in body else ""}"""{body}\n{indent}"""'
 
@@ -60,14 +72,18 @@ def docstring(text: str, sections: list[tuple[str, list[str]]], indent: str) -> 
 def with_sections(source: str) -> str:
     "A module whose docstrings say what the comments beside parameters, fields and results say; once is enough."
     lines, comments = source.splitlines(keepends=True), comments_of(source)
-    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)]
+    nodes = [
+        node
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+    ]
     for node in sorted(nodes, key=lambda node: -node.lineno):
         sections, text = sections_of(node, comments), ast.get_docstring(node, clean=False)
         if text is None or not any(entries for _, entries in sections):
             continue
         old, indent = node.body[0], " " * node.body[0].col_offset
         text = SECTIONS.sub("", inspect.cleandoc(text))
-        lines[old.lineno - 1: old.end_lineno] = [indent + docstring(text, sections, indent) + "\n"]
+        lines[old.lineno - 1 : old.end_lineno] = [indent + docstring(text, sections, indent) + "\n"]
     return "".join(lines)
 
 

@@ -1,6 +1,9 @@
-"""Is what is generated up to date? `fresh.py clean-check | export-check | readme-check` compare, `fresh.py package | readme` write.
+"""Is what is generated up to date?
 
-The checks work on a copy in a temporary folder, so that they neither change the checkout nor depend on what is committed."""
+`fresh.py clean-check | export-check | readme-check` compare, `fresh.py package | readme` write.
+
+The checks work on a copy in a temporary folder, so that they neither change the checkout nor depend on commits."""
+
 import filecmp
 import re
 import shutil
@@ -26,17 +29,41 @@ def copy_of_project() -> Path:
 
 def differing(copy: Path, folder: str, pattern: str) -> list[str]:
     "Names of files that differ between the checkout and the copy, or are in one only."
-    names = {p.relative_to(base) for base in (ROOT, copy) for p in (base / folder).rglob(pattern) if ".ipynb_checkpoints" not in p.parts and "__pycache__" not in p.parts}
-    same = lambda name: (ROOT / name).exists() and (copy / name).exists() and filecmp.cmp(ROOT / name, copy / name, shallow=False)
+    names = {
+        p.relative_to(base)
+        for base in (ROOT, copy)
+        for p in (base / folder).rglob(pattern)
+        if ".ipynb_checkpoints" not in p.parts and "__pycache__" not in p.parts
+    }
+    same = lambda name: (
+        (ROOT / name).exists() and (copy / name).exists() and filecmp.cmp(ROOT / name, copy / name, shallow=False)
+    )
     return sorted(str(name) for name in names if not same(name))
 
 
 def readme() -> str:
     "The README that nbs/index.ipynb gives: hidden cells and inputs left out, links made relative to the root."
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([sys.executable, "-m", "nbconvert", "--to", "markdown", "--log-level", "ERROR", r"--RegexRemovePreprocessor.patterns=^#\|\s*hide",
-                        "--TagRemovePreprocessor.enabled=True", "--TagRemovePreprocessor.remove_input_tags=hide_input",
-                        "--output-dir", folder, "--output", "README", str(ROOT / "nbs" / "index.ipynb")], check=True)
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "nbconvert",
+                "--to",
+                "markdown",
+                "--log-level",
+                "ERROR",
+                r"--RegexRemovePreprocessor.patterns=^#\|\s*hide",
+                "--TagRemovePreprocessor.enabled=True",
+                "--TagRemovePreprocessor.remove_input_tags=hide_input",
+                "--output-dir",
+                folder,
+                "--output",
+                "README",
+                str(ROOT / "nbs" / "index.ipynb"),
+            ],
+            check=True,
+        )
         text = (Path(folder) / "README.md").read_text(encoding="utf-8")
     text = re.sub(r"\]\((?!\.\./|https?:|#)", "](nbs/", text)  # other notebooks
     return re.sub(r"\]\(\.\./", "](", text).strip() + "\n"
