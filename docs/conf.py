@@ -31,6 +31,7 @@ html_css_files = ["site.css"]
 
 nb_execution_mode = "off"  # outputs are those that the notebooks have
 nb_merge_streams = True
+nb_render_markdown_format = "myst"  # tables and links in outputs that are Markdown
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_dmath_double_inline = True
 myst_heading_anchors = 3
