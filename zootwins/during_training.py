@@ -182,6 +182,9 @@ class DPF(Method):
         first = min(rises)
         return {at: rises[max(e for e in rises if e <= at)] for at in {*range(first, steps, self.every), *rises}}
 
+    def final(self, weights: Weights, memory: Memory) -> Weights:
+        return self.seen(weights, memory)
+
 
 @dataclass(frozen=True)
 class DNW(Method):
@@ -572,6 +575,8 @@ def train_sparsely(
     if copied:
         state = _gather(state, memory, m, models, recipe)
         learner.gather(m)
+        if not method.hard:
+            _renew(state, names, method, memory, level, False)
     return _finish(state, names, method, memory)
 
 # %% ../nbs/77_during_training.ipynb #2dd99e64
