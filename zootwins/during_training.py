@@ -180,7 +180,8 @@ class DPF(Method):
     def when(self, level: float, steps: int) -> dict[int, float]:
         rises = cubic_levels(level, self.events, steps)
         first = min(rises)
-        return {at: rises[max(e for e in rises if e <= at)] for at in {*range(first, steps, self.every), *rises}}
+        found = sorted({*range(first, steps, self.every), *rises})
+        return {at: rises[max(e for e in rises if e <= at)] for at in found}
 
     def final(self, weights: Weights, memory: Memory) -> Weights:
         return self.seen(weights, memory)
