@@ -25,7 +25,7 @@ from .architectures import build, layer_names
 from .averaging import copies
 from .core import UserError, check_name
 from .datasets import Images
-from .magnitude import check_level, keep_largest
+from .magnitude import check_level, count_kept, keep_highest
 from .module_masks import prunable_weights
 from .networks import logits_of
 from .population import Population, concatenate, plain_models
@@ -60,8 +60,9 @@ def largest(
     level: float,     # share that goes
 ) -> Weights:         # name -> bool, True for what stays
     "Keep the largest of all scores of a model."
-    together = keep_largest(torch.cat([score.flatten(1) for score in scores.values()], 1), level)
-    parts = together.split([score[0].numel() for score in scores.values()], 1)
+    together = torch.cat([score.flatten(1) for score in scores.values()], 1)
+    kept = keep_highest(together, count_kept(together.shape[1], level))
+    parts = kept.split([score[0].numel() for score in scores.values()], 1)
     return {name: part.reshape(scores[name].shape) for name, part in zip(scores, parts)}
 
 # %% ../nbs/77_during_training.ipynb #00f3ebab
