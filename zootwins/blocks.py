@@ -106,8 +106,8 @@ def row_keys(
     "The random stream of every row; those of copies as `training.model_keys` has them."
     if "copy" in stage.rows:
         return model_keys(stage.recipe, stage.rows)
-    names = [stage.name if np.isnan(level) else f"{stage.name}_{100 * level:g}" for level in stage.rows["level"]]
     recipe = stage.recipe
+    names = [recipe.stage if np.isnan(level) else f"{recipe.stage}_{100 * level:g}" for level in stage.rows["level"]]
     return torch.cat([stream_keys(recipe.zoo, name, [seed], recipe.run_seed) for name, seed in zip(names, stage.rows["seed"])])
 
 # %% ../nbs/28_blocks.ipynb #3cb1a5be
@@ -126,7 +126,7 @@ def start_of(
     if stage.begins == "pruned":
         before, later = population, "copy" in rows  # a phase of pruning, within the masks of the phase before
         earlier = {name: tensor != 0 for name, tensor in prunable(before.weights).items()} if later else None
-        population, masks = prune(before, rows["level"].to_numpy(), stage.scope, earlier, images)
+        population, masks = prune(before, rows["level"].to_numpy(), stage.selector, earlier, images)
         rows = rows.assign(damage=pruning_damage(before.weights, masks, earlier).numpy()) if later else rows
     elif stage.begins == "noisy":
         population = begin_variational(population)
@@ -150,7 +150,7 @@ def measure(
         agreed = agreement(predicted, restored(block.reference[[place[number] for number in rows["model"]]], predicted.shape[1]))
     train, test = (measured.train_loss, measured.train_accuracy), (measured.test_loss, measured.test_accuracy)
     sparsities = sparsity(zeroed, layer_names(build(stage.architecture)))
-    frame = tidy(stage.recipe.zoo, stage.method, None, epoch, rows["model"].to_numpy(), train, test, sparsities, agreed)
+    frame = tidy(stage.recipe.zoo, stage.method, None, epoch, rows["model"].to_numpy(), train, test, sparsities, agreed, stage.selector)
     return frame.assign(**{name: rows[name].to_numpy() for name in ("level", "copy") if name in rows})
 
 
@@ -161,7 +161,7 @@ def with_records(
     "What a source recorded goes before what is measured here, which fills the gaps."
     if recorded.empty:
         return metrics
-    places, told = ["model", "epoch"], metrics.iloc[0][["zoo", "method", "level"]]
+    places, told = ["model", "epoch"], metrics.iloc[0][["zoo", "method", "selector", "level"]]
     filled = recorded.set_index(places).combine_first(metrics.set_index(places)).reset_index()
     return filled.reindex(columns=metrics.columns).assign(**told)
 
@@ -285,7 +285,7 @@ def train_block(
     if events:
         state.masks = {name: tensor != 0 for name, tensor in prunable(state.population.weights).items()}
     if state.epoch in events:
-        merge_and_prune(state, events[state.epoch], stage.scope, images)
+        merge_and_prune(state, events[state.epoch], stage.selector, images)
     try:
         for measured in epochs(state, images, recipe, engine):
             frames.append(measure(block, state, measured))
@@ -300,7 +300,7 @@ def train_block(
             yield Step(measured.epoch, per_epoch if measured.epoch else 0, skipped, news)
             skipped, told = 0, len(frames)
             if measured.epoch and measured.epoch in events:
-                merge_and_prune(state, events[measured.epoch], stage.scope, images)
+                merge_and_prune(state, events[measured.epoch], stage.selector, images)
         if predictions is None:  # it had been stopped right before its end
             predictions = predict(state.population, images, engine).cpu()
         metrics = with_records(pd.concat(frames, ignore_index=True), block.recorded)
