@@ -898,7 +898,8 @@ def figure_layers(
     rows = metrics[last_epoch(metrics) | (metrics["method"] == "vd")]
     for ax, method, step, label in zip(axes, ("vd", "mp"), ("epoch", "level"), ("Epoch", "Level (sparsity of the whole model)")):
         found = rows[rows["method"] == method]
-        draw_layers(ax, found, step, looks, printed) if len(found) else no_data(ax, titles[method].lower())
+        rings = printed if {"", own_name(zoo)} & {*found["selector"]} else None
+        draw_layers(ax, found, step, looks, rings) if len(found) else no_data(ax, titles[method].lower())
         ax.set(title=titles[method], xlabel=label, ylim=(-0.02, 1.02))
     first_drawn(axes).set_ylabel("Sparsity of the layer")
     axes[0].xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))

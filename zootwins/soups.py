@@ -8,10 +8,10 @@ __all__ = ['APART', 'VARIED', 'LONGER', 'MORE_PHASES', 'SWA', 'GMP', 'GMP_SOUP',
            'as_gradual', 'parse_story', 'check', 'phase_settings', 'phase_names', 'phase_name', 'phase_stages',
            'read_candidates', 'rows_of', 'read_soup', 'read_last', 'beginnings', 'phase_blocks', 'make_chain',
            'gradual_settings', 'gradual_stage', 'read_gradual', 'make_gradual', 'gradual_table', 'make_soups',
-           'reprune', 'chain_table', 'story_table', 'soup_cells', 'story_gains', 'variational_stage',
+           'reprune', 'chain_table', 'story_table', 'soup_cells', 'story_folder', 'story_gains', 'variational_stage',
            'make_variational', 'read_variational', 'variational_table']
 
-# %% ../nbs/44_soups.ipynb #eda09918
+# %% ../nbs/44_soups.ipynb #72db8c0d
 import json
 import math
 import threading
@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -583,6 +584,19 @@ def soup_cells(
     cells = (100 * results.groupby(keys, sort=False)["test_acc"].agg(["mean", "std"])).reset_index()
     told = {"table": 1, "setting": setting, "pruning": "weights", "schedule": "", "metric": "test_acc", "doubtful": ""}
     return cells.assign(**told).astype({"m": "Int64", "phase": "Int64"})
+
+# %% ../nbs/44_soups.ipynb #24f4bb72
+def story_folder(
+    plan: Plan,      # the zoo, and the folder of figures
+    chains: Mapping[tuple[str, int], Chain],  # from story_chains
+) -> Path:           # such as "runs/soups/digits_seed/lamp_90_constant_0.005_m3_uniform"
+    "Name the folder of a story by its setting."
+    chain = next(iter(chains.values()))
+    rate = "own" if chain.lr is None else f"{chain.lr:g}"
+    numbers = "-".join(map(str, sorted({m for _, m in chains})))
+    merges = "-".join(dict.fromkeys(name for name, _ in chains if name in MERGES))
+    setting = f"{chain.selector}_{100 * chain.level:g}_{chain.schedule}_{rate}_m{numbers}_{merges}"
+    return plan.figures.parent / "soups" / plan.zoo.name / setting
 
 # %% ../nbs/44_soups.ipynb #3473d5e2
 def story_gains(

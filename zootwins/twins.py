@@ -236,8 +236,7 @@ def read_history(
     folder: Path,  # of a zoo in a store
 ) -> list[dict[str, object]]:  # one record per stage that was made or added to, stage by stage
     "What made the models of a store: originals, twins, then phases of soups and whatever else was made of them."
-    made = (path.stem for path in folder.glob("*.json") if (folder / path.stem).is_dir())
-    others = sorted(stage for stage in made if stage not in STAGES)
+    others = sorted(path.stem for path in folder.glob("*.json") if (folder / path.stem).is_dir() and path.stem not in STAGES)
     return [record for stage in (*STAGES, *others) for record in read_manifest(folder, stage)["history"]]
 
 # %% ../nbs/40_twins.ipynb #a7ab635f
