@@ -37,7 +37,8 @@ def test_a_run_and_another_with_more_copies(tmp_path):
     small = {"n_models": 2, "level": 80, "phases": 2, "epochs": 1, "merge": "uniform", "baselines": "none,longer"}
     done = papermill(tmp_path, **small, copies=2)
     assert done.returncode == 0, done.stderr[-2000:]
-    folder = tmp_path / "figures" / "digits_seed" / "soups"
+    story = lambda numbers: tmp_path / "figures" / "soups" / "digits_seed" / f"lamp_80_constant_0.005_m{numbers}_uniform"
+    folder = story("2")
     record = json.loads((folder / "run.json").read_text())
     assert [stage["made"] for stage in record["stages"]] == [2, 4, 4, 0, 4, 2, 2]
     results = pd.read_parquet(folder / "results.parquet")
@@ -46,9 +47,9 @@ def test_a_run_and_another_with_more_copies(tmp_path):
     assert {path.name for path in folder.iterdir()} == {"run.json", "results.parquet", "table_1.csv", "gains.csv", "gains.png"}
     again = papermill(tmp_path, **small | {"baselines": "none,longer,phases,swa,gmp"}, copies="2,3", engine="lanes")
     assert again.returncode == 0, again.stderr[-2000:]
-    made = [stage["made"] for stage in json.loads((folder / "run.json").read_text())["stages"]]
+    made = [stage["made"] for stage in json.loads((story("2-3") / "run.json").read_text())["stages"]]
     assert made == [0, 0, 0, 0, 0, 0, 0, *[2] * 7, 4, 2, 6, 0, 2, 2, 2, *[2] * 6, 0, 0, 0, 6]
-    both = pd.read_parquet(folder / "results.parquet")
+    both = pd.read_parquet(story("2-3") / "results.parquet")
     assert set(both["row"]) - set(results["row"]) == {"IMP with m phases", "IMP + SWA", "GMP", "GMP+SMS", "GMP+SMS mean candidate"}
     same = both[(both["m"] == 2) & both["row"].isin(results["row"])].reset_index(drop=True)
     assert same.equals(results)
@@ -64,7 +65,7 @@ def test_the_notebook_runs_again_in_one_kernel(tmp_path):
         runs += [*notebook.cells[: at + 1], own, *notebook.cells[at + 1 :]]
     notebook.cells = [nbformat.from_dict(dict(cell, id=f"cell{place}")) for place, cell in enumerate(runs)]
     NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": str(ROOT / "nbs")}}).execute()
-    results = pd.read_parquet(tmp_path / "figures" / "digits_seed" / "soups" / "results.parquet")
+    results = pd.read_parquet(tmp_path / "figures" / "soups" / "digits_seed" / "lamp_50_constant_0.005_m2_learned" / "results.parquet")
     assert set(results["merge"]) == {"learned", ""} and set(results["row"]) >= {"SMS", "IMP", "IMP-RePrune"}
 
 
