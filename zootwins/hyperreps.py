@@ -7,10 +7,10 @@ __all__ = ['Layout', 'CONFIGS', 'PARAMETERS', 'WEIGHT_LIMIT', 'MEASURES', 'SAVE_
            'move_neurons', 'token_layout', 'to_vectors', 'split_tokens', 'to_weights', 'to_alpha_vectors',
            'noisy_places', 'random_orders', 'permutation_index', 'View', 'erasures', 'Config', 'choose_config',
            'check_request', 'augment', 'attention', 'projection_head', 'HyperAutoEncoder', 'contrastive_loss',
-           'weight_loss', 'alpha_loss', 'in_window', 'States', 'split_models', 'gather_states', 'load_states',
-           'has_trajectory', 'find_trajectory', 'layer_statistics', 'Training', 'random_source', 'begin_training',
-           'learning_rate', 'losses', 'train_step', 'in_batches', 'reconstruct', 'explained', 'reconstruction_quality',
-           'train_epoch', 'describe_training', 'training_folder', 'save_training', 'resume_training', 'open_training',
+           'weight_loss', 'alpha_loss', 'in_window', 'States', 'gather_states', 'load_states', 'has_trajectory',
+           'find_trajectory', 'layer_statistics', 'Training', 'random_source', 'begin_training', 'learning_rate',
+           'losses', 'train_step', 'in_batches', 'reconstruct', 'explained', 'reconstruction_quality', 'train_epoch',
+           'describe_training', 'training_folder', 'save_training', 'resume_training', 'open_training',
            'train_autoencoder', 'train_on']
 
 # %% ../nbs/60_hyperreps.ipynb #91a0fe97
@@ -33,9 +33,9 @@ from .architectures import build, layer_names
 from .core import UserError, check_name, digest, progress_bar, read_json, write_json
 from .plans import Plan, check_parameters, make_plan
 from .store import locked, read_part, save_part
-from .streams import epoch_order, stream_keys
 from .twins import load_epoch, load_metrics
 from .variational import THRESHOLD, log_alphas
+from .zoo_data import split_models
 from .zoos import ZOOS
 
 # %% ../nbs/60_hyperreps.ipynb #ac94cdca
@@ -412,7 +412,7 @@ def in_window(
     "Log alphas as Eq. 5 sees them."
     return torch.tanh((log_alphas - THRESHOLD) / window)
 
-# %% ../nbs/60_hyperreps.ipynb #5e007881
+# %% ../nbs/60_hyperreps.ipynb #cb3ef5b7
 WEIGHT_LIMIT = 5.0
 MEASURES = ["test_acc", "ggap", "sparsity"]
 
@@ -439,21 +439,6 @@ class States:
         return States(self.weights[at], self.log_alphas[at], self.rows.iloc[at].reset_index(drop=True), self.zoo, self.architecture)
 
 
-def split_models(
-    models: Sequence[int],  # the models' numbers
-    zoo: str,               # name of the zoo
-    seed: int = 0,          # for another split
-) -> pd.Series:             # model -> "train", "val" or "test"
-    "Divide models 70 : 15 : 15, in a random order; raises `UserError` if they are too few."
-    n = len(models)
-    if n < 10:
-        raise UserError(f"{n} models are too few to learn from and to test on: take at least 10.")
-    order = epoch_order(n, stream_keys(zoo, "split", [seed])[0], 1).numpy()
-    held = round(0.15 * n)
-    names = np.repeat(["train", "val", "test"], [n - 2 * held, held, held])
-    return pd.Series(names, index=np.asarray(models)[order]).sort_index()
-
-# %% ../nbs/60_hyperreps.ipynb #835dbfd8
 def gather_states(
     epochs: Mapping[int, Mapping[str, Tensor]],  # epoch -> stacked parameters with log variances, the same models at each
     metrics: pd.DataFrame,                       # tidy rows of these models under variational dropout

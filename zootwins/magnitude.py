@@ -32,7 +32,7 @@ def keep_largest(
     "Mask the `round(level * n)` smallest entries of every row."
     return keep_highest(magnitude, magnitude.shape[1] - round(level * magnitude.shape[1]))
 
-# %% ../nbs/10_magnitude.ipynb #21abac59
+# %% ../nbs/10_magnitude.ipynb #b2de3691
 def check_level(
     level: float,  # a fraction, 0.5 for 50 %
 ) -> float:        # the same, now known to be valid
@@ -43,14 +43,14 @@ def check_level(
 
 
 def magnitude_masks(
-    weights: dict[str, Tensor],  # stacked parameters [models, ...]; those named "...weight" are prunable
+    weights: dict[str, Tensor],  # stacked parameters [models, ...]; those of layers are prunable
     level: float,                # fraction to prune, 0 <= level < 1
     scope: str = "global",       # "global": one threshold per model; "layerwise": the same fraction of every layer
 ) -> dict[str, Tensor]:          # weight name -> bool [models, ...], True where a weight stays
     "Find the masks of magnitude pruning for all models; raises `UserError` for an impossible level or scope."
     check_level(level)
     check_name(scope, SCOPES, "scope of pruning")
-    magnitudes = {name: w.abs().flatten(1) for name, w in weights.items() if name.endswith("weight")}
+    magnitudes = {name: w.abs().flatten(1) for name, w in weights.items() if name.endswith("weight") and w.ndim > 2}
     if scope == "layerwise":
         kept = {name: keep_largest(m, level) for name, m in magnitudes.items()}
     else:

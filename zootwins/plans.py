@@ -109,9 +109,9 @@ def count_models(
                         f"give a whole number from 1 to {there}, or None for all.")
     return n_models or there
 
-# %% ../nbs/26_plans.ipynb #28c5d7c3
+# %% ../nbs/26_plans.ipynb #35dcc36b
 def make_plan(
-    zoo: str,                        # name in the registry
+    zoo: str | Zoo,                  # name in the registry, or a zoo of one's own
     n_models: int | None = None,     # how many; none: the zoo's own number, or all that the source has
     source: str | Path | Population = "train",  # of the originals; as sources.open_source takes it
     methods: str = "mp,vd",          # which twins to make
@@ -133,7 +133,8 @@ def make_plan(
     if "mp" in chosen and not parsed:
         raise UserError("Magnitude pruning needs a level: give at least one level such as 0,50,90, or leave mp out.")
     trainer = choose_engine(engine, device, entry.architecture)
-    where = _folder(store, "ZOOTWINS_STORE", "zoos") / zoo, _folder(figures, "ZOOTWINS_FIGURES", "runs") / zoo
+    roots = _folder(store, "ZOOTWINS_STORE", "zoos"), _folder(figures, "ZOOTWINS_FIGURES", "runs")
+    where = [root / entry.name for root in roots]
     found = open_source(source, entry)
     return Plan(entry, count_models(entry, found, n_models), chosen, parsed, trainer, device, seed, *where, found, forms)
 

@@ -27,12 +27,12 @@ from .magnitude import apply_masks, check_level, keep_highest
 from .population import Population
 from .streams import random_words, stream_keys, to_uniform
 
-# %% ../nbs/15_selectors.ipynb #e5f9c624
+# %% ../nbs/15_selectors.ipynb #a2cc3412
 def prunable(
     weights: Mapping[str, Tensor],  # stacked parameters
-) -> dict[str, Tensor]:             # those named "...weight"
-    "The parameters that may be pruned; biases never are."
-    return {name: tensor for name, tensor in weights.items() if name.endswith("weight")}
+) -> dict[str, Tensor]:             # those named "...weight" that read inputs
+    "The parameters that may be pruned; biases and normalisations never are."
+    return {name: tensor for name, tensor in weights.items() if name.endswith("weight") and tensor.ndim > 2}
 
 
 def magnitude_scores(

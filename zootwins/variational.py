@@ -158,7 +158,7 @@ def total_divergence(
             total = total + kl_divergence(log_alpha(layer.weight, layer.log_sigma2, LINEAR_LIMIT)).sum()
     return total
 
-# %% ../nbs/11_variational.ipynb #35ca2623
+# %% ../nbs/11_variational.ipynb #8420c06f
 def begin_variational(
     population: Population,  # trained models
 ) -> Population:             # the same with "<layer>.log_sigma2" for weights and "<layer>.log_sigma2_bias" for biases of convolutions
@@ -166,8 +166,8 @@ def begin_variational(
     weights = {}
     for name, tensor in population.weights.items():
         weights[name] = tensor.clone()
-        conv = population.weights[name.replace(".bias", ".weight")].ndim == 5
-        if name.endswith(".weight") or (name.endswith(".bias") and conv):
+        inputs = population.weights.get(name.replace(".bias", ".weight"), tensor).ndim - 2  # of normalisations: 0
+        if (name.endswith(".weight") and inputs) or (name.endswith(".bias") and inputs == 3):
             weights[_noise_name(name)] = torch.full_like(tensor, INITIAL_LOG_SIGMA2)
     return Population(weights, population.models, population.architecture)
 

@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['SEED_ZOOS', 'CALIBRATED', 'GRID', 'FMNIST_RATE', 'CIFAR_RATE', 'WD_LARGE', 'GRID_ZOOS', 'DIGITS', 'ZOOS', 'FACTORS',
-           'SHORT', 'TABLE_4', 'Zoo', 'grid_zoos', 'get_zoo', 'zoo_size', 'drawn_seeds', 'check_n_models',
+           'SHORT', 'TABLE_4', 'Zoo', 'grid_zoos', 'get_zoo', 'check_zoo', 'zoo_size', 'drawn_seeds', 'check_n_models',
            'model_table', 'short_number', 'table_4_row', 'list_zoos']
 
-# %% ../nbs/04_zoos.ipynb #fed5ba6d
+# %% ../nbs/04_zoos.ipynb #7a261b6b
+import re
 from dataclasses import dataclass, replace
 from itertools import product
 
 import pandas as pd
 import torch
 
-from .architectures import build, count_parameters
-from .core import UserError, check_name
+from .architectures import ARCHITECTURES, build, count_parameters
+from .core import UserError, check_name, one_line
 from .streams import random_words, stream_keys
 
 # %% ../nbs/04_zoos.ipynb #42c56305
@@ -104,7 +105,7 @@ GRID_ZOOS = (
     *grid_zoos("stl10_large", "STL-10 (l)", "stl10", "cnn_large", image_size=32, **WD_LARGE),
 )
 
-# %% ../nbs/04_zoos.ipynb #4a600437
+# %% ../nbs/04_zoos.ipynb #30025257
 DIGITS = Zoo(
     "digits_seed", "Digits (s) Seed", "digits", "cnn_small_1ch", init=("kaiming_uniform",), lr=(1e-3,), wd=(1e-3,), epochs=30,
     mp_learning_rate=2e-3, vd_learning_rate=2e-3, remark="Ours, for a first look: no download, minutes instead of days.",
@@ -112,16 +113,35 @@ DIGITS = Zoo(
 ZOOS: dict[str, Zoo] = {zoo.name: zoo for zoo in (*SEED_ZOOS, *GRID_ZOOS, DIGITS)}
 
 
-def get_zoo(
-    name: str,  # such as "usps_seed"
-) -> Zoo:       # its entry
-    "Look up a zoo; raises `UserError` with the valid names."
-    return ZOOS[check_name(name, ZOOS, "zoo")]
-
-# %% ../nbs/04_zoos.ipynb #364e8ff1
 FACTORS = ("activation", "init", "optimizer", "lr", "wd", "dropout")
 
 
+def get_zoo(
+    name: str | Zoo,  # such as "usps_seed", or a zoo of one's own
+) -> Zoo:             # its entry
+    "Look up a zoo, or check one of one's own; raises `UserError` with the valid names, or for a recipe that cannot be."
+    return check_zoo(name) if isinstance(name, Zoo) else ZOOS[check_name(name, ZOOS, "zoo")]
+
+
+def check_zoo(
+    zoo: Zoo,  # any
+) -> Zoo:      # the same
+    "Raise `UserError` for a zoo whose name, factors or numbers cannot be."
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", str(zoo.name)):
+        raise UserError(f"{one_line(zoo.name, 40)!r} cannot name a zoo, whose folder will have its name: use letters, digits, _ and -.")
+    check_name(zoo.architecture, ARCHITECTURES, "architecture")
+    check_name(zoo.kind, ("seed", "fixed", "random"), "kind of zoo")
+    for factor in FACTORS:
+        if not isinstance(getattr(zoo, factor), tuple) or not getattr(zoo, factor):
+            raise UserError(f"The {factor} of the zoo {zoo.name} has to be a tuple of values, such as {getattr(GRID, factor)}, "
+                            f"not {one_line(getattr(zoo, factor), 40)}.")
+    for name, least in {"seeds": 1, "batch_size": 1, "epochs": 0, "mp_epochs": 0, "vd_epochs": 0}.items():
+        value = getattr(zoo, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise UserError(f"The zoo {zoo.name} cannot have {name} {one_line(value, 40)}: give a whole number from {least}.")
+    return zoo
+
+# %% ../nbs/04_zoos.ipynb #dd5b9513
 def zoo_size(
     zoo: Zoo,  # the entry
 ) -> int:      # number of models
