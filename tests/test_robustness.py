@@ -10,7 +10,7 @@ from torch import nn
 from small import IMAGES, says
 from zootwins.averaging import copies
 from zootwins.core import UserError
-from zootwins.figures import style
+from zootwins.style import style
 from zootwins.population import sample_population
 from zootwins.robustness import (
     CORRUPTIONS, Grain, calibration_error, celeba_groups, class_recall, contrast, corrupt, corrupted_accuracy, corrupted_sets, elastic_transform, fairness,

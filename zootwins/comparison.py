@@ -23,7 +23,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from scipy import stats
 
-from .figures import BLUE, GREY, ORANGE, WIDTH, heading, percent_axis, styled
+from .style import BLUE, GREY, ORANGE, WIDTH, heading, percent_axis, styled
 from .layers import frequency_spread, layer_sizes
 from .reported import ROUNDING, SHIFTED, printed_models, read_recorded, read_recorded_curves, read_reported, recorded_factors, shifted_windows
 from .tables import METHOD_TITLES, NAMES, TABLE_1_STATES, TABLE_2_STATES, TABLES, Table, mean_std, model_counts, zoo_title

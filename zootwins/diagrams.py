@@ -21,7 +21,8 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from .architectures import build, layer_names
 from .core import UserError, check_name
-from .figures import BLUE, GREEN, GREY, HEAT, LOOKS, ORANGE, WIDTH, accuracy_over_sparsity, one_zoo, styled
+from .figures import HEAT, accuracy_over_sparsity, one_zoo
+from .style import BLUE, GREEN, GREY, LOOKS, ORANGE, WIDTH, styled
 from .layers import layer_profile
 from .population import Population
 from .tables import METHOD_TITLES, TABLE_2_STATES, choose_states, last_epoch, rows_of_states, zoo_title

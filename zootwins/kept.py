@@ -25,7 +25,8 @@ from matplotlib.figure import Figure
 from .claims import dropped_at, latent_space_wins, pruned
 from .comparison import beside_print, compare, figure_recorded, figure_scorecard, headline, labelled
 from .core import UserError, atomic_path, check_name, read_json
-from .figures import FIGURES, RINGED, figure_3, figure_individuals, save_figure
+from .figures import FIGURES, RINGED, figure_3, figure_individuals
+from .style import save_figure
 from .layers import read_frequencies
 from .metrics import read_metrics
 from .probes import table_3
