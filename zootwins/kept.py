@@ -95,7 +95,8 @@ def provenance(
     for zoo, record in kept.records.items():
         stages = pd.DataFrame(record["history"] or record["stages"])
         total = stages.groupby("stage")[["model_samples", "seconds"]].sum()
-        speed = {f"{stage}, 1000/s": round(of["model_samples"] / of["seconds"] / 1000) for stage, of in total.iterrows()}
+        rates = (total["model_samples"] / total["seconds"] / 1000).round().astype(int)
+        speed = {f"{stage}, 1000/s": rates[stage] for stage in ("original", "mp", "vd") if stage in rates}
         commits = ", ".join(dict.fromkeys(commit[:7] for commit in stages["commit"].dropna())) if "commit" in stages else ""
         levels = ",".join(f"{100 * level:g}" for level in record["levels"])
         command = f"make run ZOO={zoo} N={record['n_models']} LEVELS={levels}"
