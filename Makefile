@@ -5,6 +5,7 @@ ZOO ?= digits_seed
 N ?= 100
 LEVELS ?=
 METHODS ?=
+SELECTOR ?=
 WORKERS ?=
 FORMATS ?=
 NOTEBOOK ?= run_zoo
@@ -31,7 +32,7 @@ run: $(VENV)/ready
 	@mkdir -p "$(RUNS)"
 	@figures="$${ZOOTWINS_FIGURES:-runs}/$(ZOO)"; log="$(RUNS)/$(ZOO).log"; set -o pipefail; \
 	ZOOTWINS_BARS=text $(BIN)/python -m papermill nbs/run_zoo.ipynb "$(RUNS)/$(ZOO).unfinished.ipynb" -p zoo "$(ZOO)" -p n_models "$(N)" \
-		$(if $(LEVELS),-r levels "$(LEVELS)") $(if $(METHODS),-r methods "$(METHODS)") $(if $(WORKERS),-r workers "$(WORKERS)") $(if $(FORMATS),-r formats "$(FORMATS)") --kernel python3 \
+		$(if $(LEVELS),-r levels "$(LEVELS)") $(if $(METHODS),-r methods "$(METHODS)") $(if $(SELECTOR),-r selector "$(SELECTOR)") $(if $(WORKERS),-r workers "$(WORKERS)") $(if $(FORMATS),-r formats "$(FORMATS)") --kernel python3 \
 		--no-progress-bar --stdout-file /dev/null --stderr-file /dev/fd/3 3>&1 >"$$log" 2>&1 | (trap '' INT; cat >&2) && test -f "$$figures/run.json" \
 		|| { grep -aE '^[A-Za-z.]+(Error|Interrupt)\b|^Interrupted:' "$$log" | tail -n 1 >&2; echo "The run of $(ZOO) did not end well; more is in $$log" >&2; exit 1; }; \
 	mv "$(RUNS)/$(ZOO).unfinished.ipynb" "$(RUNS)/$(ZOO).ipynb" && rm "$$log" && \

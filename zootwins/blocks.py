@@ -102,8 +102,8 @@ def row_keys(
     "The random stream of every row; those of copies as `training.model_keys` has them."
     if "copy" in stage.rows:
         return model_keys(stage.recipe, stage.rows)
-    names = [stage.name if np.isnan(level) else f"{stage.name}_{100 * level:g}" for level in stage.rows["level"]]
     recipe = stage.recipe
+    names = [recipe.stage if np.isnan(level) else f"{recipe.stage}_{100 * level:g}" for level in stage.rows["level"]]
     return torch.cat([stream_keys(recipe.zoo, name, [seed], recipe.run_seed) for name, seed in zip(names, stage.rows["seed"])])
 
 # %% ../nbs/28_blocks.ipynb #3cb1a5be
@@ -122,7 +122,7 @@ def start_of(
     if stage.begins == "pruned":
         before, later = population, "copy" in rows  # a phase of pruning, within the masks of the phase before
         earlier = {name: tensor != 0 for name, tensor in prunable(before.weights).items()} if later else None
-        population, masks = prune(before, rows["level"].to_numpy(), stage.scope, earlier, images)
+        population, masks = prune(before, rows["level"].to_numpy(), stage.selector, earlier, images)
         rows = rows.assign(damage=pruning_damage(before.weights, masks, earlier).numpy()) if later else rows
     elif stage.begins == "noisy":
         population = begin_variational(population)
@@ -146,7 +146,7 @@ def measure(
         agreed = agreement(predicted, restored(block.reference[[place[number] for number in rows["model"]]], predicted.shape[1]))
     train, test = (measured.train_loss, measured.train_accuracy), (measured.test_loss, measured.test_accuracy)
     sparsities = sparsity(zeroed, layer_names(build(stage.architecture)))
-    frame = tidy(stage.recipe.zoo, stage.method, None, epoch, rows["model"].to_numpy(), train, test, sparsities, agreed)
+    frame = tidy(stage.recipe.zoo, stage.method, None, epoch, rows["model"].to_numpy(), train, test, sparsities, agreed, stage.selector)
     return frame.assign(**{name: rows[name].to_numpy() for name in ("level", "copy") if name in rows})
 
 
@@ -157,7 +157,7 @@ def with_records(
     "What a source recorded goes before what is measured here, which fills the gaps."
     if recorded.empty:
         return metrics
-    places, told = ["model", "epoch"], metrics.iloc[0][["zoo", "method", "level"]]
+    places, told = ["model", "epoch"], metrics.iloc[0][["zoo", "method", "selector", "level"]]
     filled = recorded.set_index(places).combine_first(metrics.set_index(places)).reset_index()
     return filled.reindex(columns=metrics.columns).assign(**told)
 

@@ -779,12 +779,12 @@ def recorded_metrics(
     "What the authors recorded, in the columns of zootwins.metrics; sparsity by layer and agreement were not."
     dense = method == "original"
     by_layer = {f"sparsity_{layer}": 0.0 if dense else np.nan for layer in layers}
-    frame = records.assign(zoo=zoo, method=method, level=np.nan, ggap=records["train_acc"] - records["test_acc"],
+    frame = records.assign(zoo=zoo, method=method, selector="", level=np.nan, ggap=records["train_acc"] - records["test_acc"],
                            agreement=np.nan,
                            sparsity=0.0 if dense else records["sparsity_ratio"], **by_layer)
     measures = ["train_acc", "test_acc", "ggap", "train_loss", "test_loss", "sparsity", *by_layer, "agreement"]
-    return frame[["zoo", "method", "level", "model", "epoch", *measures]].astype({"model": int, "epoch": int,
-                                                                                  **dict.fromkeys(measures, float)})
+    keys = ["zoo", "method", "selector", "level", "model", "epoch"]
+    return frame[[*keys, *measures]].astype({"model": int, "epoch": int, **dict.fromkeys(measures, float)})
 
 # %% ../nbs/06_published.ipynb #f7c4105a
 PROPERTY_NAMES = {ours: names[0] for ours, names in FACTOR_NAMES.items() if ours != "seed"}
