@@ -4,17 +4,16 @@
 
 # %% auto #0
 __all__ = ['SELECTOR_COLOURS', 'SELECTOR_MARKERS', 'HISTORIES', 'CURVES', 'HEAT', 'BIN_LOOK', 'BEYOND', 'ACCURACY_TICKS', 'TINTS',
-           'FAILED', 'FIGURES', 'RINGED', 'one_zoo', 'selector_looks', 'of_one_selector', 'row_label', 'draw_history',
-           'figure_2', 'frequency_matrix', 'draw_frequencies', 'figure_3', 'bin_layers', 'draw_sizes', 'figure_4',
+           'FIGURES', 'RINGED', 'one_zoo', 'selector_looks', 'of_one_selector', 'row_label', 'draw_history', 'figure_2',
+           'frequency_matrix', 'draw_frequencies', 'figure_3', 'bin_layers', 'draw_sizes', 'figure_4',
            'accuracy_over_sparsity', 'printed_curve', 'draw_twins', 'spaced', 'direct_labels', 'curve_end', 'figure_5',
            'coefficient_text', 'draw_pairs', 'padded', 'figure_twins', 'correlation_curve', 'figure_correlation',
            'agreement_range', 'stretch', 'unstretch', 'stretched_ticks', 'stretched_limits', 'stretch_axes',
-           'draw_agreement', 'figure_agreement', 'accuracy_changes', 'hardness', 'individuals', 'describe_model',
-           'varied_factors', 'draw_individuals', 'figure_individuals', 'layer_looks', 'draw_layers', 'figure_layers']
+           'draw_agreement', 'figure_agreement', 'draw_individuals', 'figure_individuals', 'layer_looks', 'draw_layers',
+           'figure_layers']
 
 # %% ../nbs/31_figures.ipynb #aac68fd6
 from collections.abc import Mapping, Sequence
-from textwrap import fill
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -30,14 +29,14 @@ from scipy.stats import kendalltau
 
 from .core import UserError
 from .correlation import correlate, correlation, paired_accuracy
+from .individuals import accuracy_changes, describe_model, individuals, varied_factors
 from .layers import layer_profile, layer_sizes
 from .metrics import one_selector, own_name, with_selectors
-from zootwins.style import (
-    COLOURS, GREY, HEIGHT, LOOKS, MARKERS, STEPS, WIDTH, draw_printed, draw_spread, first_drawn, heading, log_ticks, marker_steps, no_data, percent_axis,
-    printed_handles, printed_means, spread_note, styled, zoo_looks,
-)
-from .tables import METHOD_TITLES, TABLE_1_STATES, TABLE_2_STATES, choose_states, last_epoch, rows_of_states, several_selectors, zoo_title
-from .zoos import FACTORS, ZOOS, get_zoo, model_table, short_number
+from .style import COLOURS, GREY, HEIGHT, LOOKS, MARKERS, WIDTH, draw_printed, draw_spread, first_drawn, heading
+from .style import log_ticks, marker_steps, no_data, percent_axis, printed_handles, printed_means, spread_note, styled, zoo_looks
+from .states import TABLE_1_STATES, TABLE_2_STATES, choose_states, last_epoch, rows_of_states
+from .tables import METHOD_TITLES, several_selectors, zoo_title
+from .zoos import get_zoo
 
 # %% ../nbs/31_figures.ipynb #b3a8035e
 def one_zoo(
@@ -573,65 +572,6 @@ def figure_agreement(
     note = "r: Pearson, τ: Kendall, with 95 % intervals\nGrey area: possible by accuracy alone; dotted: as much agreement as accuracy; axes stretched towards 100 %"
     heading(fig, f"{zoo_title(zoo)}: {metrics['model'].nunique():,} models; {note}")
     return fig
-
-# %% ../nbs/31_figures.ipynb #7db898d8
-FAILED = 0.2  # test accuracy below which a model of ten classes has learned nothing
-
-
-def accuracy_changes(
-    metrics: pd.DataFrame,  # tidy metrics of one zoo
-    method: str,            # "mp" or "vd"
-) -> pd.DataFrame:          # a row per model, a column per level (after fine-tuning) or epoch: accuracy of the twin minus that of the original
-    "What every model that had learned something gains; empty where originals or twins are missing."
-    metrics = one_selector(metrics)
-    last = last_epoch(metrics)
-    originals = metrics[(metrics["method"] == "original") & last].set_index("model")["test_acc"]
-    twins = metrics[(metrics["method"] == method) & (last | (method == "vd"))].pivot(index="model", columns=STEPS[method], values="test_acc")
-    return twins.sub(originals[originals >= FAILED], axis=0).dropna(how="all")
-
-# %% ../nbs/31_figures.ipynb #485ff98e
-def hardness(
-    changes: pd.DataFrame,  # from accuracy_changes
-) -> pd.Series:             # per model, from 0 to 1
-    "Mean rank of a model's loss over the steps with sparsity, scaled to 0 (always the smallest) to 1 (always the largest)."
-    sparse = changes.loc[:, changes.columns > 0]
-    return ((sparse.rank(ascending=False) - 1) / max(len(sparse) - 1, 1)).mean(axis=1).rename("hardness")
-
-# %% ../nbs/31_figures.ipynb #071f888c
-def individuals(
-    metrics: pd.DataFrame,                 # tidy metrics of one or more zoos
-    models: pd.DataFrame | None = None,    # generating factors by `model`, of a zoo of one's own; none: from the registry
-) -> pd.DataFrame:                         # zoo, method, model, hardness, original (accuracy), change (mean), seed and other factors; friendliest first
-    "How hard every model is to sparsify, with its generating factors."
-    parts = []
-    for zoo, rows in metrics.groupby("zoo", sort=False):
-        factors = model_table(ZOOS[zoo]) if models is None and zoo in ZOOS else models
-        originals = rows[(rows["method"] == "original") & last_epoch(rows)].set_index("model")["test_acc"].rename("original")
-        for method in METHOD_TITLES:
-            changes = accuracy_changes(rows, method)
-            mean = changes.loc[:, changes.columns > 0].mean(axis=1).rename("change")
-            found = pd.concat([hardness(changes), mean], axis=1).join(originals).rename_axis("model").reset_index().sort_values(["hardness", "model"])
-            parts.append(found.assign(zoo=zoo, method=method) if factors is None else found.assign(zoo=zoo, method=method).merge(factors, on="model"))
-    table = pd.concat(parts, ignore_index=True)
-    shown = [name for name in ("seed", *FACTORS) if name in table]
-    return table[["zoo", "method", "model", "hardness", "original", "change", *shown]]
-
-# %% ../nbs/31_figures.ipynb #b66473ca
-def describe_model(
-    row: pd.Series,          # of `individuals`
-    varied: Sequence[str],   # factors that differ between the models
-) -> str:                    # such as "model 3 (91.2 %): relu, seed 4" in lines that fit below a panel; "seed 4 (91.2 %)" where nothing else varies
-    "Name a model, the accuracy of its original, and its generating factors."
-    write = lambda name: f"{name}\u00a0{short_number(row[name]) if isinstance(row[name], float) else row[name]}" if name in ("seed", "lr", "wd", "dropout") else row[name]
-    factors, accuracy = ", ".join(map(write, varied)), f"({100 * row['original']:.1f}\u00a0%)"
-    return f"{factors} {accuracy}" if list(varied) == ["seed"] else fill(f"model {row['model']} {accuracy}" + (f": {factors}" if factors else ""), 48)
-
-
-def varied_factors(
-    table: pd.DataFrame,  # from individuals
-) -> list[str]:           # their names, the seed last
-    "The generating factors that differ between models."
-    return [name for name in (*FACTORS, "seed") if name in table and table[name].nunique() > 1]
 
 # %% ../nbs/31_figures.ipynb #0a8c005b
 def draw_individuals(

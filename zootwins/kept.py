@@ -31,7 +31,8 @@ from .layers import read_frequencies
 from .metrics import read_metrics
 from .probes import table_3
 from .reported import check_all, check_counts, missing_originals, read_reported, reported
-from .tables import TABLE_1_STATES, Table, last_epoch, table_partners, zoo_title
+from .states import TABLE_1_STATES, last_epoch
+from .tables import Table, table_partners, zoo_title
 from .zoos import ZOOS, model_table
 
 # %% ../nbs/37_kept.ipynb #528a62fc
