@@ -24,7 +24,16 @@ def least_train_test_correlation(
     cells: pd.DataFrame,  # from reported.read_reported
     level: float = 0.8,   # of magnitude pruning
 ) -> pd.DataFrame:        # zoo, accuracy_std, gap_std, least (of train and test accuracy), printed (Pearson's r of Table 2); excluded
-    "The least correlation that training and test accuracy of pruned models can have, from Table 5, beside Table 2."
+    """The least correlation that training and test accuracy of pruned models can have, from Table 5, beside Table 2.
+
+    Args:
+        cells: from reported.read_reported
+        level: of magnitude pruning
+
+    Returns:
+        pd.DataFrame: zoo, accuracy_std, gap_std, least (of train and test accuracy), printed (Pearson's r of Table 2);
+            excluded
+    """
     five = cells[(cells["table"] == 5) & np.isclose(cells["level"], level) & (cells["epoch"] == 15)]
     wide = five.pivot(index="zoo", columns="metric", values="std")
     printed = cells[(cells["table"] == 2) & (cells["method"] == "mp") & (cells["metric"] == "pearson")].set_index("zoo")["mean"] / 100
@@ -40,7 +49,18 @@ def candidates(
     level: float | None,  # of magnitude pruning
     epoch: int,          # of the twins in Table 2
 ) -> Iterator[tuple[str, str, pd.Series, pd.Series]]:  # family, definition, and two samples by model (or by model and state)
-    "What could have been correlated."
+    """What could have been correlated.
+
+    Args:
+        rows: tidy metrics of one zoo
+        method: "mp" or "vd"
+        level: of magnitude pruning
+        epoch: of the twins in Table 2
+
+    Returns:
+        Iterator[tuple[str, str, pd.Series, pd.Series]]: family, definition, and two samples by model (or by model and
+            state)
+    """
     chosen = rows[rows["method"] == method]
     twins = chosen if level is None else chosen[np.isclose(chosen["level"], level)]
     wide = {name: twins.pivot(index="model", columns="epoch", values=name) for name in ("test_acc", "train_acc", "test_loss", "agreement")}
@@ -73,7 +93,16 @@ def fisher_errors(
     y: pd.Series,         # with the same index
     resamples: int = 200,  # how many; a tenth where models have several states
 ) -> dict[str, float]:    # coefficient -> standard error of its Fisher transform
-    "Bootstrap errors of both coefficients, drawing models with all that belongs to them."
+    """Bootstrap errors of both coefficients, drawing models with all that belongs to them.
+
+    Args:
+        x: by model, or by model and state
+        y: with the same index
+        resamples: how many; a tenth where models have several states
+
+    Returns:
+        dict[str, float]: coefficient -> standard error of its Fisher transform
+    """
     random, names = np.random.default_rng(0), x.index.get_level_values("model")
     if names.is_unique:
         counts = random.multinomial(len(x), np.full(len(x), 1 / len(x)), size=resamples)
@@ -89,7 +118,16 @@ def reproduces(
     metrics: pd.DataFrame,              # tidy metrics of one or more zoos
     cells: pd.DataFrame | None = None,  # printed cells; none: from reported.read_reported
 ) -> pd.DataFrame:                      # zoo, method, family, definition, n, then for both coefficients: value, printed, z; worst (the larger |z|); and fits
-    "Try every candidate against the printed correlations of Table 2."
+    """Try every candidate against the printed correlations of Table 2.
+
+    Args:
+        metrics: tidy metrics of one or more zoos
+        cells: printed cells; none: from reported.read_reported
+
+    Returns:
+        pd.DataFrame: zoo, method, family, definition, n, then for both coefficients: value, printed, z; worst (the
+            larger |z|); and fits
+    """
     printed = (read_reported() if cells is None else cells).query("table == 2 and metric in ['pearson', 'kendall']")
     goal, found, metrics = printed.set_index(["zoo", "method", "metric"])["mean"] / 100, [], own_selector(metrics)
     for state in choose_states(metrics, TABLE_2_STATES).itertuples():
@@ -116,7 +154,14 @@ def reproduces(
 def nearest_candidates(
     tried: pd.DataFrame,  # from reproduces
 ) -> pd.DataFrame:        # one row per zoo, method and family
-    "The best candidate of each family, best families first."
+    """The best candidate of each family, best families first.
+
+    Args:
+        tried: from reproduces
+
+    Returns:
+        pd.DataFrame: one row per zoo, method and family
+    """
     ranked = tried.sort_values("worst", kind="stable")
     best = ranked.drop_duplicates(["zoo", "method", "family"]).sort_values(["zoo", "method"], kind="stable")
     return best[["zoo", "method", "definition", "n", "pearson", "printed_pearson", "kendall", "printed_kendall", "worst", "fits"]].reset_index(drop=True)
@@ -125,7 +170,15 @@ def nearest_candidates(
 def common_candidates(
     tried: pd.DataFrame,  # from reproduces
 ) -> pd.DataFrame:        # method, family, definition, worst (the largest |z| over all zoos of that method), and the zoo where it is; best first
-    "The candidates that were tried in every zoo, by the zoo where they do worst."
+    """The candidates that were tried in every zoo, by the zoo where they do worst.
+
+    Args:
+        tried: from reproduces
+
+    Returns:
+        pd.DataFrame: method, family, definition, worst (the largest |z| over all zoos of that method), and the zoo
+            where it is; best first
+    """
     ranked = tried.sort_values("worst", ascending=False, kind="stable")
     zoos = ranked.groupby(["method", "definition"])["zoo"].transform("nunique")
     everywhere = ranked[zoos == ranked.groupby("method")["zoo"].transform("nunique")].drop_duplicates(["method", "definition"])

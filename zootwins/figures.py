@@ -42,7 +42,14 @@ from .zoos import get_zoo
 def one_zoo(
     metrics: pd.DataFrame,  # tidy metrics
 ) -> str:                   # the zoo's name
-    "The zoo of a frame; raises `UserError` if it holds none or several."
+    """The zoo of a frame; raises `UserError` if it holds none or several.
+
+    Args:
+        metrics: tidy metrics
+
+    Returns:
+        str: the zoo's name
+    """
     zoos = list(metrics["zoo"].unique())
     if len(zoos) != 1:
         raise UserError(f"This figure shows one zoo, but the metrics hold {', '.join(zoos) or 'none'}: select one with metrics[metrics['zoo'] == NAME].")
@@ -56,14 +63,28 @@ SELECTOR_MARKERS = MARKERS.replace("s", "")
 def selector_looks(
     selectors: Sequence[str],  # names, in the order of their appearance
 ) -> dict[str, dict]:          # selector -> color and marker; the first is drawn as magnitude pruning is elsewhere
-    "How each selector is drawn where a figure shows several."
+    """How each selector is drawn where a figure shows several.
+
+    Args:
+        selectors: names, in the order of their appearance
+
+    Returns:
+        dict[str, dict]: selector -> color and marker; the first is drawn as magnitude pruning is elsewhere
+    """
     return {name: {"color": SELECTOR_COLOURS[i % 8], "marker": SELECTOR_MARKERS[i % 9]} for i, name in enumerate(selectors)}
 
 
 def of_one_selector(
     metrics: pd.DataFrame,  # tidy metrics or removal frequencies of one or more zoos
 ) -> tuple[pd.DataFrame, dict[str, str]]:  # those of one selector for every zoo, and a title for each method
-    "What a figure with room for one selector shows; a title names it unless it is the zoo's own and the only one."
+    """What a figure with room for one selector shows; a title names it unless it is the zoo's own and the only one.
+
+    Args:
+        metrics: tidy metrics or removal frequencies of one or more zoos
+
+    Returns:
+        tuple[pd.DataFrame, dict[str, str]]: those of one selector for every zoo, and a title for each method
+    """
     shown = one_selector(metrics)
     pruned = shown.loc[shown["method"] == "mp", ["zoo", "selector"]].drop_duplicates().astype(str)
     own = all(own_name(zoo) in ("", name) for zoo, name in pruned.to_numpy())
@@ -76,7 +97,13 @@ def row_label(
     zoo: str,       # whose row it is
     n_models: int,  # that are drawn
 ) -> None:
-    "Name the zoo of a row, and how many models it shows."
+    """Name the zoo of a row, and how many models it shows.
+
+    Args:
+        ax: the first panel of a row
+        zoo: whose row it is
+        n_models: that are drawn
+    """
     ax.set_ylabel(f"{zoo_title(zoo)}\n{n_models:,} model{'s' * (n_models != 1)}", fontweight="bold")
 
 # %% ../nbs/31_figures.ipynb #c7cbeb03
@@ -91,7 +118,15 @@ def draw_history(
     curves: Sequence[str],  # columns, keys of CURVES
     printed: pd.DataFrame | None = None,  # cells, from reported.read_reported, to be drawn as rings
 ) -> None:
-    "Draw measures of a population over the epochs."
+    """Draw measures of a population over the epochs.
+
+    Args:
+        ax: where to draw
+        rows: metrics of one zoo and one method
+        method: "original" or "vd"
+        curves: columns, keys of CURVES
+        printed: cells, from reported.read_reported, to be drawn as rings
+    """
     if rows.empty:
         return no_data(ax, HISTORIES[method].lower())
     for column in curves:
@@ -110,7 +145,12 @@ def figure_2(
     metrics: pd.DataFrame,                # tidy metrics of one or more zoos
     printed: pd.DataFrame | None = None,  # cells, from reported.read_reported, to be drawn as rings
 ) -> Figure:
-    "Figure 2: test accuracy in the original training; test accuracy and sparsity under variational dropout."
+    """Figure 2: test accuracy in the original training; test accuracy and sparsity under variational dropout.
+
+    Args:
+        metrics: tidy metrics of one or more zoos
+        printed: cells, from reported.read_reported, to be drawn as rings
+    """
     zoos = list(metrics["zoo"].unique())
     height = 2.9 if len(zoos) == 1 else 0.4 + 1.75 * len(zoos)
     fig, axes = plt.subplots(len(zoos), 2, figsize=(WIDTH, height), layout="constrained", sharey="row", sharex="col", squeeze=False)
@@ -132,7 +172,15 @@ def frequency_matrix(
     frequencies: pd.DataFrame,  # removal frequencies of one zoo and one method
     step: str,                  # "epoch" or "level"
 ) -> pd.DataFrame:              # rows (layer, weight) as in the network, one column per step
-    "Arrange removal frequencies as a picture."
+    """Arrange removal frequencies as a picture.
+
+    Args:
+        frequencies: removal frequencies of one zoo and one method
+        step: "epoch" or "level"
+
+    Returns:
+        pd.DataFrame: rows (layer, weight) as in the network, one column per step
+    """
     wide = frequencies.astype({"layer": str, step: float}).pivot(index=["layer", "weight"], columns=step, values="frequency")
     return wide.reindex(frequencies["layer"].astype(str).unique(), level="layer")
 
@@ -145,7 +193,13 @@ def draw_frequencies(
     matrix: pd.DataFrame,  # from frequency_matrix
     label: str,            # of the horizontal axis
 ) -> None:
-    "Draw the heat map of one method: a column per step, a row per weight, white lines between the layers."
+    """Draw the heat map of one method: a column per step, a row per weight, white lines between the layers.
+
+    Args:
+        ax: where to draw
+        matrix: from frequency_matrix
+        label: of the horizontal axis
+    """
     steps = [f"{step:g}" for step in matrix.columns]
     fine = 24  # copies of a column, so that scaling the image down does not blend neighbouring steps
     ax.imshow(np.repeat(matrix.to_numpy(), fine, axis=1), cmap=HEAT, vmin=0, vmax=1, aspect="auto", extent=(-0.5, len(steps) - 0.5, len(matrix), 0))
@@ -164,7 +218,11 @@ def draw_frequencies(
 def figure_3(
     frequencies: pd.DataFrame,  # removal frequencies of one zoo, from layers.stack_frequencies
 ) -> Figure:
-    "Figure 3: the share of models in which each weight is removed, over epochs of variational dropout and levels of magnitude pruning."
+    """Figure 3: the share of models in which each weight is removed, over epochs of variational dropout and levels of magnitude pruning.
+
+    Args:
+        frequencies: removal frequencies of one zoo, from layers.stack_frequencies
+    """
     zoo, (frequencies, titles) = one_zoo(frequencies), of_one_selector(frequencies)
     percent = frequencies.assign(level=(100 * frequencies["level"]).round(3))
     fig, axes = plt.subplots(1, 2, figsize=(WIDTH, 1.45 * HEIGHT), layout="constrained", sharey=True, width_ratios=(1.5, 1))
@@ -184,7 +242,14 @@ def figure_3(
 def bin_layers(
     profile: pd.DataFrame,  # rows of layers.layer_profile, of one epoch
 ) -> pd.DataFrame:          # one row per bin: size (geometric mean), mean, std, layers (how many layers of zoos)
-    "Average layers of similar size, at most half an octave from a power of two."
+    """Average layers of similar size, at most half an octave from a power of two.
+
+    Args:
+        profile: rows of layers.layer_profile, of one epoch
+
+    Returns:
+        pd.DataFrame: one row per bin: size (geometric mean), mean, std, layers (how many layers of zoos)
+    """
     square = profile["mean"] ** 2 + profile["std"].fillna(0) ** 2
     rows = pd.DataFrame({"bin": np.log2(profile["size"]).round(), "log_size": np.log(profile["size"]), "mean": profile["mean"], "square": square})
     groups = rows.groupby("bin")
@@ -202,7 +267,14 @@ def draw_sizes(
     looks: dict[str, dict],  # zoo -> color and marker
     printed: pd.DataFrame | None = None,  # cells, from reported.read_reported, to be drawn as rings
 ) -> None:
-    "Draw size against sparsity: every layer of every zoo, and the bins with their error bars."
+    """Draw size against sparsity: every layer of every zoo, and the bins with their error bars.
+
+    Args:
+        ax: where to draw
+        profile: rows of layers.layer_profile, of one epoch
+        looks: zoo -> color and marker
+        printed: cells, from reported.read_reported, to be drawn as rings
+    """
     for i, (zoo, rows) in enumerate(profile.groupby("zoo", sort=False, observed=True)):
         aside = 1.08 ** (i - (profile["zoo"].nunique() - 1) / 2)
         ax.plot(aside * rows["size"], rows["mean"], linestyle="", alpha=0.75, markersize=4, **looks[zoo])
@@ -225,7 +297,14 @@ def figure_4(
     epochs: Sequence[int] = (5, 10, 15, 20),                  # of variational dropout; the paper's
     sizes: Mapping[str, Mapping[str, int]] | None = None,     # zoo -> layer -> number of weights; none: from the registry
 ) -> Figure:
-    "Figure 4: mean sparsity of a layer against its size, in all zoos."
+    """Figure 4: mean sparsity of a layer against its size, in all zoos.
+
+    Args:
+        metrics: tidy metrics of one or more zoos
+        printed: cells, from reported.read_reported, to be drawn as rings
+        epochs: of variational dropout; the paper's
+        sizes: zoo -> layer -> number of weights; none: from the registry
+    """
     looks = zoo_looks(metrics["zoo"].unique())
     rows = metrics[(metrics["method"] == "vd") & metrics["epoch"].isin(epochs)]
     profile = layer_profile(rows, sizes=sizes) if len(rows) else pd.DataFrame({"epoch": [], "mean": []})
@@ -251,7 +330,15 @@ def accuracy_over_sparsity(
     rows: pd.DataFrame,  # metrics of one zoo and one method
     step: str,           # "level" or "epoch"
 ) -> pd.DataFrame:       # one row per step: sparsity and accuracy (means), low and high (5 % and 95 % of accuracy)
-    "One curve of Figure 5."
+    """One curve of Figure 5.
+
+    Args:
+        rows: metrics of one zoo and one method
+        step: "level" or "epoch"
+
+    Returns:
+        pd.DataFrame: one row per step: sparsity and accuracy (means), low and high (5 % and 95 % of accuracy)
+    """
     groups = rows.groupby(step)
     accuracy = groups["test_acc"]
     return pd.DataFrame({"sparsity": groups["sparsity"].mean(), "accuracy": accuracy.mean(), "low": accuracy.quantile(0.05), "high": accuracy.quantile(0.95)})
@@ -262,7 +349,16 @@ def printed_curve(
     zoo: str,               # name
     method: str,            # "mp" or "vd"
 ) -> pd.DataFrame:          # one row per level or epoch: sparsity, value (accuracy), doubtful
-    "One curve of Figure 5 as Tables 5 and 6 print it."
+    """One curve of Figure 5 as Tables 5 and 6 print it.
+
+    Args:
+        printed: cells, from reported.read_reported
+        zoo: name
+        method: "mp" or "vd"
+
+    Returns:
+        pd.DataFrame: one row per level or epoch: sparsity, value (accuracy), doubtful
+    """
     accuracy, sparsity = (printed_means(printed, zoo, method, metric) for metric in ("test_acc", "sparsity"))
     sparsity = accuracy.assign(value=accuracy.index, doubtful=False) if method == "mp" else sparsity
     both = sparsity.merge(accuracy, left_index=True, right_index=True, suffixes=("_sparsity", ""))
@@ -276,7 +372,15 @@ def draw_twins(
     printed: pd.DataFrame | None = None,  # cells, from reported.read_reported, to be drawn as rings
     **look,                 # color, or marker, that replaces the method's
 ) -> None:
-    "Draw the curves of both methods for one zoo, and of every selector."
+    """Draw the curves of both methods for one zoo, and of every selector.
+
+    Args:
+        ax: where to draw
+        metrics: of one zoo
+        band: whether to draw the spread
+        printed: cells, from reported.read_reported, to be drawn as rings
+        **look: color, or marker, that replaces the method's
+    """
     rows = with_selectors(metrics[last_epoch(metrics) | (metrics["method"] == "vd")])
     pruned = rows[rows["method"] == "mp"]
     looks, several = selector_looks(pruned["selector"].unique()), pruned["selector"].nunique() > 1
@@ -297,7 +401,15 @@ def spaced(
     wanted: Sequence[float],  # where labels should stand
     gap: float,               # the least distance between two
 ) -> np.ndarray:              # where they stand, in the same order
-    "Move labels apart as little as it takes, keeping their order."
+    """Move labels apart as little as it takes, keeping their order.
+
+    Args:
+        wanted: where labels should stand
+        gap: the least distance between two
+
+    Returns:
+        np.ndarray: where they stand, in the same order
+    """
     order, groups = np.argsort(wanted, kind="stable"), []
     for place in np.asarray(wanted, float)[order]:
         groups.append((place, 1))
@@ -313,7 +425,13 @@ def direct_labels(
     ends: dict[str, tuple[float, float]],  # zoo -> where its curve ends
     looks: dict[str, dict],                # zoo -> color and marker
 ) -> None:
-    "Write the zoos' names beside the panel, each joined to the end of its curve."
+    """Write the zoos' names beside the panel, each joined to the end of its curve.
+
+    Args:
+        ax: the panel
+        ends: zoo -> where its curve ends
+        looks: zoo -> color and marker
+    """
     places = spaced([y for _, y in ends.values()], gap=0.052 * np.ptp(ax.get_ylim()))
     for (zoo, end), place in zip(ends.items(), places):
         line = {"arrowstyle": "-", "color": looks[zoo]["color"], "linewidth": 0.7, "shrinkA": 0, "shrinkB": 3}
@@ -324,7 +442,14 @@ def direct_labels(
 def curve_end(
     metrics: pd.DataFrame,  # of one zoo
 ) -> tuple[float, float]:   # mean sparsity and mean accuracy
-    "Where the longer of a zoo's two curves ends: at its sparsest twins."
+    """Where the longer of a zoo's two curves ends: at its sparsest twins.
+
+    Args:
+        metrics: of one zoo
+
+    Returns:
+        tuple[float, float]: mean sparsity and mean accuracy
+    """
     last = metrics[last_epoch(metrics)]
     ends = last.groupby(["method", "level"], dropna=False)[["sparsity", "test_acc"]].mean()
     return tuple(ends.iloc[ends["sparsity"].argmax()])
@@ -335,7 +460,12 @@ def figure_5(
     metrics: pd.DataFrame,                # tidy metrics of one or more zoos
     printed: pd.DataFrame | None = None,  # cells, from reported.read_reported, to be drawn as rings
 ) -> Figure:
-    "Figure 5: mean accuracy over mean sparsity for both kinds of twins."
+    """Figure 5: mean accuracy over mean sparsity for both kinds of twins.
+
+    Args:
+        metrics: tidy metrics of one or more zoos
+        printed: cells, from reported.read_reported, to be drawn as rings
+    """
     zoos = list(metrics["zoo"].unique())
     metrics = metrics if len(zoos) == 1 else one_selector(metrics)
     looks = zoo_looks(zoos) if len(zoos) > 1 else {zoos[0]: {}}
@@ -362,7 +492,15 @@ def coefficient_text(
     x: pd.Series,  # one value per model
     y: pd.Series,  # another, in the same order
 ) -> str:          # one line
-    "Pearson's r and Kendall's tau with their intervals."
+    """Pearson's r and Kendall's tau with their intervals.
+
+    Args:
+        x: one value per model
+        y: another, in the same order
+
+    Returns:
+        str: one line
+    """
     found = correlate(x, y)
     parts = [f"{symbol} = {row.value:.2f} [{row.low:.2f}, {row.high:.2f}]" for symbol, row in zip("rτ", found.itertuples())]
     return "   ".join(parts) if found["value"].notna().all() else "too few different models for a correlation"
@@ -373,7 +511,13 @@ def draw_pairs(
     pairs: pd.DataFrame,  # from correlation.paired_accuracy
     **look,               # color and marker
 ) -> None:
-    "Draw originals against twins with the least-squares line and the diagonal."
+    """Draw originals against twins with the least-squares line and the diagonal.
+
+    Args:
+        ax: where to draw
+        pairs: from correlation.paired_accuracy
+        **look: color and marker
+    """
     ax.plot(pairs["before"], pairs["after"], **look | {"linestyle": ""}, alpha=0.65, markeredgecolor="white", markeredgewidth=0.4)
     if pairs["before"].nunique() > 2:
         ends = pairs["before"].agg(["min", "max"]).to_numpy()
@@ -385,7 +529,14 @@ def draw_pairs(
 def padded(
     values: np.ndarray,    # what is drawn
 ) -> tuple[float, float]:  # a little below and above
-    "Limits of an axis."
+    """Limits of an axis.
+
+    Args:
+        values: what is drawn
+
+    Returns:
+        tuple[float, float]: a little below and above
+    """
     low, high = float(np.min(values)), float(np.max(values))
     margin = 0.05 * (high - low) or 0.01
     return low - margin, high + margin
@@ -397,7 +548,13 @@ def figure_twins(
     level: float | None = None,    # as in tables.table_2
     target: float | None = None,   # as in tables.table_2
 ) -> Figure:
-    "Accuracy of every original against that of its twins; both panels have the same axes."
+    """Accuracy of every original against that of its twins; both panels have the same axes.
+
+    Args:
+        metrics: tidy metrics of one zoo
+        level: as in tables.table_2
+        target: as in tables.table_2
+    """
     zoo, (metrics, titles) = one_zoo(metrics), of_one_selector(metrics)
     states = choose_states(metrics, TABLE_2_STATES, level, target).set_index("method")
     found = {state.Index: paired_accuracy(metrics, state.Index, state.epoch, None if np.isnan(state.level) else state.level) for state in states.itertuples()}
@@ -421,7 +578,15 @@ def correlation_curve(
     metrics: pd.DataFrame,  # tidy metrics of one zoo
     method: str,            # "mp" or "vd"
 ) -> pd.DataFrame:          # sparsity (mean), coefficient, value, low, high, n; two rows per level or epoch
-    "Correlation between originals and twins for every level of magnitude pruning, or every epoch of variational dropout."
+    """Correlation between originals and twins for every level of magnitude pruning, or every epoch of variational dropout.
+
+    Args:
+        metrics: tidy metrics of one zoo
+        method: "mp" or "vd"
+
+    Returns:
+        pd.DataFrame: sparsity (mean), coefficient, value, low, high, n; two rows per level or epoch
+    """
     metrics = one_selector(metrics)
     rows = metrics[(metrics["method"] == method) & (last_epoch(metrics) | (method == "vd"))]
     parts = []
@@ -436,7 +601,11 @@ def correlation_curve(
 def figure_correlation(
     metrics: pd.DataFrame,  # tidy metrics of one zoo
 ) -> Figure:
-    "Pearson's r and Kendall's tau between the accuracies of originals and twins, over sparsity."
+    """Pearson's r and Kendall's tau between the accuracies of originals and twins, over sparsity.
+
+    Args:
+        metrics: tidy metrics of one zoo
+    """
     zoo, (metrics, titles) = one_zoo(metrics), of_one_selector(metrics)
     curves = {method: correlation_curve(metrics, method).dropna() for method in METHOD_TITLES}
     fig, axes = plt.subplots(1, 2, figsize=(WIDTH, HEIGHT), layout="constrained", sharey=True)
@@ -462,7 +631,16 @@ def agreement_range(
     worst: float,      # accuracy of the worst original
     best: float,       # accuracy of the best original
 ) -> tuple[np.ndarray, np.ndarray]:  # lowest and highest agreement
-    "The agreements that accuracies allow between twins and one of the originals."
+    """The agreements that accuracies allow between twins and one of the originals.
+
+    Args:
+        twin: accuracies of twins
+        worst: accuracy of the worst original
+        best: accuracy of the best original
+
+    Returns:
+        tuple[np.ndarray, np.ndarray]: lowest and highest agreement
+    """
     return np.maximum(0, twin + worst - 1), 1 - np.maximum(0, np.maximum(twin - best, worst - twin))
 
 # %% ../nbs/31_figures.ipynb #fff7efd1
@@ -473,14 +651,28 @@ ACCURACY_TICKS = np.array([1, 0.99, 0.98, 0.97, 0.96, 0.95, 0.9, 0.85, 0.8, 0.75
 def stretch(
     value: np.ndarray,  # accuracies or agreements
 ) -> np.ndarray:        # where they are drawn
-    "Give more room to values near 1."
+    """Give more room to values near 1.
+
+    Args:
+        value: accuracies or agreements
+
+    Returns:
+        np.ndarray: where they are drawn
+    """
     return -np.log10(BEYOND - np.asarray(value))
 
 
 def unstretch(
     place: np.ndarray,  # from stretch
 ) -> np.ndarray:        # accuracies or agreements
-    "The inverse of `stretch`."
+    """The inverse of `stretch`.
+
+    Args:
+        place: from stretch
+
+    Returns:
+        np.ndarray: accuracies or agreements
+    """
     return BEYOND - 10 ** -np.asarray(place)
 
 
@@ -489,7 +681,15 @@ def stretched_ticks(
     high: float,
     at_most: int,  # about so many
 ) -> list[float]:  # accuracies, descending
-    "Ticks within the limits that keep their distance; those of `ACCURACY_TICKS` if there are enough, else every percent."
+    """Ticks within the limits that keep their distance; those of `ACCURACY_TICKS` if there are enough, else every percent.
+
+    Args:
+        low: limits
+        at_most: about so many
+
+    Returns:
+        list[float]: accuracies, descending
+    """
     for ticks in (ACCURACY_TICKS, np.arange(100, -1, -1) / 100):
         kept = []
         for tick in ticks[(low <= ticks) & (high >= ticks)]:
@@ -503,7 +703,14 @@ def stretched_ticks(
 def stretched_limits(
     values: np.ndarray,  # what is drawn
 ) -> tuple[float, float]:  # a little below and above
-    "Limits of a stretched axis."
+    """Limits of a stretched axis.
+
+    Args:
+        values: what is drawn
+
+    Returns:
+        tuple[float, float]: a little below and above
+    """
     low, high = (float(stretch(value)) for value in (np.nanmin(values), np.nanmax(values)))
     margin = 0.05 * max(high - low, 0.5)
     return float(unstretch(low - margin)), float(unstretch(high + margin))
@@ -513,7 +720,12 @@ def stretch_axes(
     ax: Axes,                     # a panel
     limits: tuple[float, float],  # of both axes
 ) -> None:
-    "Set scale, limits and ticks of both axes, which are equal."
+    """Set scale, limits and ticks of both axes, which are equal.
+
+    Args:
+        ax: a panel
+        limits: of both axes
+    """
     ax.set_xscale("function", functions=(stretch, unstretch))
     ax.set_yscale("function", functions=(stretch, unstretch))
     ax.set(xlim=limits, ylim=limits)
@@ -531,7 +743,15 @@ def draw_agreement(
     originals: pd.Series,  # accuracies of the originals; may be empty
     limits: tuple[float, float],  # of both axes
 ) -> None:
-    "Draw agreement over accuracy, every twin a point."
+    """Draw agreement over accuracy, every twin a point.
+
+    Args:
+        ax: where to draw
+        rows: metrics of one zoo and one method
+        chosen: those of Table 1 among them
+        originals: accuracies of the originals; may be empty
+        limits: of both axes
+    """
     x = np.linspace(0, 1, 1001)
     ax.fill_between(x, *agreement_range(x, originals.min(), originals.max()), color="#e3e3e3", linewidth=0)
     marker = LOOKS[rows["method"].iloc[0]]["marker"]
@@ -549,7 +769,13 @@ def figure_agreement(
     level: float | None = None,    # as in tables.table_1
     target: float | None = None,   # as in tables.table_1
 ) -> Figure:
-    "Agreement of every twin with its original against the twin's accuracy."
+    """Agreement of every twin with its original against the twin's accuracy.
+
+    Args:
+        metrics: tidy metrics of one zoo
+        level: as in tables.table_1
+        target: as in tables.table_1
+    """
     zoo, (metrics, titles) = one_zoo(metrics), of_one_selector(metrics)
     chosen = rows_of_states(metrics, choose_states(metrics, TABLE_1_STATES, level, target))
     originals = metrics.loc[(metrics["method"] == "original") & last_epoch(metrics), "test_acc"]
@@ -580,7 +806,14 @@ def draw_individuals(
     table: pd.DataFrame,    # from individuals, the same models
     k: int,                 # how many on each side
 ) -> None:
-    "Draw all changes, the median, and the extremes with their factors below."
+    """Draw all changes, the median, and the extremes with their factors below.
+
+    Args:
+        ax: where to draw
+        changes: from accuracy_changes
+        table: from individuals, the same models
+        k: how many on each side
+    """
     varied = varied_factors(table)
     k = min(k, len(table) // 2)
     ax.plot(changes.columns, changes.T, color="#bbbbbb", linewidth=0.5, alpha=min(1, 40 / len(changes)), zorder=1)
@@ -600,7 +833,13 @@ def figure_individuals(
     models: pd.DataFrame | None = None,    # as in individuals
     k: int = 3,                            # how many of the friendliest and of the hardest models are highlighted
 ) -> Figure:
-    "Twin minus original for every model that had learned something, the friendliest and the hardest highlighted."
+    """Twin minus original for every model that had learned something, the friendliest and the hardest highlighted.
+
+    Args:
+        metrics: tidy metrics of one zoo
+        models: as in individuals
+        k: how many of the friendliest and of the hardest models are highlighted
+    """
     zoo, (metrics, titles) = one_zoo(metrics), of_one_selector(metrics)
     table = individuals(metrics, models)
     tall = 0.26 * k if len(varied_factors(table)) > 1 else 0
@@ -626,7 +865,14 @@ def figure_individuals(
 def layer_looks(
     sizes: dict[str, int],   # layer -> number of weights
 ) -> dict[str, dict]:        # layer, largest first -> color, marker, linestyle, label
-    "How each layer is drawn."
+    """How each layer is drawn.
+
+    Args:
+        sizes: layer -> number of weights
+
+    Returns:
+        dict[str, dict]: layer, largest first -> color, marker, linestyle, label
+    """
     order = sorted(sizes, key=sizes.get, reverse=True)
     colours = sns.color_palette("viridis", len(order)).as_hex()
     look = lambda i: {"color": colours[i], "marker": MARKERS[i % 10], "linestyle": ("-", "--", "-.", ":")[i % 4]}
@@ -640,7 +886,15 @@ def draw_layers(
     looks: dict,         # from layer_looks
     printed: pd.DataFrame | None = None,  # cells, from reported.read_reported, to be drawn as rings
 ) -> None:
-    "Draw one line with its band per layer."
+    """Draw one line with its band per layer.
+
+    Args:
+        ax: where to draw
+        rows: metrics of one zoo and one method
+        step: "level" or "epoch"
+        looks: from layer_looks
+        printed: cells, from reported.read_reported, to be drawn as rings
+    """
     for layer, look in looks.items():
         groups = rows.groupby(step)[f"sparsity_{layer}"]
         mean = groups.mean()
@@ -658,14 +912,21 @@ def figure_layers(
     printed: pd.DataFrame | None = None,     # cells, from reported.read_reported, to be drawn as rings
     sizes: dict[str, int] | None = None,     # layer -> number of weights; none: from the registry
 ) -> Figure:
-    "Sparsity of every layer over epochs of variational dropout and levels of magnitude pruning."
+    """Sparsity of every layer over epochs of variational dropout and levels of magnitude pruning.
+
+    Args:
+        metrics: tidy metrics of one zoo
+        printed: cells, from reported.read_reported, to be drawn as rings
+        sizes: layer -> number of weights; none: from the registry
+    """
     zoo, (metrics, titles) = one_zoo(metrics), of_one_selector(metrics)
     looks = layer_looks(sizes or layer_sizes(get_zoo(zoo).architecture))
     fig, axes = plt.subplots(1, 2, figsize=(WIDTH, HEIGHT), layout="constrained", sharey=True)
     rows = metrics[last_epoch(metrics) | (metrics["method"] == "vd")]
     for ax, method, step, label in zip(axes, ("vd", "mp"), ("epoch", "level"), ("Epoch", "Level (sparsity of the whole model)")):
         found = rows[rows["method"] == method]
-        draw_layers(ax, found, step, looks, printed) if len(found) else no_data(ax, titles[method].lower())
+        rings = printed if {"", own_name(zoo)} & {*found["selector"]} else None
+        draw_layers(ax, found, step, looks, rings) if len(found) else no_data(ax, titles[method].lower())
         ax.set(title=titles[method], xlabel=label, ylim=(-0.02, 1.02))
     first_drawn(axes).set_ylabel("Sparsity of the layer")
     axes[0].xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))

@@ -25,7 +25,16 @@ def accuracy_changes(
     metrics: pd.DataFrame,  # tidy metrics of one zoo
     method: str,            # "mp" or "vd"
 ) -> pd.DataFrame:          # a row per model, a column per level (after fine-tuning) or epoch: accuracy of the twin minus that of the original
-    "What every model that had learned something gains; empty where originals or twins are missing."
+    """What every model that had learned something gains; empty where originals or twins are missing.
+
+    Args:
+        metrics: tidy metrics of one zoo
+        method: "mp" or "vd"
+
+    Returns:
+        pd.DataFrame: a row per model, a column per level (after fine-tuning) or epoch: accuracy of the twin minus that
+            of the original
+    """
     metrics = one_selector(metrics)
     last = last_epoch(metrics)
     originals = metrics[(metrics["method"] == "original") & last].set_index("model")["test_acc"]
@@ -36,7 +45,14 @@ def accuracy_changes(
 def hardness(
     changes: pd.DataFrame,  # from accuracy_changes
 ) -> pd.Series:             # per model, from 0 to 1
-    "Mean rank of a model's loss over the steps with sparsity, scaled to 0 (always the smallest) to 1 (always the largest)."
+    """Mean rank of a model's loss over the steps with sparsity, scaled to 0 (always the smallest) to 1 (always the largest).
+
+    Args:
+        changes: from accuracy_changes
+
+    Returns:
+        pd.Series: per model, from 0 to 1
+    """
     sparse = changes.loc[:, changes.columns > 0]
     return ((sparse.rank(ascending=False) - 1) / max(len(sparse) - 1, 1)).mean(axis=1).rename("hardness")
 
@@ -45,7 +61,16 @@ def individuals(
     metrics: pd.DataFrame,                 # tidy metrics of one or more zoos
     models: pd.DataFrame | None = None,    # generating factors by `model`, of a zoo of one's own; none: from the registry
 ) -> pd.DataFrame:                         # zoo, method, model, hardness, original (accuracy), change (mean), seed and other factors; friendliest first
-    "How hard every model is to sparsify, with its generating factors."
+    """How hard every model is to sparsify, with its generating factors.
+
+    Args:
+        metrics: tidy metrics of one or more zoos
+        models: generating factors by `model`, of a zoo of one's own; none: from the registry
+
+    Returns:
+        pd.DataFrame: zoo, method, model, hardness, original (accuracy), change (mean), seed and other factors;
+            friendliest first
+    """
     parts = []
     for zoo, rows in metrics.groupby("zoo", sort=False):
         factors = model_table(ZOOS[zoo]) if models is None and zoo in ZOOS else models
@@ -64,7 +89,16 @@ def describe_model(
     row: pd.Series,          # of `individuals`
     varied: Sequence[str],   # factors that differ between the models
 ) -> str:                    # such as "model 3 (91.2 %): relu, seed 4" in lines that fit below a panel; "seed 4 (91.2 %)" where nothing else varies
-    "Name a model, the accuracy of its original, and its generating factors."
+    """Name a model, the accuracy of its original, and its generating factors.
+
+    Args:
+        row: of `individuals`
+        varied: factors that differ between the models
+
+    Returns:
+        str: such as "model 3 (91.2 %): relu, seed 4" in lines that fit below a panel; "seed 4 (91.2 %)" where nothing
+            else varies
+    """
     write = lambda name: f"{name}\u00a0{short_number(row[name]) if isinstance(row[name], float) else row[name]}" if name in ("seed", "lr", "wd", "dropout") else row[name]
     factors, accuracy = ", ".join(map(write, varied)), f"({100 * row['original']:.1f}\u00a0%)"
     return f"{factors} {accuracy}" if list(varied) == ["seed"] else fill(f"model {row['model']} {accuracy}" + (f": {factors}" if factors else ""), 48)
@@ -73,5 +107,12 @@ def describe_model(
 def varied_factors(
     table: pd.DataFrame,  # from individuals
 ) -> list[str]:           # their names, the seed last
-    "The generating factors that differ between models."
+    """The generating factors that differ between models.
+
+    Args:
+        table: from individuals
+
+    Returns:
+        list[str]: their names, the seed last
+    """
     return [name for name in (*FACTORS, "seed") if name in table and table[name].nunique() > 1]

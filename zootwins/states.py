@@ -17,7 +17,14 @@ from .metrics import with_selectors
 def last_epoch(
     metrics: pd.DataFrame,  # tidy metrics
 ) -> pd.Series:             # bool, one per row
-    "Whether a row is of the last epoch that its zoo has for the method."
+    """Whether a row is of the last epoch that its zoo has for the method.
+
+    Args:
+        metrics: tidy metrics
+
+    Returns:
+        pd.Series: bool, one per row
+    """
     return metrics["epoch"] == metrics.groupby(["zoo", "method"])["epoch"].transform("max")
 
 # %% ../nbs/30_states.ipynb #cc934d3e
@@ -38,7 +45,17 @@ def choose_states(
     level: float | None = None,                                            # instead, for all zoos
     target: float | None = None,                                           # of variational dropout; none: as printed, or the level
 ) -> pd.DataFrame:                                                         # zoo, method, selector, level, epoch, target: one row per state that the run has
-    "The twins that Tables 1 and 2 show."
+    """The twins that Tables 1 and 2 show.
+
+    Args:
+        metrics: tidy metrics of one or more zoos
+        states: zoo -> level, target sparsity
+        level: instead, for all zoos
+        target: of variational dropout; none: as printed, or the level
+
+    Returns:
+        pd.DataFrame: zoo, method, selector, level, epoch, target: one row per state that the run has
+    """
     chosen = []
     for zoo, rows in with_selectors(metrics).groupby("zoo", sort=False):
         printed = states.get(zoo, (OTHER_LEVEL, None)) if level is None else (level, None)
@@ -59,5 +76,13 @@ def rows_of_states(
     metrics: pd.DataFrame,  # tidy metrics
     states: pd.DataFrame,   # from choose_states
 ) -> pd.DataFrame:          # rows of the metrics, with `target`
-    "The metrics of the chosen twins."
+    """The metrics of the chosen twins.
+
+    Args:
+        metrics: tidy metrics
+        states: from choose_states
+
+    Returns:
+        pd.DataFrame: rows of the metrics, with `target`
+    """
     return with_selectors(metrics).merge(states, on=["zoo", "method", "selector", "level", "epoch"])

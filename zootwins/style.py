@@ -57,7 +57,14 @@ def style() -> Iterator[None]:
 def styled(
     draw: Callable[..., Figure],  # a function that makes a figure
 ) -> Callable[..., Figure]:       # the same in the shared style, closed to pyplot
-    "Draw in the shared style."
+    """Draw in the shared style.
+
+    Args:
+        draw: a function that makes a figure
+
+    Returns:
+        Callable[..., Figure]: the same in the shared style, closed to pyplot
+    """
     @wraps(draw)
     def _drawn(*arguments, **options) -> Figure:
         with style():
@@ -71,14 +78,25 @@ def styled(
 def zoo_looks(
     zoos: Sequence[str],   # names, in the order of their appearance
 ) -> dict[str, dict]:      # zoo -> color and marker; no two of the first hundred are alike
-    "How each zoo is drawn where a figure shows several."
+    """How each zoo is drawn where a figure shows several.
+
+    Args:
+        zoos: names, in the order of their appearance
+
+    Returns:
+        dict[str, dict]: zoo -> color and marker; no two of the first hundred are alike
+    """
     return {zoo: {"color": COLOURS[i % 10], "marker": MARKERS[(i + i // 10) % 10]} for i, zoo in enumerate(zoos)}
 
 # %% ../nbs/30_style.ipynb #af45068f
 def percent_axis(
     axis: Axis,  # an axis whose data are fractions
 ) -> None:
-    "Label an axis in percent, with as many decimals as its ticks need."
+    """Label an axis in percent, with as many decimals as its ticks need.
+
+    Args:
+        axis: an axis whose data are fractions
+    """
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{round(100 * value, 3):g}%"))
     axis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
 
@@ -88,7 +106,13 @@ def log_ticks(
     ticks: Sequence[float],  # where
     write: Callable,        # how
 ) -> None:
-    "Set the ticks of a logarithmic axis."
+    """Set the ticks of a logarithmic axis.
+
+    Args:
+        axis: a logarithmic axis
+        ticks: where
+        write: how
+    """
     axis.set_major_locator(FixedLocator(ticks))
     axis.set_minor_locator(FixedLocator([]))
     axis.set_major_formatter(FuncFormatter(lambda value, _: write(value)))
@@ -98,7 +122,12 @@ def heading(
     fig: Figure,  # or a part of one
     text: str,    # which zoo, how many models, how to read the figure
 ) -> None:
-    "Write the grey line above a figure."
+    """Write the grey line above a figure.
+
+    Args:
+        fig: or a part of one
+        text: which zoo, how many models, how to read the figure
+    """
     fig.suptitle(text, fontsize=9, color=GREY, x=0.005, ha="left")
 
 # %% ../nbs/30_style.ipynb #3c26a406
@@ -106,7 +135,12 @@ def no_data(
     ax: Axes,    # an empty panel
     what: str,   # what is missing
 ) -> None:
-    "Say in the panel that a run has no such data."
+    """Say in the panel that a run has no such data.
+
+    Args:
+        ax: an empty panel
+        what: what is missing
+    """
     ax.text(0.5, 0.5, f"no {what} in this run", transform=ax.transAxes, ha="center", va="center", color=GREY)
     ax.set_axis_off()
     if ax.get_subplotspec().is_first_col():
@@ -117,7 +151,14 @@ def no_data(
 def first_drawn(
     axes: Sequence[Axes],  # panels
 ) -> Axes:                 # the first that is not empty, or else the first
-    "The panel that carries what several panels share."
+    """The panel that carries what several panels share.
+
+    Args:
+        axes: panels
+
+    Returns:
+        Axes: the first that is not empty, or else the first
+    """
     return next((ax for ax in axes if ax.axison), axes[0])
 
 # %% ../nbs/30_style.ipynb #07e8bfe0
@@ -128,7 +169,14 @@ STEPS = {"mp": "level", "vd": "epoch"}
 def marker_steps(
     n: int,   # points of a curve
 ) -> int:     # 1, 5 or 10
-    "Every how many points a curve has a marker."
+    """Every how many points a curve has a marker.
+
+    Args:
+        n: points of a curve
+
+    Returns:
+        int: 1, 5 or 10
+    """
     return 1 if n <= 12 else 5 if n <= 30 else 10
 
 # %% ../nbs/30_style.ipynb #3270bf6e
@@ -138,7 +186,14 @@ def draw_spread(
     label: str,           # for the legend
     **look,               # color, linestyle, marker of the mean
 ) -> None:
-    "Draw a population's mean and spread of y over x."
+    """Draw a population's mean and spread of y over x.
+
+    Args:
+        ax: where to draw
+        rows: with model, x and y
+        label: for the legend
+        **look: color, linestyle, marker of the mean
+    """
     curves = rows.pivot(index="x", columns="model", values="y")
     low, fifth, ninetyfifth, high = curves.quantile([0, 0.05, 0.95, 1], axis=1).to_numpy()
     if curves.shape[1] <= FEW:
@@ -152,7 +207,14 @@ def draw_spread(
 def spread_note(
     counts: Sequence[int],  # of models, one for each population drawn by draw_spread
 ) -> str:                   # for a heading
-    "What lines and bands of `draw_spread` mean."
+    """What lines and bands of `draw_spread` mean.
+
+    Args:
+        counts: of models, one for each population drawn by draw_spread
+
+    Returns:
+        str: for a heading
+    """
     parts = ["bands: middle 90 % and range of the models"] * (max(counts) > FEW) + ["thin: single models"] * (1 < min(counts) <= FEW)
     return "; ".join(["Lines: means", *parts]) if max(counts) > 1 else "One model"
 
@@ -168,7 +230,18 @@ def printed_means(
     metric: str,            # "test_acc", "sparsity" or "ggap"
     layer: str = "",        # such as "conv1"; empty: the whole model
 ) -> pd.DataFrame:          # level or epoch -> value (a fraction) and doubtful; empty where nothing was printed
-    "Means that Tables 5 to 8 print of a zoo."
+    """Means that Tables 5 to 8 print of a zoo.
+
+    Args:
+        printed: cells, from reported.read_reported
+        zoo: name
+        method: "mp" (after fine-tuning) or "vd"
+        metric: "test_acc", "sparsity" or "ggap"
+        layer: such as "conv1"; empty: the whole model
+
+    Returns:
+        pd.DataFrame: level or epoch -> value (a fraction) and doubtful; empty where nothing was printed
+    """
     step = STEPS[method]
     rows = printed[printed["table"].between(5, 8) & (printed["zoo"] == zoo) & (printed["method"] == method)]
     rows = rows[(rows["metric"] == metric) & (rows["layer"] == layer) & rows["mean"].notna()]
@@ -182,7 +255,13 @@ def draw_printed(
     x: Sequence[float],    # where the numbers belong
     found: pd.DataFrame,   # value and doubtful, as from printed_means
 ) -> None:
-    "Draw printed means as hollow rings, paler where another table contradicts them."
+    """Draw printed means as hollow rings, paler where another table contradicts them.
+
+    Args:
+        ax: where to draw
+        x: where the numbers belong
+        found: value and doubtful, as from printed_means
+    """
     for (label, colour), chosen in zip(RINGS.items(), (~found["doubtful"], found["doubtful"])):
         if chosen.any():
             ax.plot(np.asarray(x, float)[chosen], found["value"][chosen], **RING, markeredgecolor=colour, gid=label)
@@ -191,7 +270,14 @@ def draw_printed(
 def printed_handles(
     fig: Figure,       # with or without rings
 ) -> list[Line2D]:     # one for each kind of ring that was drawn
-    "What a legend says of the rings."
+    """What a legend says of the rings.
+
+    Args:
+        fig: with or without rings
+
+    Returns:
+        list[Line2D]: one for each kind of ring that was drawn
+    """
     drawn = {line.get_gid() for ax in fig.axes for line in ax.lines}
     return [Line2D([], [], **RING, markeredgecolor=colour, label=label) for label, colour in RINGS.items() if label in drawn]
 
@@ -203,7 +289,11 @@ METADATA = {".png": {"Software": None}, ".pdf": {"CreationDate": None, "Creator"
 def few_colours(
     path: Path | str,  # of a PNG file, which is replaced
 ) -> None:
-    "Store a picture with 256 colours, which takes a third of the space."
+    """Store a picture with 256 colours, which takes a third of the space.
+
+    Args:
+        path: of a PNG file, which is replaced
+    """
     with Image.open(path) as picture:
         fewer = picture.convert("RGB").quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     fewer.save(path, "PNG", optimize=True)
@@ -214,7 +304,13 @@ def save_figure(
     path: Path | str,  # such as "figures/usps_seed/figure_2.png"
     formats: Collection[str] | None = None,  # instead of the path's own: those of png, pdf and svg are written
 ) -> None:
-    "Save a figure, whole or not at all; raises `UserError` for another file type."
+    """Save a figure, whole or not at all; raises `UserError` for another file type.
+
+    Args:
+        fig: what to save
+        path: such as "figures/usps_seed/figure_2.png"
+        formats: instead of the path's own: those of png, pdf and svg are written
+    """
     for target in in_formats(path, FIGURE_FORMATS, formats):
         with style(), atomic_path(target) as temporary:
             fig.savefig(temporary, dpi=DPI[target.suffix], metadata=METADATA[target.suffix])
