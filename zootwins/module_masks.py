@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WRAPPERS', 'COMPILED', 'ModuleScores', 'unwrapped', 'plain_state', 'prunable_weights', 'snip_saliency',
-           'choose_masks', 'check_fit', 'sparsity', 'sparsity_table', 'enforce', 'holding', 'revived', 'save_masks',
-           'load_masks']
+           'filter_norms', 'choose_masks', 'check_fit', 'sparsity', 'sparsity_table', 'enforce', 'holding', 'revived',
+           'save_masks', 'load_masks']
 
 # %% ../nbs/71_module_masks.ipynb #56053c01
 import threading
@@ -24,7 +24,7 @@ from .core import UserError, atomic_path, one_line
 from .datasets import Images
 from .networks import logits_of
 from .population import Population
-from .selectors import SNIP_IMAGES, Selector, get_selector, prune
+from .selectors import SNIP_IMAGES, Selector, get_selector, layerwise_counts, prune
 from .untrusted import ordinary_size
 
 # %% ../nbs/71_module_masks.ipynb #d82691a8
@@ -120,7 +120,17 @@ def snip_saliency(
         layer.training = mode
     return {name: (weight * gradient).abs().detach() for (name, weight), gradient in zip(weights.items(), gradients)}
 
-# %% ../nbs/71_module_masks.ipynb #7a8e33b8
+# %% ../nbs/71_module_masks.ipynb #36353774
+def filter_norms(
+    module: nn.Module,     # any
+    data: object = None,   # not used
+) -> dict[str, Tensor]:    # name of a convolution's weight -> float [filters]
+    "The Euclidean norm of every filter (paper, Appendix A.2); layers that are no convolutions are left alone."
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    own = {id(layer.weight) for layer in unwrapped(module).modules() if isinstance(layer, kinds)}
+    return {name: w.detach().flatten(1).norm(dim=1) for name, w in prunable_weights(module).items() if id(w) in own}
+
+# %% ../nbs/71_module_masks.ipynb #5e6fb751
 ModuleScores = Callable[[nn.Module, object], Mapping[str, Tensor]]
 
 
@@ -137,7 +147,9 @@ def _selector_for(
     data: object,                             # for selectors that look at data
 ) -> Selector:                                # of a population of one
     "Make a selector of populations of one that looks at the module."
-    scores = snip_saliency if selector == "snip" else selector
+    scores, rule = {"snip": (snip_saliency, None), "filters": (filter_norms, layerwise_counts)}.get(
+        selector if isinstance(selector, str) else "", (selector, None)
+    )
     if isinstance(scores, (str, Selector)):
         return get_selector(scores)
 
@@ -145,7 +157,7 @@ def _selector_for(
         "Scores as the selectors give them."
         return {_key(name): found.detach().cpu()[None] for name, found in scores(module, data).items()}
 
-    return Selector(getattr(scores, "__name__", "own"), of_one)
+    return Selector(getattr(scores, "__name__", "own"), of_one, rule)
 
 
 def choose_masks(
@@ -157,6 +169,8 @@ def choose_masks(
     seed: int = 0,                # for random pruning
 ) -> dict[str, Tensor]:           # name -> bool on the CPU, True where a weight stays
     "Choose which weights of a module stay; raises `UserError` as `selectors.prune` does, and for NaN."
+    if hasattr(selector, "masks"):  # it chooses by itself, such as filters.FilterChains
+        return selector.masks(module, level, earlier)
     weights = {name: weight.detach().cpu() for name, weight in prunable_weights(module).items()}
     if broken := [name for name, weight in weights.items() if not weight.isfinite().all()]:
         raise UserError(f"{broken[0]} has weights that are infinite or not a number: the model has diverged; "

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'Rates', 'augmented', 'TrainSettings', 'Rule', 'save_progress', 'load_progress', 'train_epoch',
-           'state_digest', 'train_network', 'images_of', 'Trainer']
+           'state_digest', 'train_network', 'shrunk', 'images_of', 'Trainer']
 
-# %% ../nbs/72_retraining.ipynb #7e360b86
+# %% ../nbs/72_retraining.ipynb #1741e640
 import json
 import pickle
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import safetensors.torch
@@ -255,6 +255,18 @@ def train_network(
         if checkpoint:
             save_progress(Path(checkpoint), module, optimizer, rule, told | {"training": name, "epoch": epoch})
     return module.cpu()
+
+# %% ../nbs/72_retraining.ipynb #a58d023b
+def shrunk(
+    images: Images,  # a data set
+    factor: int,     # 2: half the height and width
+) -> Images:         # means over squares of so many pixels
+    "Make all images smaller; raises `UserError` where they cannot be divided."
+    side = images.x_train.shape[-1]
+    if factor < 1 or side % factor:
+        raise UserError(f"Images of {side} pixels cannot be made smaller by {factor}: give a factor that divides {side}.")
+    parts = {name: F.avg_pool2d(getattr(images, name), factor) for name in ("x_train", "x_val", "x_test")}
+    return replace(images, name=f"{images.name}, {side // factor} pixels", **parts)
 
 # %% ../nbs/72_retraining.ipynb #50aaf6aa
 _loaded: dict[bytes, Images] = {}  # by what loads them; the last alone
