@@ -6,7 +6,7 @@
 __all__ = ['LEARNING_STEPS', 'LEARNING_RATE', 'MergeRule', 'WALL', 'Retrain', 'RATES', 'SMS_ROWS', 'check_same_masks',
            'average_modules', 'greedy_coefficients', 'learned_coefficients', 'merge_coefficients', 'barrier_of',
            'merge_modules', 'Copy', 'retrain_copy', 'identity_of', 'copy_name', 'make_copies', 'ModulePhase',
-           'ModuleSoup', 'copy_seed', 'phase_rows', 'soup', 'repruned', 'compare_soups']
+           'ModuleSoup', 'copy_seed', 'phase_rows', 'soup', 'repruned', 'related_runs', 'compare_runs']
 
 # %% ../nbs/73_module_soups.ipynb #c0c50d00
 import copy
@@ -280,6 +280,7 @@ def make_copies(
 ) -> list[nn.Module]:                    # in the order of the tasks, on the CPU
     "Retrain what is not there yet; raises what a worker raises, with everything kept that is finished."
     names = [copy_name(task, identity_of(task.retrain)) for task in tasks] if folder else [""] * len(tasks)
+    tasks = [_checkpointed(task, folder, name) for task, name in zip(tasks, names)]
     states = [_kept(folder, name) for name in names]
     missing, backs = [i for i, state in enumerate(states) if state is None], 0
     for i, (state, back) in _carried_out([tasks[i] for i in missing], workers):
@@ -288,6 +289,7 @@ def make_copies(
             task = tasks[missing[i]]
             settings = {"seed": task.seed, **asdict(task.rates), "sparsity": sparsity(task.masks)}
             add_file(folder, names[missing[i]], archive({name: t.contiguous() for name, t in state.items()}, settings))
+            (folder / "parts" / f"{names[missing[i]]}.safetensors").unlink(missing_ok=True)
     if backs:
         warnings.warn(f"{backs} pruned weights had come back and were pruned again: retrain has to train the model that it "
                       "is given, or to keep pruned weights at zero itself.", stacklevel=3)
@@ -306,6 +308,17 @@ def _kept(
         with opened(path) as file:
             return {key: file.get_tensor(key) for key in file.keys()}
     return None
+
+
+def _checkpointed(
+    task: Copy,
+    folder: Path | None,  # where copies are kept
+    name: str,            # of the copy
+) -> Copy:
+    "Let the plain trainer leave its progress behind after every epoch."
+    if folder is None or not isinstance(task.retrain, Trainer):
+        return task
+    return replace(task, retrain=replace(task.retrain, checkpoint=str(folder / "parts" / f"{name}.safetensors")))
 
 
 def _carried_out(
@@ -564,33 +577,42 @@ def _named(
     found = table[table["row"].isin(list(names))]
     return found.assign(row=found["row"].map(names), merge=merge)[["phase", "sparsity", "row", "merge", "test_acc"]]
 
-# %% ../nbs/73_module_soups.ipynb #99e8abfa
+# %% ../nbs/73_module_soups.ipynb #43cf47c6
 SMS_ROWS = {"soup": "SMS", "best candidate": "best candidate", "mean candidate": "mean candidate",
             "best by validation": "best by validation", "ensemble": "ensemble"}
 
 
-def compare_soups(
+def related_runs(
     model: nn.Module,       # trained
-    data: Data,             # test images judge
+    data: Data,             # judge
     level: float,           # sparsity after the last phase
     phases: int,            # how many
     m: int,                 # copies
     rates: Rates,           # of every phase
     merges: Sequence[str] = ("uniform", "greedy"),  # some of averaging.MERGES
-    seed: int = 0,          # tells this model from others
-    **how: object,          # further arguments of `soup`: retrain, selector, settings, folder, workers
-) -> pd.DataFrame:          # row, merge, m, level, phase, sparsity, model, test_acc, as from soups.story_table
-    "All rows of Table 1 for one model; IMP-RePrune where there is more than one phase."
-    make = functools.partial(soup, model, data, level, phases, seed=seed, **how)
-    frames = [_named(make(m=m, rates=rates, merge=merge).table, SMS_ROWS, merge) for merge in merges]
-    count = m if phases > 1 else 1
-    apart = [make(m=[i], rates=rates) for i in range(count)]
-    frames.append(_named(apart[0].table, {"soup": "IMP"}, ""))
-    frames.append(_named(make(m=1, rates=replace(rates, epochs=m * rates.epochs)).table, {"soup": "IMP_mx"}, ""))
-    if phases > 1:
-        mean = repruned([run.model for run in apart], level, how.get("selector", "global"), data, seed)
-        one = frames[-1].tail(1).assign(row="IMP-RePrune", test_acc=evaluate(mean, data)["accuracy"])
-        frames.append(one)
-    levels = dict(enumerate(sparsity_per_phase(level, phases), start=1))
+    **how: object,          # further arguments of `soup`: retrain, selector, seed, settings, folder, workers
+) -> dict[str, ModuleSoup]:  # by merge; "IMP", and with several phases "IMP 1" and so on; "IMP_mx"
+    "All that Table 1 compares; runs that are made apart only where there is more than one phase."
+    make = functools.partial(soup, model, data, level, phases, **how)
+    runs = {merge: make(m=m, rates=rates, merge=merge) for merge in merges}
+    runs |= {f"IMP {i}" if i else "IMP": make(m=[i], rates=rates) for i in range(m if phases > 1 else 1)}
+    return runs | {"IMP_mx": make(m=1, rates=replace(rates, epochs=m * rates.epochs))}
+
+# %% ../nbs/73_module_soups.ipynb #cbba523b
+def compare_runs(
+    runs: Mapping[str, ModuleSoup],  # from related_runs
+    data: Data,                      # judge
+    selector: str | Selector | ModuleScores = "global",  # as in the runs
+    seed: int = 0,                   # tells this model from others
+) -> pd.DataFrame:                   # row, merge, m, level, phase, sparsity, model, test_acc, as from soups.story_table
+    "The rows of Table 1 for one model; IMP-RePrune where there is more than one phase."
+    apart = [run.model for name, run in runs.items() if name.split()[0] == "IMP"]
+    frames = [_named(run.table, SMS_ROWS, merge) for merge, run in runs.items() if merge in MERGES]
+    frames += [_named(runs[name].table, {"soup": name}, "") for name in ("IMP", "IMP_mx")]
+    phases, m = runs["IMP"].phases, len(next(iter(runs.values())).phases[0].candidates)
+    if len(apart) > 1:
+        mean = repruned(apart, phases[-1].level, selector, data, seed)
+        frames.append(frames[-1].tail(1).assign(row="IMP-RePrune", test_acc=evaluate(mean, data)["accuracy"]))
     table = pd.concat(frames, ignore_index=True)
-    return table.assign(m=m, level=level, model=seed, sparsity=table["phase"].map(levels))
+    asked = table["phase"].map({phase.number: phase.level for phase in phases})
+    return table.assign(m=m, level=phases[-1].level, model=seed, sparsity=asked)
