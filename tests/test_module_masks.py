@@ -64,7 +64,7 @@ def test_phases_are_nested_and_their_counts_exact(selector):
         wanted = total - round(level * total)
         by_layer = sum(mask.numel() - round(level * mask.numel()) for mask in masks.values())
         assert kept == (by_layer if selector == "layerwise" else wanted)
-        assert sparsity(masks) == 1 - kept / total
+        assert sparsity(masks) == (total - kept) / total
         assert earlier is None or all((masks[name] <= earlier[name]).all() for name in masks)
         earlier = masks
 

@@ -199,12 +199,12 @@ def check_fit(
             "(bool, by names such as conv.weight): choose masks anew with module_masks.choose_masks."
         )
 
-# %% ../nbs/71_module_masks.ipynb #3f15304d
+# %% ../nbs/71_module_masks.ipynb #66636cc3
 def sparsity(
     masks: Mapping[str, Tensor],  # name -> bool
 ) -> float:                       # a fraction of prunable weights
     "The share of prunable weights that are gone."
-    return 1 - sum(int(mask.sum()) for mask in masks.values()) / sum(mask.numel() for mask in masks.values())
+    return sum(int((~mask).sum()) for mask in masks.values()) / sum(mask.numel() for mask in masks.values())
 
 
 def sparsity_table(

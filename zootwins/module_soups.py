@@ -131,12 +131,14 @@ def learned_coefficients(
     states = [module.state_dict() for module in modules]
     floating = [name for name, tensor in states[0].items() if tensor.is_floating_point()]
     stacked = {name: torch.stack([state[name] for state in states]) for name in floating}
+    learned = dict(modules[0].named_parameters())  # statistics cannot be differentiated
     device, pieces = stacked[floating[0]].device, list(batches(data, "val"))
     z = torch.zeros(len(modules), device=device, requires_grad=True)
     optimizer, module = torch.optim.Adam([z], LEARNING_RATE), copy.deepcopy(modules[0]).eval()
     for step in range(LEARNING_STEPS):
         inputs, named, labels = pieces[step % len(pieces)]
-        mixed = {name: torch.tensordot(z.softmax(0), tensor, 1) for name, tensor in stacked.items()}
+        share = z.softmax(0)
+        mixed = {name: torch.tensordot(share if name in learned else share.detach(), tensor, 1) for name, tensor in stacked.items()}
         scores = logits_of(functional_call(module, mixed, tuple(x.to(device) for x in inputs), named))
         optimizer.zero_grad()
         F.cross_entropy(scores, labels.to(device)).backward()
@@ -195,7 +197,7 @@ def merge_modules(
     if data is not None:
         part = "val" if _has(data, "val") else "train"
         wall = barrier_of(mixed, modules, data, part)
-        if wall["accuracy"] > WALL:
+        if wall["accuracy"] > WALL and wall["loss"] > 0:
             warnings.warn(
                 f"These {len(modules)} models can hardly be averaged: the soup is {100 * wall['accuracy']:.1f} points less "
                 f"accurate than they are on average, behind a barrier of {wall['loss']:.3g} in the loss; "
@@ -546,8 +548,8 @@ def _warn_of_wall(
         return
     by_row = rows.set_index("row")
     lost = by_row.at["mean candidate", f"{part}_acc"] - by_row.at["soup", f"{part}_acc"]
-    if lost > WALL:
-        higher = by_row.at["soup", f"{part}_loss"] - by_row.at["mean candidate", f"{part}_loss"]
+    higher = by_row.at["soup", f"{part}_loss"] - by_row.at["mean candidate", f"{part}_loss"]
+    if lost > WALL and higher > 0:
         warnings.warn(f"In phase {number} the copies can hardly be averaged: the soup is {100 * lost:.1f} points less accurate "
                       f"than they are on average, behind a barrier of {higher:.3g} in the loss; "
                       "prune less per phase, retrain at lower rates, or merge greedily.", stacklevel=3)
