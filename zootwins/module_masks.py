@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['WRAPPERS', 'COMPILED', 'ModuleScores', 'unwrapped', 'plain_state', 'prunable_weights', 'snip_saliency',
-           'filter_norms', 'choose_masks', 'check_fit', 'sparsity', 'sparsity_table', 'enforce', 'holding', 'revived',
-           'save_masks', 'load_masks']
+           'filter_norms', 'choose_masks', 'check_fit', 'Pattern', 'sparsity', 'sparsity_table', 'enforce', 'holding',
+           'revived', 'save_masks', 'load_masks']
 
-# %% ../nbs/71_module_masks.ipynb #56053c01
+# %% ../nbs/71_module_masks.ipynb #2aa0c769
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -22,6 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .core import UserError, atomic_path, one_line
 from .datasets import Images
+from .magnitude import keep_highest
 from .networks import logits_of
 from .population import Population
 from .selectors import SNIP_IMAGES, Selector, get_selector, layerwise_counts, prune
@@ -198,6 +200,32 @@ def check_fit(
             f"These masks are not of this model: {wrong[0]} and {len(wrong) - 1} more differ in name, shape or type "
             "(bool, by names such as conv.weight): choose masks anew with module_masks.choose_masks."
         )
+
+# %% ../nbs/71_module_masks.ipynb #58049589
+@dataclass(frozen=True)
+class Pattern:
+    "A selector that keeps `kept` of every `group` consecutive inputs, such as 2 of 4 (Mishra et al. 2021)."
+
+    kept: int = 2   # of every group, by magnitude
+    group: int = 4  # consecutive inputs; layers whose inputs cannot be divided stay dense
+
+    def masks(
+        self,
+        module: nn.Module,  # trained
+        level: float,       # has to be 1 - kept / group
+        earlier: Mapping[str, Tensor] | None = None,  # masks of the phase before
+    ) -> dict[str, Tensor]:  # name -> bool, True where a weight stays
+        "Choose; raises `UserError` for another level."
+        if not 0 < self.kept < self.group or abs(level - (1 - self.kept / self.group)) > 1e-9:
+            raise UserError(f"{self.kept} of {self.group} is a level of {1 - self.kept / self.group:.4g} and no other: "
+                            f"prune by that, not by {level:.4g}, or choose another pattern.")
+        masks = {}
+        for name, weight in prunable_weights(module).items():
+            score, mask = weight.detach().abs().cpu().movedim(1, -1), torch.ones(weight.shape, dtype=torch.bool)
+            if weight.shape[1] % self.group == 0:
+                mask = keep_highest(score.reshape(-1, self.group), self.kept).reshape(score.shape).movedim(-1, 1).contiguous()
+            masks[name] = mask & earlier[name] if earlier else mask
+        return masks
 
 # %% ../nbs/71_module_masks.ipynb #66636cc3
 def sparsity(

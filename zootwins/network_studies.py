@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ONE_SHOT', 'FILTERS', 'FAST', 'STUDIES', 'Part', 'Study', 'study_images', 'dense_model', 'part_rows', 'study_rows',
-           'study_cells', 'main']
+           'study_cells', 'toy_study', 'main']
 
 # %% ../nbs/78_network_studies.ipynb #eb9a6680
 import argparse
@@ -157,7 +157,16 @@ def study_cells(
              for (table, pruning), each in rows.groupby(["table", "pruning"])]
     return pd.concat(found, ignore_index=True)
 
-# %% ../nbs/78_network_studies.ipynb #371fbb85
+# %% ../nbs/78_network_studies.ipynb #ad3991c8
+def toy_study(
+    study: Study,  # any
+) -> Study:        # the same parts
+    "A narrow net on few digits for an epoch or two, on the processor: to see that everything runs."
+    settings = replace(study.settings, batch_size=64, amp=False, device="cpu")
+    return replace(study, title=f"{study.title}, as a toy", network="resnet8", dataset="digits", size=28, factor=2, n_train=192,
+                   n_val=64, n_test=64, epochs=2, retrain_epochs=1, m=2, settings=settings)
+
+
 def main(
     arguments: Sequence[str] | None = None,  # of the command line
 ) -> int:                                    # 0: all is there
@@ -167,14 +176,13 @@ def main(
     parser.add_argument("folder", help="for the study's files")
     parser.add_argument("--seeds", default="0", help="of the dense models, such as 0,1,2")
     parser.add_argument("--device", help="cpu or cuda; the study's own if none is given")
-    parser.add_argument("--toy", action="store_true", help="a few images and epochs, to see that everything runs")
+    parser.add_argument("--toy", action="store_true", help="a narrow net on few digits, to see that everything runs")
     told = parser.parse_args(arguments)
     try:
         study = STUDIES[check_name(told.study, STUDIES, "study")]
         if not all(word.isdigit() for word in told.seeds.split(",")):
             raise UserError(f"{told.seeds!r} are no seeds: give numbers, such as 0,1,2.")
-        if told.toy:
-            study = replace(study, epochs=2, retrain_epochs=1, n_train=256, n_val=64, n_test=64, m=2)
+        study = toy_study(study) if told.toy else study
         device = told.device or study.settings.device
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise UserError(f"The study {told.study} is for a GPU, and there is none here: give --device cpu, which takes days, "
