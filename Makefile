@@ -6,11 +6,12 @@ N ?= 100
 LEVELS ?=
 METHODS ?=
 WORKERS ?=
+FORMATS ?=
 NOTEBOOK ?= run_zoo
 VENV := .venv
 BIN := $(VENV)/bin
 RUNS ?= runs
-LONG := ^(paper|19_averaging|44_soups|50_bench|51_bench_published|52_costs)
+LONG := ^(paper_appendix|19_averaging|44_soups|50_bench|51_bench_published|52_costs)
 SCRATCH := scratch=$$(mktemp -d) && trap 'rm -rf $$scratch' EXIT && ZOOTWINS_STORE=$$scratch/zoos ZOOTWINS_FIGURES=$$scratch/figures OMP_NUM_THREADS=1
 
 export MPLBACKEND := Agg
@@ -30,7 +31,7 @@ run: $(VENV)/ready
 	@mkdir -p "$(RUNS)"
 	@figures="$${ZOOTWINS_FIGURES:-runs}/$(ZOO)"; log="$(RUNS)/$(ZOO).log"; set -o pipefail; \
 	ZOOTWINS_BARS=text $(BIN)/python -m papermill nbs/run_zoo.ipynb "$(RUNS)/$(ZOO).unfinished.ipynb" -p zoo "$(ZOO)" -p n_models "$(N)" \
-		$(if $(LEVELS),-r levels "$(LEVELS)") $(if $(METHODS),-r methods "$(METHODS)") $(if $(WORKERS),-r workers "$(WORKERS)") --kernel python3 \
+		$(if $(LEVELS),-r levels "$(LEVELS)") $(if $(METHODS),-r methods "$(METHODS)") $(if $(WORKERS),-r workers "$(WORKERS)") $(if $(FORMATS),-r formats "$(FORMATS)") --kernel python3 \
 		--no-progress-bar --stdout-file /dev/null --stderr-file /dev/fd/3 3>&1 >"$$log" 2>&1 | (trap '' INT; cat >&2) && test -f "$$figures/run.json" \
 		|| { grep -aE '^[A-Za-z.]+(Error|Interrupt)\b|^Interrupted:' "$$log" | tail -n 1 >&2; echo "The run of $(ZOO) did not end well; more is in $$log" >&2; exit 1; }; \
 	mv "$(RUNS)/$(ZOO).unfinished.ipynb" "$(RUNS)/$(ZOO).ipynb" && rm "$$log" && \
@@ -42,10 +43,12 @@ keep: $(VENV)/ready
 	@mkdir -p "figures/$(ZOO)" && cp "runs/$(ZOO)"/*.{csv,png,parquet,json} "figures/$(ZOO)/"
 	@git status --short "figures/$(ZOO)"
 
-# The paper's collected tables and figures, and the diagrams, from the kept runs.
+# The paper's collected tables and figures, the diagrams, and the numbers in its prose, from the kept runs.
 paper: $(VENV)/ready
 	$(BIN)/python -m zootwins.claims figures
-	ZOOTWINS_FIGURES="$(CURDIR)/figures" $(BIN)/jupyter nbconvert --to notebook --execute --inplace nbs/35_diagrams.ipynb nbs/paper.ipynb
+	ZOOTWINS_FIGURES="$(CURDIR)/figures" $(BIN)/jupyter nbconvert --to notebook --execute --inplace nbs/35_diagrams.ipynb nbs/paper_appendix.ipynb
+	$(BIN)/python -m zootwins.kept figures nbs/paper.ipynb nbs/paper_appendix.ipynb
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace nbs/paper.ipynb
 	$(BIN)/nbdev_clean
 
 test: clean-check export-check readme-check notebooks lint pytest

@@ -9,7 +9,7 @@ from setuptools.command.build_py import build_py
 config = ConfigParser(delimiters=["="])
 config.read("settings.ini", encoding="utf-8")
 settings = config["DEFAULT"]
-extras = {name: settings[f"{name}_requirements"].split() for name in ("dask", "ray", "dev")}
+extras = {name: settings[f"{name}_requirements"].split() for name in ("dask", "ray", "hub", "graphs", "dev")}
 NOTEBOOKS = ("run_zoo.ipynb",)  # that the command line runs; in a checkout it finds them in nbs/
 
 
@@ -41,7 +41,7 @@ setup(
     extras_require=extras | {"dev": extras["dev"] + extras["dask"]},
     cmdclass={"build_py": BuildWithNotebooks},
     packages=find_packages(include=["zootwins", "zootwins.*"]),
-    package_data={"zootwins": ["*.cpp", "*.cu", "*.h", "*.csv"]},
+    package_data={"zootwins": ["*.cpp", "*.cu", "*.h", "*.csv", "py.typed"]},
     include_package_data=True,
     entry_points={
         "nbdev": [f"{settings['lib_name']}={settings['lib_path']}._modidx:d"],

@@ -1,4 +1,5 @@
 """What is kept and what README says, made again from the metrics: a number that was changed by hand does not pass."""
+import json
 import re
 from io import StringIO
 from pathlib import Path
@@ -9,6 +10,8 @@ import pytest
 
 from zootwins.claims import CLAIMS, tables_of
 from zootwins.comparison import COMPARED, TESTED, beside_print, compare, headline, side_by_side
+from zootwins.core import UserError, read_json
+from zootwins.kept import TOLD, Kept, fact, fill, refill, written
 from zootwins.metrics import read_metrics
 from zootwins.reported import reported
 from zootwins.tables import all_tables, mean_std, zoo_title
@@ -62,8 +65,6 @@ def test_kept_tables_follow_from_the_metrics(zoo, made):
     assert {"table_1", "table_2", "table_5", "table_6", "table_7", "table_8", "table_9", "claims"} <= set(made[zoo]) and ("comparison" in made[zoo]) == ZOOS[zoo].in_paper
     wrong = {name: differences(pd.read_csv(ROOT / "figures" / zoo / f"{name}.csv"), saved(table.numbers)) for name, table in made[zoo].items()}
     assert not any(wrong.values()), wrong
-    texts = {name: (ROOT / "figures" / zoo / f"{name}.md").read_text(encoding="utf-8") for name in made[zoo]}
-    assert all(texts[name] == table.to_markdown() for name, table in made[zoo].items())
 
 
 def test_the_papers_tables_follow_from_the_metrics(metrics, made, comparison):
@@ -166,3 +167,97 @@ def test_readme_counts_the_cells_that_differ(comparison):
         for count, correlations in re.findall(rf"Of the (\d+) cells that {word}, (\d+) are correlations", text):
             off = tested[tested[column] == ("differs" if column == "first" else "different")]
             assert (int(count), int(correlations)) == (len(off), ((off["table"] == 2) & (off["method"] == "mp")).sum())
+
+
+# --- the paper's prose
+
+PROSE = [(name, cell["id"], "".join(cell["source"])) for name in ("paper", "paper_appendix")
+         for cell in read_json(ROOT / "nbs" / f"{name}.ipynb")["cells"] if cell["cell_type"] == "markdown"]
+UNKEYED = {
+    "settings and levels": "2,416 2,560 1,000 15 25 3e-4 1e-3 0 50 60 70 80 90", "rules": "5 20 60 95 1.96",
+    "printed, and tested in test_reported": "75.1 73.8 72.8 33,920 23,920 1,721,600 1,726,000 14 200",
+}  # what a sentence may say without a key: nothing that a run has found
+
+
+@pytest.fixture(scope="module")
+def kept():
+    return Kept(ROOT / "figures")
+
+
+@pytest.fixture(scope="module")
+def facts(kept):
+    return {found["key"]: fact(kept, found["key"]) for _, _, text in PROSE for found in TOLD.finditer(text)}
+
+
+def false_numbers(text, facts):
+    "Numbers and verdicts of a sentence that their keys do not give."
+    return [found[0] for found in TOLD.finditer(text) if written(facts[found["key"]], found["text"]) != found["text"]]
+
+
+def test_the_prose_says_what_the_metrics_say(facts):
+    assert not [false for _, _, text in PROSE for false in false_numbers(text, facts)] and len(facts) > 100
+    assert all(text.count("<!--") == len(TOLD.findall(text)) for _, _, text in PROSE)
+
+
+def test_any_falsified_number_in_the_prose_is_found(facts):
+    for _, _, text in PROSE:
+        for found in TOLD.finditer(text):
+            said = found["text"]
+            false = re.sub(r"\d", lambda digit: str((int(digit[0]) + 1) % 10), said[::-1], count=1)[::-1] if re.search(r"\d", said) else "never holds"
+            assert false_numbers(text[: found.start("text")] + false + text[found.end("text"):], facts), said
+
+
+def unkeyed(text):
+    "Numbers of a text without a key; quotations, equations, code, links and names such as 'Table 5' do not count."
+    text = TOLD.sub("", text)
+    text = re.sub(r"^>.*$|\$\$.*?\$\$|\$[^$]*\$|`[^`]*`|\]\([^)]*\)|\[\d\d_\w+", "", text, flags=re.M | re.S if "$$" in text else re.M)
+    text = re.sub(r"\b(Tables?|Figures?|Equations?|Sections?|epochs?) \d[\d.]*((, | to | and )\d+(?!\.?\d))*|\b(CIFAR|STL)-10\b", "", text)
+    text = re.sub(r"\b20\d\d\b|^#+ \d.*$|\barXiv\S*|\d\d_\w+", "", text, flags=re.M)
+    return set(re.findall(r"\d(?:[\d,]*\d)?(?:\.\d+)?(?:e-\d)?", text))
+
+
+def test_no_number_is_said_without_a_key(facts):
+    allowed = set(" ".join(UNKEYED.values()).split())
+    assert unkeyed("At 50 % they keep 88.7 %, and 12.3<!-- mean x --> more in Table 5 of $n=7$.") == {"50", "88.7"}
+    said = {number: text[:60] for _, _, text in PROSE for number in unkeyed(text) - allowed}
+    assert not said
+
+
+def test_what_the_prose_reads_is_what_the_metrics_give(kept, comparison, made):
+    """Keys read kept files; these are compared with the metrics above, and the score with a new comparison here."""
+    pd.testing.assert_frame_equal(headline(kept.comparison), headline(comparison))
+    for zoo in KEPT:
+        assert not differences(kept.table(zoo, "claims"), saved(made[zoo]["claims"].numbers))
+
+
+@pytest.mark.parametrize("key, problem", [
+    ("mean usps_seed test_acc mp 0.85", "has no mp at 0.85"), ("mean usps_sed test_acc mp 0.8", "usps_sed"), ("men usps_seed", "Valid: mean"),
+    ("claim usps_seed 'agreement is high' XY value", "names 0 numbers"), ("printed mnist_fixed agreement mp 0.8", "prints no"), ("mean usps_seed", "does not name"),
+])
+def test_a_key_that_names_nothing_is_refused(kept, key, problem):
+    with pytest.raises(UserError, match=problem) as error:
+        fact(kept, key)
+    assert "\n" not in str(error.value)
+
+
+def test_numbers_keep_their_form(kept, tmp_path):
+    assert [written(1234.5678, like) for like in ("0", "0.0", "+0.00", "9,999")] == ["1,235", "1,234.6", "+1,234.57", "1,235"]
+    assert written(-0.001, "0.0") == "0.0" and written("holds", "fails") == "holds"
+    text = "It is 0.0<!-- mean usps_seed test_acc mp 0.8 --> %, and **no<!-- claim usps_seed 'agreement is high' VD verdict -->**."
+    filled = fill(kept, text)
+    assert fill(kept, filled) == filled and "holds<!--" in filled and "88.7<!--" in filled
+    path = tmp_path / "some.ipynb"
+    path.write_text(json.dumps({"cells": [{"cell_type": "markdown", "id": "a", "source": [text]}, {"cell_type": "code", "id": "b", "source": [text]}]}))
+    assert refill(kept, path) == ["a"] and refill(kept, path) == []
+    assert ["".join(cell["source"]) for cell in read_json(path)["cells"]] == [filled, text]
+
+
+def test_the_notebook_is_one_that_is_read():
+    code = [cell for cell in read_json(ROOT / "nbs" / "paper.ipynb")["cells"] if cell["cell_type"] == "code"]
+    assert max(len(cell["source"]) for cell in code) <= 3 and (ROOT / "nbs" / "paper.ipynb").stat().st_size < 1_000_000
+    prose = [re.sub(r"<!--.*?-->|^>.*$", "", text, flags=re.M) for name, _, text in PROSE if name == "paper"]
+    paragraphs = [paragraph for text in prose for paragraph in text.split("\n\n") if not paragraph.startswith("$$")]
+    assert sum(len(paragraph.split()) for paragraph in paragraphs) > 2500
+    assert max(len(paragraph.split()) for paragraph in paragraphs if not paragraph.startswith("- ")) <= 90
+    equations = " ".join(text for name, _, text in PROSE if name == "paper")
+    assert all(f"\\tag{{{number}}}" in equations for number in range(1, 7))

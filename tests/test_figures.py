@@ -8,13 +8,15 @@ import torch
 from zootwins.architectures import build, layer_names
 from zootwins.core import UserError
 from zootwins.figures import (
-    FIGURES, accuracy_drops, accuracy_over_sparsity, agreement_range, bin_layers, correlation_curve, figure_2, figure_3, figure_4, figure_5,
-    figure_individuals, figure_layers, frequency_matrix, hardness, individuals, save_figure, stretch, stretched_ticks, unstretch, zoo_looks,
+    FIGURES, RINGS, accuracy_changes, accuracy_over_sparsity, agreement_range, bin_layers, correlation_curve, figure_2, figure_3, figure_4, figure_5,
+    figure_agreement, figure_individuals, figure_layers, figure_twins, frequency_matrix, hardness, individuals, printed_means, save_figure, spaced,
+    stretch, stretched_ticks, unstretch, zoo_looks,
 )
 from zootwins.layers import layer_profile, removal_frequency, stack_frequencies
 from zootwins.magnitude import prune
 from zootwins.metrics import LAYERS, tidy
 from zootwins.population import sample_population
+from zootwins.reported import read_reported
 from zootwins.zoos import ZOOS, model_table
 
 
@@ -90,7 +92,64 @@ def test_figure_5_tells_many_zoos_apart():
     zoos = pd.concat([run(3, zoo) for zoo in ("usps_seed", "mnist_seed", "svhn_seed")], ignore_index=True)
     axes = figure_5(zoos).axes[0]
     assert len({(line.get_color(), line.get_linestyle()) for line in axes.lines}) == 6
-    assert [text.get_text() for text in axes.get_legend().get_texts()][:3] == ["USPS (s) Seed", "MNIST (s) Seed", "SVHN (s) Seed"]
+    assert [text.get_text() for text in axes.texts] == ["USPS (s) Seed", "MNIST (s) Seed", "SVHN (s) Seed"]
+    places = sorted(text.xyann[1] for text in axes.texts)
+    assert np.diff(places).min() >= 0.052 * 1.02 - 1e-9 and all(text.xy == pytest.approx((0.9, text.xy[1])) for text in axes.texts)
+
+
+def test_labels_keep_their_order_and_their_distance():
+    random = np.random.default_rng(0)
+    for wanted in (random.random(14), np.zeros(5), [0.3]):
+        places = spaced(wanted, 0.05)
+        assert (np.diff(np.sort(places)) >= 0.05 - 1e-9).all() and (np.argsort(places, kind="stable") == np.argsort(wanted, kind="stable")).all()
+        assert places.mean() == pytest.approx(np.mean(wanted))
+    assert spaced([0.1, 0.2], 0.05).tolist() == [0.1, 0.2] and spaced([0.1, 0.2], 0.2) == pytest.approx([0.05, 0.25])
+
+
+# --- what was printed
+
+def rings(ax, kind="printed 2023"):
+    lines = [line for line in ax.lines if line.get_gid() == kind]
+    return sorted((round(float(x), 4), round(float(y), 4)) for line in lines for x, y in line.get_xydata())
+
+
+def test_printed_means_are_those_of_tables_5_to_8():
+    cells = read_reported()
+    assert printed_means(cells, "usps_seed", "mp", "test_acc")["value"].to_dict() == pytest.approx({0: 0.91, 0.5: 0.901, 0.6: 0.899, 0.7: 0.895, 0.8: 0.885, 0.9: 0.738})
+    dropout = printed_means(cells, "usps_seed", "vd", "test_acc")["value"]
+    assert [*dropout[[0, 2, 5, 25]]] == pytest.approx([0.87, 0.874, 0.865, 0.714])
+    layer = printed_means(cells, "usps_seed", "vd", "sparsity", "conv2")["value"]
+    assert layer.to_dict() == pytest.approx({0: 0.009, 5: 0.808, 10: 0.946, 15: 0.974, 20: 0.975, 25: 0.969})
+    assert printed_means(cells, "cifar10_seed", "mp", "sparsity", "conv2")["doubtful"].all()
+    assert not printed_means(cells, "cifar10_seed", "vd", "sparsity", "conv2")["doubtful"].any()
+    assert printed_means(cells, "digits_seed", "mp", "test_acc").empty
+
+
+def test_rings_stand_where_the_paper_printed_them():
+    cells, metrics = read_reported(), run()
+    drawn = rings(figure_5(metrics, cells).axes[0])
+    assert {(0.5, 0.901), (0.9, 0.738), (0.006, 0.87), (0.945, 0.714)} <= set(drawn) and len(drawn) == 6 + 11
+    left, right = figure_2(metrics, cells).axes
+    assert rings(left) == [(50, 0.87)] and {(25, 0.714), (25, 0.945), (5, 0.865)} <= set(rings(right))
+    first = figure_4(metrics, cells).axes[0]
+    assert {y for _, y in rings(first)} == {0.554, 0.808, 0.306, 0.582, 0.192} and {x for x, _ in rings(first)} == {200, 1200, 96, 720}
+    dropout, pruning = figure_layers(metrics, cells).axes
+    assert (25, 0.969) in rings(dropout) and (0.9, 0.995) in rings(pruning) and len(rings(pruning)) == 15
+
+
+def test_contradicted_numbers_have_rings_of_their_own():
+    axes = figure_layers(run(zoo="cifar10_seed"), read_reported()).axes
+    assert len(rings(axes[1])) == 0 and len(rings(axes[1], "printed, but contradicted")) == 15 and len(rings(axes[0])) == 30
+
+
+@pytest.mark.parametrize("name", ["figure_2", "figure_4", "figure_5", "figure_layers"])
+def test_without_printed_numbers_there_are_no_rings(name):
+    for metrics, cells in ((run(), None), (run(zoo="digits_seed"), read_reported())):
+        fig = FIGURES[name](metrics, cells)
+        assert all(rings(ax, kind) == [] for ax in fig.axes for kind in RINGS)
+        legends = [*fig.legends, *(ax.get_legend() for ax in fig.axes if ax.get_legend())]
+        texts = [text.get_text() for legend in legends for text in legend.get_texts()]
+        assert texts and not set(texts) & set(RINGS)
 
 
 def test_zoos_look_different():
@@ -101,8 +160,9 @@ def test_zoos_look_different():
 def test_figure_2_gives_every_zoo_a_row():
     zoos = pd.concat([run(3, "usps_seed"), run(12, "mnist_seed")], ignore_index=True)
     fig = figure_2(zoos)
-    headings = [part.get_suptitle() for part in fig.subfigs]
-    assert headings == ["USPS (s) Seed: median and each of 3 models", "MNIST (s) Seed: median, middle 90 % and range of 12 models"] and len(fig.axes) == 4
+    assert fig.get_suptitle() == "Lines: means; bands: middle 90 % and range of the models; thin: single models"
+    assert [ax.get_ylabel() for ax in fig.axes] == ["USPS (s) Seed\n3 models", "", "MNIST (s) Seed\n12 models", ""]
+    assert [ax.get_title(loc="left") for ax in fig.axes] == ["Original training", "Variational dropout", "", ""]
     line = fig.axes[3].lines[-1]
     np.testing.assert_allclose(line.get_ydata(), [0.9 * epoch / 25 for epoch in range(26)])
 
@@ -167,10 +227,28 @@ def test_hardness_finds_the_models_that_always_lose_most():
         assert rows["model"].iloc[0] == 3 and rows["model"].iloc[-1] == 7 and rows["hardness"].is_monotonic_increasing
         assert rows["hardness"].iloc[0] == 0 and rows["hardness"].iloc[-1] == 1 and rows["hardness"].mean() == pytest.approx(0.5)
     assert (table["seed"] == table["model"] + 1).all()
-    drops = accuracy_drops(metrics, "mp")
+    changes = accuracy_changes(metrics, "mp")
     last = metrics[(metrics["method"] == "mp") & (metrics["epoch"] == 15) & (metrics["level"] == 0.9) & (metrics["model"] == 7)]["test_acc"].item()
     before = metrics[(metrics["method"] == "original") & (metrics["epoch"] == 50) & (metrics["model"] == 7)]["test_acc"].item()
-    assert drops.loc[7, 0.9] == pytest.approx(before - last) and hardness(drops.head(1)).tolist() == [0]
+    assert changes.loc[7, 0.9] == pytest.approx(last - before) and hardness(changes.head(1)).tolist() == [0]
+
+
+def test_models_at_chance_are_left_out():
+    metrics = run(12)
+    originals = (metrics["method"] == "original") & (metrics["epoch"] == 50)
+    metrics.loc[originals & (metrics["model"] == 4), "test_acc"] = 0.19
+    metrics.loc[originals & (metrics["model"] == 5), "test_acc"] = 0.2
+    assert set(individuals(metrics)["model"]) == set(range(12)) - {4} == set(accuracy_changes(metrics, "vd").index)
+    assert "11 models, 1 at chance left out" in figure_individuals(metrics).get_suptitle()
+    assert "at chance" not in figure_individuals(run(12)).get_suptitle()
+
+
+def test_panels_that_are_compared_have_equal_axes():
+    metrics = run(12)
+    for ax in figure_agreement(metrics).axes[:2]:
+        assert ax.get_xlim() == ax.get_ylim() == figure_agreement(metrics).axes[0].get_xlim()
+    one, two = figure_twins(metrics).axes
+    assert one.get_xlim() == two.get_xlim() and one.get_ylim() == two.get_ylim() and one.get_ylim()[1] >= one.get_xlim()[1]
 
 
 def test_extremes_are_named_with_the_factors_that_differ():
@@ -182,8 +260,8 @@ def test_extremes_are_named_with_the_factors_that_differ():
     seeds = [text.get_text() for text in figure_individuals(run(12, "usps_seed")).axes[0].get_legend().get_texts()]
     assert all(label.startswith("seed\u00a0") for label in seeds if label != "median of all")
     own = individuals(run(4, "usps_seed").assign(zoo="mine"), pd.DataFrame({"model": range(4), "lr": [0.1, 0.2, 0.3, 0.4]}))
-    assert list(own.columns) == ["zoo", "method", "model", "hardness", "original", "drop", "lr"]
-    assert list(individuals(run(4).assign(zoo="mine")).columns)[-1] == "drop"
+    assert list(own.columns) == ["zoo", "method", "model", "hardness", "original", "change", "lr"]
+    assert list(individuals(run(4).assign(zoo="mine")).columns)[-1] == "change"
 
 
 def test_correlation_over_sparsity_is_that_of_table_2():

@@ -55,12 +55,12 @@ def test_counts_are_exact_even_with_ties(level, scope, digits):
 @pytest.mark.parametrize("level", [-0.1, 1.0, 50, float("nan")])
 def test_impossible_levels(level):
     with pytest.raises(UserError, match="below 1"):
-        magnitude_masks({"a.weight": torch.zeros(1, 3)}, level)
+        magnitude_masks({"a.weight": torch.zeros(1, 1, 3)}, level)
 
 
 def test_unknown_scope():
     with pytest.raises(UserError, match="global, layerwise"):
-        magnitude_masks({"a.weight": torch.zeros(1, 3)}, 0.5, "filter")
+        magnitude_masks({"a.weight": torch.zeros(1, 1, 3)}, 0.5, "filter")
 
 
 @pytest.mark.parametrize("scope", ["global", "layerwise"])

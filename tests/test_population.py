@@ -134,7 +134,10 @@ def test_each_reason_why_weights_do_not_fit_has_its_own_sentence(own, change, re
         from_state_dicts([own, state], "mine")
 
 
-@pytest.mark.parametrize("make,reason", [(lambda: torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2)), "BatchNorm2d"),
+@pytest.mark.parametrize("make,reason", [(lambda: torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.InstanceNorm2d(2, affine=True)), "InstanceNorm2d"),
+                                         (lambda: torch.nn.BatchNorm2d(2, track_running_stats=False), "no running statistics"),
+                                         (lambda: torch.nn.BatchNorm1d(2, momentum=None), "a fixed momentum"),
+                                         (lambda: torch.nn.LayerNorm([2, 3]), "over 2 dimensions"),
                                          (lambda: torch.nn.utils.weight_norm(torch.nn.Linear(3, 2)), "weight_g"),
                                          (lambda: torch.nn.utils.prune.random_unstructured(torch.nn.Linear(3, 2), "weight", 0.5), "weight_mask"),
                                          (lambda: torch.nn.Embedding(3, 2), "Embedding"),

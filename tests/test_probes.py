@@ -206,7 +206,7 @@ def test_the_notebook_writes_its_tables_and_figures(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     folder = tmp_path / "figures" / "digits_seed" / "hyper_representations"
     names = {p.name for p in folder.iterdir()}
-    assert names == {"run.json", "table_3.csv", "table_3.md", "table_3.tex", "probes_twins.csv", "zero_shot.csv", "figure_losses.png", "figure_latent.png", "figure_zero_shot.png"}
+    assert names == {"run.json", "table_3.csv", "probes_twins.csv", "zero_shot.csv", "figure_losses.png", "figure_latent.png", "figure_zero_shot.png"}
     record = json.loads((folder / "run.json").read_text())
     assert record["n_models"] == 12 and record["config"]["epochs"] == 1 and record["states"] == 12 * 26
 

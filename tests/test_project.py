@@ -1,4 +1,6 @@
 """The project as a whole: every module has its notebook, and the package can be built and used elsewhere."""
+import ast
+import importlib
 import json
 import os
 import subprocess
@@ -8,6 +10,8 @@ from pathlib import Path
 
 import nbformat
 import pytest
+
+import zootwins
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -29,7 +33,7 @@ def test_every_module_has_its_notebook_and_every_notebook_its_module():
 
 
 def test_importing_the_package_needs_neither_the_tools_it_is_written_with_nor_widgets_nor_extras():
-    names = ("nbdev", "fastcore", "IPython", "tqdm.auto", "ipywidgets", "distributed", "ray")
+    names = ("nbdev", "fastcore", "IPython", "tqdm.auto", "ipywidgets", "distributed", "ray", "huggingface_hub", "torch_geometric")
     code = f"import sys, importlib, pkgutil, zootwins\nsys.modules.update(dict.fromkeys({names!r}))\n"
     code += "[importlib.import_module(f'zootwins.{m.name}') for m in pkgutil.iter_modules(zootwins.__path__) if m.name != '_modidx']"
     subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
@@ -39,7 +43,7 @@ def test_the_wheel_holds_every_module_the_engines_source_the_notebook_and_the_co
     subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(ROOT)], check=True)
     wheel = zipfile.ZipFile(next(tmp_path.glob("*.whl")))
     names = set(wheel.namelist())
-    assert {f"zootwins/{module}.py" for module in default_exports()} | {"zootwins/lanes.cpp", "zootwins/elementary.h", "zootwins/gpu.cu"} <= names
+    assert {f"zootwins/{module}.py" for module in default_exports()} | {"zootwins/lanes.cpp", "zootwins/elementary.h", "zootwins/gpu.cu", "zootwins/py.typed"} <= names
     assert wheel.read("zootwins/notebooks/run_zoo.ipynb") == (ROOT / "nbs/run_zoo.ipynb").read_bytes() and not (ROOT / "zootwins/notebooks").exists()
     assert "zootwins = zootwins.cli:main" in wheel.read(next(name for name in names if name.endswith("entry_points.txt"))).decode()
     assert not any(name.startswith(("tests", "nbs")) for name in names)
@@ -67,3 +71,24 @@ def test_a_run_that_cannot_be_is_one_sentence_in_the_shell(tmp_path):
 def test_twins_come_without_what_only_some_need():
     code = "import sys, zootwins.twins; print([name for name in ('sklearn', 'scipy.io', 'matplotlib', 'ray', 'distributed') if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_importing_the_package_alone_is_cheap_and_completion_knows_its_nouns():
+    code = "import sys, zootwins; print(sorted(set(zootwins.__all__) - set(dir(zootwins))), 'torch' in sys.modules, 'pandas' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == ["[]", "False", "False"]
+
+
+def test_every_noun_of_the_package_is_what_its_module_has_and_what_type_checkers_read():
+    tree = ast.parse((ROOT / "zootwins" / "__init__.py").read_text(encoding="utf-8"))
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    seen = {name.name: node.module for node in block.body for name in node.names}
+    assert sorted(seen) == zootwins.__all__
+    for name, module in seen.items():
+        assert getattr(zootwins, name) is getattr(importlib.import_module(f"zootwins.{module}"), name)
+
+
+def test_a_name_that_the_package_does_not_have_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'populations'"):
+        zootwins.populations  # noqa: B018
+    with pytest.raises(ImportError, match="cannot import name 'populations'"):
+        from zootwins import populations  # noqa: F401

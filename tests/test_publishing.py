@@ -49,7 +49,7 @@ def test_what_is_published_is_what_was_stored(tmp_path, plan, stages, trajectory
     assert pd.read_parquet(folder / "metrics.parquet").equals(stored[stored["method"].isin(chosen)].reset_index(drop=True))
     head = front_matter(folder)
     assert all((folder / config["data_files"]).exists() for config in head["configs"]) and head["license"] == "cc-by-4.0"
-    assert sorted(config["config_name"] for config in head["configs"]) == sorted(["metrics", *(f"{stage}_models" for stage in chosen)])
+    assert sorted(config["config_name"] for config in head["configs"]) == sorted(["metrics", *(f"{stage}_{kind}" for stage in chosen for kind in ("models", "weights"))])
     assert sum(config.get("default", False) for config in head["configs"]) == 1
 
 

@@ -111,16 +111,16 @@ def test_deal_keeps_bounds_sums_and_never_takes_back(layers, data):
 
 
 def test_lamp_by_hand_and_across_layers():
-    population = Population({"a.weight": torch.tensor([[0.1, -0.5, 0.3, 0.2]]), "b.weight": torch.tensor([[1.0, -2.0, 3.0]])}, pd.DataFrame({"seed": [1]}), "")
+    population = Population({"a.weight": torch.tensor([[[0.1, -0.5, 0.3, 0.2]]]), "b.weight": torch.tensor([[[1.0, -2.0, 3.0]]])}, pd.DataFrame({"seed": [1]}), "")
     scores = lamp_scores(population)
-    assert torch.allclose(scores["a.weight"], torch.tensor([[0.0256410256, 1, 0.2647058824, 0.1052631579]], dtype=torch.float64))
+    assert torch.allclose(scores["a.weight"], torch.tensor([[[0.0256410256, 1, 0.2647058824, 0.1052631579]]], dtype=torch.float64))
     assert torch.allclose(scores["b.weight"], torch.tensor([[0.0714285714, 0.3076923077, 1]], dtype=torch.float64))
     _, masks = prune(population, 4 / 7, "lamp")
-    assert masks["a.weight"].tolist() == [[False, True, False, False]] and masks["b.weight"].tolist() == [[False, True, True]]
+    assert masks["a.weight"].tolist() == [[[False, True, False, False]]] and masks["b.weight"].tolist() == [[[False, True, True]]]
 
 
 def test_lamp_of_a_layer_without_weights_is_zero():
-    population = Population({"a.weight": torch.zeros(1, 3), "b.weight": torch.tensor([[1.0, 2.0]])}, pd.DataFrame({"seed": [1]}), "")
+    population = Population({"a.weight": torch.zeros(1, 1, 3), "b.weight": torch.tensor([[[1.0, 2.0]]])}, pd.DataFrame({"seed": [1]}), "")
     assert lamp_scores(population)["a.weight"].eq(0).all() and lamp_scores(population)["b.weight"].max() == 1
 
 

@@ -2,6 +2,7 @@
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -10,10 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as some
 
+from zootwins.core import UserError
 from zootwins.metrics import LAYERS, tidy
 from zootwins.tables import (
-    LATEX, TABLE_1_STATES, TABLE_4_COLUMNS, TABLES, all_tables, choose_states, latex_text, mean_std, save_table, states_text,
-    table_1, table_2, table_4, table_5, table_6, table_7, table_8, table_9,
+    LATEX, PACKAGES, TABLE_1_STATES, TABLE_4_COLUMNS, TABLES, all_tables, choose_states, latex_table, latex_text, mean_std,
+    save_table, states_text, table_1, table_2, table_4, table_5, table_6, table_7, table_8, table_9,
 )
 from zootwins.zoos import CALIBRATED, ZOOS, list_zoos
 
@@ -110,7 +112,7 @@ def test_one_model_has_no_spread(metrics):
 
 def test_tables_on_disk_are_numbers(metrics, tmp_path):
     for name, table in TABLES.items():
-        save_table(table(metrics), tmp_path / f"{name}.csv")
+        save_table(table(metrics), tmp_path / name, formats=("csv", "md", "tex", "png"))
         again = pd.read_csv(tmp_path / f"{name}.csv")
         values = again[{"table_2": "value", "table_4": "n"}.get(name, "mean")]
         assert np.issubdtype(values.dtype, np.number) and set(again["zoo"]) <= {"usps_seed", "All"} and len(again) == len(table(metrics).numbers)
@@ -217,12 +219,39 @@ def test_escaped_text_holds_no_command_of_its_own(text):
     assert not set(plain) & {chr(code) for code in LATEX}
 
 
+def test_without_formats_a_table_is_its_numbers(metrics, tmp_path):
+    save_table(table_6(metrics), tmp_path / "table_6.csv")
+    assert [path.name for path in tmp_path.iterdir()] == ["table_6.csv"]
+    with pytest.raises(UserError, match="no format 'xlsx'.*csv, md, tex"):
+        save_table(table_6(metrics), tmp_path / "table_6.xlsx")
+    assert [path.name for path in tmp_path.iterdir()] == ["table_6.csv"]
+
+
+def test_a_table_in_latex_leaves_its_number_to_latex(metrics):
+    for table in all_tables(metrics):
+        assert table.caption.startswith("Table") and r"\caption{Table" not in table.to_latex() and r"\label{tab:table-" in table.to_latex()
+    beside = replace(table_5(metrics), caption="Table 5, ours / printed: mean (std) in %.")
+    assert r"\caption{The paper's Table 5, ours / printed: mean (std) in \%.}" in beside.to_latex()
+
+
+def frame(rows, width, columns=3):
+    "A layout of that many rows, with cells of that many characters."
+    return pd.DataFrame({f"column {i}": ["word " * (width // 5)] * rows for i in range(columns)}, index=pd.Index([f"row {i}" for i in range(rows)], name="Row"))
+
+
+@pytest.mark.parametrize("rows,width,long", [(40, 10, False), (41, 10, True), (3, 45, False), (3, 55, True)])
+def test_a_table_runs_over_pages_if_it_does_not_fit_one(rows, width, long):
+    text = latex_table(frame(rows, width), "A caption", "tab:one")
+    assert ("longtable" in text.split("\n", 1)[1]) == long and "None" not in text
+
+
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no LaTeX here")
-def test_latex_compiles(metrics, tmp_path):
+def test_latex_compiles_and_fits_the_page(metrics, tmp_path):
     odd = pd.concat([metrics, run("50%_of & {all} #1~^\\x<y>")], ignore_index=True)
-    packages = "\n".join(rf"\usepackage{{{name}}}" for name in ("adjustbox", "booktabs", "multirow"))
-    document = "\\documentclass{article}\n" + packages + "\n\\begin{document}\n" + "\n\\clearpage\n".join(table.to_latex() for table in all_tables(odd)) + "\n\\end{document}\n"
+    texts = [table.to_latex() for table in all_tables(odd)] + [latex_table(frame(*size), "A caption", "tab:one") for size in ((100, 20), (5, 120, 4), (39, 10))]
+    document = "\\documentclass{article}\n" + PACKAGES.removeprefix("% ") + "\n\\begin{document}\n" + "\n\\clearpage\n".join(texts) + "\n\\end{document}\n"
     (tmp_path / "all.tex").write_text(document, encoding="utf-8")
-    made = subprocess.run(["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "all.tex"], cwd=tmp_path, capture_output=True, text=True, errors="replace")
+    for _ in range(3):  # longtable finds its widths over several runs
+        made = subprocess.run(["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "all.tex"], cwd=tmp_path, capture_output=True, text=True, errors="replace")
     assert made.returncode == 0, made.stdout[-2000:]
-    assert "Overfull" not in made.stdout and (tmp_path / "all.pdf").stat().st_size > 10_000
+    assert "Overfull" not in made.stdout and "Float too large" not in made.stdout and (tmp_path / "all.pdf").stat().st_size > 10_000

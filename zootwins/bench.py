@@ -351,19 +351,19 @@ def error_bars(
 def figure_rates(
     rows: list[dict],  # from `measure`
 ) -> Figure:
-    "Draw the rates on one thread, median and range, with the lanes' ratio to stock PyTorch."
+    "Draw the rates on one thread as dots with their ranges, and the lanes' ratio to stock PyTorch."
     rows = [row for row in rows if row["threads"] == 1]
-    figure, axis = plt.subplots(figsize=(8.4, 3.6), layout="constrained")
-    for k, ((engine, label), hatch) in enumerate(zip(ENGINES.items(), ("", "///", "..."))):
-        heights = [row[engine] for row in rows]
-        axis.bar([i + 0.27 * k for i in range(len(rows))], heights, 0.25, yerr=error_bars(rows, engine), label=label, color=COLOURS[k], hatch=hatch, edgecolor="white", linewidth=0)
-    for i, row in enumerate(rows):
-        axis.annotate(f"{row['times_stock']:.0f}x", (i + 0.54, row["lanes_highest"]), ha="center", va="bottom", fontsize=8.5)
-    axis.set(yscale="log", ylabel="Model-samples per second, one core", xticks=[i + 0.27 for i in range(len(rows))])
-    names = [TITLES[row["stage"]] for row in rows]
-    axis.set_xticklabels([f"{name}\n{NETS[row['architecture']]}" if i % len(STAGES) == 1 else name for i, (name, row) in enumerate(zip(names, rows))])
-    axis.grid(axis="x", visible=False)
-    figure.legend(loc="outside upper center", ncols=len(ENGINES))
+    places = [len(rows) - 1 - i - 0.6 * (i // len(STAGES)) for i in range(len(rows))]
+    figure, axis = plt.subplots(figsize=(8.4, 0.8 + 0.33 * len(rows)), layout="constrained")
+    for (engine, label), colour, marker in zip(ENGINES.items(), COLOURS, "sDo"):
+        rates = [row[engine] for row in rows]
+        axis.errorbar(rates, places, xerr=error_bars(rows, engine), label=label, color=colour, marker=marker, linestyle="", capsize=2.5)
+    for place, row in zip(places, rows):
+        axis.annotate(f"  {row['times_stock']:.0f}x", (row["lanes_highest"], place), va="center", fontsize=8.5, fontweight="bold")
+    axis.set(xscale="log", xlabel="Model-samples per second of one core's time; line: lowest to highest round")
+    axis.set_yticks(places, [f"{NETS[row['architecture']]}, {TITLES[row['stage']]}" for row in rows])
+    axis.set_xlim(right=1.6 * max(row["lanes_highest"] for row in rows))
+    figure.legend(loc="outside upper right", ncols=len(ENGINES))
     return figure
 
 

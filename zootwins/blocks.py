@@ -227,7 +227,7 @@ def resume(
     past = sorted({int(name.partition("/")[0]) for name in tensors if name[0].isdigit()})
     return [metrics], {epoch: replace(population, weights=under(epoch)) for epoch in past}
 
-# %% ../nbs/28_blocks.ipynb #6ecbe406
+# %% ../nbs/28_blocks.ipynb #4a98fef8
 SAVE_EVERY = 10.0  # seconds
 
 
@@ -237,6 +237,7 @@ class Step(NamedTuple):
     epoch: int     # that is done
     samples: int   # model-samples that were trained
     skipped: int   # model-samples that had been trained before, by a run that stopped
+    metrics: pd.DataFrame | None = None  # tidy, of this epoch, and before it of those that such a run had trained
 
 # %% ../nbs/28_blocks.ipynb #e5f7a9b1
 def predict(
@@ -276,7 +277,7 @@ def train_block(
     stage, state = block.stage, start_of(block, device, images)
     recipe, per_epoch = stage.recipe, len(stage.rows) * len(images.x_train)
     frames, kept = resume(parts, block, state, -(-len(images.x_train) // recipe.batch_size)) if parts else ([], {})
-    saved, skipped, predictions, whole = time.monotonic(), state.epoch * per_epoch, None, None
+    saved, skipped, predictions, whole, told = time.monotonic(), state.epoch * per_epoch, None, None, 0
     try:
         for measured in epochs(state, images, recipe, engine):
             frames.append(measure(block, state, measured))
@@ -287,8 +288,8 @@ def train_block(
             if parts and whole and time.monotonic() - saved > SAVE_EVERY:
                 keep(parts, block, *whole)
                 saved = time.monotonic()
-            yield Step(measured.epoch, per_epoch if measured.epoch else 0, skipped)
-            skipped = 0
+            yield Step(measured.epoch, per_epoch if measured.epoch else 0, skipped, pd.concat(frames[told:], ignore_index=True))
+            skipped, told = 0, len(frames)
         if predictions is None:  # it had been stopped right before its end
             predictions = predict(state.population, images, engine).cpu()
         metrics = with_records(pd.concat(frames, ignore_index=True), block.recorded)

@@ -785,10 +785,10 @@ def refresh(
     changed = []
     for path in sorted(Path(folder).glob("*/metrics.parquet")):
         for table in tables_of(read_metrics(path)):
-            files = [path.with_name(f"{table.name}{suffix}") for suffix in (".csv", ".md", ".tex")]
-            before = [file.read_bytes() if file.exists() else b"" for file in files]
-            save_table(table, files[0])
-            changed += [str(file) for file, old in zip(files, before) if file.read_bytes() != old]
+            file = path.with_name(f"{table.name}.csv")
+            before = file.read_bytes() if file.exists() else b""
+            save_table(table, file)
+            changed += [str(file)] if file.read_bytes() != before else []
     return changed
 
 

@@ -259,6 +259,7 @@ OPTIONS = (  # of run, in the order of the notebook's parameters; what is not gi
     click.option("--seed", type=int, help="Of the whole run, for independent repetitions."),
     click.option("--store", help="Folder for weights. Otherwise $ZOOTWINS_STORE, or zoos/."),
     click.option("--figures", help="Folder for tables, figures and executed notebooks. Otherwise $ZOOTWINS_FIGURES, or runs/."),
+    click.option("--formats", metavar="LIST", help="Of tables (csv, md, tex) and figures (png, pdf, svg). Otherwise csv,png."),
     click.option("--workers", default="", help="Who trains: dask or ray (processes of this machine, or a running Ray), tcp://HOST:8786 "
                                                "(a Dask scheduler), slurm:100 (that many jobs of your jobqueue.yaml). Otherwise this machine's threads."),
 )

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['LEVEL', 'EQUIVALENT', 'POINT', 'VERDICTS', 'TESTED', 'HALF_POINT', 'SMALL', 'NEAR', 'COMPARED', 'CHOSEN', 'CELL',
-           'SIDES', 'COMPARISON', 'LABELS', 'DISTURBANCES', 'FAILED', 'RECORDED_EPOCH', 'regenerated', 'reached',
-           'match', 'as_samples', 'contrasts', 'grid_mean', 'as_designs', 'compare_means', 'compare_correlations',
-           'by_design', 'calibrated', 'within', 'judge', 'first_rule', 'adjusted', 'compare', 'state_label', 'labelled',
-           'model_note', 'side_by_side', 'beside_print', 'distinct_states', 'scorecard', 'worst', 'shifted_verdicts',
-           'smallest_error', 'headline', 'disturbed_scores', 'figure_disturbances', 'compare_layer_spread',
-           'compare_windows', 'share_grid', 'figure_scorecard', 'our_originals', 'beside_recorded', 'matched_models',
-           'recorded_by_factor', 'recorded_epochs', 'figure_recorded']
+           'SIDES', 'COMPARISON', 'LABELS', 'DISTURBANCES', 'PALE', 'FAILED', 'RECORDED_EPOCH', 'regenerated',
+           'reached', 'match', 'as_samples', 'contrasts', 'grid_mean', 'as_designs', 'compare_means',
+           'compare_correlations', 'by_design', 'calibrated', 'within', 'judge', 'first_rule', 'adjusted', 'compare',
+           'state_label', 'labelled', 'model_note', 'side_by_side', 'beside_print', 'distinct_states', 'scorecard',
+           'worst', 'shifted_verdicts', 'smallest_error', 'headline', 'disturbed_scores', 'figure_disturbances',
+           'compare_layer_spread', 'compare_windows', 'share_grid', 'figure_scorecard', 'our_originals',
+           'beside_recorded', 'matched_models', 'recorded_by_factor', 'recorded_epochs', 'figure_recorded']
 
 # %% ../nbs/33_comparison.ipynb #a82f0276
 from collections.abc import Callable
@@ -23,7 +23,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from scipy import stats
 
-from .figures import BLUE, GREY, ORANGE, WIDTH, percent_axis, styled
+from .figures import BLUE, GREY, ORANGE, WIDTH, heading, percent_axis, styled
 from .layers import frequency_spread, layer_sizes
 from .reported import ROUNDING, SHIFTED, printed_models, read_recorded, read_recorded_curves, read_reported, recorded_factors, shifted_windows
 from .tables import METHOD_TITLES, NAMES, TABLE_1_STATES, TABLE_2_STATES, TABLES, Table, mean_std, model_counts, zoo_title
@@ -535,6 +535,9 @@ def share_grid(
     return grid.assign(share=grid["equivalent"] / grid["tested"].where(grid["tested"] > 0))
 
 # %% ../nbs/33_comparison.ipynb #30150b5c
+PALE = sns.blend_palette([ORANGE, "#f6d9a8", "#f4f7fa"], as_cmap=True)  # from nothing equivalent to all
+
+
 @styled
 def figure_scorecard(
     comparison: pd.DataFrame,  # from compare
@@ -544,22 +547,25 @@ def figure_scorecard(
     zoos, tables = [zoo for zoo in ZOOS if zoo in set(grid["zoo"])], [*COMPARED, "all"]
     wide = {name: grid.pivot(index="zoo", columns="table", values=name).reindex(index=zoos, columns=tables) for name in ("share", "equivalent", "tested", "printed")}
     fig, ax = plt.subplots(figsize=(WIDTH, 0.29 * len(zoos) + 0.9), layout="constrained")
-    image = ax.imshow(wide["share"].astype(float), cmap=sns.color_palette("viridis", as_cmap=True), vmin=0, vmax=1, aspect="auto")
+    image = ax.imshow(wide["share"].astype(float), cmap=PALE, vmin=0, vmax=1, aspect="auto")
     for (i, zoo), (j, table) in ((row, column) for row in enumerate(zoos) for column in enumerate(tables)):
-        share, equivalent, tested, printed = (wide[name].loc[zoo, table] for name in ("share", "equivalent", "tested", "printed"))
+        equivalent, tested, printed = (wide[name].loc[zoo, table] for name in ("equivalent", "tested", "printed"))
         if tested > 0:
-            ax.text(j, i, f"{equivalent:.0f} of {tested:.0f}", ha="center", va="center", fontsize=8, color="black" if share > 0.55 else "white")
+            bold = {"fontweight": "bold"} if equivalent < tested else {"color": GREY}
+            ax.text(j, i, f"{equivalent:.0f} of {tested:.0f}", ha="center", va="center", fontsize=8, **bold)
         elif printed > 0:
-            ax.add_patch(plt.Rectangle((j - 0.5, i - 0.5), 1, 1, facecolor="#f2f2f2", edgecolor="#cccccc", hatch="////", linewidth=0))
-    ax.hlines(np.arange(1, len(zoos)) - 0.5, -0.5, len(tables) - 0.5, color="white", linewidth=1.5)
-    ax.vlines(np.arange(1, len(tables)) - 0.5, -0.5, len(zoos) - 0.5, color="white", linewidth=1.5)
+            ax.text(j, i, "not run", ha="center", va="center", fontsize=7.5, color="#b0b0b0")
+    ax.hlines(np.arange(1, len(zoos)) - 0.5, -0.5, len(tables) - 0.5, color="#e6e6e6", linewidth=0.8)
+    ax.vlines(len(tables) - 1.5, -0.5, len(zoos) - 0.5, color="#888888", linewidth=0.8)
     ax.set_xticks(range(len(tables)), [f"Table {table}" if table != "all" else "all" for table in tables])
     counts = comparison.groupby("zoo")["ours_n"].max()
     ax.set_yticks(range(len(zoos)), [zoo_title(zoo) + (f": {counts[zoo]:,.0f}" if counts[zoo] > 0 else "") for zoo in zoos])
     ax.xaxis.tick_top()
     ax.grid(False)
-    ax.set_title("Cells shown to be equivalent, of those tested (no settings, nothing doubtful), and models; hatched: not run", fontsize=9, fontweight="normal", color=GREY)
-    fig.colorbar(image, ax=ax, shrink=0.8, format=lambda value, _: f"{value:.0%}", label="share that is equivalent")
+    ax.spines[:].set_visible(False)
+    heading(fig, "Cells shown to be equivalent, of those tested (no settings, nothing doubtful; calibrated ones included); beside a zoo: its models")
+    bar = fig.colorbar(image, ax=ax, shrink=0.8, pad=0.015, format=lambda value, _: f"{value:.0%}", label="share that is equivalent")
+    bar.outline.set_visible(False)
     return fig
 
 # %% ../nbs/33_comparison.ipynb #b2c0de41

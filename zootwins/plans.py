@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .core import UserError, check_name, project_root
+from .core import FIGURE_FORMATS, TABLE_FORMATS, UserError, check_name, project_root
 from .datasets import Images, images_fingerprint
 from .engines import choose_engine
 from .magnitude import check_level
@@ -44,6 +44,7 @@ class Plan:
     folder: Path                # of this zoo in the store
     figures: Path               # of this zoo's tables and figures
     source: Source | None = None  # of the originals; none: they are trained
+    formats: tuple[str, ...] = ("csv", "png")  # in which tables and figures are written
 
     @property
     def models(self) -> pd.DataFrame:
@@ -108,9 +109,9 @@ def count_models(
                         f"give a whole number from 1 to {there}, or None for all.")
     return n_models or there
 
-# %% ../nbs/26_plans.ipynb #28c5d7c3
+# %% ../nbs/26_plans.ipynb #35dcc36b
 def make_plan(
-    zoo: str,                        # name in the registry
+    zoo: str | Zoo,                  # name in the registry, or a zoo of one's own
     n_models: int | None = None,     # how many; none: the zoo's own number, or all that the source has
     source: str | Path | Population = "train",  # of the originals; as sources.open_source takes it
     methods: str = "mp,vd",          # which twins to make
@@ -120,19 +121,22 @@ def make_plan(
     seed: int = 0,                   # of the whole run, for independent repetitions
     store: str | None = None,        # folder for weights; none: ZOOTWINS_STORE or zoos/ in the checkout
     figures: str | None = None,      # folder for tables and figures; none: ZOOTWINS_FIGURES or runs/ in the checkout
+    formats: str = "csv,png",        # of tables (csv, md, tex) and figures (png, pdf, svg)
 ) -> Plan:                           # checked
     "Check all that a user asks for; raises `UserError` for the first thing that cannot be."
     entry = get_zoo(zoo)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise UserError(f"{seed!r} is not a seed: give a whole number.")
     chosen = tuple(dict.fromkeys(check_name(word, METHODS, "method") for word in _words(methods)))
+    forms = tuple(dict.fromkeys(check_name(word, (*TABLE_FORMATS, *FIGURE_FORMATS), "format") for word in _words(formats)))
     parsed = parse_levels(levels)
     if "mp" in chosen and not parsed:
         raise UserError("Magnitude pruning needs a level: give at least one level such as 0,50,90, or leave mp out.")
     trainer = choose_engine(engine, device, entry.architecture)
-    where = _folder(store, "ZOOTWINS_STORE", "zoos") / zoo, _folder(figures, "ZOOTWINS_FIGURES", "runs") / zoo
+    roots = _folder(store, "ZOOTWINS_STORE", "zoos"), _folder(figures, "ZOOTWINS_FIGURES", "runs")
+    where = [root / entry.name for root in roots]
     found = open_source(source, entry)
-    return Plan(entry, count_models(entry, found, n_models), chosen, parsed, trainer, device, seed, *where, found)
+    return Plan(entry, count_models(entry, found, n_models), chosen, parsed, trainer, device, seed, *where, found, forms)
 
 # %% ../nbs/26_plans.ipynb #d40f0bb8
 PARAMETERS = (*inspect.signature(make_plan).parameters, "workers")  # of run_zoo

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TAGS', 'METHOD_TAGS', 'SIZES', 'STAGE_TITLES', 'LOADING', 'REFERENCES', 'stages_of', 'populations_of', 'kept_epochs',
-           'header', 'title_of', 'summary', 'content', 'provenance', 'card', 'hashes', 'new_folder', 'publish',
-           'parts_of', 'export_zoo']
+           'header', 'title_of', 'summary', 'content', 'provenance', 'card', 'weights_table', 'hashes', 'new_folder',
+           'publish', 'parts_of', 'export_zoo']
 
 # %% ../nbs/41_publishing.ipynb #d3f5ea12
 import json
@@ -18,15 +18,18 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+from pyarrow import parquet
 
 from .core import UserError, check_name, read_json, write_json
 from .metrics import METHODS
-from .population import Population, save_population
+from .population import Population, flatten, save_population
 from .published import write_zoo
 from .store import epochs_in, listed, opened, read_manifest, read_stage, read_stage_metrics
 from .tables import last_epoch, markdown_table, mean_std
 from .twins import read_history, save_metrics
 from .untrusted import HASHES, check_hashes, file_hash
+from .variational import deterministic
 
 # %% ../nbs/41_publishing.ipynb #3d1bf8e6
 def stages_of(
@@ -63,7 +66,7 @@ def kept_epochs(
         epochs = epochs_in(file)
     return epochs if len(epochs) > 1 else []
 
-# %% ../nbs/41_publishing.ipynb #48e4a55e
+# %% ../nbs/41_publishing.ipynb #b290dc64
 TAGS = ["model-zoo", "weight-space-learning", "neural-network-weights", "pruning", "sparsity", "safetensors"]
 METHOD_TAGS = {"mp": "magnitude-pruning", "vd": "variational-dropout"}
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
@@ -78,6 +81,7 @@ def header(
     "The card's header."
     configs = [{"config_name": "metrics", "data_files": "metrics.parquet", "default": True}]
     configs += [{"config_name": f"{stage}_models", "data_files": f"{stage}.parquet"} for stage in stages]
+    configs += [{"config_name": f"{stage}_weights", "data_files": f"weights/{stage}.parquet"} for stage in stages]
     fields = {
         "license": licence,
         "pretty_name": f"{title_of(store)}: {' and '.join(STAGE_TITLES[stage] for stage in stages)}",
@@ -154,7 +158,7 @@ def provenance(
                     f"`{run['commit'] or 'unknown'}`, engine {run['engine']} on {run['device']}.")
     return "\n".join(told)
 
-# %% ../nbs/41_publishing.ipynb #aa31cc4e
+# %% ../nbs/41_publishing.ipynb #e46484d3
 LOADING = """\
 With [zootwins](https://github.com/zootwins/zootwins), in two lines:
 
@@ -166,9 +170,11 @@ models = load_models("{folder}/{stage}")
 `models.models` has one row of generating factors per model, `models.weights` one tensor per parameter whose first axis is the model, \
 and `models.to_module(0)` is an ordinary PyTorch module. \
 The files of variational dropout hold the weights before the threshold is applied, and the logarithms of their noise; \
-`zootwins.population.load_population` gives both as they are.
+`zootwins.population.load_population` gives both as they are. `zootwins.zoo_data.ZooDataset("{folder}", "{stage}")` is a PyTorch data set of \
+vectors and accuracies, with splits by model.
 
-Without zootwins, `safetensors.torch.load_file` and `pandas.read_parquet` read the same files, \
+With `datasets`, `load_dataset("USER/{folder}", "{stage}_weights")` gives a row for each model, with its number and its vector of weights. \
+Without either, `safetensors.torch.load_file` and `pandas.read_parquet` read the same files, \
 and `metrics.parquet` has accuracy, loss, sparsity and agreement of every model after every epoch. \
 `sha256sum --check SHA256SUMS` tells whether all files are whole.
 """
@@ -198,6 +204,16 @@ def card(
     ]
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
+# %% ../nbs/41_publishing.ipynb #421a683d
+def weights_table(
+    population: Population,  # of a stage
+) -> pa.Table:               # model, level, copy where there are copies, and weights: lists of one length, float32
+    "Models as rows of a table, as they are judged."
+    keys = population.models[[name for name in ("model", "level", "copy") if name in population.models]]
+    vectors = flatten(deterministic(population.weights)).numpy()
+    column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
+    return pa.Table.from_pandas(keys, preserve_index=False).append_column("weights", column)
+
 # %% ../nbs/41_publishing.ipynb #da12ea2a
 def hashes(
     folder: Path,  # a publication
@@ -223,7 +239,7 @@ def new_folder(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
-# %% ../nbs/41_publishing.ipynb #7ee1e273
+# %% ../nbs/41_publishing.ipynb #c8cadd4a
 def publish(
     folder: Path | str,                # of a zoo in a store, such as zoos/digits_seed
     to: Path | str,                    # the folder to make; its name is the publication's
@@ -241,6 +257,9 @@ def publish(
         for name, population in populations_of(folder, stages, trajectory):
             save_population(population, temporary / name)
             populations[name] = population
+            if name in stages:
+                (temporary / "weights").mkdir(exist_ok=True)
+                parquet.write_table(weights_table(population), temporary / "weights" / f"{name}.parquet", compression="zstd")
         save_metrics(metrics, temporary / "metrics.parquet")
         write_json(store | {"history": history}, temporary / "store.json")
         text = card(store, history, to.name, content(populations), metrics, stages, licence)

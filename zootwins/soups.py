@@ -7,7 +7,7 @@ __all__ = ['APART', 'LONGER', 'PARAMETERS', 'Chain', 'check_chain', 'story_chain
            'phase_stage', 'read_candidates', 'read_soup', 'beginnings', 'make_phase', 'make_soups', 'reprune',
            'chain_table', 'story_table', 'soup_cells', 'story_gains']
 
-# %% ../nbs/44_soups.ipynb #218e64f1
+# %% ../nbs/44_soups.ipynb #eda09918
 import json
 import threading
 import time
@@ -21,6 +21,7 @@ from .averaging import MERGES, average, compare_candidates, gains, merge
 from .blocks import cut_blocks
 from .core import UserError, check_name, digest, write_json
 from .datasets import Images
+from .engines import Listener, OnEpoch
 from .plans import Plan, Stage, fingerprint
 from .population import Population
 from .schedules import check_schedule
@@ -241,19 +242,21 @@ def make_phase(
         drop_parts(folder / "parts", stage.name, there | set(row_names(missing)))
     return replace(report, diverged=count_diverged(stage, read_stage_metrics(folder, stage.name)))
 
-# %% ../nbs/44_soups.ipynb #22e04b30
+# %% ../nbs/44_soups.ipynb #df702f3c
 def make_soups(
     plan: Plan,                # the zoo, whose originals are in the store
     images: Images,            # to train on, to choose by, and to judge by
     chains: Iterable[Chain],   # what to make
     progress: bool = True,     # show bars
     workers: Executor | None = None,  # from workers.open_workers; none: the threads of this machine
+    on_epoch: OnEpoch | None = None,  # as in make_twins
 ) -> list[Report]:             # what each phase cost
     "Make all phases of some chains; raises `UserError`, and `Interrupted` with all work kept."
     chains = [check_chain(chain) for chain in chains]
     open_store(plan.folder, fingerprint(plan, images))
     on = images if workers else on_device(images, plan.device)
-    crew = Crew(plan.engine, plan.device, on, plan.zoo.image_size, workers, threading.Event())
+    told = Listener(on_epoch) if on_epoch else None
+    crew = Crew(plan.engine, plan.device, on, plan.zoo.image_size, workers, threading.Event(), told)
     with interruptible(plan.folder, crew.stop):
         return [
             make_phase(plan, chain, number, crew, progress) for chain in chains for number in range(1, chain.phases + 1)
