@@ -111,6 +111,16 @@ def test_workers_make_the_same_bits(cooked, pool):
         assert bits(cook(0.9, phases=2, m=2, workers=workers).model) == bits(cooked.model)
 
 
+def test_dask_carries_functions_that_no_module_holds(tmp_path):
+    def local(model, seed, rates):
+        return loop(model, seed, rates)
+
+    distributed = pytest.importorskip("distributed")
+    with distributed.Client(processes=False, n_workers=1, threads_per_worker=1, dashboard_address=None) as client:
+        found = soup(NET, DATA, retrain=local, m=2, workers=client.get_executor(pure=False), folder=tmp_path)
+    assert bits(found.model) == bits(soup(NET, DATA, retrain=loop, m=2).model) and len(list(tmp_path.glob("copy-*"))) == 2
+
+
 def test_failing_workers_are_told_and_finished_copies_kept(tmp_path):
     def fails(model, seed, rates):
         if seed == copy_seed(0, 1, 1):

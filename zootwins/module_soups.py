@@ -320,6 +320,7 @@ def _checkpointed(
     "Let the plain trainer leave its progress behind after every epoch."
     if folder is None or not isinstance(task.retrain, Trainer):
         return task
+    (folder / "parts").mkdir(exist_ok=True)
     return replace(task, retrain=replace(task.retrain, checkpoint=str(folder / "parts" / f"{name}.safetensors")))
 
 

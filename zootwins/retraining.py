@@ -268,7 +268,7 @@ def train_network(
             save_progress(Path(checkpoint), module, optimizer, rule, told | {"training": name, "epoch": epoch})
     return module.cpu()
 
-# %% ../nbs/72_retraining.ipynb #50aaf6aa
+# %% ../nbs/72_retraining.ipynb #1690075e
 _loaded: dict[bytes, Images] = {}  # by what loads them; the last alone
 
 
@@ -292,12 +292,13 @@ class Trainer:
 
     source: Images | Callable[[], Images]   # images, or what loads them
     settings: TrainSettings = SETTINGS      # batch size, momentum, device, ...
-    checkpoint: str | None = None           # a file to go on from; none: begin anew
+    checkpoint: str | None = None           # a file to go on from; unused on a machine that does not see its folder
 
     def __call__(self, module: nn.Module, seed: int, rates: Rates) -> nn.Module:
         "Train it in place."
         images = images_of(self.source)
-        return train_network(module, images.x_train, images.y_train, rates, self.settings, seed, checkpoint=self.checkpoint)
+        file = self.checkpoint if self.checkpoint and Path(self.checkpoint).parent.is_dir() else None
+        return train_network(module, images.x_train, images.y_train, rates, self.settings, seed, checkpoint=file)
 
     def told(self) -> dict[str, object]:  # JSON types
         "All that its results depend on, but for model, seed and rates."
