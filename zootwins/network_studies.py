@@ -65,11 +65,11 @@ FILTERS = tuple(Part(12, level, selector="filters") for level in (0.4, 0.5, 0.6)
 FAST = TrainSettings(amp=True, channels_last=True, device="cuda")
 STUDIES = {
     "narrow": Study(
-        "ResNet-8, width 8, on CIFAR-10 at 16x16", "resnet8", "cifar10",
+        "ResNet-8 of width 8, CIFAR-10 at 16x16", "resnet8", "cifar10",
         (Part(5, 0.9, 3), Part(6, 0.8), Part(6, 0.9), Part(12, 0.5, selector="filters")), 12, 2,
         factor=2, n_train=2_500, n_val=1_000, n_test=2_000, settings=TrainSettings(batch_size=64),
     ),
-    "resnet18": Study("ResNet-18 on CIFAR-10", "resnet18", "cifar10", ONE_SHOT + FILTERS, 30, 20, settings=FAST),
+    "resnet18": Study("ResNet-18, CIFAR-10", "resnet18", "cifar10", ONE_SHOT + FILTERS, 30, 20, settings=FAST),
 }
 
 # %% ../nbs/78_network_studies.ipynb #8d5cea77
