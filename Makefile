@@ -5,6 +5,7 @@ ZOO ?= digits_seed
 N ?= 100
 LEVELS ?=
 METHODS ?=
+SELECTOR ?=
 WORKERS ?=
 FORMATS ?=
 NOTEBOOK ?= run_zoo
@@ -17,7 +18,7 @@ SCRATCH := scratch=$$(mktemp -d) && trap 'rm -rf $$scratch' EXIT && ZOOTWINS_STO
 export MPLBACKEND := Agg
 export SOURCE_DATE_EPOCH := 0
 
-.PHONY: run test test-all sanitize mutants lab keep paper readme clean-check export-check readme-check notebooks lint pytest
+.PHONY: run test test-all sanitize mutants lab keep paper package readme docs clean-check export-check readme-check notebooks lint pytest
 
 $(VENV)/ready: setup.py settings.ini constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -31,7 +32,7 @@ run: $(VENV)/ready
 	@mkdir -p "$(RUNS)"
 	@figures="$${ZOOTWINS_FIGURES:-runs}/$(ZOO)"; log="$(RUNS)/$(ZOO).log"; set -o pipefail; \
 	ZOOTWINS_BARS=text $(BIN)/python -m papermill nbs/run_zoo.ipynb "$(RUNS)/$(ZOO).unfinished.ipynb" -p zoo "$(ZOO)" -p n_models "$(N)" \
-		$(if $(LEVELS),-r levels "$(LEVELS)") $(if $(METHODS),-r methods "$(METHODS)") $(if $(WORKERS),-r workers "$(WORKERS)") $(if $(FORMATS),-r formats "$(FORMATS)") --kernel python3 \
+		$(if $(LEVELS),-r levels "$(LEVELS)") $(if $(METHODS),-r methods "$(METHODS)") $(if $(SELECTOR),-r selector "$(SELECTOR)") $(if $(WORKERS),-r workers "$(WORKERS)") $(if $(FORMATS),-r formats "$(FORMATS)") --kernel python3 \
 		--no-progress-bar --stdout-file /dev/null --stderr-file /dev/fd/3 3>&1 >"$$log" 2>&1 | (trap '' INT; cat >&2) && test -f "$$figures/run.json" \
 		|| { grep -aE '^[A-Za-z.]+(Error|Interrupt)\b|^Interrupted:' "$$log" | tail -n 1 >&2; echo "The run of $(ZOO) did not end well; more is in $$log" >&2; exit 1; }; \
 	mv "$(RUNS)/$(ZOO).unfinished.ipynb" "$(RUNS)/$(ZOO).ipynb" && rm "$$log" && \
@@ -53,9 +54,10 @@ paper: $(VENV)/ready
 
 test: clean-check export-check readme-check notebooks lint pytest
 
-# Rare and long sweeps: every kill point, many races, notebooks and command lines from end to end.
+# Rare and long sweeps: every kill point, many races, notebooks and command lines from end to end, the site.
 test-all: test
 	$(SCRATCH) $(BIN)/nbdev_test --n_workers 2 --timing --file_re '$(LONG)'
+	$(MAKE) docs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m slow tests
 
 clean-check export-check readme-check: $(VENV)/ready
@@ -66,7 +68,7 @@ notebooks: $(VENV)/ready
 	$(SCRATCH) $(BIN)/nbdev_test --n_workers 2 --timing --skip_file_re '^[_.]|$(LONG)'
 
 lint: $(VENV)/ready
-	$(BIN)/ruff check zootwins tests
+	$(BIN)/ruff check zootwins tests docs
 
 pytest: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests
@@ -79,8 +81,17 @@ sanitize: $(VENV)/ready
 mutants: $(VENV)/ready
 	$(BIN)/python tests/mutants.py
 
-readme: $(VENV)/ready
-	$(BIN)/python tests/fresh.py readme
+# The modules from the notebooks, and README from index.ipynb.
+package readme: $(VENV)/ready
+	$(BIN)/python tests/fresh.py $@
+
+# The site: notebooks with their outputs, and every function. A broken link is an error.
+docs: $(VENV)/docs-ready
+	$(BIN)/python docs/build.py && echo "Open _docs/html/index.html"
+
+$(VENV)/docs-ready: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	touch $@
 
 # JupyterLab on a copy, which git does not know, so that a notebook that was read does not become a change.
 lab: $(VENV)/ready

@@ -167,7 +167,7 @@ def population(folder: Path) -> Reader:
 
 
 def write_metrics(path: Path) -> None:
-    rows = [("z", "original", np.nan, model, epoch, *(0.1 * i for i in range(len(METRIC_COLUMNS) - 5))) for model in range(50) for epoch in range(5)]
+    rows = [("z", "original", "", np.nan, model, epoch, *(0.1 * i for i in range(len(METRIC_COLUMNS) - 6))) for model in range(50) for epoch in range(5)]
     pd.DataFrame(rows, columns=METRIC_COLUMNS).to_parquet(path)
 
 
@@ -199,7 +199,7 @@ def store(folder: Path) -> Reader:
     "A stage with a trajectory, and a block that was left half way."
     zoo, models, later = folder / "digits_seed", *(sample_population(get_zoo("digits_seed"), 3, seed) for seed in (0, 1))
     models.models["level"] = later.models["level"] = np.nan
-    rows = [("z", "vd", np.nan, model, epoch, *(0.1 * i for i in range(len(METRIC_COLUMNS) - 5))) for model in range(3) for epoch in (0, 1)]
+    rows = [("z", "vd", "", np.nan, model, epoch, *(0.1 * i for i in range(len(METRIC_COLUMNS) - 6))) for model in range(3) for epoch in (0, 1)]
     metrics = pd.DataFrame(rows, columns=METRIC_COLUMNS)
     add_file(zoo / "vd", "vd-block", pack(Piece({0: models, 1: later}, metrics, 0, torch.zeros(3, 50, dtype=torch.uint8))))
     write_manifest(zoo, "vd", {"made": 3})

@@ -11,7 +11,8 @@ import pandas as pd
 import torch
 
 from zootwins.datasets import load_images, subset
-from zootwins.plans import make_plan
+from zootwins import plans
+from zootwins.plans import make_plan, make_stages
 from zootwins.store import finished_files, read_manifest
 from zootwins.twins import load_metrics, load_stage
 from zootwins.zoos import get_zoo
@@ -29,7 +30,7 @@ def small_plan(folder, n=3, epochs=3, **changes):
 
 def different(one, other):
     "Name the first thing in which the stores of two equal plans differ bit by bit; none: nothing."
-    for stage in ("original", *one.methods):
+    for stage in [stage.name for stage in make_stages(one)]:
         for epoch in range(one.zoo.vd_epochs + 1) if stage == "vd" else [None]:
             left, right = (load_stage(plan, stage, epoch) for plan in (one, other))
             if not left.models.equals(right.models) or left.weights.keys() != right.weights.keys():
@@ -48,8 +49,8 @@ def left_over(plan):
     folder = plan.folder
     parts = list((folder / "parts").glob("*")) if (folder / "parts").exists() else []
     hidden = [path for path in folder.rglob(".*")]
-    strange = [path for path in folder.iterdir() if path.suffix not in (".json", ".lock") and path.name not in (*STAGES, "parts")]
-    unlisted = [path for stage in STAGES for path in finished_files(folder, stage) if path.name not in read_manifest(folder, stage)["files"]]
+    strange = [path for path in folder.iterdir() if path.suffix not in (".json", ".lock") and path.name not in (*plans.STAGES, "parts")]
+    unlisted = [path for stage in plans.STAGES for path in finished_files(folder, stage) if path.name not in read_manifest(folder, stage)["files"]]
     return sorted({str(path.relative_to(folder)) for path in (*parts, *hidden, *strange, *unlisted)})
 
 

@@ -6,7 +6,7 @@ import pytest
 from zootwins import claims as c
 from zootwins.claims import CLAIMS, FAILS, HOLDS, OPEN
 from zootwins.layers import layer_sizes
-from zootwins.metrics import LAYERS, METRIC_COLUMNS
+from zootwins.metrics import LAYERS, METRIC_COLUMNS, with_selectors
 from zootwins.reported import read_reported
 
 CELLS = read_reported()
@@ -44,7 +44,7 @@ def zoo(name="usps_seed", n=60, seed=0, **changes):
     for epoch in range(26):
         accuracy = twins(0.87 - p["vd_drop"] * epoch, p["vd_std"])
         add("vd", np.nan, epoch, accuracy, 0.037 * epoch, p["vd_gap"] if epoch else 0.05, accuracy - p["agreement"] - 0.01)
-    return pd.concat(parts, ignore_index=True)[METRIC_COLUMNS]
+    return with_selectors(pd.concat(parts, ignore_index=True))[METRIC_COLUMNS]
 
 
 @pytest.fixture(scope="module")
@@ -298,7 +298,7 @@ def states(**of):
         base = {"zoo": "usps_seed", "method": method, "level": level, "model": range(n), "epoch": epoch, "test_acc": 0.9, "train_acc": 0.9, "ggap": 0.05, "train_loss": 1.0,
             "test_loss": 1.0, "sparsity": 0.0, "agreement": 1.0}
         parts.append(pd.DataFrame(base | {f"sparsity_{layer}": 0.0 for layer in LAYERS} | columns))
-    return pd.concat(parts, ignore_index=True)[METRIC_COLUMNS]
+    return with_selectors(pd.concat(parts, ignore_index=True))[METRIC_COLUMNS]
 
 
 ORIGINAL, N = ("original", np.nan, 50), 20

@@ -63,7 +63,8 @@ def test_every_parameter_of_the_notebook_is_an_option():
 
 @pytest.mark.parametrize("words, code, told", [
     (["run", "digits_sed"], 1, "did you mean 'digits_seed'"), (["run", "digits_seed", "-n", "0"], 1, "is not a number of models"),
-    (["run", "digits_seed", "--levels", "150"], 1, "are not levels of pruning"), (["run", "digits_seed", "--workers", "dusk"], 1, "'dusk' are no workers"),
+    (["run", "digits_seed", "--levels", "150"], 1, "are not levels of pruning"),
+    (["run", "digits_seed", "--selector", "lamb"], 1, "did you mean 'lamp'"), (["run", "digits_seed", "--workers", "dusk"], 1, "'dusk' are no workers"),
     (["run", "digits_seed", "--source", "/nowhere"], 1, "There is no zoo at"), (["show", "/nowhere"], 1, "/nowhere is no store"),
     (["run"], 2, "Missing argument 'ZOO...'"), (["run", "digits_seed", "-n", "few"], 2, "neither a whole number nor the word all"),
     (["ran"], 2, "No such command 'ran'"),

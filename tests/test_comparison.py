@@ -13,7 +13,7 @@ from zootwins.comparison import (
     recorded_epochs, regenerated, scorecard, share_grid, shifted_verdicts, side_by_side, smallest_error, within, worst,
 )
 from zootwins.layers import FREQUENCY_COLUMNS, layer_sizes
-from zootwins.metrics import LAYERS, METRIC_COLUMNS
+from zootwins.metrics import LAYERS, METRIC_COLUMNS, with_selectors
 from zootwins.reported import ROUNDING, layer_average, read_recorded, read_recorded_curves, read_reported, recorded_factors, shifted_windows
 from zootwins.zoos import FACTORS, ZOOS, get_zoo, model_table
 
@@ -42,7 +42,7 @@ def drawn_zoo(zoo="usps_seed", n=200, seed=0, shift=0.0):
         measures = {"sparsity": (averages.get(epoch, 0), 0.6)} | pairs(rows) | {"agreement": (86.6, 1.1)}
         add("vd", np.nan, epoch, measures, seven[(seven["layer"] != "") & (seven["epoch"] == epoch)].set_index("layer")["mean"])
     add("original", np.nan, 50, {"test_acc": (87.0, 1.7), "ggap": (5.1, 0.6), "sparsity": (0, 0), "agreement": (100, 0)}, {})
-    return pd.concat(parts, ignore_index=True)[METRIC_COLUMNS].astype({"epoch": int})
+    return with_selectors(pd.concat(parts, ignore_index=True))[METRIC_COLUMNS].astype({"epoch": int})
 
 
 @pytest.fixture(scope="module")
@@ -367,7 +367,8 @@ def test_layer_spread_is_brought_to_the_papers_number_of_models():
     random, n, weights, std = np.random.default_rng(0), 40, 20_000, 0.13
     shares = (0.55 + std * random.uniform(-(3**0.5), 3**0.5, weights)).clip(0, 1)
     counted = random.binomial(n, shares) / n
-    frame = pd.DataFrame({"zoo": "usps_seed", "method": "vd", "level": np.nan, "epoch": 5, "layer": "conv1", "weight": range(weights), "frequency": counted, "models": n})
+    frame = pd.DataFrame({"zoo": "usps_seed", "method": "vd", "selector": "", "level": np.nan, "epoch": 5, "layer": "conv1", "weight": range(weights),
+        "frequency": counted, "models": n})
     found = compare_layer_spread(frame[FREQUENCY_COLUMNS])
     assert found[["table", "epoch", "paper_mean", "paper_std", "n"]].to_numpy().tolist() == [[7, 5, 55.4, 13.0, n]]
     assert found["ours_std"][0] == pytest.approx(100 * std, abs=0.3) and 100 * counted.std() > found["ours_std"][0] + 1
@@ -441,7 +442,7 @@ def grid_metrics(n=128):
     rows = rows.assign(**{f"sparsity_{layer}": 0.0 for layer in LAYERS})
     parts = [rows.assign(method="original", level=np.nan, epoch=epoch) for epoch in (10, 49, 50)]
     parts += [rows.assign(method="mp", level=0.5, epoch=epoch) for epoch in (0, 15)] + [rows.assign(method="vd", level=np.nan, epoch=epoch) for epoch in (0, 2)]
-    return pd.concat(parts, ignore_index=True)[METRIC_COLUMNS]
+    return with_selectors(pd.concat(parts, ignore_index=True))[METRIC_COLUMNS]
 
 
 def test_grids_are_judged_by_their_design():
@@ -526,8 +527,8 @@ def test_windows_are_cut_from_the_flat_weights():
     sizes = layer_sizes("cnn_small_3ch")
     shares = np.random.default_rng(0).uniform(size=sum(sizes.values()))
     layers = np.repeat(list(sizes), list(sizes.values()))
-    frame = pd.DataFrame({"zoo": "cifar10_seed", "method": "mp", "level": np.float32(0.7), "epoch": 15, "layer": layers, "weight": range(len(shares)), "frequency": shares,
-        "models": 10**9})
+    frame = pd.DataFrame({"zoo": "cifar10_seed", "method": "mp", "selector": "global", "level": np.float32(0.7), "epoch": 15, "layer": layers, "weight": range(len(shares)),
+        "frequency": shares, "models": 10**9})
     found = compare_windows(frame[FREQUENCY_COLUMNS]).set_index("layer")
     assert found.index.tolist() == list(sizes) and (found["level"] == 0.7).all()
     for layer, (first, last) in shifted_windows("cnn_small_3ch").items():

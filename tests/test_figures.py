@@ -13,10 +13,10 @@ from zootwins.figures import (
     stretch, stretched_ticks, unstretch, zoo_looks,
 )
 from zootwins.layers import layer_profile, removal_frequency, stack_frequencies
-from zootwins.magnitude import prune
 from zootwins.metrics import LAYERS, tidy
 from zootwins.population import sample_population
 from zootwins.reported import read_reported
+from zootwins.selectors import prune
 from zootwins.zoos import ZOOS, model_table
 
 
@@ -39,7 +39,7 @@ def removal(zoo="usps_seed", n=3, methods="vd mp"):
     population = sample_population(ZOOS[zoo], n)
     names = layer_names(build(population.architecture))
     share = lambda level: removal_frequency(prune(population, level)[1], names)
-    states = {(zoo, "vd", None, epoch): share(0.03 * epoch) for epoch in range(26)} | {(zoo, "mp", level, 15): share(level) for level in (0.0, 0.5, 0.9)}
+    states = {(zoo, "vd", "", None, epoch): share(0.03 * epoch) for epoch in range(26)} | {(zoo, "mp", "global", level, 15): share(level) for level in (0.0, 0.5, 0.9)}
     return stack_frequencies({state: frequency for state, frequency in states.items() if state[1] in methods.split()})
 
 

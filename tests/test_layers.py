@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from zootwins.architectures import build, layer_names
 from zootwins.core import UserError
 from zootwins.layers import FREQUENCY_COLUMNS, frequency_spread, layer_sizes, read_frequencies, removal_frequency, save_frequencies, stack_frequencies
-from zootwins.magnitude import prune
 from zootwins.metrics import sparsity
 from zootwins.population import sample_population
+from zootwins.selectors import prune
 from zootwins.variational import begin_variational, deterministic, sparse_masks
 from zootwins.zoos import ZOOS
 
@@ -57,8 +57,8 @@ def test_variational_masks_and_pruned_weights_count_alike():
 def stacked(zoo="digits_seed"):
     population = sample_population(ZOOS[zoo], 4)
     names = layer_names(build(population.architecture))
-    states = {(zoo, "vd", None, epoch): removal_frequency(prune(population, epoch / 10)[1], names) for epoch in (0, 5)}
-    return stack_frequencies(states | {(zoo, "mp", 0.5, 15): removal_frequency(prune(population, 0.5)[1], names)})
+    states = {(zoo, "vd", "", None, epoch): removal_frequency(prune(population, epoch / 10)[1], names) for epoch in (0, 5)}
+    return stack_frequencies(states | {(zoo, "mp", "global", 0.5, 15): removal_frequency(prune(population, 0.5)[1], names)})
 
 
 def test_stacked_states_survive_the_disk(tmp_path):
@@ -86,7 +86,7 @@ def test_spread_of_equal_weights_is_chance_and_a_special_weight_shows():
     equal = torch.rand(400, 60, 60, generator=random) < 0.3
     special = equal.clone()
     special[:, :, ::10] = True
-    states = {("zoo", "vd", None, epoch): removal_frequency({"b.weight": mask}, {"fc1": "b"}) for epoch, mask in enumerate((equal, special))}
+    states = {("zoo", "vd", "", None, epoch): removal_frequency({"b.weight": mask}, {"fc1": "b"}) for epoch, mask in enumerate((equal, special))}
     first, second = frequency_spread(stack_frequencies(states)).itertuples()
     assert first.size == 3600 and first.models == 400 and first.chance == pytest.approx(np.sqrt(0.7 * 0.3 / 400), rel=0.05)
     assert first.std == pytest.approx(first.chance, rel=0.1) and second.std > 5 * second.chance

@@ -1,4 +1,5 @@
-"""Magnitude pruning: exact counts, and equal to torch's own where that is defined."""
+"""Magnitude pruning: exact counts, by an independent definition, and equal to torch's own where that is defined."""
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -6,8 +7,9 @@ from hypothesis import strategies as st
 from torch.nn.utils import prune as torch_prune
 
 from zootwins.core import UserError
-from zootwins.magnitude import magnitude_masks, prune
-from zootwins.population import sample_population
+from zootwins.magnitude import apply_masks, count_kept, keep_highest
+from zootwins.population import Population, sample_population
+from zootwins.selectors import prune
 from zootwins.zoos import ZOOS
 
 LEVELS = [i / 10 for i in range(10)]
@@ -28,7 +30,7 @@ def test_global_pruning_is_torchs(name, level):
 @pytest.mark.parametrize("level", LEVELS)
 def test_layerwise_pruning_is_torchs(level):
     zoo = sample_population(ZOOS["svhn_seed"], 2)
-    masks = magnitude_masks(zoo.weights, level, "layerwise")
+    _, masks = prune(zoo, level, "layerwise")
     module = zoo.to_module(0)
     for path, layer in module.named_modules():
         if hasattr(layer, "weight"):
@@ -36,37 +38,54 @@ def test_layerwise_pruning_is_torchs(level):
             assert torch.equal(layer.weight_mask.bool(), masks[f"{path}.weight"][0])
 
 
+def by_hand(values, level):
+    "A mask by numpy: the round(level * n) smallest absolute values go, the first of equal ones first."
+    mask = np.ones(len(values), dtype=bool)
+    mask[np.argsort(np.abs(values), kind="stable")[:round(level * len(values))]] = False
+    return mask
+
+
 @settings(deadline=None, max_examples=40)
 @given(st.floats(0, 0.999), st.sampled_from(["global", "layerwise"]), st.integers(0, 3))
-def test_counts_are_exact_even_with_ties(level, scope, digits):
+def test_masks_are_those_of_an_independent_definition_even_with_ties(level, selector, digits):
     zoo = sample_population(ZOOS["digits_seed"], 3)
     weights = {key: torch.round(w, decimals=digits) for key, w in zoo.weights.items()}
-    masks = magnitude_masks(weights, level, scope)
-    removed = {key: (~mask).flatten(1).sum(1) for key, mask in masks.items()}
-    if scope == "global":
-        assert (sum(removed.values()) == round(level * 2416)).all()
-    else:
-        assert all((count == round(level * weights[key][0].numel())).all() for key, count in removed.items())
-    kept = torch.cat([torch.where(m, weights[k].abs(), torch.inf).flatten(1) for k, m in masks.items()], 1).min(1).values
-    gone = torch.cat([torch.where(m, -torch.inf, weights[k].abs()).flatten(1) for k, m in masks.items()], 1).max(1).values
-    assert scope == "layerwise" or (gone <= kept).all()
+    _, masks = prune(Population(weights, zoo.models, zoo.architecture), level, selector)
+    for model in range(3):
+        flat = {key: weights[key][model].flatten().numpy() for key in masks}
+        if selector == "global":
+            together = by_hand(np.concatenate(list(flat.values())), level)
+            expected = dict(zip(flat, np.split(together, np.cumsum([len(part) for part in flat.values()])[:-1])))
+        else:
+            expected = {key: by_hand(part, level) for key, part in flat.items()}
+        assert all(np.array_equal(masks[key][model].flatten().numpy(), mask) for key, mask in expected.items())
+
+
+def test_the_count_is_that_of_round():
+    for n in (1, 2, 3, 20, 96, 2416):
+        assert [count_kept(n, level) for level in LEVELS] == [n - round(level * n) for level in LEVELS]
+    assert count_kept(5, 0.5) == 3 and count_kept(7, 0.5) == 3 and count_kept(2416, 0.9) == 242
+
+
+def test_of_equal_scores_the_first_go_and_all_or_none_may_stay():
+    scores = torch.tensor([[1.0, 1.0, 0.0, 1.0], [3.0, 2.0, 1.0, 0.0]])
+    assert keep_highest(scores, 2).tolist() == [[False, True, False, True], [True, True, False, False]]
+    assert keep_highest(scores, 4).all() and not keep_highest(scores, 0).any()
 
 
 @pytest.mark.parametrize("level", [-0.1, 1.0, 50, float("nan")])
 def test_impossible_levels(level):
     with pytest.raises(UserError, match="below 1"):
-        magnitude_masks({"a.weight": torch.zeros(1, 1, 3)}, level)
+        count_kept(3, level)
+    with pytest.raises(UserError, match="below 1"):
+        prune(sample_population(ZOOS["digits_seed"], 1), level)
 
 
-def test_unknown_scope():
-    with pytest.raises(UserError, match="global, layerwise"):
-        magnitude_masks({"a.weight": torch.zeros(1, 1, 3)}, 0.5, "filter")
-
-
-@pytest.mark.parametrize("scope", ["global", "layerwise"])
-def test_pruned_models_are_the_masked_ones_with_their_biases(scope):
+@pytest.mark.parametrize("selector", ["global", "layerwise"])
+def test_pruned_models_are_the_masked_ones_with_their_biases(selector):
     zoo = sample_population(ZOOS["digits_seed"], 3)
-    pruned, masks = prune(zoo, 0.7, scope)
+    pruned, masks = prune(zoo, 0.7, selector)
     assert set(pruned.weights) == set(zoo.weights) and pruned.models.equals(zoo.models) and pruned.architecture == zoo.architecture
     for name, weights in zoo.weights.items():
         assert torch.equal(pruned.weights[name], weights * masks[name] if name.endswith("weight") else weights) and pruned.weights[name].dtype == weights.dtype
+    assert all(torch.equal(tensor, pruned.weights[name]) for name, tensor in apply_masks(zoo.weights, masks).items())

@@ -60,7 +60,8 @@ def epoch_rows(method, level, epoch, test_acc, zoo="usps_seed"):
     population = sample_population(ZOOS[zoo], n)
     test_acc = torch.tensor(test_acc, dtype=torch.float64)
     zeros = sparsity(population.weights, layer_names(build(population.architecture)))
-    return tidy(zoo, method, level, epoch, range(n), (test_acc, test_acc + 0.01), (test_acc, test_acc), zeros, torch.ones(n))
+    return tidy(zoo, method, level, epoch, range(n), (test_acc, test_acc + 0.01), (test_acc, test_acc), zeros, torch.ones(n),
+        "global" if method == "mp" else "")
 
 
 def test_tidy_rows_survive_parquet(tmp_path):

@@ -20,9 +20,9 @@ from zootwins.architectures import build
 from zootwins.core import UserError
 from zootwins.datasets import Images
 from zootwins.hyperreps import PARAMETERS, choose_config, find_trajectory, token_layout
-from zootwins.magnitude import magnitude_masks
 from zootwins.metrics import sparsity
 from zootwins.population import Population, plain_models
+from zootwins.selectors import prune
 from zootwins.training import TORCH
 from zootwins.variational import begin_variational, deterministic, sparse_masks
 
@@ -119,7 +119,8 @@ def test_statistics_do_not_depend_on_the_order_of_neurons():
 def test_pruning_by_magnitude_is_magnitude_pruning():
     states = drifting_states()
     kept = hyperreps.to_weights(probes.keep_by(states.weights.abs(), 0.7, LAYOUT), LAYOUT)
-    expected = magnitude_masks(hyperreps.to_weights(states.weights, LAYOUT), 0.7)
+    weights = hyperreps.to_weights(states.weights, LAYOUT)
+    _, expected = prune(Population(weights, plain_models(len(states.weights)), ""), 0.7)
     assert all(torch.equal(kept[name], mask) for name, mask in expected.items())
     assert all(kept[name].all() for name in kept if name.endswith("bias"))
 

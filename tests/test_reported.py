@@ -215,7 +215,7 @@ def test_a_shifted_row_is_a_mixture_and_a_wrong_one_is_found(cells, zoo):
 
 
 def test_other_zoos_rows_are_no_mixtures(cells):
-    others = [zoo.name for zoo in ZOOS.values() if zoo.mp_in_paper and zoo.architecture == "cnn_small_1ch" and zoo.mp_scope == "global"]
+    others = [zoo.name for zoo in ZOOS.values() if zoo.mp_in_paper and zoo.architecture == "cnn_small_1ch" and zoo.mp_selector == "global"]
     found = check_table_8_windows(cells, others)
     assert len(found) == 3 * len(others) == 15 and not found["agrees"].any()
 

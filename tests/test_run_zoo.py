@@ -51,9 +51,9 @@ def test_the_notebook_runs_again_and_again_in_one_kernel(tmp_path):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    "A run of three models, and its originals as a published zoo."
+    "A run of three models with two selectors, and its originals as a published zoo."
     folder = tmp_path_factory.mktemp("run")
-    done = papermill(folder, ROOT / "nbs", zoo="digits_seed", n_models=3, levels="90")
+    done = papermill(folder, ROOT / "nbs", zoo="digits_seed", n_models=3, levels="90", selector="lamp,global")
     assert done.returncode == 0, done.stderr[-2000:]
     export_zoo(folder / "zoos" / "digits_seed", folder / "published", ["original"])
     return folder
@@ -62,10 +62,13 @@ def run(tmp_path_factory):
 def test_a_run_writes_all_tables_and_figures(run):
     folder = run / "figures" / "digits_seed"
     names = {p.name for p in folder.iterdir()}
-    assert names >= {"run.json", "metrics.parquet", "figure_2.png", "figure_5.png", *(f"table_{i}.csv" for i in (1, 2, 5, 6, 7, 8))}
+    assert names >= {"run.json", "metrics.parquet", "table_empty.csv", "figure_2.png", "figure_5.png", *(f"table_{i}.csv" for i in (1, 2, 5, 6, 7, 8))}
     assert all((folder / name).stat().st_size > 5_000 for name in names if name.endswith("png"))
     record = json.loads((folder / "run.json").read_text())
-    assert record["n_models"] == 3 and record["levels"] == [0.9]
+    assert record["n_models"] == 3 and record["levels"] == [0.9] and record["selectors"] == ["global", "lamp"]
+    assert [(stage["stage"], stage["made"]) for stage in record["history"]] == [("original", 3), ("mp", 3), ("mp_lamp", 3), ("vd", 3)]
+    assert set(pd.read_parquet(folder / "metrics.parquet")["selector"]) == {"", "global", "lamp"}
+    assert set(pd.read_csv(folder / "table_empty.csv")["selector"]) == {"global", "lamp"}
 
 
 def test_a_run_changes_nothing_that_git_knows(run):
@@ -77,7 +80,7 @@ def test_a_run_changes_nothing_that_git_knows(run):
 @pytest.mark.slow
 def test_a_published_zoo_gets_the_same_tables_and_figures(tmp_path, run):
     source = run / "published" / "original"
-    done = papermill(tmp_path, zoo="digits_seed", n_models=None, source=source, levels="90")
+    done = papermill(tmp_path, zoo="digits_seed", n_models=None, source=source, levels="90", selector="global,lamp")
     assert done.returncode == 0, done.stderr[-2000:]
     ours, theirs = (folder / "figures" / "digits_seed" for folder in (run, tmp_path))
     assert {p.name for p in theirs.iterdir()} - {p.name for p in ours.iterdir()} == {"reevaluation.csv"}

@@ -189,7 +189,8 @@ def test_what_a_source_does_not_tell_is_counted_and_named(tmp_path):
 
 def test_a_publication_with_a_damaged_file_is_no_source(tmp_path):
     save_population(sample_population(get_zoo("digits_seed"), 2), tmp_path / "original")
-    metrics = pd.DataFrame([{"zoo": "digits_seed", "method": "original", "level": np.nan, "model": m, "epoch": 50, **dict.fromkeys(METRIC_COLUMNS[5:], 0.5)} for m in range(2)])
+    row = {"zoo": "digits_seed", "method": "original", "selector": "", "level": np.nan, "epoch": 50, **dict.fromkeys(METRIC_COLUMNS[6:], 0.5)}
+    metrics = pd.DataFrame([row | {"model": m} for m in range(2)])
     metrics.to_parquet(tmp_path / "metrics.parquet")
     (tmp_path / HASHES).write_text(hashes(tmp_path))
     (tmp_path / ".gitattributes").write_text("x")

@@ -10,10 +10,10 @@ from torch.nn import functional as F
 from zootwins.architectures import ARCHITECTURES
 from zootwins.core import UserError
 from zootwins.datasets import Images, load_images, subset
-from zootwins.magnitude import prune
-from zootwins.population import Population, from_modules, plain_models, sample_population
-from zootwins.streams import Draws, epoch_order, stream_keys
 from zootwins.engines import train
+from zootwins.population import Population, from_modules, plain_models, sample_population
+from zootwins.selectors import prune
+from zootwins.streams import Draws, epoch_order, stream_keys
 from zootwins.training import Recipe, begin, train_epoch, training_module
 from zootwins.variational import begin_variational, kl_weight, total_divergence
 from zootwins.zoos import ZOOS

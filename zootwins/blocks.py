@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .agreement import agreement
+from .averaging import merge_and_prune
 from .architectures import build, layer_names
 from .core import digest
 from .datasets import Images
@@ -38,7 +39,7 @@ class Block:
     "Rows of a stage that are trained together, with all they need."
 
     stage: Stage                  # its rows are those of the block
-    originals: Population | None  # the models that the rows begin from; none: they are drawn
+    originals: Population | None  # the models that the rows begin from or are compared with; none: there are none
     reference: Tensor | None      # uint8 [originals, half the test images], from `halved`: what those predict; none: there is nothing to compare with
     recorded: pd.DataFrame        # tidy metrics that a source brought for these rows; empty without one
 
@@ -71,9 +72,11 @@ def restored(
 def cut_rows(
     rows: pd.DataFrame,    # to be made: model, level and generating factors
     engine: Engine,        # who will train them
-) -> list[pd.DataFrame]:   # up to `engine.width()` rows each
+    together: int = 1,     # rows of a model that may not be parted
+) -> list[pd.DataFrame]:   # up to `engine.width()` rows each, or as many as may not be parted
     "Cut rows into groups that the engine can train together."
-    rows, width = rows.sort_values(["model", "level"], ignore_index=True), engine.width()
+    rows = rows.sort_values(["model", "level"], ignore_index=True)
+    width = max(engine.width() // together, 1) * together
     groups_ = groups(rows, engine)
     return [rows.iloc[group[i : i + width]].reset_index(drop=True) for group in groups_ for i in range(0, len(group), width)]
 
@@ -86,7 +89,8 @@ def cut_blocks(
     recorded: pd.DataFrame | None = None,      # tidy metrics of a source; none: there are none
 ) -> Iterator[Block]:
     "Make the blocks of a stage."
-    for rows in cut_rows(stage.rows, engine):
+    together = stage.rows["copy"].nunique() if stage.events else 1  # copies that are merged on the way
+    for rows in cut_rows(stage.rows, engine, together):
         numbers = sorted(rows["model"].unique())
         yield Block(
             replace(stage, rows=rows),
@@ -102,8 +106,8 @@ def row_keys(
     "The random stream of every row; those of copies as `training.model_keys` has them."
     if "copy" in stage.rows:
         return model_keys(stage.recipe, stage.rows)
-    names = [stage.name if np.isnan(level) else f"{stage.name}_{100 * level:g}" for level in stage.rows["level"]]
     recipe = stage.recipe
+    names = [recipe.stage if np.isnan(level) else f"{recipe.stage}_{100 * level:g}" for level in stage.rows["level"]]
     return torch.cat([stream_keys(recipe.zoo, name, [seed], recipe.run_seed) for name, seed in zip(names, stage.rows["seed"])])
 
 # %% ../nbs/28_blocks.ipynb #3cb1a5be
@@ -122,7 +126,7 @@ def start_of(
     if stage.begins == "pruned":
         before, later = population, "copy" in rows  # a phase of pruning, within the masks of the phase before
         earlier = {name: tensor != 0 for name, tensor in prunable(before.weights).items()} if later else None
-        population, masks = prune(before, rows["level"].to_numpy(), stage.scope, earlier, images)
+        population, masks = prune(before, rows["level"].to_numpy(), stage.selector, earlier, images)
         rows = rows.assign(damage=pruning_damage(before.weights, masks, earlier).numpy()) if later else rows
     elif stage.begins == "noisy":
         population = begin_variational(population)
@@ -146,7 +150,7 @@ def measure(
         agreed = agreement(predicted, restored(block.reference[[place[number] for number in rows["model"]]], predicted.shape[1]))
     train, test = (measured.train_loss, measured.train_accuracy), (measured.test_loss, measured.test_accuracy)
     sparsities = sparsity(zeroed, layer_names(build(stage.architecture)))
-    frame = tidy(stage.recipe.zoo, stage.method, None, epoch, rows["model"].to_numpy(), train, test, sparsities, agreed)
+    frame = tidy(stage.recipe.zoo, stage.method, None, epoch, rows["model"].to_numpy(), train, test, sparsities, agreed, stage.selector)
     return frame.assign(**{name: rows[name].to_numpy() for name in ("level", "copy") if name in rows})
 
 
@@ -157,7 +161,7 @@ def with_records(
     "What a source recorded goes before what is measured here, which fills the gaps."
     if recorded.empty:
         return metrics
-    places, told = ["model", "epoch"], metrics.iloc[0][["zoo", "method", "level"]]
+    places, told = ["model", "epoch"], metrics.iloc[0][["zoo", "method", "selector", "level"]]
     filled = recorded.set_index(places).combine_first(metrics.set_index(places)).reset_index()
     return filled.reindex(columns=metrics.columns).assign(**told)
 
@@ -275,9 +279,13 @@ def train_block(
 ) -> Iterator[Step | Piece]:     # a step after every epoch, then what has come of it
     "Train and measure one block to its end, epoch by epoch."
     stage, state = block.stage, start_of(block, device, images)
-    recipe, per_epoch = stage.recipe, len(stage.rows) * len(images.x_train)
+    recipe, per_epoch, events = stage.recipe, len(stage.rows) * len(images.x_train), dict(stage.events)
     frames, kept = resume(parts, block, state, -(-len(images.x_train) // recipe.batch_size)) if parts else ([], {})
     saved, skipped, predictions, whole, told = time.monotonic(), state.epoch * per_epoch, None, None, 0
+    if events:
+        state.masks = {name: tensor != 0 for name, tensor in prunable(state.population.weights).items()}
+    if state.epoch in events:
+        merge_and_prune(state, events[state.epoch], stage.selector, images)
     try:
         for measured in epochs(state, images, recipe, engine):
             frames.append(measure(block, state, measured))
@@ -288,8 +296,11 @@ def train_block(
             if parts and whole and time.monotonic() - saved > SAVE_EVERY:
                 keep(parts, block, *whole)
                 saved = time.monotonic()
-            yield Step(measured.epoch, per_epoch if measured.epoch else 0, skipped, pd.concat(frames[told:], ignore_index=True))
+            news = pd.concat(frames[told:], ignore_index=True)
+            yield Step(measured.epoch, per_epoch if measured.epoch else 0, skipped, news)
             skipped, told = 0, len(frames)
+            if measured.epoch and measured.epoch in events:
+                merge_and_prune(state, events[measured.epoch], stage.selector, images)
         if predictions is None:  # it had been stopped right before its end
             predictions = predict(state.population, images, engine).cpu()
         metrics = with_records(pd.concat(frames, ignore_index=True), block.recorded)

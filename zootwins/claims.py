@@ -28,7 +28,7 @@ from scipy import stats
 from .comparison import LABELS, LEVEL, compare, side_by_side
 from .correlation import COEFFICIENTS, correlate, paired_accuracy
 from .layers import layer_sizes
-from .metrics import read_metrics
+from .metrics import own_selector, read_metrics
 from .reported import ROUNDING, printed_models, read_reported
 from .tables import METHOD_TITLES, TABLE_2_STATES, Table, all_tables, choose_states, last_epoch, model_counts, rows_of_states, save_table, zoo_title
 from .zoos import ZOOS
@@ -571,11 +571,11 @@ CLAIM_COLUMNS = ["claim", "place", "quote", "zoo", "of", "quantity", "value", "l
 def all_claims(
     metrics: pd.DataFrame,  # tidy metrics of one or more zoos
 ) -> pd.DataFrame:          # CLAIM_COLUMNS; one or more rows per claim and zoo, in fractions
-    "Try every statement on every zoo."
+    "Try every statement on every zoo, with twins by its own selector."
     nothing = Finding("", np.nan, np.nan, np.nan, 0, OPEN)
     rows = [
         {"claim": claim.name, "place": claim.place, "quote": claim.quote, "zoo": zoo, **asdict(found)}
-        for claim in CLAIMS for zoo, of_zoo in metrics.groupby("zoo", sort=False) for found in claim.judge(of_zoo) or [nothing]
+        for claim in CLAIMS for zoo, of_zoo in own_selector(metrics).groupby("zoo", sort=False) for found in claim.judge(of_zoo) or [nothing]
     ]
     return pd.DataFrame(rows, columns=CLAIM_COLUMNS)
 
@@ -684,7 +684,7 @@ def reproduces(
 ) -> pd.DataFrame:                      # zoo, method, family, definition, n, then for both coefficients: value, printed, z; worst (the larger |z|); and fits
     "Try every candidate against the printed correlations of Table 2."
     printed = (read_reported() if cells is None else cells).query("table == 2 and metric in ['pearson', 'kendall']")
-    goal, found = printed.set_index(["zoo", "method", "metric"])["mean"] / 100, []
+    goal, found, metrics = printed.set_index(["zoo", "method", "metric"])["mean"] / 100, [], own_selector(metrics)
     for state in choose_states(metrics, TABLE_2_STATES).itertuples():
         if (state.zoo, state.method, "pearson") not in goal.index or (state.method == "mp" and not np.isclose(state.level, state.target)):
             continue
@@ -752,6 +752,7 @@ def training_accuracies(
     "The training accuracy after fine-tuning that Table 5 implies, beside our running one."
     five = (read_reported() if cells is None else cells).query("table == 5 and epoch > 0 and metric in ['test_acc', 'ggap'] and zoo != ''")
     printed = five.groupby(["zoo", "level"])["mean"].sum()
+    metrics = own_selector(metrics)
     last = metrics[(metrics["method"] == "mp") & last_epoch(metrics)].assign(level=lambda rows: rows["level"].round(3))
     ours = last.groupby(["zoo", "level"])["train_acc"].agg(running="mean", error="sem") * 100
     both = ours.join(printed.rename("printed"), how="inner")

@@ -254,6 +254,8 @@ OPTIONS = (  # of run, in the order of the notebook's parameters; what is not gi
     click.option("--source", help="Take the originals from a published zoo: its folder, zip or .pt file."),
     click.option("--methods", metavar="LIST", help="Twins to make: mp (magnitude pruning), vd (variational dropout). Otherwise mp,vd."),
     click.option("--levels", metavar="LIST", help="Percentages to prune. Otherwise 0,50,60,70,80,90."),
+    click.option("--selector", metavar="LIST", help="Who chooses what is pruned: global, layerwise, lamp, erk, ... or several. "
+                                                    "Otherwise the zoo's own."),
     click.option("--device", help="cpu or cuda."),
     click.option("--engine", help="lanes (fast, needs a C++ compiler), torch, or auto."),
     click.option("--seed", type=int, help="Of the whole run, for independent repetitions."),

@@ -25,6 +25,7 @@ from scipy import stats
 
 from .figures import BLUE, GREY, ORANGE, WIDTH, heading, percent_axis, styled
 from .layers import frequency_spread, layer_sizes
+from .metrics import own_selector
 from .reported import ROUNDING, SHIFTED, printed_models, read_recorded, read_recorded_curves, read_reported, recorded_factors, shifted_windows
 from .tables import METHOD_TITLES, NAMES, TABLE_1_STATES, TABLE_2_STATES, TABLES, Table, mean_std, model_counts, zoo_title
 from .zoos import CALIBRATED, FACTORS, ZOOS, get_zoo, model_table
@@ -194,7 +195,7 @@ def by_design(
     both: pd.DataFrame,  # CELL
 ) -> pd.Series:          # bool
     "Whether a number is a setting rather than a finding."
-    layerwise = both["zoo"].isin([zoo.name for zoo in ZOOS.values() if zoo.mp_scope == "layerwise"])
+    layerwise = both["zoo"].isin([zoo.name for zoo in ZOOS.values() if zoo.mp_selector == "layerwise"])
     pruned = (both["method"] == "mp") & ((both["layer"] == "") | layerwise)
     return (both["metric"] == "sparsity") & (pruned | both["table"].isin([1, 2, 9]))
 
@@ -253,6 +254,7 @@ def compare(
     cells: pd.DataFrame | None = None,  # printed cells; none: from reported.read_reported
 ) -> pd.DataFrame:                      # COMPARISON, one row per printed cell of Tables 1, 2 and 5 to 9; in % and percentage points
     "Judge every printed cell by its counterpart in the run; `spread` is our standard deviation over the models in units of the paper's."
+    metrics = own_selector(metrics)
     if (metrics["method"] == "original").all():  # the paper prints nothing of originals alone
         return pd.DataFrame(columns=COMPARISON)
     both = match(metrics, read_reported() if cells is None else cells)
@@ -444,7 +446,7 @@ def disturbed_scores(
 ) -> pd.DataFrame:                      # zoo, disturbance, tested, the number of cells with each of TESTED, within a point, and lost: equivalent only without the error
     "Judge the same runs as they are and with each deliberate error."
     rows = []
-    for zoo, of_zoo in metrics.groupby("zoo", sort=False):
+    for zoo, of_zoo in own_selector(metrics).groupby("zoo", sort=False):
         before = compare(of_zoo, cells).query("zoo != ''")["verdict"] == "equivalent"
         for name, disturb in DISTURBANCES.items():
             found = compare(disturb(of_zoo), cells).query("zoo != ''")
@@ -486,7 +488,7 @@ def compare_layer_spread(
     cells: pd.DataFrame | None = None,  # printed cells; none: from reported.read_reported
 ) -> pd.DataFrame:                      # table, zoo, method, level, epoch, layer, ours_mean, ours_std, paper_mean, paper_std, n; in %
     "Spread of the removal frequency within each layer beside Tables 7 and 8, brought to the paper's number of models."
-    found = frequency_spread(frequencies).astype({"zoo": str, "method": str, "layer": str})
+    found = own_selector(frequency_spread(frequencies).astype({"zoo": str, "method": str, "selector": str, "layer": str}))
     lasting = (found["std"] ** 2 - found["chance"] ** 2).clip(lower=0)
     theirs = found["chance"] ** 2 * found["models"] / found["zoo"].map({zoo: printed_models(7, zoo) for zoo in found["zoo"].unique()})
     found = found.assign(ours_mean=100 * found["mean"], ours_std=100 * np.sqrt(lasting + theirs), n=found["models"])
@@ -505,7 +507,7 @@ def compare_windows(
     cells: pd.DataFrame | None = None,  # printed cells; none: from reported.read_reported
 ) -> pd.DataFrame:                      # zoo, level, layer (as printed), paper_mean, paper_std, window_mean, window_std, layer_mean, window_difference, layer_difference; in %
     "Table 8's doubtful rows of the three-channel architecture beside the shifted windows of our weights, and beside their proper layers."
-    printed, found = read_reported() if cells is None else cells, []
+    printed, found, frequencies = read_reported() if cells is None else cells, [], own_selector(frequencies)
     printed = printed[(printed["table"] == 8) & printed["zoo"].isin(SHIFTED) & (printed["layer"] != "")]
     for zoo in printed.loc[printed["zoo"].isin(frequencies["zoo"].unique()), "zoo"].unique():
         entry = get_zoo(zoo)

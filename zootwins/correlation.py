@@ -13,6 +13,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from .metrics import one_selector
+
 # %% ../nbs/22_correlation.ipynb #5a37d9f4
 def pearson_of_resamples(
     x: np.ndarray,       # [n]
@@ -84,6 +86,7 @@ def paired_accuracy(
     level: float | None = None,  # of magnitude pruning
 ) -> pd.DataFrame:               # one row per model: zoo, model, before, after, sparsity
     "Test accuracy of originals and twins, model by model; empty where either is missing."
+    metrics = one_selector(metrics)
     originals = metrics[metrics["method"] == "original"]
     originals = originals[originals["epoch"] == originals.groupby("zoo")["epoch"].transform("max")]
     twins = metrics[(metrics["method"] == method) & (metrics["epoch"] == epoch)]

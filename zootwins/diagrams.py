@@ -23,6 +23,7 @@ from .architectures import build, layer_names
 from .core import UserError, check_name
 from .figures import BLUE, GREEN, GREY, HEAT, LOOKS, ORANGE, WIDTH, accuracy_over_sparsity, one_zoo, styled
 from .layers import layer_profile
+from .metrics import one_selector
 from .population import Population
 from .tables import METHOD_TITLES, TABLE_2_STATES, choose_states, last_epoch, rows_of_states, zoo_title
 from .variational import deterministic, log_alphas
@@ -162,6 +163,7 @@ def draw_measures(
     panels = [inset(ax, (left + 1.37 * (i % 2), bottom + 1.22 * (1 - i // 2), 1.16, 0.86)) for i in range(4)]
     for panel, title in zip(panels, titles):
         panel.set_title(title, fontsize=8, weight="normal", pad=3)
+    metrics = one_selector(metrics)
     states = rows_of_states(metrics, choose_states(metrics, TABLE_2_STATES))
     before = metrics[(metrics["method"] == "original") & last_epoch(metrics)].set_index("model")["test_acc"]
     every = metrics[last_epoch(metrics) | (metrics["method"] == "vd")]

@@ -18,7 +18,8 @@ from .core import UserError
 from .datasets import Images
 from .population import Population
 from .selectors import prunable
-from .training import TORCH, Engine, accuracy
+from .engines import engine_for
+from .training import Engine, accuracy
 
 # %% ../nbs/24_distances.ipynb #2132a3d0
 def weight_vectors(
@@ -72,7 +73,7 @@ def barrier(
     second: Population,  # N models, of the same architecture and activations, in the same order
     images: Images,      # test images judge
     points: int = 11,    # how many places, both ends among them
-    engine: Engine = TORCH,  # who judges
+    engine: Engine | str = "auto",  # who judges
 ) -> pd.DataFrame:       # one row per pair: model, barrier of the loss, accuracies first, middle, second
     "Loss barriers between two populations; raises `UserError` if they do not fit or for an even number of points."
     if len(first) != len(second) or first.architecture != second.architecture or points < 3 or points % 2 == 0:
@@ -81,12 +82,10 @@ def barrier(
             f"{first.architecture} and "
             f"{len(second)} of {second.architecture}, and an odd number of points of at least 3, here {points}."
         )
-    losses, accuracies = [], []
+    losses, accuracies, judge = [], [], engine_for(engine, first).evaluate
     for place in np.linspace(0, 1, points):
         there = between(first, second, float(place))
-        judged = engine.evaluate(
-            there.weights, there.architecture, there.models["activation"], images.x_test, images.y_test
-        )
+        judged = judge(there.weights, there.architecture, there.models["activation"], images.x_test, images.y_test)
         losses.append(judged[0])
         accuracies.append(accuracy(judged[1], images.y_test))
     losses, t = torch.stack(losses, 1), torch.linspace(0, 1, points, dtype=torch.float64)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SOURCE', 'HEADER', 'VARIANTS', 'GPU', 'Variant', 'host_library', 'Job', 'pack', 'unpack', 'nvrtc', 'gpu_options',
            'compile_for_gpu', 'cubin', 'GpuProgram', 'interrupt', 'HostProgram', 'program', 'train_epoch', 'evaluate',
-           'why_unavailable', 'block_width', 'arithmetic']
+           'logits', 'why_unavailable', 'block_width', 'arithmetic']
 
 # %% ../nbs/14_gpu.ipynb #4f0b0f9a
 import ctypes
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .architectures import ACTIVATIONS
 from .core import UserError, atomic_path, cache_folder
-from .lanes import (IMAGE_SHAPES, LAYERS, PLAIN_TENSORS, TENSORS, _check_images, _check_models, _check_weights, _processor,
+from .lanes import (CLASSES, IMAGE_SHAPES, LAYERS, PLAIN_TENSORS, TENSORS, _check_images, _check_models, _check_weights, _processor,
                             compiler, noise_sites, tensor_shapes)
 from .training import Engine, Recipe, State, rate_factors, rates_and_decays
 from .variational import kl_weight
@@ -112,7 +112,7 @@ class Job(ctypes.Structure):
         ("dropout_site", ctypes.c_int * (LAYERS - 1)), ("noise_site", ctypes.c_int * LAYERS), ("kl_weight", ctypes.c_double),
         *[(name, ctypes.c_void_p) for name in ("images", "labels", "keys", "dropout_threshold", "activation", "adam", "rate", "decay", "dropout_scale",
                                                "factor", "correction1", "correction2", "masks", "weights", "first", "second", "gradients", "order", "room",
-                                               "loss", "accuracy", "predictions", "stop")],
+                                               "loss", "accuracy", "predictions", "logits", "stop")],
     ]
 
     def __init__(self, **numbers: int):
@@ -458,6 +458,25 @@ def train_epoch(
     return job.held["loss"], job.held["accuracy"]
 
 
+def _evaluated(
+    weights: dict[str, Tensor],  # plain, stacked
+    architecture: str,           # name of the architecture
+    activations: Iterable[str],  # one per model
+    x: Tensor,                   # [N, C, H, W]
+    y: Tensor,                   # [N]
+    wanted: str,                 # "predictions" or "logits"
+) -> Job:                        # done
+    "Show images to all models."
+    _check_models(architecture, activations := list(activations))
+    _check_weights(weights, architecture, variational=False)
+    stack = next(iter(weights.values()))
+    job = _common_job(pack(weights, _shapes(architecture, False)), architecture, activations, x, y)
+    shape, dtype = ((CLASSES,), stack.dtype) if wanted == "logits" else ((), torch.uint8)
+    job.hold(wanted, torch.empty(len(stack), len(x), *shape, dtype=dtype, device=stack.device))
+    program(Variant(architecture, False), stack.device, stack.dtype).run("evaluate", job)
+    return job
+
+
 def evaluate(
     weights: dict[str, Tensor],  # plain stacked parameters: pruned or `variational.deterministic` where need be
     architecture: str,           # name of the architecture
@@ -466,13 +485,19 @@ def evaluate(
     y: Tensor,                   # int64 [N]
 ) -> tuple[Tensor, Tensor]:      # mean cross-entropy float64 [models], predicted classes uint8 [models, N]
     "Judge all models on the same images; raises `UserError` as `train_epoch` does."
-    _check_models(architecture, activations := list(activations))
-    _check_weights(weights, architecture, variational=False)
-    stack = next(iter(weights.values()))
-    job = _common_job(pack(weights, _shapes(architecture, False)), architecture, activations, x, y)
-    predictions = job.hold("predictions", torch.empty(len(stack), len(x), dtype=torch.uint8, device=stack.device))
-    program(Variant(architecture, False), stack.device, stack.dtype).run("evaluate", job)
-    return job.held["loss"], predictions
+    job = _evaluated(weights, architecture, activations, x, y, "predictions")
+    return job.held["loss"], job.held["predictions"]
+
+
+def logits(
+    weights: dict[str, Tensor],  # plain stacked parameters, as for `evaluate`
+    architecture: str,           # name of the architecture
+    activations: Iterable[str],  # one per model
+    x: Tensor,                   # float32 [N, C, H, W], on the weights' device
+) -> Tensor:                     # of the weights' type, [models, N, CLASSES]
+    "What all models give before the softmax; raises `UserError` as `train_epoch` does."
+    y = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    return _evaluated(weights, architecture, activations, x, y, "logits").held["logits"]
 
 # %% ../nbs/14_gpu.ipynb #c4e6149f
 def why_unavailable(
@@ -505,4 +530,7 @@ def arithmetic() -> str:  # such as "gpu sm_90 0123456789ab"
     return f"gpu {where} {hashlib.sha256(b''.join(parts)).hexdigest()[:12]}"
 
 
-GPU = Engine("gpu", train_epoch, evaluate, mixes=True, width=block_width, interrupt=interrupt, schedules=True, arithmetic=arithmetic)
+GPU = Engine(
+    "gpu", train_epoch, evaluate, logits, mixes=True, width=block_width, interrupt=interrupt, schedules=True,
+    arithmetic=arithmetic,
+)

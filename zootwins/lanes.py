@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SOURCE', 'HEADER', 'TENSORS', 'PLAIN_TENSORS', 'LAYERS', 'CLASSES', 'DONE', 'STOPPED', 'OUT_OF_MEMORY', 'OPTIMIZERS',
            'IMAGE_SHAPES', 'SLOW_START', 'LANES', 'compiler', 'library', 'why_unavailable', 'Job', 'tensor_shapes',
-           'noise_sites', 'processors', 'interrupt', 'train_epoch', 'evaluate', 'lane_count', 'arithmetic']
+           'noise_sites', 'processors', 'interrupt', 'train_epoch', 'evaluate', 'logits', 'lane_count', 'arithmetic']
 
 # %% ../nbs/13_lanes.ipynb #7b7f161f
 import ctypes
@@ -144,7 +144,7 @@ class Job(ctypes.Structure):
         ("dropout_site", ctypes.c_int64 * (LAYERS - 1)), ("noise_site", ctypes.c_int64 * LAYERS),
         *[(name, ctypes.c_void_p) for name in ("images", "labels", "keys", "activation", "adam", "rate", "decay", "dropout")],
         *[(name, ctypes.c_void_p * TENSORS) for name in ("weights", "first", "second")], ("factor", ctypes.c_void_p), ("masks", ctypes.c_void_p * TENSORS),
-        *[(name, ctypes.c_void_p) for name in ("loss", "accuracy", "predictions")],
+        *[(name, ctypes.c_void_p) for name in ("loss", "accuracy", "predictions", "logits")],
     ]
 
     def hold(
@@ -440,6 +440,20 @@ def train_epoch(
     return job.loss_tensor, job.accuracy_tensor
 
 
+def _evaluation_job(
+    weights: dict[str, Tensor],  # plain, stacked
+    architecture: str,           # name of the architecture
+    activations: Iterable[str],  # one per model
+    x: Tensor,                   # [N, C, H, W]
+    y: Tensor,                   # [N]
+) -> tuple[Job, torch.dtype]:    # still without what is asked for; the type of the weights
+    "Describe an evaluation; raises `UserError` for what cannot be evaluated."
+    _check_models(architecture, activations := list(activations))
+    _check_weights(weights, architecture, variational=False)
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    return _common_job(plain, architecture, activations, x, y), next(iter(plain.values())).dtype
+
+
 @_enough_memory()
 def evaluate(
     weights: dict[str, Tensor],  # plain stacked parameters: pruned or `variational.deterministic` where need be
@@ -450,13 +464,27 @@ def evaluate(
     threads: int | None = None,  # at most so many; none: one per processor
 ) -> tuple[Tensor, Tensor]:      # mean cross-entropy float64 [models], predicted classes uint8 [models, N]
     "Judge all models on the same images; raises `UserError` as `train_epoch` does."
-    _check_models(architecture, activations := list(activations))
-    _check_weights(weights, architecture, variational=False)
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    job = _common_job(plain, architecture, activations, x, y)
-    predictions = job.hold("predictions", torch.zeros(job.models, len(x), dtype=torch.uint8), (job.models, len(x)), torch.uint8)
-    _run("lanes_evaluate", job, next(iter(plain.values())).dtype, threads)
+    job, dtype = _evaluation_job(weights, architecture, activations, x, y)
+    shape = job.models, len(x)
+    predictions = job.hold("predictions", torch.zeros(shape, dtype=torch.uint8), shape, torch.uint8)
+    _run("lanes_evaluate", job, dtype, threads)
     return job.loss_tensor, predictions
+
+# %% ../nbs/13_lanes.ipynb #cea31cd7
+@_enough_memory()
+def logits(
+    weights: dict[str, Tensor],  # plain stacked parameters, as for `evaluate`
+    architecture: str,           # name of the architecture
+    activations: Iterable[str],  # one per model
+    x: Tensor,                   # float32 [N, C, H, W]
+    threads: int | None = None,  # at most so many; none: one per processor
+) -> Tensor:                     # of the weights' type, [models, N, CLASSES]
+    "What all models give before the softmax; raises `UserError` as `train_epoch` does."
+    job, dtype = _evaluation_job(weights, architecture, activations, x, torch.zeros(len(x), dtype=torch.int64))
+    shape = job.models, len(x), CLASSES
+    found = job.hold("logits", torch.zeros(shape, dtype=dtype), shape, dtype)
+    _run("lanes_evaluate", job, dtype, threads)
+    return found
 
 # %% ../nbs/13_lanes.ipynb #2384d137
 def lane_count() -> int:  # 16 with AVX-512, 8 with AVX2, else 4
@@ -502,6 +530,6 @@ def arithmetic() -> str:  # such as "lanes-0123456789ab"
 
 
 LANES = Engine(
-    "lanes", train_epoch, evaluate, mixes=True, width=lane_count, workers=processors, interrupt=interrupt, schedules=True,
+    "lanes", train_epoch, evaluate, logits, mixes=True, width=lane_count, workers=processors, interrupt=interrupt, schedules=True,
     arithmetic=arithmetic,
 )

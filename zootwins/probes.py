@@ -28,7 +28,7 @@ from .core import UserError, atomic_path
 from .datasets import Images
 from .figures import BLUE, GREEN, HEIGHT, ORANGE, WIDTH, percent_axis, styled
 from .hyperreps import HyperAutoEncoder, Layout, States, in_batches, reconstruction_quality, split_tokens, to_weights, token_layout
-from .magnitude import keep_largest
+from .magnitude import count_kept, keep_highest
 from .reported import read_reported
 from .tables import Table, zoo_title
 from .training import Engine, accuracy
@@ -168,7 +168,7 @@ def keep_by(
     "The mask that prunes the weights with the lowest scores."
     places = weight_places(layout)
     kept = torch.ones_like(scores, dtype=torch.bool)
-    kept[:, places] = keep_largest(scores[:, places], level)
+    kept[:, places] = keep_highest(scores[:, places], count_kept(int(places.sum()), level))
     return kept
 
 

@@ -17,7 +17,7 @@ __all__ = ['WANTED', 'PACKED', 'Passed', 'FACTOR_NAMES', 'ORIGIN', 'SETTINGS', '
            'first_state_fit', 'open_saved', 'label_numbering', 'read_states', 'places_of', 'read_state', 'read_zoo',
            'write_zoo', 'ZenodoRecord', 'Resuming', 'record_files', 'download']
 
-# %% ../nbs/06_published.ipynb #c6fcf02e
+# %% ../nbs/06_published.ipynb #245be6b1
 import errno
 import json
 import math
@@ -43,7 +43,7 @@ from tqdm import tqdm
 from .architectures import ARCHITECTURES, build, layer_names
 from .core import UserError, atomic_path, check_name, data_folder, one_line
 from .datasets import quiet_pooch
-from .population import Population
+from .population import NORMS, Population
 from .untrusted import (LIMITS, OLD, Layout, Member, Record, Stored, check_lengths, checked, find_state,
                                 item_size,
                                 merge_masks, open_zip, ordinary_size, read_file, read_member, read_tensors, unpickle,
@@ -79,13 +79,15 @@ def stored_layers(
             found.setdefault((match[1], int(match[2])), {})[match[3]] = name
     return [found[at] for at in sorted(found) if "weight" in found[at]]
 
-# %% ../nbs/06_published.ipynb #51d60731
+# %% ../nbs/06_published.ipynb #1c06aa95
 def own_columns(
     architecture: str,             # a name in ARCHITECTURES
     layers: list[dict[str, str]],  # from stored_layers
 ) -> list[tuple[str | None, str, tuple[int, ...]]]:  # names in the file and here, shape; empty: does not fit
     "Pair the layers of a file with those of an architecture."
     module = build(architecture)
+    if any(isinstance(layer, NORMS) for layer in module.modules()):
+        return []  # the layout has no place for running statistics
     own = {path: module.get_submodule(path) for path in layer_names(module).values()}
     kinds = {"weight": "weight", "bias": "bias"}
     if layers and "log_sigma2" in layers[0]:
@@ -779,12 +781,12 @@ def recorded_metrics(
     "What the authors recorded, in the columns of zootwins.metrics; sparsity by layer and agreement were not."
     dense = method == "original"
     by_layer = {f"sparsity_{layer}": 0.0 if dense else np.nan for layer in layers}
-    frame = records.assign(zoo=zoo, method=method, level=np.nan, ggap=records["train_acc"] - records["test_acc"],
+    frame = records.assign(zoo=zoo, method=method, selector="", level=np.nan, ggap=records["train_acc"] - records["test_acc"],
                            agreement=np.nan,
                            sparsity=0.0 if dense else records["sparsity_ratio"], **by_layer)
     measures = ["train_acc", "test_acc", "ggap", "train_loss", "test_loss", "sparsity", *by_layer, "agreement"]
-    return frame[["zoo", "method", "level", "model", "epoch", *measures]].astype({"model": int, "epoch": int,
-                                                                                  **dict.fromkeys(measures, float)})
+    keys = ["zoo", "method", "selector", "level", "model", "epoch"]
+    return frame[[*keys, *measures]].astype({"model": int, "epoch": int, **dict.fromkeys(measures, float)})
 
 # %% ../nbs/06_published.ipynb #f7c4105a
 PROPERTY_NAMES = {ours: names[0] for ours, names in FACTOR_NAMES.items() if ours != "seed"}
@@ -865,7 +867,7 @@ def usable_properties(
     known = {name: properties.get(name) for name in (*PROPERTY_NAMES.values(), "test_acc", "ggap", "training_iteration")}
     return {name: values for name, values in known.items() if isinstance(values, list) and len(values) == n}
 
-# %% ../nbs/06_published.ipynb #70e0470a
+# %% ../nbs/06_published.ipynb #58ec5f59
 def property_factors(
     state: State,    # any of a model
     passed: Passed,  # to count in
@@ -1063,7 +1065,7 @@ def read_zoo(
         return read_preprocessed(path, epochs, limit, progress)
     return read_raw(path, epochs, limit, progress, workers)
 
-# %% ../nbs/06_published.ipynb #fe8579dd
+# %% ../nbs/06_published.ipynb #49d3f4a8
 def _state_dict(
     population: Population,  # one or more models
     i: int,                  # which
@@ -1071,7 +1073,7 @@ def _state_dict(
     "A model's state dict."
     state = {name: tensor[i].clone() for name, tensor in population.weights.items()}
     for name in list(state):
-        if name.endswith(".log_sigma2") and f"{name}_bias" not in state:
+        if name.endswith(".log_sigma2") and f"{name}_bias" not in state and name.replace("log_sigma2", "bias") in state:
             state[f"{name}_bias"] = torch.full_like(state[name.replace("log_sigma2", "bias")], -10.0)
     return state
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TAGS', 'METHOD_TAGS', 'SIZES', 'STAGE_TITLES', 'LOADING', 'REFERENCES', 'stages_of', 'populations_of', 'kept_epochs',
-           'header', 'title_of', 'summary', 'content', 'provenance', 'card', 'weights_table', 'hashes', 'new_folder',
-           'publish', 'parts_of', 'export_zoo']
+           'header', 'stage_title', 'title_of', 'summary', 'content', 'provenance', 'card', 'weights_table', 'hashes',
+           'new_folder', 'publish', 'parts_of', 'export_zoo']
 
 # %% ../nbs/41_publishing.ipynb #d3f5ea12
 import json
@@ -22,9 +22,10 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from .core import UserError, check_name, read_json, write_json
-from .metrics import METHODS
+from .plans import STAGES
 from .population import Population, flatten, save_population
 from .published import write_zoo
+from .selectors import SELECTORS
 from .store import epochs_in, listed, opened, read_manifest, read_stage, read_stage_metrics
 from .tables import last_epoch, markdown_table, mean_std
 from .twins import read_history, save_metrics
@@ -34,10 +35,10 @@ from .variational import deterministic
 # %% ../nbs/41_publishing.ipynb #3d1bf8e6
 def stages_of(
     folder: Path,                     # of a zoo in a store, such as zoos/digits_seed
-    wanted: list[str] | None = None,  # some of METHODS; none: all that are there
+    wanted: list[str] | None = None,  # some of plans.STAGES; none: all that are there
 ) -> list[str]:                       # original first
     "Which stages of a store to publish; raises `UserError` if there are none or one that is wanted is missing."
-    there = [stage for stage in METHODS if read_manifest(folder, stage)["files"]]
+    there = [stage for stage in STAGES if read_manifest(folder, stage)["files"]]
     if not there or not (folder / "store.json").exists():
         raise UserError(f"{folder} holds no finished stage of a zoo: give the folder of a zoo in a store, such as "
                         "zoos/digits_seed.")
@@ -82,11 +83,12 @@ def header(
     configs = [{"config_name": "metrics", "data_files": "metrics.parquet", "default": True}]
     configs += [{"config_name": f"{stage}_models", "data_files": f"{stage}.parquet"} for stage in stages]
     configs += [{"config_name": f"{stage}_weights", "data_files": f"weights/{stage}.parquet"} for stage in stages]
+    methods = dict.fromkeys(stage.partition("_")[0] for stage in stages)
     fields = {
         "license": licence,
-        "pretty_name": f"{title_of(store)}: {' and '.join(STAGE_TITLES[stage] for stage in stages)}",
+        "pretty_name": f"{title_of(store)}: {' and '.join(map(stage_title, stages))}",
         "size_categories": [next((name for limit, name in SIZES if n_models < limit), "n>1M")],
-        "tags": [*TAGS, *(METHOD_TAGS[stage] for stage in stages if stage in METHOD_TAGS)],
+        "tags": [*TAGS, *(METHOD_TAGS[method] for method in methods if method in METHOD_TAGS)],
         "configs": configs,
     }
     return "\n".join(["---", *(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in fields.items()),
@@ -94,6 +96,14 @@ def header(
 
 # %% ../nbs/41_publishing.ipynb #003dc9c3
 STAGE_TITLES = {"original": "original models", "mp": "magnitude-pruned twins", "vd": "twins by variational dropout"}
+
+
+def stage_title(
+    stage: str,  # one of plans.STAGES
+) -> str:        # such as "magnitude-pruned twins (lamp)"
+    "Name what a stage holds; only a selector that is not the zoo's own is named."
+    method, _, selector = stage.partition("_")
+    return STAGE_TITLES[method] + (f" ({selector})" if selector else "")
 
 
 def title_of(
@@ -105,13 +115,14 @@ def title_of(
 # %% ../nbs/41_publishing.ipynb #926078d8
 def summary(
     metrics: pd.DataFrame,  # tidy, of the stages that are published
-) -> pd.DataFrame:          # text, one row per method and level
+) -> pd.DataFrame:          # text, one row per method, selector and level
     "What the card says of the models."
     last = metrics[last_epoch(metrics)]
-    last = last.sort_values("method", key=lambda column: column.map(METHODS.index), kind="stable")
+    last = last.sort_values("method", key=lambda column: column.map([*STAGE_TITLES].index), kind="stable")
     rows = {}
-    for (method, level), group in last.groupby(["method", "level"], dropna=False, sort=False):
-        name = STAGE_TITLES[method] + ("" if pd.isna(level) else f", {level:.0%}")
+    for (method, selector, level), group in last.groupby(["method", "selector", "level"], dropna=False, sort=False):
+        who, at = f" ({selector})" if selector else "", "" if pd.isna(level) else f", {level:.0%}"
+        name = STAGE_TITLES[method] + who + at
         cells = {column: mean_std(100 * group[column].mean(), 100 * group[column].std()) for column in ("test_acc",
             "sparsity", "agreement")}
         rows[name] = {"models": len(group), "epoch": group["epoch"].max(), **cells}
@@ -148,10 +159,13 @@ def provenance(
     source = f"taken as they are, after {epoch} epochs, from `{given}`" if "source" in store else f"trained for {epoch} epochs, in batches of {zoo['batch_size']}"
     lines = {
         "original": f"The original models were {source}.",
-        "mp": f"Magnitude pruning sets the smallest weights to zero ({zoo['mp_scope']}) and fine-tunes for {zoo['mp_epochs']} epochs, {rate(zoo['mp_learning_rate'])}.",
         "vd": f"Variational dropout trains for {zoo['vd_epochs']} epochs, {rate(zoo['vd_learning_rate'])}; a weight counts as zero where its log alpha is at least 3.",
     }
-    told = [f"- {lines[stage]}" for stage in METHODS if stage in ("original", *stages)]
+    for stage in (stage for stage in stages if stage.startswith("mp")):
+        selector = stage.partition("_")[2] or zoo["mp_selector"]
+        lines[stage] = (f"Magnitude pruning by the selector `{selector}` ({SELECTORS[selector].title}) is followed by "
+                        f"fine-tuning for {zoo['mp_epochs']} epochs, {rate(zoo['mp_learning_rate'])}.")
+    told = [f"- {lines[stage]}" for stage in STAGES if stage in ("original", *stages)]
     told.append(f"- Images: {data['name']}, {data['n_train']:,} for training and {data['n_test']:,} for the test. Seed of the run: {store['seed']}.")
     for run in (run for run in history if run["stage"] in stages):
         told.append(f"- {run['made']:,} rows of `{run['stage']}` by zootwins at commit "
@@ -195,7 +209,7 @@ def card(
 ) -> str:                              # the text of README.md
     "Write the card of a publication."
     n_models = int(files.loc[[f"`{stage}`" for stage in stages], "models"].sum())
-    told = ", ".join(STAGE_TITLES[stage] for stage in stages)
+    told = ", ".join(map(stage_title, stages))
     parts = [
         header(store, stages, n_models, licence), f"# {title_of(store)}", f"{n_models:,} models: {told}.",
         "## The models", "After the last epoch; mean (standard deviation) over the models, in %.", markdown_table(summary(metrics)),
@@ -243,7 +257,7 @@ def new_folder(
 def publish(
     folder: Path | str,                # of a zoo in a store, such as zoos/digits_seed
     to: Path | str,                    # the folder to make; its name is the publication's
-    stages: list[str] | None = None,   # some of original, mp, vd; none: all that are there
+    stages: list[str] | None = None,   # some of plans.STAGES; none: all that are there
     trajectory: bool = False,          # also every epoch of variational dropout
     licence: str = "cc-by-4.0",        # as the hub calls it; that of the published zoos
 ) -> Path:                             # the folder made
@@ -271,7 +285,7 @@ def publish(
 # %% ../nbs/41_publishing.ipynb #3edebf11
 def parts_of(
     folder: Path,       # of a zoo in a store
-    stage: str,         # one of METHODS
+    stage: str,         # one of plans.STAGES
     trajectory: bool,   # all epochs of variational dropout
 ) -> Iterator[tuple[str, dict[int, Population], pd.DataFrame]]:  # name such as "mp_90", populations by epoch, tidy metrics
     "Cut a stage of a store into zoos in the published sense."
@@ -288,7 +302,7 @@ def parts_of(
 def export_zoo(
     folder: Path | str,                # of a zoo in a store, such as zoos/digits_seed
     to: Path | str,                    # the folder to make
-    stages: list[str] | None = None,   # some of original, mp, vd; none: all that are there
+    stages: list[str] | None = None,   # some of plans.STAGES; none: all that are there
     trajectory: bool = True,           # every epoch of variational dropout, where the store has it
 ) -> Path:                             # the folder made, with original/, mp_50/, ..., vd/ in it
     "Write a zoo and its twins in the layout of the published zoos; raises `UserError` as `publish` does."

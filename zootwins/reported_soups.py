@@ -61,7 +61,8 @@ def soup_table(
         )
     columns = found[["sparsity", "phase", "m"]].dropna().drop_duplicates().sort_values(["sparsity", "m"])
     text, number = {}, {}
-    for row, merge in ROWS:
+    there = list(found[["row", "merge"]].drop_duplicates().itertuples(index=False, name=None))
+    for row, merge in [*ROWS, *[pair for pair in there if pair not in ROWS]]:
         here = found[(found["row"] == row) & (found["merge"] == merge)]
         for sparsity, phase, m in columns.itertuples(index=False):
             at = here[(here["sparsity"] == sparsity) & ((here["m"] == m) | here["m"].isna()).fillna(True)]

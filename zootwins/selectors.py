@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SNIP_IMAGES', 'LAST_LAYER', 'Scores', 'Rule', 'SELECTORS', 'prunable', 'magnitude_scores', 'lamp_scores',
            'random_scores', 'filter_scores', 'snip_scores', 'deal', 'layerwise_counts', 'erk_counts',
-           'uniform_plus_counts', 'Selector', 'get_selector', 'sparsity_per_phase', 'prune', 'kept_weights',
-           'empty_layers']
+           'uniform_plus_counts', 'Selector', 'get_selector', 'check_target', 'sparsity_per_phase', 'prune',
+           'kept_weights', 'empty_layers']
 
 # %% ../nbs/15_selectors.ipynb #ee7cfed9
 import math
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from .architectures import build, layer_names
 from .core import UserError, check_name
 from .datasets import Images
-from .magnitude import apply_masks, check_level, keep_highest
+from .magnitude import apply_masks, check_level, count_kept, keep_highest
 from .population import Population
 from .streams import random_words, stream_keys, to_uniform
 
@@ -92,19 +92,20 @@ SNIP_IMAGES = 256
 def snip_scores(
     population: Population,  # models
     images: Images | None,   # the first SNIP_IMAGES training images are looked at
-) -> dict[str, Tensor]:      # weight name -> float [models, ...]
+) -> dict[str, Tensor]:      # weight name -> float64 [models, ...]
     "Sensitivity of the loss to every weight (SNIP, Lee et al. 2019); raises `UserError` without images."
     if images is None:
         raise UserError(
             "SNIP scores weights by the loss on training images: give images=, from datasets.load_images, "
             "or choose a selector that needs none."
         )
-    x, y = images.x_train[:SNIP_IMAGES], images.y_train[:SNIP_IMAGES]
-    found = {name: torch.zeros_like(tensor) for name, tensor in prunable(population.weights).items()}
+    found = {name: torch.zeros_like(of, dtype=torch.double) for name, of in prunable(population.weights).items()}
+    device = next(iter(found.values())).device
+    x, y = images.x_train[:SNIP_IMAGES].to(device).double(), images.y_train[:SNIP_IMAGES].to(device)
     for activation, rows in population.models.groupby("activation").indices.items():
-        module = build(population.architecture, activation).eval()
+        module = build(population.architecture, activation).eval().double()
         loss = lambda weights, module=module: F.cross_entropy(functional_call(module, weights, (x,)), y)
-        some = {name: tensor[rows] for name, tensor in population.weights.items()}
+        some = {name: tensor[rows].double() for name, tensor in population.weights.items()}
         gradients = vmap(grad(loss))(some)
         for name in found:
             found[name][rows] = (some[name] * gradients[name]).abs()
@@ -131,7 +132,7 @@ def layerwise_counts(
     level: float,                           # fraction to prune
 ) -> dict[str, int]:                        # how many weights each layer keeps
     "The same share of every layer, rounded."
-    return {name: math.prod(shape) - round(level * math.prod(shape)) for name, shape in shapes.items()}
+    return {name: count_kept(math.prod(shape), level) for name, shape in shapes.items()}
 
 # %% ../nbs/15_selectors.ipynb #6f9adaa3
 LAST_LAYER = 0.8  # uniform+ prunes the last layer by at most this share
@@ -143,7 +144,7 @@ def erk_counts(
 ) -> dict[str, int]:                        # how many weights each layer keeps
     "Survivors in proportion to the sum of a layer's dimensions (Erdős-Rényi kernel, Evci et al. 2020)."
     sizes = [math.prod(shape) for shape in shapes.values()]
-    total = sum(sizes) - round(level * sum(sizes))
+    total = count_kept(sum(sizes), level)
     return dict(zip(shapes, deal([sum(shape) for shape in shapes.values()], [0] * len(sizes), sizes, total)))
 
 
@@ -153,7 +154,7 @@ def uniform_plus_counts(
 ) -> dict[str, int]:                        # how many weights each layer keeps
     "First layer dense, last at most 80 % sparse (uniform+, Gale et al. 2019); raises `UserError` where impossible."
     sizes = [math.prod(shape) for shape in shapes.values()]
-    total = sum(sizes) - round(level * sum(sizes))
+    total = count_kept(sum(sizes), level)
     bound = [sizes[0], *[0] * (len(sizes) - 2), sizes[-1] - round(LAST_LAYER * sizes[-1])]
     if sum(bound) > total:
         raise UserError(
@@ -200,6 +201,19 @@ def get_selector(
         return Selector(getattr(selector, "__name__", "own"), selector)
     return SELECTORS[check_name(selector, SELECTORS, "selector")]
 
+
+# %% ../nbs/15_selectors.ipynb #15aa0002
+def check_target(
+    selector: str,      # a name in SELECTORS
+    architecture: str,  # a key of ARCHITECTURES
+    level: float,       # fraction to prune
+) -> None:
+    "Raise `UserError` where a selector's rule cannot prune an architecture by so much."
+    rule, module = get_selector(selector).counts, build(architecture)
+    if rule:
+        shapes = {name: tuple(of.shape) for name, of in module.named_parameters()}
+        rule({name: shape for name, shape in shapes.items() if name.endswith("weight") and len(shape) > 1}, level)
+
 # %% ../nbs/15_selectors.ipynb #8cef8d94
 def sparsity_per_phase(
     level: float,  # sparsity after the last phase, a fraction
@@ -243,7 +257,7 @@ def _choose(
     "Let scores compete, together or layer by layer; raises `UserError` where less is left than shall stay."
     if selector.counts is None:
         scores = {"": torch.cat([each.double() for each in scores.values()], 1)}
-        counts = {"": scores[""].shape[1] - round(level * scores[""].shape[1])}
+        counts = {"": count_kept(scores[""].shape[1], level)}
     else:
         counts = selector.counts(shapes, level)
     for name, each in scores.items():

@@ -31,7 +31,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from .core import UserError, atomic_path, cannot_write, digest, one_line, read_json, write_json
-from .metrics import KEYS
+from .metrics import KEYS, with_selectors
 from .population import Population, checked_population
 from .untrusted import ordinary_size
 
@@ -333,7 +333,7 @@ def read_stage_metrics(
     for path in listed(folder, stage):
         with opened(path) as file:
             frames.append(table_in(file, "metrics"))
-    metrics = pd.concat(frames, ignore_index=True)
+    metrics = with_selectors(pd.concat(frames, ignore_index=True))
     keys = [*KEYS, "copy"] if "copy" in metrics else KEYS
     return metrics.drop_duplicates(keys).sort_values(keys, ignore_index=True)
 

@@ -6,8 +6,9 @@
 __all__ = ['LATEX', 'PACKAGES', 'LONGEST', 'WIDEST', 'LINE', 'NAMES', 'TABLE_4_COLUMNS', 'TABLE_1_STATES', 'TABLE_2_STATES',
            'OTHER_LEVEL', 'METHOD_TITLES', 'TABLES', 'mean_std', 'heading', 'markdown_table', 'latex_text',
            'column_widths', 'long_latex', 'latex_table', 'Table', 'zoo_title', 'cell_numbers', 'arrange',
-           'model_counts', 'table_4', 'last_epoch', 'shown_epochs', 'table_5', 'table_6', 'layer_measures', 'table_7',
-           'emptied_layers', 'table_8', 'choose_states', 'rows_of_states', 'states_text', 'state_layout', 'table_1',
+           'model_counts', 'several_selectors', 'selector_text', 'caption_end', 'table_4', 'last_epoch', 'shown_epochs',
+           'table_5', 'table_6', 'layer_measures', 'table_7', 'emptied_layers', 'table_8', 'empty_counts',
+           'table_empty', 'choose_states', 'rows_of_states', 'states_text', 'method_titles', 'state_layout', 'table_1',
            'table_partners', 'state_correlations', 'table_2', 'table_9', 'all_tables', 'save_table']
 
 # %% ../nbs/30_tables.ipynb #62781c06
@@ -23,7 +24,7 @@ from pandas.io.formats.style import Styler
 
 from .core import TABLE_FORMATS, atomic_path, in_formats
 from .correlation import correlation
-from .metrics import summarise
+from .metrics import own_name, own_selector, summarise, with_selectors
 from .zoos import ZOOS, list_zoos, zoo_size
 
 # %% ../nbs/30_tables.ipynb #050f9188
@@ -163,11 +164,12 @@ def cell_numbers(
     metrics: pd.DataFrame,    # tidy metrics of the models and epochs that the table shows
     by: Sequence[str],        # what makes a cell, "zoo" first
     measures: Sequence[str],  # what is shown, in order
-) -> pd.DataFrame:            # by, metric, mean, std, n; in %, zoos in their order in `metrics`
+) -> pd.DataFrame:            # by, metric, mean, std, n; in %, zoos and selectors in their order in `metrics`
     "Mean and spread of every cell, sorted as in the table."
     numbers = summarise(metrics, by, measures)
-    rank = {name: i for i, name in enumerate([*metrics["zoo"].unique(), *measures])}
-    ranked = lambda column: column.map(rank) if column.name in ("zoo", "metric") else column
+    appearing = [name for column in by if column in ("zoo", "selector") for name in metrics[column].unique()]
+    rank = {name: i for i, name in enumerate([*appearing, *measures])}
+    ranked = lambda column: column.map(rank) if column.name in ("zoo", "selector", "metric") else column
     numbers = numbers.sort_values([*by, "metric"], key=ranked, ignore_index=True)
     return numbers.assign(mean=100 * numbers["mean"], std=100 * numbers["std"])
 
@@ -190,6 +192,33 @@ def model_counts(
     "How many models each zoo has, for the caption."
     counts = numbers.groupby("zoo", sort=False)["n"].max()
     return "; ".join(f"{zoo_title(zoo)}: {n} model{'s' if n != 1 else ''}" for zoo, n in counts.items()) + "." if len(counts) else "No models."
+
+# %% ../nbs/30_tables.ipynb #30aa0002
+def several_selectors(
+    rows: pd.DataFrame,  # with zoo and selector
+) -> bool:               # whether a zoo has more than one
+    "Whether a table needs rows by selector."
+    return bool((rows[rows["selector"] != ""].groupby("zoo")["selector"].nunique() > 1).any())
+
+
+def selector_text(
+    rows: pd.DataFrame,  # with zoo and selector
+) -> str:                # a sentence; empty where nothing was pruned
+    "Say who chose the weights that were pruned."
+    named = rows.loc[rows["selector"] != "", ["zoo", "selector"]].drop_duplicates().astype(str)
+    if named["selector"].nunique() < 2:
+        return f"Selector: {named['selector'].iloc[0]}." if len(named) else ""
+    own = lambda zoo, name: f"{name} (its own)" if name == own_name(zoo) else name
+    of_zoos = named.groupby("zoo", sort=False)["selector"]
+    zoos = [f"{zoo_title(zoo)}: {', '.join(own(zoo, name) for name in names)}" for zoo, names in of_zoos]
+    return f"Selectors of {'; '.join(zoos)}."
+
+
+def caption_end(
+    numbers: pd.DataFrame,  # with zoo, selector and n
+) -> str:                   # one or two sentences
+    "Say who chose the weights, and how many models there are."
+    return f"{selector_text(numbers)} {model_counts(numbers)}".strip()
 
 # %% ../nbs/30_tables.ipynb #7bc2fbd2
 TABLE_4_COLUMNS = ["W", "Activation", "Optim", "LR VD", "LR MP", "WD", "Dropout", "Printed", "Remark"]
@@ -231,16 +260,20 @@ def table_5(
     metrics: pd.DataFrame,  # tidy metrics of one or more zoos
 ) -> Table:
     "Table 5: accuracy and gap of magnitude pruning before and after fine-tuning."
-    rows = shown_epochs(metrics, "mp", [0])
-    zoos = cell_numbers(rows, ["zoo", "level", "epoch"], ["test_acc", "ggap"])
-    every = cell_numbers(rows.assign(zoo="All"), ["zoo", "level", "epoch"], ["sparsity"])
-    numbers = pd.concat([every, zoos], ignore_index=True)
+    rows, by = shown_epochs(metrics, "mp", [0]).reset_index(drop=True), ["zoo", "selector", "level", "epoch"]
+    rows = with_selectors(rows)
+    zoos = cell_numbers(rows, by, ["test_acc", "ggap"])
+    other = rows["selector"].where(~rows.index.isin(own_selector(rows).index), "")
+    every = cell_numbers(rows.assign(zoo="All", selector=other), by, ["sparsity"])
+    numbers, several = pd.concat([every, zoos], ignore_index=True), several_selectors(zoos)
     cells = pd.DataFrame({
-        "Model Zoo": numbers["zoo"].map(zoo_title), "Metric": numbers["metric"].map(NAMES),
+        "Model Zoo": numbers["zoo"].map(zoo_title), "Selector": numbers["selector"].replace("", "own"),
+        "Metric": numbers["metric"].map(NAMES),
         "Sparsity": numbers["level"].map("{:.0%}".format), "Epoch": numbers["epoch"], "cell": list(map(mean_std, numbers["mean"], numbers["std"])),
     })
-    caption = f"Table 5. Magnitude pruning before (epoch 0) and after fine-tuning: mean (std) in %. {model_counts(zoos)}"
-    return Table("table_5", caption, numbers, arrange(cells, ["Model Zoo", "Metric"], ["Sparsity", "Epoch"]))
+    caption = f"Table 5. Magnitude pruning before (epoch 0) and after fine-tuning: mean (std) in %. {caption_end(zoos)}"
+    names = ["Model Zoo", *(["Selector"] if several else []), "Metric"]
+    return Table("table_5", caption, numbers, arrange(cells, names, ["Sparsity", "Epoch"]))
 
 # %% ../nbs/30_tables.ipynb #bffde73e
 def table_6(
@@ -269,7 +302,7 @@ def layer_measures(
 def _layer_cells(
     numbers: pd.DataFrame,       # from cell_numbers
     headings: dict[str, str],    # from layer_measures
-    **row,                       # one more column that makes the rows, such as Epoch
+    **row,                       # more columns that make the rows, such as Epoch
 ) -> pd.DataFrame:               # cells for `arrange`
     "Cells of Tables 7 and 8."
     content = {"Metric": numbers["metric"].map(headings), "cell": list(map(mean_std, numbers["mean"], numbers["std"]))}
@@ -289,12 +322,13 @@ def table_7(
 
 # %% ../nbs/30_tables.ipynb #ed31abf8
 def emptied_layers(
-    numbers: pd.DataFrame,  # of Table 8: zoo, level, metric, mean; in %
+    numbers: pd.DataFrame,  # of Table 8: zoo, selector, level, metric, mean; in %
 ) -> str:                   # a sentence; empty where every layer keeps more than a thousandth of its weights
     "Name the layers that pruning has emptied, where accuracy tells of the choice of weights rather than of their number."
     empty = numbers[numbers["metric"].str.startswith("sparsity_") & (numbers["mean"] > 99.9)]
-    names = "; ".join(f"{zoo_title(cell.zoo)} at {cell.level:.0%}: {cell.metric.removeprefix('sparsity_')}" for cell in empty.itertuples())
-    return f" Layers emptied by the global choice of weights ({names}): a collapse there is the selector's." if names else ""
+    told = lambda of: f"{zoo_title(of.zoo)}, {of.selector} at {of.level:.0%}: {of.metric.removeprefix('sparsity_')}"
+    names = "; ".join(map(told, empty.itertuples()))
+    return f" Emptied layers ({names}): a collapse there is the selector's choice of weights, not their number." if names else ""
 
 
 def table_8(
@@ -303,12 +337,46 @@ def table_8(
 ) -> Table:
     "Table 8: sparsity by layer over the levels of magnitude pruning, after fine-tuning."
     headings = layer_measures(metrics)
-    rows = shown_epochs(metrics, "mp", [])
+    rows = with_selectors(shown_epochs(metrics, "mp", []))
     wanted = np.isclose(rows["level"].to_numpy()[:, None], np.asarray(levels)).any(axis=1)
-    numbers = cell_numbers(rows[wanted] if wanted.any() else rows, ["zoo", "level", "epoch"], list(headings))
-    cells = _layer_cells(numbers, headings, Spars=numbers["level"].map("{:.0%}".format))
-    caption = f"Table 8. Sparsity by layer, magnitude pruning after fine-tuning: mean (std over models) in %. {model_counts(numbers)}{emptied_layers(numbers)}"
-    return Table("table_8", caption, numbers, arrange(cells, ["Model Zoo", "Spars"], ["Metric"]))
+    rows, by = rows[wanted] if wanted.any() else rows, ["zoo", "selector", "level", "epoch"]
+    numbers = cell_numbers(rows, by, list(headings))
+    cells = _layer_cells(numbers, headings, Selector=numbers["selector"], Spars=numbers["level"].map("{:.0%}".format))
+    caption = f"Table 8. Sparsity by layer, magnitude pruning after fine-tuning: mean (std over models) in %. {caption_end(numbers)}{emptied_layers(numbers)}"
+    names = ["Model Zoo", *(["Selector"] if several_selectors(numbers) else []), "Spars"]
+    return Table("table_8", caption, numbers, arrange(cells, names, ["Metric"]))
+
+# %% ../nbs/30_tables.ipynb #30aa0005
+def empty_counts(
+    rows: pd.DataFrame,  # tidy metrics, one row per model, with zoo, selector and level
+) -> pd.DataFrame:       # zoo, selector, level, layer ("any" or a name), models (with that layer empty), n
+    "Count the models that have lost all weights of a layer, and of any."
+    layers = [name for name in rows.columns if name.startswith("sparsity_")]
+    empty = (rows[layers] == 1).rename(columns=lambda name: name.removeprefix("sparsity_"))
+    empty.insert(0, "any", empty.any(axis=1))
+    keys = ["zoo", "selector", "level"]
+    groups = pd.concat([rows[keys], empty], axis=1).groupby(keys, sort=False)
+    counts = groups.sum().assign(n=groups.size())
+    return counts.reset_index().melt([*keys, "n"], var_name="layer", value_name="models")
+
+
+def table_empty(
+    metrics: pd.DataFrame,  # tidy metrics of one or more zoos
+) -> Table:
+    "How many models have an empty layer, and which, at every level of magnitude pruning."
+    rows = with_selectors(shown_epochs(metrics, "mp", []))
+    numbers, keys = empty_counts(rows).astype({"models": int}), ["zoo", "selector", "level"]
+    found = numbers[(numbers["layer"] != "any") & (numbers["models"] > 0)]
+    which = {key: ", ".join(f"{row.layer} {row.models}" for row in of.itertuples()) for key, of in found.groupby(keys)}
+    cells = numbers[numbers["layer"] == "any"]
+    layers = [which.get((row.zoo, row.selector, row.level)) for row in cells.itertuples()]
+    cells = cells.assign(cell=[f"{count}: {of}" if of else f"{count}" for count, of in zip(cells["models"], layers)])
+    titles = {"Model Zoo": cells["zoo"].map(zoo_title), "Selector": cells["selector"]}
+    titles |= {"Sparsity": cells["level"].map("{:.0%}".format)}
+    caption = f"Models with an empty layer after magnitude pruning, and how often which layer. {caption_end(numbers)}"
+    layout = arrange(cells.assign(**titles), ["Model Zoo", "Selector"], ["Sparsity"])
+    rising = [f"{level:.0%}" for level in sorted(cells["level"].unique())]
+    return Table("table_empty", caption, numbers, layout.reindex(columns=pd.Index(rising, name="Sparsity")))
 
 # %% ../nbs/30_tables.ipynb #cc934d3e
 TABLE_1_STATES = {
@@ -327,21 +395,22 @@ def choose_states(
     states: Mapping[str, tuple[float, float]] = TABLE_1_STATES,            # zoo -> level, target sparsity
     level: float | None = None,                                            # instead, for all zoos
     target: float | None = None,                                           # of variational dropout; none: as printed, or the level
-) -> pd.DataFrame:                                                         # zoo, method, level, epoch, target: one row per state that the run has
+) -> pd.DataFrame:                                                         # zoo, method, selector, level, epoch, target: one row per state that the run has
     "The twins that Tables 1 and 2 show."
     chosen = []
-    for zoo, rows in metrics.groupby("zoo", sort=False):
+    for zoo, rows in with_selectors(metrics).groupby("zoo", sort=False):
         printed = states.get(zoo, (OTHER_LEVEL, None)) if level is None else (level, None)
         mp, vd = (rows[rows["method"] == method] for method in ("mp", "vd"))
         used = printed[0]
         if len(mp):
             used = min(mp["level"].unique(), key=lambda value: abs(value - printed[0]))
-            chosen.append({"zoo": zoo, "method": "mp", "level": used, "epoch": mp["epoch"].max(), "target": printed[0]})
+            state = {"zoo": zoo, "method": "mp", "level": used, "epoch": mp["epoch"].max(), "target": printed[0]}
+            chosen += [state | {"selector": selector} for selector in mp["selector"].unique()]
         if len(vd):
             aim = next(value for value in (target, printed[1], used) if value is not None)
             epoch = vd.groupby("epoch")["sparsity"].mean().sub(aim).abs().idxmin()
-            chosen.append({"zoo": zoo, "method": "vd", "level": np.nan, "epoch": epoch, "target": aim})
-    return pd.DataFrame(chosen, columns=["zoo", "method", "level", "epoch", "target"]).astype({"level": float, "epoch": int, "target": float})
+            chosen.append({"zoo": zoo, "method": "vd", "selector": "", "level": np.nan, "epoch": epoch, "target": aim})
+    return pd.DataFrame(chosen, columns=["zoo", "method", "selector", "level", "epoch", "target"]).astype({"level": float, "epoch": int, "target": float})
 
 # %% ../nbs/30_tables.ipynb #1b9f0a56
 def rows_of_states(
@@ -349,31 +418,44 @@ def rows_of_states(
     states: pd.DataFrame,   # from choose_states
 ) -> pd.DataFrame:          # rows of the metrics, with `target`
     "The metrics of the chosen twins."
-    return metrics.merge(states, on=["zoo", "method", "level", "epoch"])
+    return with_selectors(metrics).merge(states, on=["zoo", "method", "selector", "level", "epoch"])
 
 # %% ../nbs/30_tables.ipynb #3703320d
 def states_text(
-    states: pd.DataFrame,  # from choose_states, or a table's numbers; zoo, method, level, epoch, target
+    states: pd.DataFrame,  # from choose_states, or a table's numbers; zoo, method, selector, level, epoch, target
 ) -> str:                  # sentences for a caption
     "Say which twins a table shows."
     parts = {}
-    for state in states.drop_duplicates(["zoo", "method"]).itertuples():
-        pruned, dropped = f"pruned by {state.level:.0%} (epoch {state.epoch})", f"variational dropout at epoch {state.epoch} (nearest to {state.target:.1%} sparsity)"
+    for state in states.drop_duplicates(["zoo", "method", "selector"]).itertuples():
+        pruned = f"pruned by {state.level:.0%} (selector {state.selector}, epoch {state.epoch})"
+        dropped = f"variational dropout at epoch {state.epoch} (nearest to {state.target:.1%} sparsity)"
         parts.setdefault(zoo_title(state.zoo), []).append(pruned if state.method == "mp" else dropped)
     return " ".join(f"Twins of {zoo}: {', '.join(shown)}." for zoo, shown in parts.items()) if parts else "No twins."
 
 # %% ../nbs/30_tables.ipynb #4d562962
 METHOD_TITLES = {"mp": "Magnitude pruning", "vd": "Variational dropout"}
 
+
+def method_titles(
+    rows: pd.DataFrame,                         # with zoo, method and selector
+    titles: Mapping[str, str] = METHOD_TITLES,  # by method
+) -> pd.Series:                                 # such as "Magnitude pruning", or "Magnitude pruning (lamp)"
+    "Name the method of every row, and its selector where a zoo has several."
+    several, both = several_selectors(rows), zip(rows["method"], rows["selector"])
+    named = [titles[method] + (f" ({name})" if name and several else "") for method, name in both]
+    return pd.Series(named, index=rows.index, dtype=object)
+
 # %% ../nbs/30_tables.ipynb #f6f45bbb
 def state_layout(
-    cells: pd.DataFrame,   # zoo, method, epoch, heading, cell
+    cells: pd.DataFrame,   # zoo, method, selector, epoch, heading, cell
 ) -> pd.DataFrame:         # one row per zoo; for each method the epoch, then the headings
     "Lay out one row per zoo with the two methods side by side."
-    epochs = cells.drop_duplicates(["zoo", "method"]).assign(heading="Epoch", cell=lambda rows: rows["epoch"].astype(str))
-    both = pd.concat([epochs, cells])
-    both = both.assign(order=both["method"].map(list(METHOD_TITLES).index)).sort_values("order", kind="stable")
-    both = both.assign(**{"Model Zoo": both["zoo"].map(zoo_title), "Method": both["method"].map(METHOD_TITLES), " ": both["heading"]})
+    epochs = cells.drop_duplicates(["zoo", "method", "selector"])
+    epochs = epochs.assign(heading="Epoch", cell=epochs["epoch"].astype(str))
+    both = pd.concat([epochs, cells], ignore_index=True)
+    places = [both["method"].map(list(METHOD_TITLES).index), pd.factorize(both["selector"])[0]]
+    both = both.iloc[np.lexsort(places[::-1])].reset_index(drop=True)
+    both = both.assign(**{"Model Zoo": both["zoo"].map(zoo_title), "Method": method_titles(both), " ": both["heading"]})
     return arrange(both, ["Model Zoo"], ["Method", " "])
 
 # %% ../nbs/30_tables.ipynb #37c010b8
@@ -385,7 +467,8 @@ def table_1(
     "Table 1: agreement between twins and their originals."
     states = choose_states(metrics, TABLE_1_STATES, level, target)
     rows = rows_of_states(metrics, states)
-    numbers = cell_numbers(rows, ["zoo", "method", "level", "epoch", "target"], ["test_acc", "sparsity", "agreement"])
+    by = ["zoo", "method", "selector", "level", "epoch", "target"]
+    numbers = cell_numbers(rows, by, ["test_acc", "sparsity", "agreement"])
     headings = {"test_acc": "Accuracy", "sparsity": "Sparsity", "agreement": "Agreem"}
     cells = numbers.assign(heading=numbers["metric"].map(headings), cell=list(map(mean_std, numbers["mean"], numbers["std"])))
     caption = f"Table 1. Agreement of twins with their own originals: mean (std) in %. {model_counts(numbers)} {states_text(states)}"
@@ -393,10 +476,12 @@ def table_1(
 
 # %% ../nbs/30_tables.ipynb #b7f07e98
 def table_partners(
-    numbers: pd.DataFrame,  # zoo, method, level, epoch, partner, n (models), mean and std over pairs in %
+    numbers: pd.DataFrame,  # from twins.partner_agreements, perhaps older than its column selector
 ) -> Table:
     "Eq. 1 of twins with different partners, beside Table 1."
-    titles = {"Model Zoo": numbers["zoo"].map(zoo_title), "Method": numbers["method"].map(METHOD_TITLES), "Agreement with": numbers["partner"]}
+    numbers = with_selectors(numbers)
+    titles = {"Model Zoo": numbers["zoo"].map(zoo_title), "Method": method_titles(numbers)}
+    titles |= {"Agreement with": numbers["partner"]}
     cells = numbers.assign(cell=list(map(mean_std, numbers["mean"], numbers["std"])), **titles)
     caption = f"Agreement of the twins of Table 1 with their own originals, with other originals and with each other: mean (std) over pairs in %. {model_counts(numbers)}"
     return Table("table_partners", caption, numbers, arrange(cells, ["Model Zoo", "Method"], ["Agreement with"]))
@@ -405,18 +490,18 @@ def table_partners(
 def state_correlations(
     metrics: pd.DataFrame,  # tidy metrics
     states: pd.DataFrame,   # from choose_states
-) -> pd.DataFrame:          # zoo, method, level, epoch, metric, value, std (of the sparsity), low, high, n; in %
+) -> pd.DataFrame:          # zoo, method, selector, level, epoch, metric, value, std (of the sparsity), low, high, n; in %
     "Mean sparsity and both coefficients of every chosen state."
-    parts = []
+    parts, metrics = [], with_selectors(metrics)
     for state in states.itertuples():
-        rows = metrics[metrics["zoo"] == state.zoo]
+        rows = metrics[(metrics["zoo"] == state.zoo) & metrics["selector"].isin(["", state.selector])]
         level = None if np.isnan(state.level) else state.level
         found = correlation(rows, state.method, state.epoch, level).rename(columns={"coefficient": "metric"})
-        percent = found.assign(**{name: 100 * found[name] for name in ("value", "low", "high")})
+        percent = found.assign(**{name: 100 * found[name] for name in ("value", "low", "high")}, selector=state.selector)
         chosen = rows_of_states(rows, states.loc[[state.Index]])
-        mean = cell_numbers(chosen, ["zoo", "method", "level", "epoch"], ["sparsity"])
+        mean = cell_numbers(chosen, ["zoo", "method", "selector", "level", "epoch"], ["sparsity"])
         parts += [mean.rename(columns={"mean": "value"}), percent]
-    columns = ["zoo", "method", "level", "epoch", "metric", "value", "std", "low", "high", "n"]
+    columns = ["zoo", "method", "selector", "level", "epoch", "metric", "value", "std", "low", "high", "n"]
     return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
 
 # %% ../nbs/30_tables.ipynb #2316a725
@@ -452,7 +537,8 @@ def table_9(
     numbers = table_1(metrics, level, target).numbers
     headings = {"test_acc": "Acc", "sparsity": "Spar", "agreement": "Aggr"}
     cells = pd.DataFrame({
-        "Model Zoo": numbers["zoo"].map(zoo_title), "Measure": numbers["metric"].map(headings) + " " + numbers["method"].str.upper(),
+        "Model Zoo": numbers["zoo"].map(zoo_title),
+        "Measure": numbers["metric"].map(headings) + " " + method_titles(numbers, {"mp": "MP", "vd": "VD"}),
         "cell": list(map(mean_std, numbers["mean"], numbers["std"])), "order": numbers["method"].map(list(METHOD_TITLES).index),
     })
     layout = arrange(cells.sort_values("order", kind="stable"), ["Model Zoo"], ["Measure"])
@@ -462,12 +548,13 @@ def table_9(
 # %% ../nbs/30_tables.ipynb #dc79a1bb
 TABLES = {
     "table_1": table_1, "table_2": table_2, "table_4": table_4, "table_5": table_5, "table_6": table_6, "table_7": table_7, "table_8": table_8, "table_9": table_9,
+    "table_empty": table_empty,
 }
 
 
 def all_tables(
     metrics: pd.DataFrame,  # tidy metrics of one or more zoos
-) -> list[Table]:           # in the paper's order
+) -> list[Table]:           # in the paper's order, then ours
     "Make every table, with the paper's states."
     return [table(metrics) for table in TABLES.values()]
 

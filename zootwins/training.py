@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TORCH', 'Recipe', 'State', 'begin', 'StreamDropout', 'SeenBatchNorm', 'training_module', 'loss_function',
            'rates_and_decays', 'rate_factors', 'optimizer_step', 'alike', 'check_randomness', 'train_epoch', 'evaluate',
-           'accuracy', 'check_classes', 'Engine', 'torch_arithmetic', 'groups', 'Measured', 'epochs', 'model_keys',
-           'on_device']
+           'logits', 'accuracy', 'check_classes', 'Engine', 'torch_arithmetic', 'groups', 'Measured', 'epochs',
+           'model_keys', 'on_device']
 
 # %% ../nbs/12_training.ipynb #adf53ed8
 import copy
@@ -347,6 +347,22 @@ def _evaluate_alike(
     return entropy / len(x), torch.cat(predictions, 1)
 
 
+def logits(
+    weights: dict[str, Tensor],  # plain stacked parameters, as for `evaluate`
+    architecture: str,           # a key of ARCHITECTURES
+    activations: Iterable[str],  # one per model
+    x: Tensor,                   # float32 [N, C, H, W], on the weights' device
+) -> Tensor:                     # float32 [models, N, classes]
+    "What all models give before the softmax, one model after the other."
+    activations = list(activations)
+    modules = {name: build(architecture, name).eval() for name in set(activations)}
+    for module in modules.values():
+        check_randomness(module, x[:2])
+    of = lambda i: {name: tensor[i] for name, tensor in weights.items()}
+    with torch.no_grad():
+        return torch.stack([functional_call(modules[name], of(i), (x,)) for i, name in enumerate(activations)])
+
+
 def accuracy(
     predictions: Tensor,  # uint8 [models, N]
     y: Tensor,            # int64 [N]
@@ -368,11 +384,12 @@ def check_classes(
 # %% ../nbs/12_training.ipynb #49753644
 @dataclass(frozen=True)
 class Engine:
-    "Two functions that move and judge a population, and how to cut it up for them."
+    "Functions that move and judge a population, and how to cut it up for them."
 
     name: str
     train_epoch: Callable[[State, Tensor, Tensor, Recipe], tuple[Tensor, Tensor]]
     evaluate: Callable[[dict[str, Tensor], str, Iterable[str], Tensor, Tensor], tuple[Tensor, Tensor]]
+    logits: Callable[[dict[str, Tensor], str, Iterable[str], Tensor], Tensor]
     mixes: bool = False                             # whether models that are not alike can be trained together
     width: Callable[[], int] = lambda: 256          # how many models to train together
     workers: Callable[[], int] = lambda: 1          # how many such blocks at a time
@@ -386,7 +403,7 @@ def torch_arithmetic() -> str:  # such as "torch 2.13.0 AVX512"
     return f"torch {torch.__version__} {torch.backends.cpu.get_cpu_capability()}"
 
 
-TORCH = Engine("torch", train_epoch, evaluate, schedules=True, arithmetic=torch_arithmetic)
+TORCH = Engine("torch", train_epoch, evaluate, logits, schedules=True, arithmetic=torch_arithmetic)
 
 
 def groups(

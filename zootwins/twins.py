@@ -9,14 +9,14 @@ __all__ = ['MEMORY_SIGNS', 'Crew', 'terms_of', 'tell', 'stored', 'make_blocks', 
            'removal_frequencies', 'partner_agreements', 'predictions_of', 'fitting_epoch', 'table_reevaluation',
            'run_record', 'begin_figures']
 
-# %% ../nbs/40_twins.ipynb #6d846747
+# %% ../nbs/40_twins.ipynb #c996304b
 import platform
 import shutil
 import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -38,7 +38,7 @@ from .datasets import Images, images_fingerprint
 from .engines import Listener, OnEpoch
 from .lanes import processors
 from .layers import FREQUENCY_COLUMNS, removal_frequency, stack_frequencies
-from .plans import METHODS, Plan, Stage, fingerprint, make_stages
+from .plans import METHODS, STAGES, Plan, Stage, fingerprint, make_stages, pruning_stage
 from .population import Population, load_population
 from .sources import Source, source_fingerprint
 from zootwins.store import (
@@ -202,8 +202,9 @@ def make_stage(
     stage: Stage,            # all rows that are wanted
     folder: Path,            # of the zoo in the store, opened
     crew: Crew,              # who works
-    source: Source | None,   # of the originals; none: they are trained
+    cut: Callable[[Stage], Sequence[Block]],  # cuts the stage, with those rows alone that are missing, into blocks
     bar: Bar,                # told of what is done
+    source: Source | None = None,  # of the originals; none: they are trained
 ) -> Report:
     "Make what is missing of a stage."
     started = time.monotonic()
@@ -211,7 +212,7 @@ def make_stage(
         sweep(folder, stage.name)
         taken_up, there = take_stock(folder, stage.name), finished_rows(folder, stage.name)
         missing = stage.rows[[name not in there for name in row_names(stage.rows)]].reset_index(drop=True)
-        blocks = blocks_of(replace(stage, rows=missing), folder, crew.engine, source) if len(missing) else []
+        blocks = cut(replace(stage, rows=missing)) if len(missing) else []
         per_row = stage.recipe.epochs * len(crew.images.x_train)
         bar.expect(len(missing) * per_row, len(blocks), weight(stage) * (len(stage.rows) - len(missing)) * per_row)
         samples = make_blocks(blocks, crew, folder, bar) if blocks else 0
@@ -230,12 +231,13 @@ def count_diverged(
     last = metrics[(metrics["epoch"] == stage.last_epoch) & ~np.isfinite(metrics["train_loss"])]
     return len(set(row_names(last)) & set(row_names(stage.rows)))
 
-# %% ../nbs/40_twins.ipynb #b8c9d0e1
+# %% ../nbs/40_twins.ipynb #4d0a5c85
 def read_history(
     folder: Path,  # of a zoo in a store
 ) -> list[dict[str, object]]:  # one record per stage that was made or added to, stage by stage
-    "What made the models of a store."
-    return [record for stage in ("original", *METHODS) for record in read_manifest(folder, stage)["history"]]
+    "What made the models of a store: originals, twins, then phases of soups and whatever else was made of them."
+    others = sorted(path.stem for path in folder.glob("*.json") if (folder / path.stem).is_dir() and path.stem not in STAGES)
+    return [record for stage in (*STAGES, *others) for record in read_manifest(folder, stage)["history"]]
 
 # %% ../nbs/40_twins.ipynb #a7ab635f
 class Interrupted(KeyboardInterrupt):
@@ -281,7 +283,7 @@ def make_twins(
     images: Images,                      # from datasets.load_images
     progress: bool = True,               # show bars
     workers: Executor | None = None,     # who carries out the blocks, from workers.open_workers; none: this machine
-    only: Iterable[str] | None = None,   # names of stages; none: all of the plan
+    only: Iterable[str] | None = None,   # "original" and METHODS; none: all of the plan
     bar: Bar | None = None,              # that stages share; none: each has its own
     stop: threading.Event | None = None,  # set by another thread to end the work; none: nobody does
     on_epoch: OnEpoch | None = None,     # called with stage, rows, epoch and their metrics after every epoch of every block
@@ -293,11 +295,13 @@ def make_twins(
         open_store(folder, fingerprint(plan, images))
         on = images if workers else on_device(images, plan.device)
         crew = Crew(plan.engine, plan.device, on, plan.zoo.image_size, workers, stop, Listener(on_epoch) if on_epoch else None)
-        wanted = [stage for stage in stages if only is None or stage.name in set(only)]
+        wanted = [stage for stage in stages if only is None or stage.method in set(only)]
         for group in _together(wanted, workers is not None):
             shown = bar or _bar_of(group, stages, plan.zoo.name, len(images.x_train), progress)
             try:
-                reports += _at_once([partial(make_stage, stage, folder, crew, plan.source, shown) for stage in group], stop)
+                cut = partial(blocks_of, folder=folder, engine=crew.engine, source=plan.source)
+                tasks = [partial(make_stage, stage, folder, crew, cut, shown, plan.source) for stage in group]
+                reports += _at_once(tasks, stop)
             finally:
                 if bar is None:
                     shown.close()
@@ -418,7 +422,7 @@ def _all_there(
 # %% ../nbs/40_twins.ipynb #62026358
 def load_stage(
     plan: Plan,                  # whose store
-    stage: str,                  # "original" or one of its methods
+    stage: str,                  # its name, one of plans.STAGES
     epoch: int | None = None,    # of variational dropout, 0: before any step; none: the last
     level: float | None = None,  # of magnitude pruning; none: all the plan's levels
 ) -> Population:                 # the plan's models, as they were trained: with their log_sigma2, if they have one
@@ -454,9 +458,11 @@ def load_twins(
     method: str,   # "mp" or "vd"
     level: float,  # of magnitude pruning, whose twins are kept after their last epoch; not used for variational dropout
     epoch: int,    # of variational dropout
+    selector: str = "",  # who chose what is pruned; empty: the first of the plan
 ) -> Population:   # the plan's models, with plain weights
     "Read the twins of one state."
-    twins = load_stage(plan, "mp", level=level) if method == "mp" else load_epoch(plan, epoch)
+    stage = pruning_stage(plan.zoo, selector or plan.selectors[0])
+    twins = load_stage(plan, stage, level=level) if method == "mp" else load_epoch(plan, epoch)
     return replace(twins, weights=deterministic(twins.weights))
 
 # %% ../nbs/40_twins.ipynb #75dd3c4a
@@ -467,11 +473,12 @@ def removal_frequencies(
     zoo, layers, shares = plan.zoo, layer_names(build(plan.zoo.architecture)), {}
     for epoch in range(zoo.vd_epochs + 1 if "vd" in plan.methods else 0):
         masks = sparse_masks(load_epoch(plan, epoch).weights)
-        shares[zoo.name, "vd", None, epoch] = removal_frequency(masks, layers)
-    pruned = load_stage(plan, "mp") if "mp" in plan.methods else None
-    for level in plan.levels if pruned else ():
-        weights = pruned[np.flatnonzero(pruned.models["level"] == level)].weights
-        shares[zoo.name, "mp", level, zoo.mp_epochs] = removal_frequency(weights, layers)
+        shares[zoo.name, "vd", "", None, epoch] = removal_frequency(masks, layers)
+    for selector in plan.selectors if "mp" in plan.methods else ():
+        pruned = load_stage(plan, pruning_stage(zoo, selector))
+        for level in plan.levels:
+            weights = pruned[np.flatnonzero(pruned.models["level"] == level)].weights
+            shares[zoo.name, "mp", selector, level, zoo.mp_epochs] = removal_frequency(weights, layers)
     return stack_frequencies(shares) if shares else pd.DataFrame(columns=FREQUENCY_COLUMNS)
 
 # %% ../nbs/40_twins.ipynb #50e5edcc
@@ -479,17 +486,18 @@ def partner_agreements(
     plan: Plan,            # whose store
     images: Images,        # from datasets.load_images
     states: pd.DataFrame,  # from tables.choose_states
-) -> pd.DataFrame:         # zoo, method, level, epoch, n (models), partner, mean and std in %, pairs; empty for a single model
+) -> pd.DataFrame:         # zoo, method, selector, level, epoch, n (models), partner, mean and std in %, pairs; empty for a single model
     "Agreement of the twins of some states with their originals, with other originals and with each other."
-    columns, found = ["zoo", "method", "level", "epoch", "n", "partner", "mean", "std", "pairs"], []
+    keys, found = ["zoo", "method", "selector", "level", "epoch"], []
+    columns = [*keys, "n", "partner", "mean", "std", "pairs"]
     if plan.n_models == 1 or states.empty:
         return pd.DataFrame(columns=columns)
     predicted = read_predictions(plan.folder, "original")
     originals = torch.stack([predicted[number] for number in range(plan.n_models)])
     for state in states.itertuples():
-        twins = load_twins(plan, state.method, state.level, state.epoch)
+        twins = load_twins(plan, state.method, state.level, state.epoch, state.selector)
         partners = agreement_by_partner(predictions_of(twins, plan, images), originals)
-        of_state = {"zoo": plan.zoo.name, "method": state.method, "level": state.level, "epoch": state.epoch, "n": plan.n_models}
+        of_state = {name: getattr(state, name) for name in keys} | {"n": plan.n_models}
         found.append(partners.assign(**of_state, mean=100 * partners["mean"], std=100 * partners["std"]))
     return pd.concat(found, ignore_index=True)[columns]
 
@@ -564,7 +572,7 @@ def run_record(
         source = {"name": plan.source.name, "left_out": len(plan.source.left_out), **told, **source_fingerprint(plan.source)}
     return {
         "zoo": plan.zoo.name, "n_models": plan.n_models, "source": source, "methods": list(plan.methods),
-        "levels": list(plan.levels), "seed": plan.run_seed,
+        "levels": list(plan.levels), "selectors": list(plan.selectors), "seed": plan.run_seed,
         "engine": plan.engine.name, "arithmetic": plan.engine.arithmetic(), "device": plan.device,
         "threads": processors(), "images": images_fingerprint(images), "stages": stages,
         "seconds": round(sum(r.seconds for r in reports), 1), "history": read_history(plan.folder),

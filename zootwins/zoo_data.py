@@ -75,7 +75,7 @@ def method_and_selector(
     method, _, selector = stage.partition("_")
     if method.startswith("imp"):
         return "imp", ""
-    own = zoo.get("mp_selector", zoo.get("mp_scope", "global"))
+    own = zoo.get("mp_selector", "global")
     return method, selector or (str(own) if method == "mp" else "")
 
 

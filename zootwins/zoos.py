@@ -41,7 +41,7 @@ class Zoo:
     batch_size: int = 10
     mp_epochs: int = 15                      # fine-tuning after magnitude pruning, per level
     mp_learning_rate: float | None = None
-    mp_scope: str = "global"                 # "global" or "layerwise" choice of the smallest weights
+    mp_selector: str = "global"              # who chooses the weights that go, a name in selectors.SELECTORS
     vd_epochs: int = 25
     vd_learning_rate: float | None = None
     in_paper: bool = False                   # one of the 14 zoos of the paper's Table 4
@@ -54,7 +54,7 @@ SEED_ZOOS = (
     Zoo("mnist_seed", "MNIST (s) Seed", "mnist", "cnn_small_1ch", mp_learning_rate=1e-3, vd_learning_rate=3e-4, in_paper=True, mp_in_paper=True),
     Zoo("fmnist_seed", "FMNIST (s) Seed", "fmnist", "cnn_small_1ch", mp_learning_rate=1e-3, vd_learning_rate=3e-4, in_paper=True, mp_in_paper=True,
         printed=(("LR VD", "3e4"),), remark="3e4 lacks a minus sign: 3e-4 is the zoo's own learning rate, as for MNIST."),
-    Zoo("svhn_seed", "SVHN (s) Seed", "svhn", "cnn_small_1ch", lr=(3e-3,), mp_learning_rate=1e-3, mp_scope="layerwise", vd_learning_rate=3e-3, in_paper=True, mp_in_paper=True,
+    Zoo("svhn_seed", "SVHN (s) Seed", "svhn", "cnn_small_1ch", lr=(3e-3,), mp_learning_rate=1e-3, mp_selector="layerwise", vd_learning_rate=3e-3, in_paper=True, mp_in_paper=True,
         remark="Pruned layer by layer: Table 8 shows exactly the level in every layer, with a standard deviation of 0."),
     Zoo("usps_seed", "USPS (s) Seed", "usps", "cnn_small_1ch", wd=(1e-3,), mp_learning_rate=1e-3, vd_learning_rate=3e-4, in_paper=True, mp_in_paper=True),
     Zoo("cifar10_seed", "CIFAR-10 (s) Seed", "cifar10", "cnn_small_3ch", activation=("gelu",), init=("kaiming_uniform",), lr=(1e-4,), wd=(1e-2,),
