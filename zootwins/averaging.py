@@ -35,7 +35,16 @@ def copies(
     m: int,                  # how many copies of each
     **factors: Sequence[float],  # columns in which the copies differ, one value per copy, such as wd=(0, 1e-3, 1e-2)
 ) -> Population:             # [N * m] copies, those of a model beside each other, with a column `copy` from 0
-    "Copy every model; raises `UserError` for less than one copy and for factors that are not one per copy."
+    """Copy every model; raises `UserError` for less than one copy and for factors that are not one per copy.
+
+    Args:
+        population: N models
+        m: how many copies of each
+        **factors: columns in which the copies differ, one value per copy, such as wd=(0, 1e-3, 1e-2)
+
+    Returns:
+        Population: [N * m] copies, those of a model beside each other, with a column `copy` from 0
+    """
     for name, values in factors.items():
         if len(values) != m:
             raise UserError(f"{name} needs one value for each of the {m} copies, and has {len(values)}.")
@@ -53,7 +62,15 @@ def copy_masks(
     masks: Mapping[str, Tensor],  # weight name -> bool [N, ...]
     m: int,                       # how many copies
 ) -> dict[str, Tensor]:           # weight name -> bool [N * m, ...]
-    "The masks of the copies, which are those of their models."
+    """The masks of the copies, which are those of their models.
+
+    Args:
+        masks: weight name -> bool [N, ...]
+        m: how many copies
+
+    Returns:
+        dict[str, Tensor]: weight name -> bool [N * m, ...]
+    """
     return {name: mask.repeat_interleave(m, dim=0) for name, mask in masks.items()}
 
 # %% ../nbs/19_averaging.ipynb #1652ee07
@@ -64,7 +81,18 @@ def train_copies(
     masks: dict[str, Tensor] | None = None,  # of the copies
     engine: Engine | str = "auto",           # who trains, as in `engines.train`
 ) -> Trajectory:             # in the order of the copies, without snapshots
-    "Train copies, those of one length together."
+    """Train copies, those of one length together.
+
+    Args:
+        population: copies, those with a column `epochs` each of its own length
+        images: training images
+        recipe: how to move
+        masks: of the copies
+        engine: who trains, as in `engines.train`
+
+    Returns:
+        Trajectory: in the order of the copies, without snapshots
+    """
     lengths = (
         population.models["epochs"].to_numpy()
         if "epochs" in population.models
@@ -86,7 +114,14 @@ def train_copies(
 def number_of_copies(
     population: Population,  # copies, those of a model beside each other
 ) -> int:                    # m
-    "How many copies every model has; raises `UserError` if they are not 0 to m - 1, beside each other."
+    """How many copies every model has; raises `UserError` if they are not 0 to m - 1, beside each other.
+
+    Args:
+        population: copies, those of a model beside each other
+
+    Returns:
+        int: m
+    """
     models = population.models
     m = int(models["copy"].max()) + 1 if "copy" in models and len(models) else 0
     if (
@@ -106,7 +141,12 @@ def check_masks(
     population: Population,  # copies
     masks: Mapping[str, Tensor] | None = None,  # bool [N * m, ...]; none: a weight is pruned where it is zero
 ) -> None:
-    "Raise `UserError` unless all copies of a model have the same weights pruned."
+    """Raise `UserError` unless all copies of a model have the same weights pruned.
+
+    Args:
+        population: copies
+        masks: bool [N * m, ...]; none: a weight is pruned where it is zero
+    """
     m = number_of_copies(population)
     masks = masks or {name: tensor != 0 for name, tensor in prunable(population.weights).items()}
     for name, tensor in masks.items():
@@ -125,7 +165,15 @@ def average(
     population: Population,             # copies
     coefficients: Tensor | None = None,  # [N, m], the weights of the copies; none: 1 / m each
 ) -> Population:                        # N models, with the factors of their copies 0
-    "The weighted average of every model's copies (Eq. 1), whatever their masks."
+    """The weighted average of every model's copies (Eq. 1), whatever their masks.
+
+    Args:
+        population: copies
+        coefficients: [N, m], the weights of the copies; none: 1 / m each
+
+    Returns:
+        Population: N models, with the factors of their copies 0
+    """
     m = number_of_copies(population)
     share = torch.full((len(population) // m, m), 1 / m) if coefficients is None else coefficients
     share = share.double() / share.double().sum(1, keepdim=True)
@@ -144,7 +192,15 @@ def uniform_soup(
     population: Population,                     # copies
     masks: Mapping[str, Tensor] | None = None,  # of the copies; none: a weight is pruned where it is zero
 ) -> Population:                                # N models
-    "Average all copies with equal weights (UniformSoup); raises `UserError` if their masks differ."
+    """Average all copies with equal weights (UniformSoup); raises `UserError` if their masks differ.
+
+    Args:
+        population: copies
+        masks: of the copies; none: a weight is pruned where it is zero
+
+    Returns:
+        Population: N models
+    """
     check_masks(population, masks)
     return average(population)
 
@@ -154,7 +210,16 @@ def validation_accuracy(
     images: Images,          # with validation images
     engine: Engine | str = "auto",  # who judges
 ) -> Tensor:                 # float64 [models], fractions
-    "Accuracy on the images that are kept for choices; raises `UserError` if there are none."
+    """Accuracy on the images that are kept for choices; raises `UserError` if there are none.
+
+    Args:
+        population: any models
+        images: with validation images
+        engine: who judges
+
+    Returns:
+        Tensor: float64 [models], fractions
+    """
     if not len(images.x_val):
         raise UserError(
             f"{images.name} has no validation images here: choices need images that are neither trained on nor "
@@ -172,7 +237,17 @@ def greedy_soup(
     engine: Engine | str = "auto",  # who judges
     masks: Mapping[str, Tensor] | None = None,  # of the copies; none: a weight is pruned where it is zero
 ) -> tuple[Population, Tensor]:                 # N models, and bool [N, m]: which copies are in the soup
-    "Add copies from the best down while validation accuracy does not fall; raises `UserError` if masks differ."
+    """Add copies from the best down while validation accuracy does not fall; raises `UserError` if masks differ.
+
+    Args:
+        population: copies
+        images: with validation images
+        engine: who judges
+        masks: of the copies; none: a weight is pruned where it is zero
+
+    Returns:
+        tuple[Population, Tensor]: N models, and bool [N, m]: which copies are in the soup
+    """
     check_masks(population, masks)
     accuracies = validation_accuracy(population, images, engine).reshape(-1, number_of_copies(population))
     order = accuracies.argsort(dim=1, descending=True, stable=True)
@@ -192,7 +267,16 @@ def class_logits(
     x: Tensor,               # float32 [N, C, H, W]
     engine: Engine | str = "auto",  # who judges
 ) -> Tensor:                 # float32 [models, N, classes]
-    "The outputs before the softmax."
+    """The outputs before the softmax.
+
+    Args:
+        population: any models; noisy ones without their noise
+        x: float32 [N, C, H, W]
+        engine: who judges
+
+    Returns:
+        Tensor: float32 [models, N, classes]
+    """
     weights = deterministic(population.weights)
     return engine_for(engine, population).logits(weights, population.architecture, population.models["activation"], x)
 
@@ -206,7 +290,20 @@ def learned_soup(
     masks: Mapping[str, Tensor] | None = None,  # of the copies; none: a weight is pruned where it is zero
     engine: Engine | str = "auto",  # who asks the teacher
 ) -> tuple[Population, Tensor]:                 # N models, and float32 [N, m]: the coefficients
-    "Learn coefficients on the simplex from validation images (LearnedSoup); raises `UserError` if masks differ."
+    """Learn coefficients on the simplex from validation images (LearnedSoup); raises `UserError` if masks differ.
+
+    Args:
+        population: copies
+        images: with validation images
+        teacher: N dense models to imitate; none: the labels
+        steps: of Adam
+        lr: of Adam
+        masks: of the copies; none: a weight is pruned where it is zero
+        engine: who asks the teacher
+
+    Returns:
+        tuple[Population, Tensor]: N models, and float32 [N, m]: the coefficients
+    """
     check_masks(population, masks)
     m, found = number_of_copies(population), []
     taught = None if teacher is None else class_logits(teacher, images.x_val, engine).softmax(-1)
@@ -236,7 +333,18 @@ def _mixed_loss(
     x: Tensor,                   # validation images
     target: Tensor,              # int64 [N], classes, or float32 [N, classes], probabilities
 ) -> Tensor:                     # scalar
-    "Cross-entropy of the average; with a teacher it differs from the divergence by the teacher's entropy, a constant."
+    """Cross-entropy of the average; with a teacher it differs from the divergence by the teacher's entropy, a constant.
+
+    Args:
+        module: stands for the copies
+        weights: [m, ...] of one model
+        share: [m], on the simplex
+        x: validation images
+        target: int64 [N], classes, or float32 [N, classes], probabilities
+
+    Returns:
+        Tensor: scalar
+    """
     mixed = {name: torch.tensordot(share, tensor, 1) for name, tensor in weights.items()}
     return F.cross_entropy(functional_call(module, mixed, (x,)), target)
 
@@ -247,7 +355,17 @@ def _learn(
     steps: int,   # of Adam
     lr: float,    # of Adam
 ) -> Tensor:      # float32 [m], those with the lowest loss that was met
-    "Descend from equal coefficients."
+    """Descend from equal coefficients.
+
+    Args:
+        loss: of coefficients [m]
+        m: how many copies
+        steps: of Adam
+        lr: of Adam
+
+    Returns:
+        Tensor: float32 [m], those with the lowest loss that was met
+    """
     z = torch.zeros(m, requires_grad=True)
     optimizer, best, lowest = torch.optim.Adam([z], lr), torch.full((m,), 1 / m), float("inf")
     for _ in range(steps):
@@ -270,7 +388,17 @@ def prediction_ensemble(
     y: Tensor,               # int64 [N]
     engine: Engine | str = "auto",  # who judges
 ) -> tuple[Tensor, Tensor]:  # mean cross-entropy float64 [models], predicted classes uint8 [models, N]
-    "Judge the mean of the copies' softmax outputs."
+    """Judge the mean of the copies' softmax outputs.
+
+    Args:
+        population: copies, or independent runs that are laid out as copies
+        x: float32 [N, C, H, W]
+        y: int64 [N]
+        engine: who judges
+
+    Returns:
+        tuple[Tensor, Tensor]: mean cross-entropy float64 [models], predicted classes uint8 [models, N]
+    """
     m, losses, classes = number_of_copies(population), [], []
     for start in range(0, len(population), TOGETHER * m):
         given = class_logits(population[start : start + TOGETHER * m], x, engine)
@@ -283,7 +411,14 @@ def prediction_ensemble(
 def weight_average(
     snapshots: Mapping[int, Population],  # epoch -> the same models, from Trajectory.snapshots
 ) -> Population:                          # their average over the epochs
-    "Average one run over its epochs (SWA, Izmailov et al. 2018); the masks do not change within a phase."
+    """Average one run over its epochs (SWA, Izmailov et al. 2018); the masks do not change within a phase.
+
+    Args:
+        snapshots: epoch -> the same models, from Trajectory.snapshots
+
+    Returns:
+        Population: their average over the epochs
+    """
     states = [snapshots[epoch] for epoch in sorted(snapshots)]
     mean = {
         name: torch.stack([state.weights[name].double() for state in states]).mean(0).to(tensor.dtype)
@@ -303,7 +438,19 @@ def merge(
     masks: Mapping[str, Tensor] | None = None,  # of the copies
     teacher: Population | None = None,  # N dense models, for distillation
 ) -> Population:             # N models
-    "Merge the copies of every model; raises `UserError` for an unknown merge, without a teacher, and for other masks."
+    """Merge the copies of every model; raises `UserError` for an unknown merge, without a teacher, and for other masks.
+
+    Args:
+        name: one of MERGES; "distilled": learned from a dense teacher
+        population: copies
+        images: with validation images for all but uniform soups
+        engine: who judges
+        masks: of the copies
+        teacher: N dense models, for distillation
+
+    Returns:
+        Population: N models
+    """
     check_name(name, MERGES, "merge")
     if name == "uniform":
         return uniform_soup(population, masks)
@@ -319,7 +466,16 @@ def test_accuracy(
     images: Images,          # with test images
     engine: Engine | str = "auto",  # who judges
 ) -> Tensor:                 # float64 [models], fractions
-    "Accuracy on the images that are kept for reports."
+    """Accuracy on the images that are kept for reports.
+
+    Args:
+        population: any models; noisy ones without their noise
+        images: with test images
+        engine: who judges
+
+    Returns:
+        Tensor: float64 [models], fractions
+    """
     weights, models = deterministic(population.weights), population.models
     judge = engine_for(engine, population).evaluate
     return accuracy(
@@ -333,7 +489,17 @@ def compare_candidates(
     images: Images,          # validation images choose, test images judge
     engine: Engine | str = "auto",  # who judges
 ) -> pd.DataFrame:           # one row per model: mean, best, best by validation, then the soups; fractions
-    "Test accuracy of candidates and soups, model by model."
+    """Test accuracy of candidates and soups, model by model.
+
+    Args:
+        population: copies
+        soups: what they were merged to, by name
+        images: validation images choose, test images judge
+        engine: who judges
+
+    Returns:
+        pd.DataFrame: one row per model: mean, best, best by validation, then the soups; fractions
+    """
     judge = lambda models: test_accuracy(models, images, engine)
     m = number_of_copies(population)
     test, chosen = (
@@ -355,7 +521,16 @@ def gains(
     of: str,              # a column, such as "uniform"
     over: Sequence[str],  # columns to compare it with
 ) -> pd.DataFrame:        # by column: gain and its standard error in points; share of models that win, tie, lose
-    "Paired differences between two columns over the models."
+    """Paired differences between two columns over the models.
+
+    Args:
+        table: one row per model, from compare_candidates
+        of: a column, such as "uniform"
+        over: columns to compare it with
+
+    Returns:
+        pd.DataFrame: by column: gain and its standard error in points; share of models that win, tie, lose
+    """
     rows = {}
     for name in over:
         difference = 100 * (table[of] - table[name])
@@ -370,7 +545,16 @@ def gains(
 # %% ../nbs/19_averaging.ipynb #ad043b36
 @dataclass(frozen=True)
 class Phase:
-    "What came of one phase of pruning and retraining."
+    """What came of one phase of pruning and retraining.
+
+    Attributes:
+        number: from 1
+        level: cumulative sparsity, a fraction
+        pruned: N models before retraining
+        candidates: N * m copies after it
+        soup: N models, merged
+        masks: weight name -> bool [N, ...]
+    """
 
     number: int              # from 1
     level: float             # cumulative sparsity, a fraction
@@ -391,7 +575,22 @@ def sparse_soup(
     merge_by: str = "uniform",  # one of MERGES
     engine: Engine | str = "auto",  # who trains, as in `engines.train`
 ) -> list[Phase]:             # one after the other
-    "Sparse model soups of a whole population in memory (Algorithm 1)."
+    """Sparse model soups of a whole population in memory (Algorithm 1).
+
+    Args:
+        population: N trained models
+        images: to train on, and to choose by
+        level: sparsity after the last phase
+        recipe: of one phase; its stage names the random streams, together with phase and copy
+        phases: how many
+        m: copies of every model; 1: iterative magnitude pruning
+        selector: which weights go
+        merge_by: one of MERGES
+        engine: who trains, as in `engines.train`
+
+    Returns:
+        list[Phase]: one after the other
+    """
     engine, dense = engine_for(engine, population), population
     found: list[Phase] = []
     masks = None
@@ -415,7 +614,17 @@ def gradual_events(
     epochs: int,   # of the whole run
     dense: bool,   # whether a dense interval comes first
 ) -> tuple[tuple[int, float], ...]:  # epochs after which it is pruned, and to which level
-    "The cubic schedule of sparsity; raises `UserError` for fewer epochs than intervals."
+    """The cubic schedule of sparsity; raises `UserError` for fewer epochs than intervals.
+
+    Args:
+        level: sparsity after the last event
+        events: how many, n
+        epochs: of the whole run
+        dense: whether a dense interval comes first
+
+    Returns:
+        tuple[tuple[int, float], ...]: epochs after which it is pruned, and to which level
+    """
     if events < 1 or epochs < events + dense:
         raise UserError(
             f"Gradual pruning has at least one event and one epoch after each, not {events} events in {epochs} epochs."
@@ -430,7 +639,14 @@ def merge_and_prune(
     selector: str | Selector | Scores = "global",  # which weights go
     images: Images | None = None,  # for selectors that look at data
 ) -> None:
-    "Let copies go on from their pruned average, with the averages of their moments."
+    """Let copies go on from their pruned average, with the averages of their moments.
+
+    Args:
+        state: of copies, those of a model beside each other; changed in place
+        level: sparsity afterwards
+        selector: which weights go
+        images: for selectors that look at data
+    """
     population, m = state.population, number_of_copies(state.population)
     if state.masks:
         check_masks(population, state.masks)
@@ -454,7 +670,20 @@ def gradual_soup(
     selector: str | Selector | Scores = "global",  # which weights go
     engine: Engine | str = "auto",  # who trains
 ) -> Population:             # N * m copies after the last epoch, to be merged
-    "Gradual pruning of a whole population in memory, with soups in every interval."
+    """Gradual pruning of a whole population in memory, with soups in every interval.
+
+    Args:
+        population: N models, initial or trained
+        images: to train on
+        recipe: of the whole run
+        events: from gradual_events
+        m: copies of every model; 1: GMP
+        selector: which weights go
+        engine: who trains
+
+    Returns:
+        Population: N * m copies after the last epoch, to be merged
+    """
     many, engine, levels, ends = copies(population, m), engine_for(engine, population), dict(events), []
     parts = groups(many.models, engine)
     for rows in parts:

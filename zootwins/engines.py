@@ -31,7 +31,16 @@ def why_not(
     device: str,        # "cpu" or "cuda"
     architecture: str,  # of the zoo
 ) -> str:               # empty if it can train the zoo here
-    "Why an engine cannot be used, and what to do, in a sentence."
+    """Why an engine cannot be used, and what to do, in a sentence.
+
+    Args:
+        engine: a name in ENGINES
+        device: "cpu" or "cuda"
+        architecture: of the zoo
+
+    Returns:
+        str: empty if it can train the zoo here
+    """
     if engine == "gpu":
         return gpu.why_unavailable(architecture) if device == "cuda" else "The GPU engine runs on a GPU only: use device cuda, or engine auto."
     if engine == "lanes" and device != "cpu":
@@ -46,7 +55,16 @@ def choose_engine(
     device: str,        # "cpu" or "cuda"
     architecture: str,  # of the zoo
 ) -> Engine:            # who will train
-    "Choose the engine; `auto` takes the fast one of the device where it can run, and says so in one line where it cannot."
+    """Choose the engine; `auto` takes the fast one of the device where it can run, and says so in one line where it cannot.
+
+    Args:
+        name: "auto" or one of ENGINES
+        device: "cpu" or "cuda"
+        architecture: of the zoo
+
+    Returns:
+        Engine: who will train
+    """
     check_name(name, ("auto", *ENGINES), "engine")
     check_name(device, ("cpu", "cuda"), "device")
     if device == "cuda" and not torch.cuda.is_available():
@@ -66,7 +84,16 @@ def engine_for(
     population: Population,  # any models
     device: str = "cpu",     # on which they are, "cpu" or "cuda"
 ) -> Engine:                 # who trains or judges them
-    "The engine itself, or the one that a name stands for; raises `UserError` as `choose_engine` does."
+    """The engine itself, or the one that a name stands for; raises `UserError` as `choose_engine` does.
+
+    Args:
+        engine: an engine, "auto", or one of ENGINES
+        population: any models
+        device: on which they are, "cpu" or "cuda"
+
+    Returns:
+        Engine: who trains or judges them
+    """
     return choose_engine(engine, device, population.architecture) if isinstance(engine, str) else engine
 
 # %% ../nbs/18_engines.ipynb #4b7dc26f
@@ -85,7 +112,13 @@ class Listener:
         rows: pd.DataFrame,     # that are trained together: model, level and generating factors
         metrics: pd.DataFrame,  # tidy, of these rows, for one epoch or several
     ) -> None:
-        "Tell of every epoch in turn; raises `UserError` if the function fails, which is then left alone."
+        """Tell of every epoch in turn; raises `UserError` if the function fails, which is then left alone.
+
+        Args:
+            stage: such as "vd"
+            rows: that are trained together: model, level and generating factors
+            metrics: tidy, of these rows, for one epoch or several
+        """
         with self.lock:
             for epoch, measured in metrics.groupby("epoch"):
                 if self.failed:
@@ -100,7 +133,14 @@ class Listener:
 # %% ../nbs/18_engines.ipynb #8acffce8
 @dataclass(frozen=True)
 class Trajectory:
-    "What came of training."
+    """What came of training.
+
+    Attributes:
+        population: after the last epoch
+        metrics: one row per model, copy and epoch: model, copy (if any), epoch, train_loss, train_acc, test_loss,
+            test_acc
+        snapshots: the weights after the epochs that were asked for
+    """
 
     population: Population              # after the last epoch
     metrics: pd.DataFrame               # one row per model, copy and epoch: model, copy (if any), epoch, train_loss, train_acc, test_loss, test_acc
@@ -111,7 +151,15 @@ def _rows(
     measured: Measured,    # one epoch
     models: pd.DataFrame,  # whose
 ) -> pd.DataFrame:         # tidy
-    "Turn one epoch's measurements into rows."
+    """Turn one epoch's measurements into rows.
+
+    Args:
+        measured: one epoch
+        models: whose
+
+    Returns:
+        pd.DataFrame: tidy
+    """
     return pd.DataFrame({
         **{name: models[name].to_numpy() for name in ("model", "copy") if name in models}, "epoch": measured.epoch,
         "train_loss": measured.train_loss.cpu(), "train_acc": measured.train_accuracy.cpu(),
@@ -130,7 +178,22 @@ def train(
     progress: bool = True,                   # show a bar
     on_epoch: OnEpoch | None = None,         # called after every epoch of every group
 ) -> Trajectory:                             # on the CPU
-    "Train a population, group by group of what the engine can train together; raises `UserError` as `choose_engine` does."
+    """Train a population, group by group of what the engine can train together; raises `UserError` as `choose_engine` does.
+
+    Args:
+        population: models to start from; they are not changed
+        images: from datasets.load_images
+        recipe: how to move
+        masks: of pruned models
+        keep: epochs whose weights to keep
+        engine: who trains: an engine, "auto", or one of ENGINES
+        device: "cpu" or "cuda"
+        progress: show a bar
+        on_epoch: called after every epoch of every group
+
+    Returns:
+        Trajectory: on the CPU
+    """
     engine = engine_for(engine, population, device)
     images, masks = on_device(images, device), masks or {}
     tell = Listener(on_epoch) if on_epoch else None
@@ -161,7 +224,13 @@ def _put(
     rows: list[int],             # whose
     state: State,                # has their weights
 ) -> None:
-    "Enter a group's weights into those of the whole population."
+    """Enter a group's weights into those of the whole population.
+
+    Args:
+        weights: of the whole population; tensors are replaced
+        rows: whose
+        state: has their weights
+    """
     for name, tensor in state.population.weights.items():
         weights[name] = weights[name].clone()
         weights[name][rows] = tensor.cpu()

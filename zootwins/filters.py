@@ -31,7 +31,12 @@ def torch_pruning() -> ModuleType:
 
 @dataclass(frozen=True)
 class Chain:
-    "Channels that can only go together."
+    """Channels that can only go together.
+
+    Attributes:
+        writers: weight, and which of its filters writes each channel, int64 [channels]
+        readers: weight, and which of its inputs [channels, inputs per channel] read each
+    """
 
     writers: tuple[tuple[str, Tensor], ...]  # weight, and which of its filters writes each channel, int64 [channels]
     readers: tuple[tuple[str, Tensor], ...]  # weight, and which of its inputs [channels, inputs per channel] read each
@@ -44,7 +49,15 @@ def _groups(
     module: nn.Module,  # unwrapped, in eval mode
     x: Tensor,          # one image or a batch
 ) -> tuple[object, list]:  # the library's graph, and its groups
-    "All groups of channels but those of the output."
+    """All groups of channels but those of the output.
+
+    Args:
+        module: unwrapped, in eval mode
+        x: one image or a batch
+
+    Returns:
+        tuple[object, list]: the library's graph, and its groups
+    """
     library = torch_pruning()
     graph = library.DependencyGraph().build_dependency(module, example_inputs=x)
     last = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
@@ -55,7 +68,15 @@ def filter_chains(
     module: nn.Module,  # a convolutional net, in any wrapping
     x: Tensor,          # [N, ...], one batch
 ) -> list[Chain]:       # in the order of the layers
-    "Which filters hang together; raises `UserError` where there are none."
+    """Which filters hang together; raises `UserError` where there are none.
+
+    Args:
+        module: a convolutional net, in any wrapping
+        x: [N, ...], one batch
+
+    Returns:
+        list[Chain]: in the order of the layers
+    """
     module = unwrapped(module)
     names = {id(weight): name for name, weight in prunable_weights(module).items()}
     mode, found = module.training, []
@@ -84,7 +105,12 @@ SCOPES = ("uniform", "global")
 
 @dataclass(frozen=True)
 class FilterChains:
-    "A selector of whole chains, for `soup(selector=FilterChains(x))`; the level is a share of channels."
+    """A selector of whole chains, for `soup(selector=FilterChains(x))`; the level is a share of channels.
+
+    Attributes:
+        x: [N, ...], one batch that fits the model
+        scope: one of SCOPES
+    """
 
     x: Tensor              # [N, ...], one batch that fits the model
     scope: str = "uniform"  # one of SCOPES
@@ -95,7 +121,16 @@ class FilterChains:
         level: float,       # share of channels to be gone, from all phases together
         earlier: Mapping[str, Tensor] | None = None,  # masks of the phase before
     ) -> dict[str, Tensor]:  # name -> bool, True where a weight stays
-        "Choose channels; raises `UserError` for an impossible level or scope."
+        """Choose channels; raises `UserError` for an impossible level or scope.
+
+        Args:
+            module: trained
+            level: share of channels to be gone, from all phases together
+            earlier: masks of the phase before
+
+        Returns:
+            dict[str, Tensor]: name -> bool, True where a weight stays
+        """
         check_name(self.scope, SCOPES, "scope of chains")
         chains, weights = filter_chains(module, self.x), prunable_weights(module)
         masks = {name: torch.ones(weight.shape, dtype=torch.bool) for name, weight in weights.items()}
@@ -115,7 +150,17 @@ def _kept_channels(
     level: float,                           # share to be gone
     scope: str,                             # one of SCOPES
 ) -> list[Tensor]:                          # bool [channels] by chain
-    "Let channels compete, within their chain or with all."
+    """Let channels compete, within their chain or with all.
+
+    Args:
+        chains: of a model
+        weights: its weights
+        level: share to be gone
+        scope: one of SCOPES
+
+    Returns:
+        list[Tensor]: bool [channels] by chain
+    """
     norms = []
     for chain in chains:
         rows = [weights[name].detach().cpu().double().flatten(1)[filters] for name, filters in chain.writers]
@@ -134,7 +179,15 @@ def _highest(
     scores: Tensor,  # float [n]
     kept: int,       # how many stay
 ) -> Tensor:         # bool [n]
-    "Keep the highest."
+    """Keep the highest.
+
+    Args:
+        scores: float [n]
+        kept: how many stay
+
+    Returns:
+        Tensor: bool [n]
+    """
     return torch.zeros(len(scores), dtype=torch.bool).scatter_(0, torch.argsort(scores, descending=True, stable=True)[:kept], True)
 
 # %% ../nbs/75_filters.ipynb #6eb9c310
@@ -143,7 +196,16 @@ def without_pruned_filters(
     masks: Mapping[str, Tensor],  # from FilterChains
     x: Tensor,                    # [N, ...], one batch
 ) -> nn.Module:                   # a smaller copy that says the same
-    "Take pruned channels out; raises `UserError` without Torch-Pruning."
+    """Take pruned channels out; raises `UserError` without Torch-Pruning.
+
+    Args:
+        module: pruned by these masks, in any wrapping
+        masks: from FilterChains
+        x: [N, ...], one batch
+
+    Returns:
+        nn.Module: a smaller copy that says the same
+    """
     smaller = copy.deepcopy(unwrapped(module)).cpu().eval()
     names = {id(weight): name for name, weight in prunable_weights(smaller).items()}
     graph, groups = _groups(smaller, x.cpu())

@@ -31,7 +31,15 @@ def _owner(
     module: nn.Module,  # the whole model
     name: str,          # of a weight
 ) -> str:               # path of the layer in whose forward pass it is used
-    "Attention uses the weights of its output layer itself."
+    """Attention uses the weights of its output layer itself.
+
+    Args:
+        module: the whole model
+        name: of a weight
+
+    Returns:
+        str: path of the layer in whose forward pass it is used
+    """
     path = name.rpartition(".")[0]
     parent = path.rpartition(".")[0]
     return parent if isinstance(module.get_submodule(parent), nn.MultiheadAttention) else path
@@ -41,7 +49,15 @@ def multiply_adds(
     module: nn.Module,  # in any wrapping
     x: Tensor,          # [N, ...], a batch; the counts are per image
 ) -> dict[str, float]:  # by name of the weight, and "rest" for what has no prunable weight
-    "Count the multiply-adds of one forward pass; raises `UserError` for a layer that the counter does not know."
+    """Count the multiply-adds of one forward pass; raises `UserError` for a layer that the counter does not know.
+
+    Args:
+        module: in any wrapping
+        x: [N, ...], a batch; the counts are per image
+
+    Returns:
+        dict[str, float]: by name of the weight, and "rest" for what has no prunable weight
+    """
     module, device = unwrapped(module), next(module.parameters()).device
     modes, counter = [layer.training for layer in module.modules()], FlopCounterMode(display=False)
     with counter, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # faster ways of attention are not counted
@@ -66,7 +82,16 @@ def speed_up(
     x: Tensor,          # [N, ...], a batch
     masks: Mapping[str, Tensor] | None = None,  # none: a weight is pruned where it is zero
 ) -> float:             # 1: nothing is saved
-    "The theoretical speed-up F_d / F_s (Table 2); raises `UserError` where no multiply-add is left."
+    """The theoretical speed-up F_d / F_s (Table 2); raises `UserError` where no multiply-add is left.
+
+    Args:
+        module: pruned
+        x: [N, ...], a batch
+        masks: none: a weight is pruned where it is zero
+
+    Returns:
+        float: 1: nothing is saved
+    """
     dense, weights = multiply_adds(module, x), prunable_weights(module)
     left = {name: mask.double().mean().item() for name, mask in (masks or {n: w != 0 for n, w in weights.items()}).items()}
     sparse = sum(count * left.get(name, 1.0) for name, count in dense.items())
@@ -79,7 +104,15 @@ def pack_sparse(
     module: nn.Module,  # pruned, in any wrapping
     masks: Mapping[str, Tensor] | None = None,  # none: a weight is pruned where it is zero
 ) -> bytes:             # a safetensors archive: values that are left, one bit per weight, and all else as it is
-    "Store a pruned model without its zeros."
+    """Store a pruned model without its zeros.
+
+    Args:
+        module: pruned, in any wrapping
+        masks: none: a weight is pruned where it is zero
+
+    Returns:
+        bytes: a safetensors archive: values that are left, one bit per weight, and all else as it is
+    """
     weights = prunable_weights(module)
     masks = masks or {name: weight.detach() != 0 for name, weight in weights.items()}
     check_fit(module, masks)
@@ -95,7 +128,16 @@ def save_sparse(
     path: Path | str,   # such as "soup.safetensors"
     masks: Mapping[str, Tensor] | None = None,  # none: a weight is pruned where it is zero
 ) -> int:               # bytes of the file
-    "Write a pruned model without its zeros, whole or not at all."
+    """Write a pruned model without its zeros, whole or not at all.
+
+    Args:
+        module: pruned
+        path: such as "soup.safetensors"
+        masks: none: a weight is pruned where it is zero
+
+    Returns:
+        int: bytes of the file
+    """
     content = pack_sparse(module, masks)
     with atomic_path(path) as temporary:
         temporary.write_bytes(content)
@@ -106,7 +148,15 @@ def load_sparse(
     path: Path | str,   # written by `save_sparse`
     module: nn.Module,  # of that architecture; changed in place
 ) -> dict[str, Tensor]:  # the masks
-    "Read a pruned model; raises `UserError` for a file that holds none of this architecture."
+    """Read a pruned model; raises `UserError` for a file that holds none of this architecture.
+
+    Args:
+        path: written by `save_sparse`
+        module: of that architecture; changed in place
+
+    Returns:
+        dict[str, Tensor]: the masks
+    """
     weights, masks = prunable_weights(module), {}
     try:
         ordinary_size(Path(path))
@@ -128,7 +178,16 @@ def inference_costs(
     x: Tensor,          # [N, ...], a batch
     masks: Mapping[str, Tensor] | None = None,  # none: a weight is pruned where it is zero
 ) -> pd.Series:         # multiply-adds per image, speed-up, compression and bytes
-    "What one image costs, and what the model does on disk."
+    """What one image costs, and what the model does on disk.
+
+    Args:
+        module: pruned
+        x: [N, ...], a batch
+        masks: none: a weight is pruned where it is zero
+
+    Returns:
+        pd.Series: multiply-adds per image, speed-up, compression and bytes
+    """
     weights = prunable_weights(module)
     masks = masks or {name: weight.detach() != 0 for name, weight in weights.items()}
     total, kept = (sum(int(number) for number in column) for column in zip(*((m.numel(), m.sum()) for m in masks.values())))
@@ -147,7 +206,16 @@ def latencies(
     x: Tensor,                         # [N, ...], a batch
     rounds: int = 20,                  # how often each is timed
 ) -> dict[str, float]:                 # milliseconds per batch, medians
-    "Time forward passes, in turns."
+    """Time forward passes, in turns.
+
+    Args:
+        modules: by name, on one device
+        x: [N, ...], a batch
+        rounds: how often each is timed
+
+    Returns:
+        dict[str, float]: milliseconds per batch, medians
+    """
     device = next(next(iter(modules.values())).parameters()).device
     x, times = x.to(device), {name: [] for name in modules}
     clock = time.perf_counter if device.type == "cuda" else time.process_time

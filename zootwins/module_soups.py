@@ -52,7 +52,11 @@ from .workers import Executor, told
 def check_same_masks(
     modules: Sequence[nn.Module],  # of one architecture
 ) -> None:
-    "Raise `UserError` unless all modules have the same weights pruned."
+    """Raise `UserError` unless all modules have the same weights pruned.
+
+    Args:
+        modules: of one architecture
+    """
     patterns = [{name: weight.detach() != 0 for name, weight in prunable_weights(module).items()} for module in modules]
     for number, pattern in enumerate(patterns[1:], start=1):
         for name, kept in pattern.items():
@@ -69,7 +73,16 @@ def average_modules(
     coefficients: Sequence[float] | Tensor | None = None,  # one per module; none: equal ones
     same_masks: bool = True,       # refuse modules whose zeros differ
 ) -> nn.Module:                    # a new one; what counts batches comes from the first
-    "The weighted average (Eq. 1); raises `UserError` for modules that do not fit each other, and for NaN."
+    """The weighted average (Eq. 1); raises `UserError` for modules that do not fit each other, and for NaN.
+
+    Args:
+        modules: of one architecture, on one device
+        coefficients: one per module; none: equal ones
+        same_masks: refuse modules whose zeros differ
+
+    Returns:
+        nn.Module: a new one; what counts batches comes from the first
+    """
     modules = [unwrapped(module) for module in modules]
     states = [module.state_dict() for module in modules]
     shapes = [{name: tensor.shape for name, tensor in state.items()} for state in states]
@@ -95,7 +108,13 @@ def _mix(
     coefficients: Tensor,          # one per copy
     data: Data | None,             # for statistics
 ) -> nn.Module:
-    "An average with statistics of its own."
+    """An average with statistics of its own.
+
+    Args:
+        modules: copies
+        coefficients: one per copy
+        data: for statistics
+    """
     mixed = average_modules(modules, coefficients)
     if data is not None:
         recompute_statistics(mixed, data)
@@ -106,7 +125,15 @@ def greedy_coefficients(
     modules: Sequence[nn.Module],  # copies
     data: Data,                    # with a validation part
 ) -> Tensor:                       # float64 [m], equal or zero
-    "GreedySoup (Wortsman et al. 2022); raises `UserError` without validation images."
+    """GreedySoup (Wortsman et al. 2022); raises `UserError` without validation images.
+
+    Args:
+        modules: copies
+        data: with a validation part
+
+    Returns:
+        Tensor: float64 [m], equal or zero
+    """
     reached = [evaluate(module, data, "val")["accuracy"] for module in modules]
     order = sorted(range(len(modules)), key=lambda i: (-reached[i], i))
     kept, best = torch.zeros(len(modules), dtype=torch.float64), reached[order[0]]
@@ -127,7 +154,15 @@ def learned_coefficients(
     modules: Sequence[nn.Module],  # copies
     data: Data,                    # with a validation part
 ) -> Tensor:                       # float64 [m], on the simplex
-    "LearnedSoup: descend the validation loss from equal coefficients, batch by batch; never worse there than equal ones."
+    """LearnedSoup: descend the validation loss from equal coefficients, batch by batch; never worse there than equal ones.
+
+    Args:
+        modules: copies
+        data: with a validation part
+
+    Returns:
+        Tensor: float64 [m], on the simplex
+    """
     states = [module.state_dict() for module in modules]
     floating = [name for name, tensor in states[0].items() if tensor.is_floating_point()]
     stacked = {name: torch.stack([state[name] for state in states]) for name in floating}
@@ -156,7 +191,16 @@ def merge_coefficients(
     modules: Sequence[nn.Module],  # copies
     data: Data | None,             # for choices
 ) -> Tensor:                       # float64 [m], they sum to 1
-    "Weigh the copies; raises `UserError` for an unknown merge, and for a choice without data."
+    """Weigh the copies; raises `UserError` for an unknown merge, and for a choice without data.
+
+    Args:
+        merge: one of averaging.MERGES, or a function of copies and data
+        modules: copies
+        data: for choices
+
+    Returns:
+        Tensor: float64 [m], they sum to 1
+    """
     if not callable(merge):
         check_name(merge, MERGES, "merge")
     if merge == "uniform":
@@ -179,7 +223,17 @@ def barrier_of(
     data: Data,                    # judge
     part: str = "val",             # by these images
 ) -> dict[str, float]:             # by how much the loss is higher and the accuracy lower than the mean of the parts
-    "Measure the wall between some models in their middle."
+    """Measure the wall between some models in their middle.
+
+    Args:
+        soup: the average, with its statistics
+        modules: its parts, with theirs
+        data: judge
+        part: by these images
+
+    Returns:
+        dict[str, float]: by how much the loss is higher and the accuracy lower than the mean of the parts
+    """
     there, parts = evaluate(soup, data, part), [evaluate(module, data, part) for module in modules]
     mean = {name: float(np.mean([each[name] for each in parts])) for name in there}
     return {"loss": there["loss"] - mean["loss"], "accuracy": mean["accuracy"] - there["accuracy"]}
@@ -190,7 +244,16 @@ def merge_modules(
     data: Data | None = None,      # for statistics and choices
     merge: str | MergeRule = "uniform",  # one of averaging.MERGES, or a function of copies and data
 ) -> nn.Module:                    # their average, with its own statistics
-    "Cook a soup of models that are there; raises `UserError` as `average_modules` does, and warns of a wall."
+    """Cook a soup of models that are there; raises `UserError` as `average_modules` does, and warns of a wall.
+
+    Args:
+        modules: retrained copies of one pruned model
+        data: for statistics and choices
+        merge: one of averaging.MERGES, or a function of copies and data
+
+    Returns:
+        nn.Module: their average, with its own statistics
+    """
     if data is None and modules and statistic_layers(modules[0]):
         raise UserError("An average has other statistics of BatchNorm than its parts: give data to compute them from.")
     mixed = _mix(modules, merge_coefficients(merge, modules, data), data)
@@ -210,7 +273,12 @@ def _has(
     data: Data | None,  # images, or loaders by part
     part: str,          # one of batch_statistics.PARTS
 ) -> bool:
-    "Whether there is such a part."
+    """Whether there is such a part.
+
+    Args:
+        data: images, or loaders by part
+        part: one of batch_statistics.PARTS
+    """
     if isinstance(data, Images):
         return len(getattr(data, f"x_{part}")) > 0
     return data is not None and part in data
@@ -221,7 +289,11 @@ Retrain = Callable[[nn.Module, int, Rates], nn.Module]  # (model, seed, rates) -
 
 @dataclass(frozen=True)
 class Copy:
-    "What has to be retrained."
+    """What has to be retrained.
+
+    Attributes:
+        model: pruned
+    """
 
     model: nn.Module          # pruned
     masks: Mapping[str, Tensor]
@@ -233,7 +305,14 @@ class Copy:
 def retrain_copy(
     task: Copy,                        # what to do
 ) -> tuple[dict[str, Tensor], int]:    # the state by plain names, on the CPU, and how many weights had come back
-    "Retrain one copy; raises `UserError` for a function that returns no such model, and for NaN."
+    """Retrain one copy; raises `UserError` for a function that returns no such model, and for NaN.
+
+    Args:
+        task: what to do
+
+    Returns:
+        tuple[dict[str, Tensor], int]: the state by plain names, on the CPU, and how many weights had come back
+    """
     model = copy.deepcopy(task.model)
     with holding(model, task.masks):
         found = task.retrain(model.train(), task.seed, task.rates)
@@ -253,7 +332,14 @@ def retrain_copy(
 def identity_of(
     retrain: Retrain,  # a function, or an object with a method `told`
 ) -> object:           # JSON types
-    "Tell one way of retraining from another; raises `UserError` for what has neither source nor a method `told`."
+    """Tell one way of retraining from another; raises `UserError` for what has neither source nor a method `told`.
+
+    Args:
+        retrain: a function, or an object with a method `told`
+
+    Returns:
+        object: JSON types
+    """
     if hasattr(retrain, "told"):
         return retrain.told()
     if isinstance(retrain, functools.partial):
@@ -269,7 +355,15 @@ def copy_name(
     task: Copy,        # what to do
     identity: object,  # from `identity_of`
 ) -> str:              # such as "copy-1f0c9a2b0d3e4f5a1f0c9a2b0d3e4f5a"
-    "Name a copy by the hash of all that it depends on."
+    """Name a copy by the hash of all that it depends on.
+
+    Args:
+        task: what to do
+        identity: from `identity_of`
+
+    Returns:
+        str: such as "copy-1f0c9a2b0d3e4f5a1f0c9a2b0d3e4f5a"
+    """
     settings = {"seed": task.seed, "rates": asdict(task.rates), "retrain": identity}
     hashes = [state_digest(task.model.state_dict()), state_digest(task.masks)]
     return f"copy-{digest(json.dumps([settings, *hashes], sort_keys=True, default=str).encode())}"
@@ -280,7 +374,16 @@ def make_copies(
     folder: Path | None = None,          # where copies are kept; none: nowhere
     workers: Executor | None = None,     # none: one after the other, here
 ) -> list[nn.Module]:                    # in the order of the tasks, on the CPU
-    "Retrain what is not there yet; raises what a worker raises, with everything kept that is finished."
+    """Retrain what is not there yet; raises what a worker raises, with everything kept that is finished.
+
+    Args:
+        tasks: what is wanted
+        folder: where copies are kept; none: nowhere
+        workers: none: one after the other, here
+
+    Returns:
+        list[nn.Module]: in the order of the tasks, on the CPU
+    """
     names = [copy_name(task, identity_of(task.retrain)) for task in tasks] if folder else [""] * len(tasks)
     tasks = [_checkpointed(task, folder, name) for task, name in zip(tasks, names)]
     states = [_kept(folder, name) for name in names]
@@ -305,7 +408,12 @@ def _kept(
     folder: Path | None,  # where copies are kept
     name: str,            # of a copy
 ) -> dict[str, Tensor] | None:
-    "Read a finished copy; none: there is none. Raises `UserError` for a damaged one."
+    """Read a finished copy; none: there is none. Raises `UserError` for a damaged one.
+
+    Args:
+        folder: where copies are kept
+        name: of a copy
+    """
     for path in sorted(folder.glob(f"{name}-*")) if folder else ():
         with opened(path) as file:
             return {key: file.get_tensor(key) for key in file.keys()}
@@ -317,7 +425,12 @@ def _checkpointed(
     folder: Path | None,  # where copies are kept
     name: str,            # of the copy
 ) -> Copy:
-    "Let the plain trainer leave its progress behind after every epoch."
+    """Let the plain trainer leave its progress behind after every epoch.
+
+    Args:
+        folder: where copies are kept
+        name: of the copy
+    """
     if folder is None or not isinstance(task.retrain, Trainer):
         return task
     (folder / "parts").mkdir(exist_ok=True)
@@ -328,7 +441,11 @@ def _carried_out(
     tasks: Sequence[Copy],
     workers: Executor | None,
 ) -> Iterable[tuple[int, tuple[dict[str, Tensor], int]]]:  # place of the task, and what came of it, as they come
-    "Carry out tasks; the first that fails ends the work."
+    """Carry out tasks; the first that fails ends the work.
+
+    Returns:
+        Iterable[tuple[int, tuple[dict[str, Tensor], int]]]: place of the task, and what came of it, as they come
+    """
     if workers is None:
         for i, task in enumerate(tasks):
             yield i, retrain_copy(task)
@@ -348,7 +465,19 @@ def _carried_out(
 # %% ../nbs/73_module_soups.ipynb #3a0359d2
 @dataclass(frozen=True)
 class ModulePhase:
-    "What came of one phase of pruning and retraining."
+    """What came of one phase of pruning and retraining.
+
+    Attributes:
+        number: from 1
+        level: that was asked for, cumulative, a fraction
+        sparsity: that was reached, of prunable weights
+        rates: of its retraining
+        masks: name -> bool
+        pruned: before retraining, with statistics of its own
+        candidates: retrained copies, with statistics of their own
+        coefficients: float64 [m], of the merge
+        soup: the average, with statistics of its own
+    """
 
     number: int                 # from 1
     level: float                # that was asked for, cumulative, a fraction
@@ -363,7 +492,11 @@ class ModulePhase:
 
 @dataclass(frozen=True)
 class ModuleSoup:
-    "A sparse soup, and how it came about."
+    """A sparse soup, and how it came about.
+
+    Attributes:
+        table: phase, sparsity, row ("pruned", "candidate 0", ..., "soup", ...) and, with data, accuracies and losses
+    """
 
     phases: list[ModulePhase]
     table: pd.DataFrame  # phase, sparsity, row ("pruned", "candidate 0", ..., "soup", ...) and, with data, accuracies and losses
@@ -384,7 +517,16 @@ def copy_seed(
     phase: int,   # from 1
     number: int,  # of the copy, from 0
 ) -> int:         # below 2**31
-    "The seed of one copy: another in every phase and for every copy, and the same in every comparison."
+    """The seed of one copy: another in every phase and for every copy, and the same in every comparison.
+
+    Args:
+        seed: of the whole soup
+        phase: from 1
+        number: of the copy, from 0
+
+    Returns:
+        int: below 2**31
+    """
     return int(digest(f"{seed} {phase} {number}".encode())[:8], 16) >> 1
 
 # %% ../nbs/73_module_soups.ipynb #baceb079
@@ -395,7 +537,15 @@ def _judged(
     module: nn.Module,   # any
     data: Data | None,   # judge
 ) -> dict[str, float]:   # val_acc, val_loss, test_acc, test_loss: what there are images for
-    "Judge a module by the images that are there."
+    """Judge a module by the images that are there.
+
+    Args:
+        module: any
+        data: judge
+
+    Returns:
+        dict[str, float]: val_acc, val_loss, test_acc, test_loss: what there are images for
+    """
     found = {}
     for part in ("val", "test"):
         if _has(data, part):
@@ -408,7 +558,15 @@ def _ensemble(
     modules: Sequence[nn.Module],  # any
     data: Data | None,             # judge
 ) -> dict[str, float]:             # as from _judged
-    "Judge the mean of what some modules predict."
+    """Judge the mean of what some modules predict.
+
+    Args:
+        modules: any
+        data: judge
+
+    Returns:
+        dict[str, float]: as from _judged
+    """
     found = {}
     for part in ("val", "test"):
         if _has(data, part):
@@ -422,7 +580,15 @@ def phase_rows(
     phase: ModulePhase,   # what came of it
     data: Data | None,    # judge
 ) -> pd.DataFrame:        # phase, sparsity, row, and accuracies and losses
-    "All that is compared within a phase; best candidate: by the test images, as in the paper."
+    """All that is compared within a phase; best candidate: by the test images, as in the paper.
+
+    Args:
+        phase: what came of it
+        data: judge
+
+    Returns:
+        pd.DataFrame: phase, sparsity, row, and accuracies and losses
+    """
     candidates = [_judged(module, data) for module in phase.candidates]
     rows = {"pruned": _judged(phase.pruned, data)} | {f"candidate {i}": each for i, each in enumerate(candidates)}
     rows |= {"soup": _judged(phase.soup, data), "ensemble": _ensemble(phase.candidates, data)}
@@ -441,7 +607,14 @@ def _phase_rates(
     masks: Mapping[str, Tensor],         # after it
     earlier: Mapping[str, Tensor] | None,  # before it
 ) -> Rates:
-    "Lower ALLR's first rate by what this step has damaged; other schedules stay as they are."
+    """Lower ALLR's first rate by what this step has damaged; other schedules stay as they are.
+
+    Args:
+        rates: as the user gave them
+        before: the model before this pruning step
+        masks: after it
+        earlier: before it
+    """
     if rates.schedule != "ALLR":
         return rates
     weights = {name: weight.detach().cpu()[None] for name, weight in prunable_weights(before).items()}
@@ -461,7 +634,17 @@ def _begin_phase(
     data: Data | None,
     seed: int,
 ) -> ModulePhase:                          # without candidates yet
-    "Prune."
+    """Prune.
+
+    Args:
+        before: the soup of the phase before
+        number: from 1
+        level: cumulative
+        earlier: masks of the phase before
+
+    Returns:
+        ModulePhase: without candidates yet
+    """
     masks = choose_masks(before, level, selector, earlier, data if isinstance(data, Images) else None, seed)
     rates = _phase_rates(rates, before, masks, earlier)
     pruned = copy.deepcopy(before)
@@ -480,7 +663,16 @@ def _cook(
     folder: Path | None,
     workers: Executor | None,
 ) -> ModulePhase:                # with candidates and soup, all with statistics of their own
-    "Retrain copies and merge them."
+    """Retrain copies and merge them.
+
+    Args:
+        phase: pruned
+        numbers: of the copies
+        device: where modules are judged
+
+    Returns:
+        ModulePhase: with candidates and soup, all with statistics of their own
+    """
     tasks = [Copy(phase.pruned, phase.masks, retrain, copy_seed(seed, phase.number, i), phase.rates) for i in numbers]
     candidates = [module.to(device) for module in make_copies(tasks, folder, workers)]
     pruned = copy.deepcopy(phase.pruned).to(device)
@@ -505,7 +697,26 @@ def soup(
     folder: Path | str | None = None,    # where copies are kept, to go on from; none: nowhere
     workers: Executor | None = None,     # such as concurrent.futures.ThreadPoolExecutor(2), or from workers.open_workers
 ) -> ModuleSoup:                  # phases, candidates, soups, sparsities, accuracies
-    "A sparse model soup (Algorithm 1) of any module; raises `UserError` for what cannot be, and warns of a wall."
+    """A sparse model soup (Algorithm 1) of any module; raises `UserError` for what cannot be, and warns of a wall.
+
+    Args:
+        model: trained; left as it is; modules are judged on its device
+        data: images, or loaders by part; none: no statistics, no accuracies, uniform soups alone
+        level: sparsity of prunable weights after the last phase
+        phases: how many; 1: one shot
+        m: copies in every phase, or which copies; 1: iterative magnitude pruning (IMP)
+        retrain: (model, seed, rates) -> model; none: the plain trainer on these images
+        rates: of every phase
+        selector: which weights go, as in module_masks.choose_masks
+        merge: one of averaging.MERGES, or a function of copies and data
+        seed: of all that is random
+        settings: of the plain trainer
+        folder: where copies are kept, to go on from; none: nowhere
+        workers: such as concurrent.futures.ThreadPoolExecutor(2), or from workers.open_workers
+
+    Returns:
+        ModuleSoup: phases, candidates, soups, sparsities, accuracies
+    """
     numbers = range(m) if isinstance(m, int) else m
     if len(numbers) < 1:
         raise UserError(f"A soup needs at least one copy, not {m}.")
@@ -532,7 +743,11 @@ def _plain_trainer(
     data: Data | None,        # images
     settings: TrainSettings,
 ) -> Trainer:
-    "The plain trainer; raises `UserError` where there is nothing that it could train on."
+    """The plain trainer; raises `UserError` where there is nothing that it could train on.
+
+    Args:
+        data: images
+    """
     if not isinstance(data, Images):
         raise UserError("The plain trainer needs images (datasets.Images): give them as data, or give retrain, "
                         "a function (model, seed, rates) -> model.")
@@ -543,7 +758,12 @@ def _warn_of_wall(
     rows: pd.DataFrame,  # of a phase
     number: int,         # of the phase
 ) -> None:
-    "Say that copies have left their common basin."
+    """Say that copies have left their common basin.
+
+    Args:
+        rows: of a phase
+        number: of the phase
+    """
     part = next((part for part in ("val", "test") if f"{part}_acc" in rows), None)
     if part is None:
         return
@@ -563,7 +783,14 @@ def repruned(
     data: Data | None,          # for statistics
     seed: int = 0,              # for random pruning
 ) -> nn.Module:
-    "Average runs whose masks differ, and prune the average again (IMP-RePrune, Yin et al. 2022)."
+    """Average runs whose masks differ, and prune the average again (IMP-RePrune, Yin et al. 2022).
+
+    Args:
+        runs: made apart, each pruned at the level
+        level: of the average
+        data: for statistics
+        seed: for random pruning
+    """
     mean = average_modules(runs, same_masks=False)
     enforce(mean, choose_masks(mean, level, selector, None, data if isinstance(data, Images) else None, seed))
     if data is not None:
@@ -576,7 +803,16 @@ def _named(
     names: Mapping[str, str],  # row there -> row in the paper
     merge: str,              # of averaging.MERGES, or nothing
 ) -> pd.DataFrame:           # phase, sparsity, row, merge, test_acc
-    "Choose and rename rows."
+    """Choose and rename rows.
+
+    Args:
+        table: of a ModuleSoup
+        names: row there -> row in the paper
+        merge: of averaging.MERGES, or nothing
+
+    Returns:
+        pd.DataFrame: phase, sparsity, row, merge, test_acc
+    """
     found = table[table["row"].isin(list(names))]
     return found.assign(row=found["row"].map(names), merge=merge)[["phase", "sparsity", "row", "merge", "test_acc"]]
 
@@ -595,7 +831,21 @@ def related_runs(
     merges: Sequence[str] = ("uniform", "greedy"),  # some of averaging.MERGES
     **how: object,          # further arguments of `soup`: retrain, selector, seed, settings, folder, workers
 ) -> dict[str, ModuleSoup]:  # by merge; "IMP", and with several phases "IMP 1" and so on; "IMP_mx"
-    "All that Table 1 compares; runs that are made apart only where there is more than one phase."
+    """All that Table 1 compares; runs that are made apart only where there is more than one phase.
+
+    Args:
+        model: trained
+        data: judge
+        level: sparsity after the last phase
+        phases: how many
+        m: copies
+        rates: of every phase
+        merges: some of averaging.MERGES
+        **how: further arguments of `soup`: retrain, selector, seed, settings, folder, workers
+
+    Returns:
+        dict[str, ModuleSoup]: by merge; "IMP", and with several phases "IMP 1" and so on; "IMP_mx"
+    """
     make = functools.partial(soup, model, data, level, phases, **how)
     runs = {merge: make(m=m, rates=rates, merge=merge) for merge in merges}
     runs |= {f"IMP {i}" if i else "IMP": make(m=[i], rates=rates) for i in range(m if phases > 1 else 1)}
@@ -608,7 +858,17 @@ def compare_runs(
     selector: str | Selector | ModuleScores = "global",  # as in the runs
     seed: int = 0,                   # tells this model from others
 ) -> pd.DataFrame:                   # row, merge, m, level, phase, sparsity, model, test_acc, as from soups.story_table
-    "The rows of Table 1 for one model; IMP-RePrune where there is more than one phase."
+    """The rows of Table 1 for one model; IMP-RePrune where there is more than one phase.
+
+    Args:
+        runs: from related_runs
+        data: judge
+        selector: as in the runs
+        seed: tells this model from others
+
+    Returns:
+        pd.DataFrame: row, merge, m, level, phase, sparsity, model, test_acc, as from soups.story_table
+    """
     apart = [run.model for name, run in runs.items() if name.split()[0] == "IMP"]
     frames = [_named(run.table, SMS_ROWS, merge) for merge, run in runs.items() if merge in MERGES]
     frames += [_named(runs[name].table, {"soup": name}, "") for name in ("IMP", "IMP_mx")]

@@ -30,7 +30,13 @@ from .store import locked
 # %% ../nbs/78_network_studies.ipynb #cef1a890
 @dataclass(frozen=True)
 class Part:
-    "One half of one of the paper's tables."
+    """One half of one of the paper's tables.
+
+    Attributes:
+        table: such as 6
+        level: a fraction of weights, or of filters
+        selector: "filters" for structured pruning
+    """
 
     table: int            # such as 6
     level: float          # a fraction of weights, or of filters
@@ -40,7 +46,22 @@ class Part:
 
 @dataclass(frozen=True)
 class Study:
-    "One network on one data set; the values are those of the paper unless the study says otherwise."
+    """One network on one data set; the values are those of the paper unless the study says otherwise.
+
+    Attributes:
+        network: one of networks.NETWORKS
+        dataset: one of datasets.DATA_SETS
+        epochs: of the dense training, T
+        retrain_epochs: of every phase, T_rt
+        size: pixels that are loaded
+        factor: by which images are made smaller
+        n_train: images to train on; none: all
+        n_val: images to choose by
+        n_test: images to judge by
+        m: copies
+        lr: highest rate
+        schedule: of retraining; the dense training runs linearly to 0
+    """
 
     title: str
     network: str               # one of networks.NETWORKS
@@ -76,7 +97,14 @@ STUDIES = {
 def study_images(
     study: Study,  # which
 ) -> Images:       # as it trains on them
-    "Load and cut the images."
+    """Load and cut the images.
+
+    Args:
+        study: which
+
+    Returns:
+        Images: as it trains on them
+    """
     images = subset(load_images(study.dataset, study.size), study.n_train, study.n_test)
     images = replace(images, x_val=images.x_val[: study.n_val], y_val=images.y_val[: study.n_val])
     return shrunk(images, study.factor) if study.factor > 1 else images
@@ -88,7 +116,17 @@ def dense_model(
     seed: int,       # of weights and order
     folder: Path,    # of the study's files
 ) -> nn.Module:      # with statistics of its own, on the study's device
-    "Train the dense model, or go on, or read it; raises `UserError` if it diverges."
+    """Train the dense model, or go on, or read it; raises `UserError` if it diverges.
+
+    Args:
+        study: which
+        images: from study_images
+        seed: of weights and order
+        folder: of the study's files
+
+    Returns:
+        nn.Module: with statistics of its own, on the study's device
+    """
     net = make_network(study.network, int(images.y_test.max()) + 1, images.x_train.shape[1], seed)
     file, rates = folder / f"dense-{seed}.safetensors", Rates(study.lr, study.epochs)
     net = train_network(net, images.x_train, images.y_train, rates, study.settings, seed, checkpoint=file)
@@ -105,7 +143,19 @@ def part_rows(
     seed: int,         # of the model
     folder: Path,      # of the study's files
 ) -> pd.DataFrame:     # table, pruning, row, merge, m, level, phase, sparsity, model, test_acc, speed_up
-    "Make what is missing of a part, and compare."
+    """Make what is missing of a part, and compare.
+
+    Args:
+        study: which
+        part: which of its tables
+        model: dense
+        images: from study_images
+        seed: of the model
+        folder: of the study's files
+
+    Returns:
+        pd.DataFrame: table, pruning, row, merge, m, level, phase, sparsity, model, test_acc, speed_up
+    """
     rates = Rates(study.lr, study.retrain_epochs, study.schedule, original_epochs=study.epochs)
     runs = related_runs(model, images, part.level, part.phases, study.m, rates, study.merges, selector=part.selector,
                         seed=seed, settings=study.settings, folder=folder)
@@ -120,7 +170,12 @@ def _speed_ups(
     run: ModuleSoup,  # any
     images: Images,   # of the right size
 ) -> dict[int, float]:
-    "The theoretical speed-up after each phase."
+    """The theoretical speed-up after each phase.
+
+    Args:
+        run: any
+        images: of the right size
+    """
     return {phase.number: speed_up(phase.soup, images.x_test[:1], phase.masks) for phase in run.phases}
 
 # %% ../nbs/78_network_studies.ipynb #a002b21d
@@ -129,7 +184,16 @@ def study_rows(
     folder: Path | str,    # of the study's files
     seeds: Sequence[int],  # one dense model each
 ) -> pd.DataFrame:         # rows of all parts, and of the dense models (row "dense")
-    "Make what is missing of a study, seed by seed; what is finished is read."
+    """Make what is missing of a study, seed by seed; what is finished is read.
+
+    Args:
+        study: which
+        folder: of the study's files
+        seeds: one dense model each
+
+    Returns:
+        pd.DataFrame: rows of all parts, and of the dense models (row "dense")
+    """
     folder, frames, images = Path(folder), [], None
     for seed in seeds:
         file = folder / f"rows-{seed}.csv"
@@ -151,7 +215,15 @@ def study_cells(
     rows: pd.DataFrame,  # from study_rows
     title: str,          # of the study
 ) -> pd.DataFrame:       # cells in the form of reported_soups, in %
-    "Mean and standard deviation over the seeds, for `reported_soups.soup_table`."
+    """Mean and standard deviation over the seeds, for `reported_soups.soup_table`.
+
+    Args:
+        rows: from study_rows
+        title: of the study
+
+    Returns:
+        pd.DataFrame: cells in the form of reported_soups, in %
+    """
     rows = rows[rows["row"] != "dense"].astype({"phase": int, "m": int, "table": int})
     found = [soup_cells(each, title).assign(table=table, pruning=pruning)
              for (table, pruning), each in rows.groupby(["table", "pruning"])]
@@ -161,7 +233,14 @@ def study_cells(
 def toy_study(
     study: Study,  # any
 ) -> Study:        # the same parts
-    "A narrow net on few digits for an epoch or two, on the processor: to see that everything runs."
+    """A narrow net on few digits for an epoch or two, on the processor: to see that everything runs.
+
+    Args:
+        study: any
+
+    Returns:
+        Study: the same parts
+    """
     settings = replace(study.settings, batch_size=64, amp=False, device="cpu")
     return replace(study, title=f"{study.title}, as a toy", network="resnet8", dataset="digits", size=28, factor=2, n_train=192,
                    n_val=64, n_test=64, epochs=2, retrain_epochs=1, m=2, settings=settings)
@@ -170,7 +249,14 @@ def toy_study(
 def main(
     arguments: Sequence[str] | None = None,  # of the command line
 ) -> int:                                    # 0: all is there
-    "Make a study."
+    """Make a study.
+
+    Args:
+        arguments: of the command line
+
+    Returns:
+        int: 0: all is there
+    """
     parser = argparse.ArgumentParser(prog="python -m zootwins.network_studies", description="Sparse soups of one network.")
     parser.add_argument("study", help=f"one of {', '.join(STUDIES)}")
     parser.add_argument("folder", help="for the study's files")

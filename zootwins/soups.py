@@ -49,7 +49,25 @@ VARIED = ("seed", "wd", "lr", "epochs")  # seed: the batch order alone
 
 @dataclass(frozen=True)
 class Chain:
-    "How to prune, retrain and merge, phase after phase."
+    """How to prune, retrain and merge, phase after phase.
+
+    Attributes:
+        level: sparsity after the last phase
+        m: copies of every model
+        merge: one of averaging.MERGES; "none": every copy goes on by itself
+        epochs: of every phase
+        lr: none: each model's own
+        schedule: one of schedules.SCHEDULES
+        history: rates of the original training, for schedules that repeat them
+        original_epochs: of the original training, for LRW and ALLR
+        warm_up: share of a phase; none: as schedules.WARM_UP has it
+        selector: one of selectors.SELECTORS
+        nesterov: for SGD
+        wd: weight decay; none: each model's own
+        swa: average every run over its epochs
+        varied: in what copies differ, one of VARIED
+        values: of copy 0, 1, ..., at least m; none for seed
+    """
 
     level: float = 0.9             # sparsity after the last phase
     phases: int = 3
@@ -72,7 +90,14 @@ class Chain:
 def check_chain(
     chain: Chain,  # what a user asks for
 ) -> Chain:        # the same, now known to be possible
-    "Raise `UserError` for a chain that cannot be made."
+    """Raise `UserError` for a chain that cannot be made.
+
+    Args:
+        chain: what a user asks for
+
+    Returns:
+        Chain: the same, now known to be possible
+    """
     check_name(chain.merge, (*MERGES, APART), "merge")
     check_name(chain.selector, SELECTORS, "selector")
     check_name(chain.varied, VARIED, "hyper-parameter in which copies differ")
@@ -88,7 +113,11 @@ def check_chain(
 def _check_values(
     chain: Chain,  # what a user asks for
 ) -> None:
-    "Raise `UserError` for values that copies cannot have."
+    """Raise `UserError` for values that copies cannot have.
+
+    Args:
+        chain: what a user asks for
+    """
     number = len(chain.values)
     if chain.varied == "seed" and number:
         raise UserError(f"Copies that differ in their seed alone take no values, here {number}: say what is varied.")
@@ -109,7 +138,15 @@ def copy_settings(
     chain: Chain,  # whose copies may differ
     copy: int,     # from 0
 ) -> Chain:        # a chain whose copies differ in their batch orders alone
-    "How one copy is retrained."
+    """How one copy is retrained.
+
+    Args:
+        chain: whose copies may differ
+        copy: from 0
+
+    Returns:
+        Chain: a chain whose copies differ in their batch orders alone
+    """
     if chain.varied == "seed":
         return chain
     value = int(chain.values[copy]) if chain.varied == "epochs" else chain.values[copy]
@@ -118,7 +155,21 @@ def copy_settings(
 # %% ../nbs/44_soups.ipynb #9b0d11f9
 @dataclass(frozen=True)
 class Gradual:
-    "How to prune on the way of one run, with copies that are merged before every event."
+    """How to prune on the way of one run, with copies that are merged before every event.
+
+    Attributes:
+        level: sparsity after the last event
+        m: copies of every model; 1: GMP
+        epochs: of the whole run
+        lr: none: each model's own
+        schedule: over the whole run; one of schedules.SCHEDULES but ALLR
+        history: rates of the original training, for schedules that repeat them
+        original_epochs: of the original training, for LRW
+        warm_up: share of the run; none: as schedules.WARM_UP has it
+        selector: one of selectors.SELECTORS
+        nesterov: for SGD
+        scratch: begin at initial weights; otherwise at the originals
+    """
 
     level: float = 0.9             # sparsity after the last event
     events: int = 5
@@ -137,7 +188,14 @@ class Gradual:
 def check_gradual(
     gradual: Gradual,  # what a user asks for
 ) -> Gradual:          # the same, now known to be possible
-    "Raise `UserError` for gradual pruning that cannot be made."
+    """Raise `UserError` for gradual pruning that cannot be made.
+
+    Args:
+        gradual: what a user asks for
+
+    Returns:
+        Gradual: the same, now known to be possible
+    """
     check_name(gradual.selector, SELECTORS, "selector")
     gradual_events(gradual.level, gradual.events, gradual.epochs, gradual.scratch)
     sparsity_per_phase(gradual.level, gradual.events)
@@ -160,7 +218,17 @@ def story_chains(
     numbers: Iterable[int],  # of copies
     baselines: Iterable[str] = (APART, LONGER),  # some of BASELINES
 ) -> dict[tuple[str, int], Chain | Gradual]:  # (merge or baseline; m) -> what to make
-    "The chains that the paper's tables compare; baselines of one run are the same for every m."
+    """The chains that the paper's tables compare; baselines of one run are the same for every m.
+
+    Args:
+        chain: how; its merge and m are replaced
+        merges: some of averaging.MERGES
+        numbers: of copies
+        baselines: some of BASELINES
+
+    Returns:
+        dict[tuple[str, int], Chain | Gradual]: (merge or baseline; m) -> what to make
+    """
     found, wanted = {}, set(baselines)
     for m in sorted(set(numbers)):
         found |= {(name, m): replace(chain, merge=name, m=m) for name in merges}
@@ -178,7 +246,12 @@ def as_gradual(
     chain: Chain,  # whose budget it gets
     m: int,        # copies
 ) -> Gradual:
-    "Gradual pruning from the originals with as many epochs and prunings as a chain has."
+    """Gradual pruning from the originals with as many epochs and prunings as a chain has.
+
+    Args:
+        chain: whose budget it gets
+        m: copies
+    """
     schedule = "LLR" if chain.schedule == "ALLR" else chain.schedule  # ALLR is LLR with an adapted first rate
     shared = ("level", "lr", "history", "original_epochs", "warm_up", "selector", "nesterov")
     same = {name: getattr(chain, name) for name in shared}
@@ -203,7 +276,23 @@ def parse_story(
     original_epochs: int,  # of the original training, which had a constant rate
     baselines: str = f"{APART},{LONGER}",  # some of BASELINES
 ) -> dict[tuple[str, int], Chain | Gradual]:  # as from story_chains, checked
-    "Read what a user asks for; raises `UserError` for the first thing that cannot be."
+    """Read what a user asks for; raises `UserError` for the first thing that cannot be.
+
+    Args:
+        level: sparsity after the last phase, in %
+        phases: how many
+        copies: of every model, such as "3,5"
+        epochs: of every phase
+        rate: learning rate; none: each model's own
+        schedule: one of schedules.SCHEDULES
+        selector: one of selectors.SELECTORS
+        merges: some of averaging.MERGES, such as "uniform,greedy"
+        original_epochs: of the original training, which had a constant rate
+        baselines: some of BASELINES
+
+    Returns:
+        dict[tuple[str, int], Chain | Gradual]: as from story_chains, checked
+    """
     listed = lambda text: [word.strip() for word in str(text).split(",") if word.strip()]
     words = listed(copies)
     names = [check_name(word, MERGES, "merge") for word in listed(merges)]
@@ -224,7 +313,14 @@ def parse_story(
 def check(
     chain: Chain | Gradual,  # what a user asks for
 ) -> Chain | Gradual:        # the same, now known to be possible
-    "Raise `UserError` for what cannot be made."
+    """Raise `UserError` for what cannot be made.
+
+    Args:
+        chain: what a user asks for
+
+    Returns:
+        Chain | Gradual: the same, now known to be possible
+    """
     return check_gradual(chain) if isinstance(chain, Gradual) else check_chain(chain)
 
 # %% ../nbs/44_soups.ipynb #9e6acaf9
@@ -237,7 +333,17 @@ def phase_settings(
     number: int,   # of the phase, from 1
     copy: int = 0,  # whose; copies that differ in a hyper-parameter have settings of their own
 ) -> dict[str, object]:  # JSON types
-    "All that a phase of a copy depends on beside the originals of the store."
+    """All that a phase of a copy depends on beside the originals of the store.
+
+    Args:
+        plan: the zoo
+        chain: how
+        number: of the phase, from 1
+        copy: whose; copies that differ in a hyper-parameter have settings of their own
+
+    Returns:
+        dict[str, object]: JSON types
+    """
     return _settings(plan, chain, number, copy, phase_names(plan, chain, number - 1))
 
 
@@ -248,7 +354,18 @@ def _settings(
     copy: int,          # whose
     before: list[str],  # names of the copies' phases before; none before the first
 ) -> dict[str, object]:  # JSON types
-    "As `phase_settings`."
+    """As `phase_settings`.
+
+    Args:
+        plan: the zoo
+        chain: how
+        number: of the phase, from 1
+        copy: whose
+        before: names of the copies' phases before; none before the first
+
+    Returns:
+        dict[str, object]: JSON types
+    """
     own, unknown = copy_settings(chain, copy), ("level", "phases", "m", "merge", "varied", "values")
     told = {name: value for name, value in asdict(own).items() if name not in unknown}
     told = {name: value for name, value in told.items() if name not in LATER or value != LATER[name]}
@@ -266,7 +383,16 @@ def phase_names(
     chain: Chain,  # how
     number: int,   # of the phase, from 1; 0: before the first, where there are none
 ) -> list[str]:    # of copy 0, 1, ..., such as "imp1f0c9a2b0d3e4f5a": all the same unless copies differ in `varied`
-    "Name the phases in which copies are trained by the hash of their settings."
+    """Name the phases in which copies are trained by the hash of their settings.
+
+    Args:
+        plan: the zoo
+        chain: how
+        number: of the phase, from 1; 0: before the first, where there are none
+
+    Returns:
+        list[str]: of copy 0, 1, ..., such as "imp1f0c9a2b0d3e4f5a": all the same unless copies differ in `varied`
+    """
     if number == 0:
         return []
     before, differing = phase_names(plan, chain, number - 1), chain.m if chain.values else 1
@@ -281,7 +407,14 @@ def phase_name(
     number: int,   # of the phase, from 1
     copy: int = 0,  # whose
 ) -> str:
-    "The name of the phase in which a copy is trained."
+    """The name of the phase in which a copy is trained.
+
+    Args:
+        plan: the zoo
+        chain: how
+        number: of the phase, from 1
+        copy: whose
+    """
     return phase_names(plan, chain, number)[copy]
 
 # %% ../nbs/44_soups.ipynb #a25a5ffb
@@ -290,7 +423,16 @@ def phase_stages(
     chain: Chain,  # how
     number: int,   # of the phase, from 1
 ) -> list[Stage]:  # one, or one for every value in which copies differ; their rows are all copies of all models
-    "Lay out a phase."
+    """Lay out a phase.
+
+    Args:
+        plan: the zoo
+        chain: how
+        number: of the phase, from 1
+
+    Returns:
+        list[Stage]: one, or one for every value in which copies differ; their rows are all copies of all models
+    """
     zoo, names, stages = plan.zoo, phase_names(plan, chain, number), []
     level = sparsity_per_phase(chain.level, chain.phases)[number - 1]
     for name in dict.fromkeys(names):
@@ -311,7 +453,16 @@ def read_candidates(
     chain: Chain,  # how
     number: int,   # of the phase, from 1
 ) -> Population:   # the chain's copies, those of a model beside each other
-    "Read the candidates of a phase; raises `UserError` if some are missing."
+    """Read the candidates of a phase; raises `UserError` if some are missing.
+
+    Args:
+        plan: whose store
+        chain: how
+        number: of the phase, from 1
+
+    Returns:
+        Population: the chain's copies, those of a model beside each other
+    """
     parts = []
     for stage in phase_stages(plan, chain, number):
         if chain.swa:
@@ -326,7 +477,15 @@ def _in_order(
     population: Population,  # copies in any order
     chain: Chain,            # whose
 ) -> Population:             # those of a model beside each other, told in what they differ
-    "Sort copies."
+    """Sort copies.
+
+    Args:
+        population: copies in any order
+        chain: whose
+
+    Returns:
+        Population: those of a model beside each other, told in what they differ
+    """
     places = population.models.reset_index(drop=True).sort_values(["model", "copy"]).index.to_numpy()
     sorted_ = population[places]
     if chain.values:
@@ -339,7 +498,16 @@ def rows_of(
     stage: Stage,              # with the rows that are wanted
     epoch: int | None = None,  # of a stage whose every epoch is kept; none: the last
 ) -> Population:               # in the order of the rows
-    "Read rows of a stage; raises `UserError` if some are missing."
+    """Read rows of a stage; raises `UserError` if some are missing.
+
+    Args:
+        plan: whose store
+        stage: with the rows that are wanted
+        epoch: of a stage whose every epoch is kept; none: the last
+
+    Returns:
+        Population: in the order of the rows
+    """
     there = read_stage(plan.folder, stage.name, epoch)
     places = {name: place for place, name in enumerate(row_names(there.models))}
     missing = [name for name in row_names(stage.rows) if name not in places]
@@ -357,7 +525,17 @@ def read_soup(
     number: int,     # of the phase, from 1
     images: Images,  # with validation images for greedy and learned soups
 ) -> Population:     # one model each
-    "Merge the candidates of a phase as the chain does; raises `UserError` as `read_candidates` does."
+    """Merge the candidates of a phase as the chain does; raises `UserError` as `read_candidates` does.
+
+    Args:
+        plan: whose store
+        chain: how; not merged by "none"
+        number: of the phase, from 1
+        images: with validation images for greedy and learned soups
+
+    Returns:
+        Population: one model each
+    """
     candidates = read_candidates(plan, chain, number)
     masks = {name: tensor != 0 for name, tensor in prunable(candidates.weights).items()}
     dense = read_stage(plan.folder, "original").numbered(plan.models["model"]) if chain.merge == "distilled" else None
@@ -368,7 +546,15 @@ def read_last(
     plan: Plan,                # whose store
     chain: Chain | Gradual,    # how
 ) -> Population:               # copies, those of a model beside each other
-    "Read what a chain or a gradual run ended with; raises `UserError` if some is missing."
+    """Read what a chain or a gradual run ended with; raises `UserError` if some is missing.
+
+    Args:
+        plan: whose store
+        chain: how
+
+    Returns:
+        Population: copies, those of a model beside each other
+    """
     return read_gradual(plan, chain) if isinstance(chain, Gradual) else read_candidates(plan, chain, chain.phases)
 
 
@@ -378,7 +564,17 @@ def beginnings(
     number: int,     # of the phase, from 1
     images: Images,  # with validation images for greedy and learned soups
 ) -> list[tuple[Population, list[int]]]:  # models, and the copies that begin from them
-    "The models that a phase prunes."
+    """The models that a phase prunes.
+
+    Args:
+        plan: whose store
+        chain: how
+        number: of the phase, from 1
+        images: with validation images for greedy and learned soups
+
+    Returns:
+        list[tuple[Population, list[int]]]: models, and the copies that begin from them
+    """
     if number == 1:
         return [(read_stage(plan.folder, "original"), list(range(chain.m)))]
     if chain.merge != APART and chain.m > 1:
@@ -394,7 +590,15 @@ def phase_blocks(
     number: int,     # of the phase, from 1
     crew: Crew,      # who works
 ) -> list[Block]:
-    "Cut what is missing of a phase into blocks, and note its settings."
+    """Cut what is missing of a phase into blocks, and note its settings.
+
+    Args:
+        stage: its rows are those that are missing
+        plan: the zoo, whose originals are in the store
+        chain: how
+        number: of the phase, from 1
+        crew: who works
+    """
     settings = phase_settings(plan, chain, number, int(stage.rows["copy"].iloc[0]))
     write_json(settings, plan.folder / f"{stage.name}.settings.json")
     predictions, blocks = read_predictions(plan.folder, "original"), []
@@ -410,7 +614,17 @@ def make_chain(
     crew: Crew,    # who works
     show: bool,    # draw bars
 ) -> list[Report]:  # of every phase
-    "Make what is missing of a chain."
+    """Make what is missing of a chain.
+
+    Args:
+        plan: the zoo, whose originals are in the store
+        chain: how
+        crew: who works
+        show: draw bars
+
+    Returns:
+        list[Report]: of every phase
+    """
     reports = []
     for number in range(1, chain.phases + 1):
         for stage in phase_stages(plan, chain, number):
@@ -424,7 +638,15 @@ def gradual_settings(
     plan: Plan,        # the zoo
     gradual: Gradual,  # how
 ) -> dict[str, object]:  # JSON types
-    "All that a gradual run depends on beside the originals of the store."
+    """All that a gradual run depends on beside the originals of the store.
+
+    Args:
+        plan: the zoo
+        gradual: how
+
+    Returns:
+        dict[str, object]: JSON types
+    """
     return asdict(gradual) | {"history": list(gradual.history), "batch_size": plan.zoo.batch_size}
 
 
@@ -432,7 +654,15 @@ def gradual_stage(
     plan: Plan,        # the zoo
     gradual: Gradual,  # how
 ) -> Stage:            # its rows are all copies of all models
-    "Lay out a gradual run."
+    """Lay out a gradual run.
+
+    Args:
+        plan: the zoo
+        gradual: how
+
+    Returns:
+        Stage: its rows are all copies of all models
+    """
     zoo, settings = plan.zoo, gradual_settings(plan, gradual)
     name = f"gmp{digest(json.dumps(settings, sort_keys=True).encode())[:16]}"
     recipe = Recipe(
@@ -451,7 +681,15 @@ def read_gradual(
     plan: Plan,        # whose store
     gradual: Gradual,  # how
 ) -> Population:       # copies after the last epoch, those of a model beside each other
-    "Read what came of a gradual run; raises `UserError` if some is missing."
+    """Read what came of a gradual run; raises `UserError` if some is missing.
+
+    Args:
+        plan: whose store
+        gradual: how
+
+    Returns:
+        Population: copies after the last epoch, those of a model beside each other
+    """
     found = rows_of(plan, gradual_stage(plan, gradual))
     return found[found.models.reset_index(drop=True).sort_values(["model", "copy"]).index.to_numpy()]
 
@@ -462,7 +700,17 @@ def make_gradual(
     crew: Crew,        # who works
     show: bool,        # draw a bar
 ) -> list[Report]:     # one
-    "Make what is missing of a gradual run."
+    """Make what is missing of a gradual run.
+
+    Args:
+        plan: the zoo, whose originals are in the store
+        gradual: how
+        crew: who works
+        show: draw a bar
+
+    Returns:
+        list[Report]: one
+    """
     stage = gradual_stage(plan, gradual)
 
     def cut(missing: Stage) -> list[Block]:
@@ -479,7 +727,16 @@ def gradual_table(
     gradual: Gradual,  # how
     images: Images,    # test images judge
 ) -> pd.DataFrame:     # phase (the number of events), sparsity, row, model, test_acc: long
-    "Test accuracies of a gradual run, model by model."
+    """Test accuracies of a gradual run, model by model.
+
+    Args:
+        plan: whose store
+        gradual: how
+        images: test images judge
+
+    Returns:
+        pd.DataFrame: phase (the number of events), sparsity, row, model, test_acc: long
+    """
     found = read_gradual(plan, gradual)
     table = compare_candidates(found, {"GMP+SMS": uniform_soup(found)}, images, plan.engine)
     table = table.rename(columns={"mean candidate": "GMP" if gradual.m == 1 else "GMP+SMS mean candidate"})
@@ -495,7 +752,19 @@ def make_soups(
     workers: Executor | None = None,  # from workers.open_workers; none: the threads of this machine
     on_epoch: OnEpoch | None = None,  # as in make_twins
 ) -> list[Report]:             # what each phase cost
-    "Make all phases of some chains, and gradual runs; raises `UserError`, and `Interrupted` with all work kept."
+    """Make all phases of some chains, and gradual runs; raises `UserError`, and `Interrupted` with all work kept.
+
+    Args:
+        plan: the zoo, whose originals are in the store
+        images: to train on, to choose by, and to judge by
+        chains: what to make
+        progress: show bars
+        workers: from workers.open_workers; none: the threads of this machine
+        on_epoch: as in make_twins
+
+    Returns:
+        list[Report]: what each phase cost
+    """
     chains = [check(chain) for chain in chains]
     open_store(plan.folder, fingerprint(plan, images))
     on = images if workers else on_device(images, plan.device)
@@ -514,7 +783,16 @@ def reprune(
     level: float,            # sparsity of each
     selector: str = "global",  # which weights go
 ) -> tuple[Population, pd.Series]:  # one model each at that level, and the sparsity of the averages before
-    "Average runs whose masks differ, and prune the average again (IMP-RePrune)."
+    """Average runs whose masks differ, and prune the average again (IMP-RePrune).
+
+    Args:
+        candidates: independent runs, laid out as copies
+        level: sparsity of each
+        selector: which weights go
+
+    Returns:
+        tuple[Population, pd.Series]: one model each at that level, and the sparsity of the averages before
+    """
     mean = average(candidates)
     zeros = sum((tensor == 0).flatten(1).sum(1) for tensor in prunable(mean.weights).values())
     total = sum(tensor[0].numel() for tensor in prunable(mean.weights).values())
@@ -526,7 +804,16 @@ def chain_table(
     chain: Chain,    # how
     images: Images,  # validation images choose, test images judge
 ) -> pd.DataFrame:   # phase, sparsity, row, model, test_acc: long
-    "Test accuracies of a chain, phase by phase and model by model."
+    """Test accuracies of a chain, phase by phase and model by model.
+
+    Args:
+        plan: whose store
+        chain: how
+        images: validation images choose, test images judge
+
+    Returns:
+        pd.DataFrame: phase, sparsity, row, model, test_acc: long
+    """
     frames, apart = [], chain.merge == APART
     for number, level in enumerate(sparsity_per_phase(chain.level, chain.phases), start=1):
         candidates = read_candidates(plan, chain, number)
@@ -548,7 +835,16 @@ def _long(
     phase: int,           # from 1
     sparsity: float,      # reached there, a fraction
 ) -> pd.DataFrame:        # phase, sparsity, row, model, test_acc
-    "Write a table down model by model."
+    """Write a table down model by model.
+
+    Args:
+        table: one row per model, one column per row of the paper's tables
+        phase: from 1
+        sparsity: reached there, a fraction
+
+    Returns:
+        pd.DataFrame: phase, sparsity, row, model, test_acc
+    """
     long = table.reset_index().melt("model", var_name="row", value_name="test_acc")
     return long.assign(phase=phase, sparsity=sparsity)[["phase", "sparsity", "row", "model", "test_acc"]]
 
@@ -558,7 +854,16 @@ def story_table(
     chains: Mapping[tuple[str, int], Chain | Gradual],  # from story_chains
     images: Images,  # validation images choose, test images judge
 ) -> pd.DataFrame:   # row, merge, m, level, phase, sparsity, model, test_acc, varied: long
-    "Test accuracies of all chains of a story, model by model."
+    """Test accuracies of all chains of a story, model by model.
+
+    Args:
+        plan: whose store
+        chains: from story_chains
+        images: validation images choose, test images judge
+
+    Returns:
+        pd.DataFrame: row, merge, m, level, phase, sparsity, model, test_acc, varied: long
+    """
     frames = []
     for (name, m), chain in chains.items():
         if isinstance(chain, Gradual):
@@ -579,7 +884,15 @@ def soup_cells(
     results: pd.DataFrame,  # from story_table
     setting: str,           # what was pruned, such as the zoo's title
 ) -> pd.DataFrame:          # cells in the form of reported_soups, as its Table 1; in %
-    "Mean and standard deviation over the models."
+    """Mean and standard deviation over the models.
+
+    Args:
+        results: from story_table
+        setting: what was pruned, such as the zoo's title
+
+    Returns:
+        pd.DataFrame: cells in the form of reported_soups, as its Table 1; in %
+    """
     keys = ["row", "merge", "m", "level", "phase", "sparsity"]
     cells = (100 * results.groupby(keys, sort=False)["test_acc"].agg(["mean", "std"])).reset_index()
     told = {"table": 1, "setting": setting, "pruning": "weights", "schedule": "", "metric": "test_acc", "doubtful": ""}
@@ -590,7 +903,15 @@ def story_folder(
     plan: Plan,      # the zoo, and the folder of figures
     chains: Mapping[tuple[str, int], Chain],  # from story_chains
 ) -> Path:           # such as "runs/soups/digits_seed/lamp_90_constant_0.005_m3_uniform"
-    "Name the folder of a story by its setting."
+    """Name the folder of a story by its setting.
+
+    Args:
+        plan: the zoo, and the folder of figures
+        chains: from story_chains
+
+    Returns:
+        Path: such as "runs/soups/digits_seed/lamp_90_constant_0.005_m3_uniform"
+    """
     chain = next(iter(chains.values()))
     rate = "own" if chain.lr is None else f"{chain.lr:g}"
     numbers = "-".join(map(str, sorted({m for _, m in chains})))
@@ -603,7 +924,15 @@ def story_gains(
     results: pd.DataFrame,  # from story_table
     merged: str = "uniform",  # whose soups are compared
 ) -> pd.DataFrame:          # by phase, m and what it is compared with: gain, error, wins, ties, loses
-    "Paired differences of soups to everything else, over the models."
+    """Paired differences of soups to everything else, over the models.
+
+    Args:
+        results: from story_table
+        merged: whose soups are compared
+
+    Returns:
+        pd.DataFrame: by phase, m and what it is compared with: gain, error, wins, ties, loses
+    """
     wide = results.pivot_table("test_acc", ["phase", "m", "model"], ["row", "merge"])
     rows = {}
     for (phase, m), here in wide.groupby(level=["phase", "m"]):
@@ -620,7 +949,15 @@ def variational_stage(
     plan: Plan,  # the zoo
     m: int,      # copies of every model
 ) -> Stage:      # its rows are all copies of all models
-    "Lay out copies of variational runs, by the zoo's recipe."
+    """Lay out copies of variational runs, by the zoo's recipe.
+
+    Args:
+        plan: the zoo
+        m: copies of every model
+
+    Returns:
+        Stage: its rows are all copies of all models
+    """
     zoo = plan.zoo
     recipe = Recipe(zoo.name, "vd", zoo.vd_epochs, zoo.vd_learning_rate, zoo.batch_size, True, plan.run_seed)
     rows = pd.concat([plan.models.assign(level=np.nan, copy=copy) for copy in range(m)], ignore_index=True)
@@ -634,7 +971,15 @@ def make_variational(
     progress: bool = True,  # show a bar
     workers: Executor | None = None,  # from workers.open_workers; none: the threads of this machine
 ) -> Report:
-    "Make what is missing of some copies of variational runs; raises as `make_soups` does."
+    """Make what is missing of some copies of variational runs; raises as `make_soups` does.
+
+    Args:
+        plan: the zoo, whose originals are in the store
+        images: to train on, and to judge by
+        m: copies of every model
+        progress: show a bar
+        workers: from workers.open_workers; none: the threads of this machine
+    """
     if m < 1:
         raise UserError(f"There is at least one copy of a model, not {m}.")
     open_store(plan.folder, fingerprint(plan, images))
@@ -650,7 +995,16 @@ def read_variational(
     m: int,      # copies of every model
     epoch: int,  # of the runs; 0: before any step
 ) -> Population:  # copies with their log variances, those of a model beside each other
-    "Read one epoch of variational copies; raises `UserError` if some are missing."
+    """Read one epoch of variational copies; raises `UserError` if some are missing.
+
+    Args:
+        plan: whose store
+        m: copies of every model
+        epoch: of the runs; 0: before any step
+
+    Returns:
+        Population: copies with their log variances, those of a model beside each other
+    """
     found = rows_of(plan, variational_stage(plan, m), epoch)
     return found[found.models.reset_index(drop=True).sort_values(["model", "copy"]).index.to_numpy()]
 
@@ -662,7 +1016,18 @@ def variational_table(
     epochs: Iterable[int],  # of the runs, from 1
     window: int = 3,        # epochs that SWA averages, up to each of these
 ) -> pd.DataFrame:          # epoch, row, model, sparsity, test_acc: long
-    "Variational runs, their soups and their averages over epochs, model by model; fractions."
+    """Variational runs, their soups and their averages over epochs, model by model; fractions.
+
+    Args:
+        plan: whose store
+        m: copies of every model
+        images: test images judge
+        epochs: of the runs, from 1
+        window: epochs that SWA averages, up to each of these
+
+    Returns:
+        pd.DataFrame: epoch, row, model, sparsity, test_acc: long
+    """
     frames = []
     for epoch in epochs:
         runs = read_variational(plan, m, epoch)
