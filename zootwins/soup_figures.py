@@ -198,7 +198,7 @@ def table_6(
     title = setting_title(sweep.iloc[0].to_dict()).replace(f" to {sweep['level'].iloc[0]:.0%}", "")
     return soup_table(soup_cells(shot_story(sweep), title).assign(table=6), 6, title)
 
-# %% ../nbs/37_soup_figures.ipynb #529fd48b
+# %% ../nbs/37_soup_figures.ipynb #666612aa
 def table_16(
     results: pd.DataFrame,  # one story with both baselines
 ) -> Table:               # mean ± standard deviation, and the paired difference
@@ -208,7 +208,7 @@ def table_16(
         raise UserError("This story has no IMP with m times the phases: make it with the baseline phases.")
     wide = 100 * last.pivot_table("test_acc", ["m", "model"], "row")
     text = {}
-    for m, here in wide.groupby(level="m"):
+    for m, here in wide.dropna().groupby(level="m"):
         cells = {row: mean_std(here[row].mean(), here[row].std()) for row in ("IMP_mx", "IMP with m phases")}
         difference = gains(here / 100, "IMP with m phases", ["IMP_mx"]).iloc[0]
         text[f"m = {m}"] = cells | {"difference": difference_cell(difference, len(here))}
