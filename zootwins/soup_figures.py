@@ -289,7 +289,7 @@ def figure_pairs(
     )
     return fig
 
-# %% ../nbs/37_soup_figures.ipynb #8f64412e
+# %% ../nbs/37_soup_figures.ipynb #327fea8b
 def draw_mean(
     ax: Axes,      # where
     rows: pd.DataFrame,   # x, y, one row per model
@@ -320,6 +320,7 @@ def figure_4(
 ) -> Figure:
     "Figures 4 and 6: gain over sparsity with collapse, and gain over longer training by length."
     fig, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, HEIGHT), layout="constrained")
+    n = sweep["model"].nunique()
     for colour, marker, name in zip(COLOURS, MARKERS, ("uniform", "greedy")):
         rows = sweep.assign(x=sweep["level"], y=100 * (sweep[name] - sweep["best candidate"]))
         draw_spread(left, rows, f"{name} soup", color=colour, marker=marker)
@@ -343,7 +344,7 @@ def figure_4(
     right.legend(title="sparsity")
     heading(
         fig,
-        f"{zoo_title(sweep['zoo'].iloc[0])}. Left: {spread_note(sweep['model'].nunique())}; right: mean, 95 % interval",
+        f"{zoo_title(sweep['zoo'].iloc[0])}, {n} models. {spread_note([n])}; bars: 95 % intervals",
     )
     return fig
 
