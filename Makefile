@@ -18,7 +18,7 @@ SCRATCH := scratch=$$(mktemp -d) && trap 'rm -rf $$scratch' EXIT && ZOOTWINS_STO
 export MPLBACKEND := Agg
 export SOURCE_DATE_EPOCH := 0
 
-.PHONY: run test test-all sanitize mutants lab keep paper readme clean-check export-check readme-check notebooks lint pytest
+.PHONY: run test test-all sanitize mutants lab keep paper package readme docs clean-check export-check readme-check notebooks lint pytest
 
 $(VENV)/ready: setup.py settings.ini constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -54,9 +54,10 @@ paper: $(VENV)/ready
 
 test: clean-check export-check readme-check notebooks lint pytest
 
-# Rare and long sweeps: every kill point, many races, notebooks and command lines from end to end.
+# Rare and long sweeps: every kill point, many races, notebooks and command lines from end to end, the site.
 test-all: test
 	$(SCRATCH) $(BIN)/nbdev_test --n_workers 2 --timing --file_re '$(LONG)'
+	$(MAKE) docs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m slow tests
 
 clean-check export-check readme-check: $(VENV)/ready
@@ -67,7 +68,7 @@ notebooks: $(VENV)/ready
 	$(SCRATCH) $(BIN)/nbdev_test --n_workers 2 --timing --skip_file_re '^[_.]|$(LONG)'
 
 lint: $(VENV)/ready
-	$(BIN)/ruff check zootwins tests
+	$(BIN)/ruff check zootwins tests docs
 
 pytest: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests
@@ -80,8 +81,17 @@ sanitize: $(VENV)/ready
 mutants: $(VENV)/ready
 	$(BIN)/python tests/mutants.py
 
-readme: $(VENV)/ready
-	$(BIN)/python tests/fresh.py readme
+# The modules from the notebooks, and README from index.ipynb.
+package readme: $(VENV)/ready
+	$(BIN)/python tests/fresh.py $@
+
+# The site: notebooks with their outputs, and every function. A broken link is an error.
+docs: $(VENV)/docs-ready
+	$(BIN)/python docs/build.py && echo "Open _docs/html/index.html"
+
+$(VENV)/docs-ready: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	touch $@
 
 # JupyterLab on a copy, which git does not know, so that a notebook that was read does not become a change.
 lab: $(VENV)/ready

@@ -25,13 +25,15 @@ int main() {
     for (size_t i = 0; i < weights.size(); ++i) if (i % PARAMETERS >= PLAIN) weights[i] -= 10;  // log variances
     std::vector<unsigned char> masks(weights.size(), 1), predictions(models * samples), gradients(models * gradient_size());
     std::vector<double> loss(models), accuracy(models);
+    std::vector<Real> logits(models * samples * CLASSES, Real(1e9));
     const int stop = 0;
     Job job{models, samples, batch, 9, 1, {6, 7, 0, 8}, {1, 2, 3, 4, 5}, 0.1, images, labels.data(), keys.data(), threshold.data(), activation.data(), adam.data(),
             rate.data(), decay.data(), scale.data(), factor.data(), correction1.data(), correction2.data(), masks.data(), weights.data(), first.data(), second.data(),
-            (Real*)gradients.data(), order.data(), room.data(), loss.data(), accuracy.data(), predictions.data(), &stop};
+            (Real*)gradients.data(), order.data(), room.data(), loss.data(), accuracy.data(), predictions.data(), logits.data(), &stop};
     int failed = shuffle(&job) | train(&job);
 #if !NOISY
     failed |= evaluate(&job);
+    for (Real z : logits) failed |= !(z > -100 && z < 100);
 #endif
     for (int model = 0; model < models; ++model) failed |= !(loss[model] > 0 && loss[model] < 100);
     std::puts(failed ? "failed" : "clean");

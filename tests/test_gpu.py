@@ -121,6 +121,8 @@ def test_evaluation_equals_the_lanes(architecture):
     found, classes = gpu.evaluate(weights, architecture, activations, x, y)
     assert torch.allclose(expected, found, rtol=1e-5, atol=1e-6, equal_nan=True) and torch.equal(predicted, classes) and classes.dtype == torch.uint8
     assert found[4].isnan() and not found[:4].isnan().any()
+    given, expected = (engine.logits(weights, architecture, activations, x) for engine in (gpu, lanes))
+    assert given.shape == (8, 7, 10) and torch.allclose(expected, given, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
 def with_flags(monkeypatch, *flags):

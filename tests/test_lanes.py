@@ -289,6 +289,10 @@ def test_evaluation_equals_the_reference(architecture, activation):
     assert classes.dtype == torch.uint8 and (classes != predicted).float().mean() < 1e-3
     alone, own = lanes.evaluate({name: tensor[[17]] for name, tensor in weights.items()}, architecture, [activation], x, y)
     assert torch.equal(alone, found[[17]]) and torch.equal(own, classes[[17]])
+    exact, near = (engine.logits(weights, architecture, [activation] * 18, x) for engine in (training, lanes))
+    assert near.shape == (18, 70, 10) and torch.allclose(exact, near, rtol=1e-4, atol=1e-4, equal_nan=True)
+    assert torch.equal(near.argmax(-1).to(torch.uint8)[:4], classes[:4]) and near[4].isnan().any() and not near[5:].isnan().any()
+    assert torch.equal(lanes.logits({name: tensor[[17]] for name, tensor in weights.items()}, architecture, [activation], x), near[[17]])
 
 
 def test_normal_numbers():

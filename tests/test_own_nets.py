@@ -15,7 +15,8 @@ from zootwins.engines import train
 from zootwins.hyperreps import token_layout
 from zootwins.plans import make_plan, make_stages
 from zootwins.population import from_modules, load_population, sample_population
-from zootwins.publishing import publish
+from zootwins.published import fit, shapes_of
+from zootwins.publishing import export_zoo, publish
 from zootwins.store import read_stage, read_stage_metrics
 from zootwins.streams import epoch_order
 from zootwins.training import TORCH, Recipe, begin, model_keys, train_epoch
@@ -114,6 +115,18 @@ def test_statistics_are_stored_and_published_and_judge(made, tmp_path):
     item, _ = ZooDataset(public, "vd", form="layers")[1]
     assert torch.equal(item["norm.running_var"], read_stage(made.folder, "vd").weights["norm.running_var"][1])
     assert len(twins_of(public, 2)) == 2
+
+
+def test_the_authors_layout_takes_them_as_state_dicts(made, tmp_path):
+    folder = export_zoo(made.folder, tmp_path / "exported", trajectory=False)
+    for stage, name in (("original", "original"), ("mp", "mp_50"), ("vd", "vd")):
+        stored = read_stage(made.folder, stage)
+        for i, path in enumerate(sorted(path for path in (folder / name).iterdir() if path.is_dir())):
+            state = torch.load(max(path.glob("checkpoint_*/checkpoints")), weights_only=True)
+            assert all(torch.equal(state[key], tensor[i]) for key, tensor in stored.weights.items())
+    with register("unnamed", lambda: nn.Sequential(nn.Conv2d(1, 2, 28), nn.BatchNorm2d(2, affine=False), nn.Flatten(), nn.Linear(2, 10))):
+        with pytest.raises(ValueError, match="no known architecture"):  # not taken without its statistics
+            fit(shapes_of(build("unnamed").state_dict()))
 
 
 def test_only_weights_of_layers_are_pruned_and_noisy(made):

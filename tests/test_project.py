@@ -3,6 +3,7 @@ import ast
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -14,6 +15,8 @@ import pytest
 import zootwins
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "docs"))
+import groups  # noqa: E402
 
 
 def default_exports():
@@ -30,6 +33,20 @@ def default_exports():
 def test_every_module_has_its_notebook_and_every_notebook_its_module():
     modules = {p.stem for p in (ROOT / "zootwins").glob("*.py")} - {"__init__", "_modidx"}
     assert modules == set(default_exports())
+
+
+def test_every_notebook_has_a_title_in_words_and_a_group():
+    _, left = groups.grouped()
+    assert not left, f"in no group of docs/groups.toml: {left}"
+    titles = {name: groups.title_of(name) for name in groups.all_notebooks()}
+    assert not [name for name, title in titles.items() if not title[:1].isupper() or "_" in title] and len(set(titles.values())) == len(titles)
+
+
+def test_readme_lists_every_notebook_as_the_site_does():
+    listed = groups.table().replace("](", "](nbs/")
+    assert listed in (ROOT / "README.md").read_text(encoding="utf-8"), "execute nbs/index.ipynb, then make readme"
+    links = re.findall(r"\]\(((?:nbs|figures)/[^)]*|[A-Z]+\.md)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert len(links) > 40 and not [link for link in links if not (ROOT / link).exists()]
 
 
 def test_importing_the_package_needs_neither_the_tools_it_is_written_with_nor_widgets_nor_extras():

@@ -8,18 +8,20 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from zootwins import averaging
 from zootwins.averaging import (
-    average, check_masks, class_logits, compare_candidates, copies, copy_masks, gains, greedy_soup, learned_soup, merge, prediction_ensemble,
-    sparse_soup, train_copies, uniform_soup, validation_accuracy, weight_average,
+    average, check_masks, class_logits, compare_candidates, copies, copy_masks, gains, gradual_events, gradual_soup, greedy_soup, learned_soup, merge,
+    merge_and_prune, prediction_ensemble, sparse_soup, train_copies, uniform_soup, validation_accuracy, weight_average,
 )
 from zootwins.core import UserError
 from zootwins.datasets import load_images, subset
 from zootwins.distances import barrier, barycentre_distances, between, pairwise_distances, weight_vectors
 from zootwins.engines import train
+from zootwins.lanes import LANES
 from zootwins.population import Population, concatenate, sample_population
 from zootwins.selectors import prune
-from zootwins.training import TORCH, Recipe, evaluate
-from zootwins.variational import begin_variational
+from zootwins.training import TORCH, Recipe, begin, evaluate, model_keys
+from zootwins.variational import begin_variational, deterministic
 from zootwins.zoos import ZOOS
 
 
@@ -188,6 +190,72 @@ def test_an_ensemble_is_the_mean_of_probabilities(candidates, images):
     one = uniform_soup(candidates.population)
     alone, _ = prediction_ensemble(copies(one, 2), images.x_test, images.y_test)
     assert torch.allclose(alone, evaluate(one.weights, "cnn_small_1ch", ["tanh"] * 3, images.x_test, images.y_test)[0], atol=1e-5)
+
+
+def test_ensembles_come_block_by_block_and_by_any_engine(candidates, images, monkeypatch):
+    found = prediction_ensemble(candidates.population, images.x_test, images.y_test)
+    monkeypatch.setattr(averaging, "TOGETHER", 2)
+    parts = prediction_ensemble(candidates.population, images.x_test, images.y_test)
+    assert all(torch.equal(one, other) for one, other in zip(found, parts)) and len(parts[0]) == 3
+    by_reference = prediction_ensemble(candidates.population, images.x_test, images.y_test, TORCH)
+    assert torch.allclose(found[0], by_reference[0], atol=1e-5) and (found[1] == by_reference[1]).float().mean() > 0.999
+    noisy = begin_variational(candidates.population)
+    assert torch.equal(class_logits(noisy, images.x_test), class_logits(replace(noisy, weights=deterministic(noisy.weights)), images.x_test))
+
+
+def test_a_soup_without_a_teacher_is_not_distilled(candidates, images):
+    with pytest.raises(UserError, match="dense models") as error:
+        merge("distilled", candidates.population, images)
+    assert "\n" not in str(error.value)
+
+
+def test_distillation_takes_part_in_algorithm_1(zoo, images):
+    recipe = Recipe("digits_seed", "imp", epochs=1, lr=5e-3)
+    (phase,) = sparse_soup(zoo, images, 0.6, recipe, m=2, merge_by="distilled")
+    assert equal(phase.soup, learned_soup(phase.candidates, images, teacher=zoo)[0])
+
+
+def test_the_cubic_schedule_of_sparsity():
+    assert gradual_events(0.8, 5, 30, dense=True) == tuple((5 * i, pytest.approx(0.8 * (1 - (1 - i / 5) ** 3))) for i in range(1, 6))
+    assert [epoch for epoch, _ in gradual_events(0.9, 3, 15, dense=False)] == [0, 5, 10] and gradual_events(0.9, 1, 1, dense=False) == ((0, 0.9),)
+    for events, epochs in ((3, 4), (7, 9), (5, 6)):
+        places = [epoch for epoch, _ in gradual_events(0.9, events, epochs, dense=True)]
+        assert len(set(places)) == events and 0 < min(places) <= max(places) < epochs
+    for events, epochs in ((0, 5), (5, 5)):
+        with pytest.raises(UserError, match="one event"):
+            gradual_events(0.9, events, epochs, dense=True)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_gradual_copies_go_on_from_their_average(zoo, images, optimizer):
+    models = copies(zoo, 2)
+    models.models = models.models.assign(optimizer=optimizer)
+    recipe = Recipe("digits_seed", "gmp", epochs=2, lr=2e-3)
+    state = begin(models, model_keys(recipe, models.models))
+    LANES.train_epoch(state, images.x_train, images.y_train, recipe)
+    mean = {part: average(replace(state.population, weights=getattr(state, part))).weights for part in ("first", "second") if getattr(state, part)}
+    pruned, masks = prune(average(state.population), 0.5, "lamp")
+    merge_and_prune(state, 0.5, "lamp")
+    for name, tensor in state.population.weights.items():
+        assert torch.equal(tensor[::2], pruned.weights[name]) and torch.equal(tensor[1::2], pruned.weights[name])
+        for part, tensors in mean.items():
+            assert torch.equal(getattr(state, part)[name][1::2], tensors[name] * masks.get(name, 1))
+    assert all(torch.equal(mask[::2], masks[name]) for name, mask in state.masks.items()) and state.steps == 30 and bool(state.second) == (optimizer == "adam")
+    first = {name: mask.clone() for name, mask in state.masks.items()}
+    LANES.train_epoch(state, images.x_train, images.y_train, recipe)
+    merge_and_prune(state, 0.7, "lamp")
+    assert not any((mask & ~first[name]).any() for name, mask in state.masks.items())
+    assert sum(int(mask.sum()) for mask in state.masks.values()) == 6 * (2416 - round(0.7 * 2416))
+
+
+def test_gradual_pruning_by_both_engines_and_beside_others(zoo, images):
+    recipe, events = Recipe("digits_seed", "gmp", epochs=3, lr=2e-3), gradual_events(0.8, 2, 3, dense=True)
+    found = gradual_soup(zoo, images, recipe, events, 2, "lamp")
+    reference = gradual_soup(zoo, images, recipe, events, 2, "lamp", TORCH)
+    assert max((a - b).abs().max() for a, b in zip(found.weights.values(), reference.weights.values())) < 1e-4
+    assert equal(gradual_soup(zoo[[1]], images, recipe, events, 2, "lamp"), found[[2, 3]])
+    check_masks(found)
+    assert not equal(found[::2], found[1::2])
 
 
 def test_weights_averaged_along_the_way(zoo, images):

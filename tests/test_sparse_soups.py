@@ -8,6 +8,7 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+from nbclient import NotebookClient
 
 from zootwins.core import UserError
 from zootwins.soups import PARAMETERS, parse_story, story_gains
@@ -33,7 +34,7 @@ def test_there_is_one_cell_of_parameters_and_each_is_explained():
 
 @pytest.mark.slow
 def test_a_run_and_another_with_more_copies(tmp_path):
-    small = {"n_models": 2, "level": 80, "phases": 2, "epochs": 1, "merge": "uniform"}
+    small = {"n_models": 2, "level": 80, "phases": 2, "epochs": 1, "merge": "uniform", "baselines": "none,longer"}
     done = papermill(tmp_path, **small, copies=2)
     assert done.returncode == 0, done.stderr[-2000:]
     story = lambda numbers: tmp_path / "figures" / "soups" / "digits_seed" / f"lamp_80_constant_0.005_m{numbers}_uniform"
@@ -41,14 +42,31 @@ def test_a_run_and_another_with_more_copies(tmp_path):
     record = json.loads((folder / "run.json").read_text())
     assert [stage["made"] for stage in record["stages"]] == [2, 4, 4, 0, 4, 2, 2]
     results = pd.read_parquet(folder / "results.parquet")
-    assert set(results["row"]) == {"SMS", "best candidate", "mean candidate", "best by validation", "IMP", "IMP-RePrune", "IMP_mx"}
+    assert set(results["row"]) == {"SMS", "best candidate", "mean candidate", "best by validation", "prediction ensemble", "IMP", "IMP ensemble", "IMP-RePrune",
+                                   "IMP_mx"}
     assert {path.name for path in folder.iterdir()} == {"run.json", "results.parquet", "table_1.csv", "gains.csv", "gains.png"}
-    again = papermill(tmp_path, **small, copies="2,3", engine="lanes")
+    again = papermill(tmp_path, **small | {"baselines": "none,longer,phases,swa,gmp"}, copies="2,3", engine="lanes")
     assert again.returncode == 0, again.stderr[-2000:]
     made = [stage["made"] for stage in json.loads((story("2-3") / "run.json").read_text())["stages"]]
-    assert made == [0, 0, 0, 0, 0, 0, 0, 2, 6, 0, 2, 2, 2]
-    same = pd.read_parquet(story("2-3") / "results.parquet").query("m == 2").reset_index(drop=True)
+    assert made == [0, 0, 0, 0, 0, 0, 0, *[2] * 7, 4, 2, 6, 0, 2, 2, 2, *[2] * 6, 0, 0, 0, 6]
+    both = pd.read_parquet(story("2-3") / "results.parquet")
+    assert set(both["row"]) - set(results["row"]) == {"IMP with m phases", "IMP + SWA", "GMP", "GMP+SMS", "GMP+SMS mean candidate"}
+    same = both[(both["m"] == 2) & both["row"].isin(results["row"])].reset_index(drop=True)
     assert same.equals(results)
+
+
+def test_the_notebook_runs_again_in_one_kernel(tmp_path):
+    notebook = nbformat.read(NOTEBOOK, 4)
+    at = next(place for place, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", []))
+    small = {"n_models": 2, "level": 50, "phases": 1, "epochs": 1, "copies": "2", "store": str(tmp_path / "zoos"), "figures": str(tmp_path / "figures")}
+    runs = []
+    for more in ({"merge": "uniform", "baselines": ""}, {"merge": "learned", "baselines": "none", "candidates": "a name of one's own"}):
+        own = nbformat.v4.new_code_cell("\n".join(f"{name} = {value!r}" for name, value in (small | more).items()))
+        runs += [*notebook.cells[: at + 1], own, *notebook.cells[at + 1 :]]
+    notebook.cells = [nbformat.from_dict(dict(cell, id=f"cell{place}")) for place, cell in enumerate(runs)]
+    NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": str(ROOT / "nbs")}}).execute()
+    results = pd.read_parquet(tmp_path / "figures" / "soups" / "digits_seed" / "lamp_50_constant_0.005_m2_learned" / "results.parquet")
+    assert set(results["merge"]) == {"learned", ""} and set(results["row"]) >= {"SMS", "IMP", "IMP-RePrune"}
 
 
 def test_an_unknown_parameter_is_refused_in_one_line(tmp_path):
@@ -60,7 +78,8 @@ def test_an_unknown_parameter_is_refused_in_one_line(tmp_path):
 @pytest.mark.parametrize("change, message", [
     ({"copies": ""}, "numbers of copies"), ({"copies": "3;5"}, "numbers of copies"), ({"copies": "0"}, "numbers of copies"), ({"merges": ""}, "numbers of copies"),
     ({"merges": "mean"}, "uniform, greedy, learned"), ({"level": 0.9}, "percentage"), ({"level": 100}, "percentage"), ({"schedule": "linear"}, "constant, FT"),
-    ({"phases": 0}, "one phase"), ({"selector": "l2"}, "global, layerwise"), ({"epochs": 0}, "one epoch"), ({"schedule": "LRW", "epochs": 31}, "fewer epochs"),
+    ({"phases": 0}, "one phase"), ({"baselines": "none,IMP"}, "none, longer, phases, swa, gmp"),
+    ({"selector": "l2"}, "global, layerwise"), ({"epochs": 0}, "one epoch"), ({"schedule": "LRW", "epochs": 31}, "fewer epochs"),
 ])
 def test_mistakes_are_told(change, message):
     with pytest.raises(UserError, match=message) as error:
@@ -74,6 +93,8 @@ def test_a_story_has_soups_runs_and_longer_runs():
     assert found["longer", 3].epochs == 3 and found["longer", 3].m == 1 and found["none", 2].merge == "none"
     assert found["greedy", 3].level == 0.8 and found["greedy", 3].history == () and found["greedy", 3].original_epochs is None
     assert parse_story(**STORY | {"schedule": "ALLR"})["uniform", 2].original_epochs == 30
+    more = parse_story(**STORY | {"schedule": "ALLR", "baselines": "gmp,swa"})
+    assert list(more) == [("uniform", 2), ("swa", 2), ("gmp", 2), ("gmp soup", 2)] and more["gmp", 2].schedule == "LLR" and more["swa", 2].swa
 
 
 def test_gains_of_a_story_are_paired_within_phase_and_number():

@@ -21,7 +21,9 @@ _HOMES = {  # of the names that most work begins with: the module that has them
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME_OF)
 
-if TYPE_CHECKING:  # what editors and type checkers read; when it runs, a module is imported once a name of it is asked for
+if (
+    TYPE_CHECKING
+):  # what editors and type checkers read; when it runs, a module is imported once a name of it is asked for
     from .averaging import sparse_soup
     from .core import UserError
     from .datasets import Images, load_images, subset

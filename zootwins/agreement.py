@@ -15,7 +15,15 @@ def agreement(
     predictions: Tensor,  # uint8 [models, samples]: predicted classes
     reference: Tensor,    # uint8 [models, samples]: those of the originals, in the same order
 ) -> Tensor:              # float64 [models], fractions
-    "Eq. 1 for every model with its own original."
+    """Eq. 1 for every model with its own original.
+
+    Args:
+        predictions: uint8 [models, samples]: predicted classes
+        reference: uint8 [models, samples]: those of the originals, in the same order
+
+    Returns:
+        Tensor: float64 [models], fractions
+    """
     return (predictions == reference).sum(dim=1).double() / predictions.shape[1]
 
 # %% ../nbs/21_agreement.ipynb #bcb89ec7
@@ -23,7 +31,15 @@ def _indicators(
     predictions: Tensor,  # uint8 [models, samples]
     n_classes: int,       # number of classes
 ) -> Tensor:              # float32 [models, samples * n_classes], 1 where the class is predicted
-    "One-hot form of a chunk of predictions."
+    """One-hot form of a chunk of predictions.
+
+    Args:
+        predictions: uint8 [models, samples]
+        n_classes: number of classes
+
+    Returns:
+        Tensor: float32 [models, samples * n_classes], 1 where the class is predicted
+    """
     classes = torch.arange(n_classes, dtype=predictions.dtype, device=predictions.device)
     return (predictions[:, :, None] == classes).flatten(1).float()
 
@@ -33,7 +49,16 @@ def pairwise_agreement(
     second: Tensor,          # uint8 [K, samples]: predictions of another, for the same samples
     memory: int = 2**26,     # bytes that the larger population's indicators may take at a time
 ) -> Tensor:                 # float64 [M, K], fractions
-    "Eq. 1 for every model of one population with every model of another."
+    """Eq. 1 for every model of one population with every model of another.
+
+    Args:
+        first: uint8 [M, samples]: predictions of one population
+        second: uint8 [K, samples]: predictions of another, for the same samples
+        memory: bytes that the larger population's indicators may take at a time
+
+    Returns:
+        Tensor: float64 [M, K], fractions
+    """
     n_classes = int(max(first.max(), second.max())) + 1
     chunk = max(1, memory // (4 * n_classes * max(len(first), len(second))))
     counts = torch.zeros(len(first), len(second), dtype=torch.float64, device=first.device)
@@ -46,7 +71,15 @@ def agreement_by_partner(
     twins: Tensor,      # uint8 [M, samples]: predictions of at least two models
     originals: Tensor,  # uint8 [M, samples]: those of the originals, in the same order
 ) -> pd.DataFrame:      # partner, mean, std, pairs
-    "Eq. 1 of twins with their own originals, with the other originals, and with each other."
+    """Eq. 1 of twins with their own originals, with the other originals, and with each other.
+
+    Args:
+        twins: uint8 [M, samples]: predictions of at least two models
+        originals: uint8 [M, samples]: those of the originals, in the same order
+
+    Returns:
+        pd.DataFrame: partner, mean, std, pairs
+    """
     across, among, others = pairwise_agreement(twins, originals), pairwise_agreement(twins, twins), ~torch.eye(len(twins), dtype=torch.bool)
     values = {"its own original": across.diagonal(), "other originals": across[others], "other twins": among[others]}
     return pd.DataFrame([{"partner": partner, "mean": pairs.mean().item(), "std": pairs.std().item(), "pairs": len(pairs)} for partner, pairs in values.items()])

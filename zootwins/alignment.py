@@ -25,7 +25,14 @@ BY_CHANNEL = (*ODD, nn.MaxPool2d, *ACTIVATIONS.values())                 # each 
 
 @dataclass(frozen=True)
 class Hidden:
-    "A layer whose units can change places, and the one that reads them."
+    """A layer whose units can change places, and the one that reads them.
+
+    Attributes:
+        path: of the layer in the module
+        reader: of the next layer with weights
+        units: channels or neurons
+        flips: whether the sign of a unit is free
+    """
 
     path: str    # of the layer in the module
     reader: str  # of the next layer with weights
@@ -37,7 +44,15 @@ def hidden_layers(
     architecture: str,         # a name in architectures.ARCHITECTURES: a chain of layers
     activation: str = "tanh",  # decides on signs
 ) -> tuple[Hidden, ...]:       # from the first layer to the last but one
-    "Which units can change places or sign; raises `UserError` for nets that are not chains."
+    """Which units can change places or sign; raises `UserError` for nets that are not chains.
+
+    Args:
+        architecture: a name in architectures.ARCHITECTURES: a chain of layers
+        activation: decides on signs
+
+    Returns:
+        tuple[Hidden, ...]: from the first layer to the last but one
+    """
     module, found, last, between = build(architecture, activation), [], None, []
     chain = module.module_list if isinstance(module, ZooCNN) else module
     if not isinstance(chain, (nn.Sequential, nn.ModuleList)):
@@ -61,7 +76,12 @@ def hidden_layers(
 # %% ../nbs/17_alignment.ipynb #6506bb1c
 @dataclass(frozen=True)
 class Symmetry:
-    "How the units of every model change places, and then signs."
+    """How the units of every model change places, and then signs.
+
+    Attributes:
+        orders: path of a hidden layer -> int64 [models, units]: where a unit comes from
+        signs: path -> float32 [models, units], 1 or -1
+    """
 
     orders: dict[str, Tensor]  # path of a hidden layer -> int64 [models, units]: where a unit comes from
     signs: dict[str, Tensor]   # path -> float32 [models, units], 1 or -1
@@ -72,7 +92,16 @@ def _taken(
     order: Tensor,   # int64 [models, units]
     sign: Tensor,    # [models, units]
 ) -> Tensor:         # [models, units, ...]
-    "Put units into an order and give them signs."
+    """Put units into an order and give them signs.
+
+    Args:
+        tensor: [models, units, ...]
+        order: int64 [models, units]
+        sign: [models, units]
+
+    Returns:
+        Tensor: [models, units, ...]
+    """
     moved = tensor[torch.arange(len(order))[:, None], order]
     return moved * sign.to(tensor.dtype).reshape(*sign.shape, *[1] * (tensor.ndim - 2))
 
@@ -81,7 +110,15 @@ def transform(
     population: Population,  # N models
     symmetry: Symmetry,      # of N models; layers that it lacks stay as they are
 ) -> Population:             # the same functions
-    "Let the units of every model change places and signs."
+    """Let the units of every model change places and signs.
+
+    Args:
+        population: N models
+        symmetry: of N models; layers that it lacks stay as they are
+
+    Returns:
+        Population: the same functions
+    """
     weights = dict(population.weights)
     for layer in hidden_layers(population.architecture):
         if layer.path not in symmetry.orders:
@@ -102,7 +139,15 @@ def flippable(
     population: Population,  # any models
     path: str,               # of a hidden layer
 ) -> Tensor:                 # bool [models]
-    "Which models leave the signs of a layer free."
+    """Which models leave the signs of a layer free.
+
+    Args:
+        population: any models
+        path: of a hidden layer
+
+    Returns:
+        Tensor: bool [models]
+    """
     layers = {name: hidden_layers(population.architecture, name) for name in set(population.models["activation"])}
     free = {name: any(layer.path == path and layer.flips for layer in found) for name, found in layers.items()}
     return torch.tensor([free[name] for name in population.models["activation"]])
@@ -113,7 +158,13 @@ def random_symmetry(
     draw: int = 0,           # number of the draw
     flips: bool = True,      # signs as well, where they are free
 ) -> Symmetry:
-    "Draw an order and signs for the hidden units of every model."
+    """Draw an order and signs for the hidden units of every model.
+
+    Args:
+        population: any models
+        draw: number of the draw
+        flips: signs as well, where they are free
+    """
     keys, orders, signs = stream_keys("", "symmetry", population.models["model"]), {}, {}
     for site, layer in enumerate(hidden_layers(population.architecture)):
         orders[layer.path] = random_words(layer.units, keys, 2 * site, epoch=draw).argsort(dim=1, stable=True)
@@ -127,7 +178,16 @@ def augmented(
     draw: int = 0,           # number of the draw; each gives other models
     flips: bool = True,      # signs as well, where they are free
 ) -> Population:             # the same functions
-    "Give every model in a random order of its units."
+    """Give every model in a random order of its units.
+
+    Args:
+        population: any models
+        draw: number of the draw; each gives other models
+        flips: signs as well, where they are free
+
+    Returns:
+        Population: the same functions
+    """
     return transform(population, random_symmetry(population, draw, flips))
 
 # %% ../nbs/17_alignment.ipynb #616d09b9
@@ -136,7 +196,16 @@ def _rows(
     layer: Hidden,           # of them
     reading: bool,           # with the weights that read the units
 ) -> Tensor:                 # float64 [N, units, numbers]
-    "All numbers that belong to a unit."
+    """All numbers that belong to a unit.
+
+    Args:
+        population: N models
+        layer: of them
+        reading: with the weights that read the units
+
+    Returns:
+        Tensor: float64 [N, units, numbers]
+    """
     own = [population.weights[name].double().reshape(len(population), layer.units, -1)
            for name in (f"{layer.path}.weight", f"{layer.path}.bias") if name in population.weights]
     reader = population.weights[f"{layer.reader}.weight"].double().unflatten(2, (layer.units, -1)).movedim(2, 1)
@@ -150,7 +219,18 @@ def match_layer(
     free: Tensor,            # bool [N], whose signs may change
     reading: bool = True,    # with the weights that read the units, else incoming ones alone
 ) -> Symmetry:               # of this layer
-    "The best order and signs of one layer with all others held."
+    """The best order and signs of one layer with all others held.
+
+    Args:
+        population: N models
+        reference: N models
+        layer: of them
+        free: bool [N], whose signs may change
+        reading: with the weights that read the units, else incoming ones alone
+
+    Returns:
+        Symmetry: of this layer
+    """
     worth = torch.einsum("nid,njd->nij", _rows(reference, layer, reading), _rows(population, layer, reading))
     assigned = torch.where(free[:, None, None], worth.abs(), worth)
     order = torch.stack([torch.as_tensor(linear_sum_assignment(one, maximize=True)[1]) for one in assigned.numpy()])
@@ -161,7 +241,14 @@ def match_layer(
 def identity(
     population: Population,  # N models
 ) -> Symmetry:               # of N models
-    "The symmetry that changes nothing."
+    """The symmetry that changes nothing.
+
+    Args:
+        population: N models
+
+    Returns:
+        Symmetry: of N models
+    """
     layers, n = hidden_layers(population.architecture), len(population)
     orders = {layer.path: torch.arange(layer.units).repeat(n, 1) for layer in layers}
     return Symmetry(orders, {path: torch.ones(order.shape) for path, order in orders.items()})
@@ -171,7 +258,15 @@ def followed_by(
     first: Symmetry,   # of N models, all layers
     second: Symmetry,  # of N models, some layers
 ) -> Symmetry:         # of N models
-    "One symmetry after another."
+    """One symmetry after another.
+
+    Args:
+        first: of N models, all layers
+        second: of N models, some layers
+
+    Returns:
+        Symmetry: of N models
+    """
     orders, signs = dict(first.orders), dict(first.signs)
     for path, order in second.orders.items():
         orders[path] = first.orders[path].gather(1, order)
@@ -192,7 +287,18 @@ def _climb(
     forward: bool,           # begin with a pass that looks at incoming weights
     sweeps: int,             # at most
 ) -> tuple[Symmetry, Tensor]:  # and the inner products it reaches, float64 [N]
-    "Raise the inner product layer by layer until nothing changes."
+    """Raise the inner product layer by layer until nothing changes.
+
+    Args:
+        population: N models
+        reference: N models
+        flips: signs as well, where they are free
+        forward: begin with a pass that looks at incoming weights
+        sweeps: at most
+
+    Returns:
+        tuple[Symmetry, Tensor]: and the inner products it reaches, float64 [N]
+    """
     layers, found = hidden_layers(population.architecture), identity(population)
     both = lambda path: flippable(population, path) & flippable(reference, path) & flips
     free = {layer.path: both(layer.path) for layer in layers}
@@ -210,7 +316,15 @@ def inner_product(
     population: Population,  # N models
     reference: Population,   # N models
 ) -> Tensor:                 # float64 [N]
-    "Of all weights and biases."
+    """Of all weights and biases.
+
+    Args:
+        population: N models
+        reference: N models
+
+    Returns:
+        Tensor: float64 [N]
+    """
     product = lambda name: (population.weights[name].double() * reference.weights[name].double()).flatten(1).sum(1)
     return sum(product(name) for name in population.weights if name.endswith((".weight", ".bias")))
 
@@ -221,7 +335,17 @@ def match(
     flips: bool = True,      # signs as well, where they are free in both
     sweeps: int = 100,       # at most, over all layers
 ) -> Symmetry:               # of N models: bring them near the reference with transform
-    "Weight matching modulo permutations and signs; raises `UserError` if the two populations do not fit."
+    """Weight matching modulo permutations and signs; raises `UserError` if the two populations do not fit.
+
+    Args:
+        population: N models
+        reference: N models of the same architecture, or a single one for all
+        flips: signs as well, where they are free in both
+        sweeps: at most, over all layers
+
+    Returns:
+        Symmetry: of N models: bring them near the reference with transform
+    """
     if population.architecture != reference.architecture or len(reference) not in (1, len(population)):
         raise UserError(f"{len(population)} models of {population.architecture} are matched with as many of theirs, "
                         f"or with one, not with {len(reference)} of {reference.architecture}.")
@@ -237,5 +361,14 @@ def aligned(
     reference: Population,   # N models of the same architecture, or a single one for all
     flips: bool = True,      # signs as well, where they are free in both
 ) -> Population:             # the same functions, near the reference
-    "Bring models into the order of a reference; raises `UserError` as `match` does."
+    """Bring models into the order of a reference; raises `UserError` as `match` does.
+
+    Args:
+        population: N models
+        reference: N models of the same architecture, or a single one for all
+        flips: signs as well, where they are free in both
+
+    Returns:
+        Population: the same functions, near the reference
+    """
     return transform(population, match(population, reference, flips))

@@ -22,7 +22,14 @@ ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "sigmoid": nn.Sigmoid, "gelu": 
 def activation_layer(
     name: str,    # "tanh", "relu", "sigmoid" or "gelu"
 ) -> nn.Module:   # a new layer without weights
-    "Make an activation layer; raises `UserError` for an unknown name."
+    """Make an activation layer; raises `UserError` for an unknown name.
+
+    Args:
+        name: "tanh", "relu", "sigmoid" or "gelu"
+
+    Returns:
+        nn.Module: a new layer without weights
+    """
     return ACTIVATIONS[check_name(name, ACTIVATIONS, "activation")]()
 
 # %% ../nbs/03_architectures.ipynb #4408e08f
@@ -43,7 +50,14 @@ class ZooCNN(nn.Module):
         self,
         x: Tensor,  # images [N, C, H, W]
     ) -> Tensor:    # logits [N, 10]
-        "Pass images through the chain."
+        """Pass images through the chain.
+
+        Args:
+            x: images [N, C, H, W]
+
+        Returns:
+            Tensor: logits [N, 10]
+        """
         for i, layer in enumerate(self.module_list):
             x = layer(x)
             if str(i) in self.dropout_after:
@@ -56,7 +70,16 @@ def cnn_small(
     activation: str = "tanh",  # after every hidden layer
     dropout: float = 0.0,      # after the first two convolutions and the first fully connected layer
 ) -> ZooCNN:                   # 2,464 parameters for one channel, 2,864 for three
-    "CNN small, for images of 28x28."
+    """CNN small, for images of 28x28.
+
+    Args:
+        channels: image channels, 1 or 3
+        activation: after every hidden layer
+        dropout: after the first two convolutions and the first fully connected layer
+
+    Returns:
+        ZooCNN: 2,464 parameters for one channel, 2,864 for three
+    """
     act = lambda: activation_layer(activation)
     layers = [
         nn.Conv2d(channels, 8, 5), nn.MaxPool2d(2, 2), act(),
@@ -72,7 +95,15 @@ def cnn_large(
     activation: str = "gelu",  # after every hidden layer
     dropout: float = 0.0,      # after every convolution and the first fully connected layer
 ) -> ZooCNN:                   # 10,853 parameters
-    "CNN large, for colour images of 32x32."
+    """CNN large, for colour images of 32x32.
+
+    Args:
+        activation: after every hidden layer
+        dropout: after every convolution and the first fully connected layer
+
+    Returns:
+        ZooCNN: 10,853 parameters
+    """
     act = lambda: activation_layer(activation)
     drop = lambda: nn.Dropout(dropout)
     return ZooCNN([
@@ -96,7 +127,16 @@ def build(
     activation: str = "tanh",  # generating factor
     dropout: float = 0.0,      # generating factor
 ) -> nn.Module:                # a new module
-    "Build one module; raises `UserError` for an unknown architecture."
+    """Build one module; raises `UserError` for an unknown architecture.
+
+    Args:
+        name: a key of ARCHITECTURES
+        activation: generating factor
+        dropout: generating factor
+
+    Returns:
+        nn.Module: a new module
+    """
     return ARCHITECTURES[check_name(name, ARCHITECTURES, "architecture")](activation, dropout)
 
 # %% ../nbs/03_architectures.ipynb #0232cd6c
@@ -124,7 +164,15 @@ def register(
     name: str,                      # such as "owl"; one that was registered before is replaced
     make: Callable[..., nn.Module],  # makes a new net; may take activation and dropout, the generating factors
 ) -> Registration:                  # removes the name again, if that is wanted
-    "Make an architecture known by a name; raises `UserError` for a name that cannot be, or a function that makes no net."
+    """Make an architecture known by a name; raises `UserError` for a name that cannot be, or a function that makes no net.
+
+    Args:
+        name: such as "owl"; one that was registered before is replaced
+        make: makes a new net; may take activation and dropout, the generating factors
+
+    Returns:
+        Registration: removes the name again, if that is wanted
+    """
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,63}", str(name)) or name in PAPER:
         raise UserError(f"{name!r} cannot name an architecture: begin with a letter, go on with letters, digits and _, "
                         f"and choose none of {', '.join(PAPER)}.")
@@ -143,7 +191,14 @@ def register(
 def count_parameters(
     module: nn.Module,        # any module
 ) -> tuple[int, int]:         # all parameters, and weights alone (biases not counted)
-    "Count all parameters, and the weights of layers among them, without those of normalisations."
+    """Count all parameters, and the weights of layers among them, without those of normalisations.
+
+    Args:
+        module: any module
+
+    Returns:
+        tuple[int, int]: all parameters, and weights alone (biases not counted)
+    """
     named = dict(module.named_parameters())
     weights = sum(p.numel() for name, p in named.items() if name.endswith("weight") and p.ndim > 1)
     return sum(p.numel() for p in named.values()), weights
@@ -152,7 +207,14 @@ def count_parameters(
 def layer_names(
     module: nn.Module,   # any module with Conv2d and Linear layers
 ) -> dict[str, str]:     # "conv1" -> "module_list.0", ... in the order of the layers
-    "Name the layers conv1, conv2, ..., fc1, fc2 by kind and order."
+    """Name the layers conv1, conv2, ..., fc1, fc2 by kind and order.
+
+    Args:
+        module: any module with Conv2d and Linear layers
+
+    Returns:
+        dict[str, str]: "conv1" -> "module_list.0", ... in the order of the layers
+    """
     names, counts = {}, {"conv": 0, "fc": 0}
     for path, layer in module.named_modules():
         kind = "conv" if isinstance(layer, nn.Conv2d) else "fc" if isinstance(layer, nn.Linear) else None

@@ -28,7 +28,11 @@ LOOKED_AT = 8  # items that are fetched twice
 def check_fixed(
     loader: Iterable,  # of batches
 ) -> None:
-    "Raise `UserError` for a loader that shuffles or augments."
+    """Raise `UserError` for a loader that shuffles or augments.
+
+    Args:
+        loader: of batches
+    """
     sampler, items = getattr(loader, "sampler", None), getattr(loader, "dataset", None)
     with torch.random.fork_rng(devices=[]):
         if isinstance(sampler, Iterable) and list(sampler) != list(sampler):
@@ -44,7 +48,12 @@ def _alike(
     one: object,    # an item of a data set
     other: object,  # the same item again
 ) -> bool:
-    "Whether two items hold the same tensors."
+    """Whether two items hold the same tensors.
+
+    Args:
+        one: an item of a data set
+        other: the same item again
+    """
     if isinstance(one, Tensor):
         return one.shape == other.shape and torch.equal(one, other)
     if isinstance(one, Mapping):
@@ -55,7 +64,11 @@ def _alike(
 def _read(
     batch: object,  # (x, y), or a dictionary with labels, as loaders give them
 ) -> Batch:
-    "Tell inputs from labels; raises `UserError` if there is no telling."
+    """Tell inputs from labels; raises `UserError` if there is no telling.
+
+    Args:
+        batch: (x, y), or a dictionary with labels, as loaders give them
+    """
     if isinstance(batch, Mapping) and "labels" in batch:
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         return (), inputs, batch["labels"]
@@ -69,7 +82,15 @@ def batches(
     data: Data,   # images, or loaders by part
     part: str,    # one of PARTS
 ) -> Iterator[Batch]:  # in a fixed order
-    "Go through one part; raises `UserError` if it is empty or missing, shuffled or augmented."
+    """Go through one part; raises `UserError` if it is empty or missing, shuffled or augmented.
+
+    Args:
+        data: images, or loaders by part
+        part: one of PARTS
+
+    Returns:
+        Iterator[Batch]: in a fixed order
+    """
     check_name(part, PARTS, "part of the data")
     if isinstance(data, Images):
         x, y = getattr(data, f"x_{part}"), getattr(data, f"y_{part}")
@@ -91,7 +112,12 @@ def _to(
     value: object,         # a tensor or anything else
     device: torch.device,  # where the module is
 ) -> object:
-    "Move a tensor."
+    """Move a tensor.
+
+    Args:
+        value: a tensor or anything else
+        device: where the module is
+    """
     return value.to(device) if isinstance(value, Tensor) else value
 
 
@@ -99,7 +125,15 @@ def outputs(
     module: nn.Module,        # in the mode that is wanted
     pieces: Iterable[Batch],  # from `batches`
 ) -> Iterator[tuple[Tensor, Tensor]]:  # class scores and labels, on the module's device
-    "Pass batches through a module."
+    """Pass batches through a module.
+
+    Args:
+        module: in the mode that is wanted
+        pieces: from `batches`
+
+    Returns:
+        Iterator[tuple[Tensor, Tensor]]: class scores and labels, on the module's device
+    """
     device = next(module.parameters()).device
     for inputs, named, labels in pieces:
         scores = logits_of(module(*(_to(each, device) for each in inputs), **{k: _to(v, device) for k, v in named.items()}))
@@ -109,7 +143,14 @@ def outputs(
 def statistic_layers(
     module: nn.Module,  # any
 ) -> list[nn.Module]:   # BatchNorm of all kinds, also within SyncBatchNorm, and InstanceNorm where it keeps statistics
-    "The layers that remember means and variances."
+    """The layers that remember means and variances.
+
+    Args:
+        module: any
+
+    Returns:
+        list[nn.Module]: BatchNorm of all kinds, also within SyncBatchNorm, and InstanceNorm where it keeps statistics
+    """
     kind = nn.modules.batchnorm._NormBase
     return [layer for layer in module.modules() if isinstance(layer, kind) and layer.running_mean is not None]
 
@@ -119,7 +160,15 @@ def recompute_statistics(
     module: nn.Module,  # changed in place
     data: Data,         # its training part passes through
 ) -> int:               # how many layers there were; 0: nothing was done
-    "Reset all statistics and take the mean over the whole training set; raises `UserError` as `batches` does."
+    """Reset all statistics and take the mean over the whole training set; raises `UserError` as `batches` does.
+
+    Args:
+        module: changed in place
+        data: its training part passes through
+
+    Returns:
+        int: how many layers there were; 0: nothing was done
+    """
     layers, modes = statistic_layers(module), [layer.training for layer in module.modules()]
     momenta = [layer.momentum for layer in layers]
     if not layers:
@@ -146,7 +195,16 @@ def class_probabilities(
     data: Data,           # images, or loaders by part
     part: str = "test",   # one of PARTS
 ) -> tuple[Tensor, Tensor]:  # float64 [N, classes] and int64 [N], on the CPU
-    "The softmax of a module's outputs, in eval mode, and the labels; raises `UserError` for NaN."
+    """The softmax of a module's outputs, in eval mode, and the labels; raises `UserError` for NaN.
+
+    Args:
+        module: any
+        data: images, or loaders by part
+        part: one of PARTS
+
+    Returns:
+        tuple[Tensor, Tensor]: float64 [N, classes] and int64 [N], on the CPU
+    """
     modes = [layer.training for layer in module.modules()]
     found = [(scores.double().softmax(-1).cpu(), y.cpu()) for scores, y in outputs(module.eval(), batches(data, part))]
     for layer, mode in zip(module.modules(), modes):
@@ -162,7 +220,15 @@ def judge(
     probabilities: Tensor,  # float64 [N, classes]
     labels: Tensor,         # int64 [N]
 ) -> dict[str, float]:      # loss: mean cross-entropy; accuracy: a fraction
-    "Judge what a model, or the mean of several, says."
+    """Judge what a model, or the mean of several, says.
+
+    Args:
+        probabilities: float64 [N, classes]
+        labels: int64 [N]
+
+    Returns:
+        dict[str, float]: loss: mean cross-entropy; accuracy: a fraction
+    """
     loss = F.nll_loss(probabilities.clamp_min(torch.finfo(torch.float64).tiny).log(), labels)
     return {"loss": loss.item(), "accuracy": (probabilities.argmax(-1) == labels).double().mean().item()}
 
@@ -172,5 +238,14 @@ def evaluate(
     data: Data,          # images, or loaders by part
     part: str = "test",  # one of PARTS
 ) -> dict[str, float]:   # loss and accuracy
-    "Judge a module; raises `UserError` as `class_probabilities` does."
+    """Judge a module; raises `UserError` as `class_probabilities` does.
+
+    Args:
+        module: any
+        data: images, or loaders by part
+        part: one of PARTS
+
+    Returns:
+        dict[str, float]: loss and accuracy
+    """
     return judge(*class_probabilities(module, data, part))

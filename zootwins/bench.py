@@ -47,7 +47,15 @@ def random_images(
     architecture: str,  # which decides the shape
     n: int,             # how many
 ) -> tuple[Tensor, Tensor]:  # float32 [n, C, H, W] and int64 [n]
-    "Make images and labels."
+    """Make images and labels.
+
+    Args:
+        architecture: which decides the shape
+        n: how many
+
+    Returns:
+        tuple[Tensor, Tensor]: float32 [n, C, H, W] and int64 [n]
+    """
     generator = torch.Generator().manual_seed(0)
     return torch.randn(n, *lanes.IMAGE_SHAPES[architecture], generator=generator), torch.randint(10, (n,), generator=generator)
 
@@ -55,7 +63,14 @@ def random_images(
 def random_mask(
     weight: Tensor,  # any shape
 ) -> Tensor:         # bool, False for about half of the elements
-    "Choose the weights that a pruned model keeps."
+    """Choose the weights that a pruned model keeps.
+
+    Args:
+        weight: any shape
+
+    Returns:
+        Tensor: bool, False for about half of the elements
+    """
     return torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) > SPARSITY
 
 
@@ -64,7 +79,16 @@ def random_population(
     stage: str,         # one of STAGES
     models: int,        # how many
 ) -> tuple[Population, dict[str, Tensor]]:  # untrained models, and masks if they are pruned
-    "Make the models of one stage."
+    """Make the models of one stage.
+
+    Args:
+        architecture: a key of ARCHITECTURES
+        stage: one of STAGES
+        models: how many
+
+    Returns:
+        tuple[Population, dict[str, Tensor]]: untrained models, and masks if they are pruned
+    """
     population = from_modules([build(architecture) for _ in range(models)], architecture)
     if stage == "vd":
         return begin_variational(population), {}
@@ -76,7 +100,12 @@ QUICK = 0.9  # the share of slices that are slower than the rate that is reporte
 
 
 class Rate(NamedTuple):
-    "Model-samples per second."
+    """Model-samples per second.
+
+    Attributes:
+        cpu: of processors' time, times the number of threads: as if every thread had a core for itself
+        wall: by the clock
+    """
 
     cpu: float   # of processors' time, times the number of threads: as if every thread had a core for itself
     wall: float  # by the clock
@@ -84,7 +113,11 @@ class Rate(NamedTuple):
 
 @contextmanager
 def undisturbed() -> Iterator[bool]:  # whether that was granted, as it is to root
-    "Let no other process interrupt this one, so that its caches stay its own."
+    """Let no other process interrupt this one, so that its caches stay its own.
+
+    Returns:
+        Iterator[bool]: whether that was granted, as it is to root
+    """
     granted = False
     with suppress(OSError, AttributeError):
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
@@ -101,7 +134,13 @@ def rate(
     seconds: float,           # of CPU time per thread, at least
     threads: int = 1,         # that share the work
 ) -> Rate:
-    "Repeat some work for a while; by CPU time, what a tenth of the repetitions exceed."
+    """Repeat some work for a while; by CPU time, what a tenth of the repetitions exceed.
+
+    Args:
+        work: does something and returns how many model-samples it trained
+        seconds: of CPU time per thread, at least
+        threads: that share the work
+    """
     quick, done, start, cpu = [], 0, time.perf_counter(), time.process_time()
     while (before := time.process_time()) - cpu < seconds * threads:
         trained = work()
@@ -119,7 +158,17 @@ def population_rate(
     seconds: float,         # to measure
     threads: int = 1,       # that share the work
 ) -> Rate:
-    "Measure an engine."
+    """Measure an engine.
+
+    Args:
+        train_epoch: of an engine
+        architecture: a key of ARCHITECTURES
+        stage: one of STAGES
+        models: how many
+        images: per epoch
+        seconds: to measure
+        threads: that share the work
+    """
     population, masks = random_population(architecture, stage, models)
     recipe = Recipe("bench", stage, epochs=1, variational=stage == "vd")
     state = begin(population, stream_keys("bench", stage, list(range(models))), masks)
@@ -139,7 +188,14 @@ def lanes_rate(
     threads: int,       # each has one block of models
     seconds: float,     # to measure
 ) -> Rate:
-    "Measure the lane engine with full registers."
+    """Measure the lane engine with full registers.
+
+    Args:
+        architecture: a key of ARCHITECTURES
+        stage: one of STAGES
+        threads: each has one block of models
+        seconds: to measure
+    """
     width = lanes.library().lanes_width()
     epoch = lambda *job: lanes.train_epoch(*job, threads=threads)
     return population_rate(epoch, architecture, stage, width * threads, 2000 if architecture != "cnn_large" else 500, seconds, threads)
@@ -151,7 +207,14 @@ def vmap_rate(
     threads: int,       # of PyTorch
     seconds: float,     # to measure
 ) -> Rate:
-    "Measure the reference engine on sixteen models."
+    """Measure the reference engine on sixteen models.
+
+    Args:
+        architecture: a key of ARCHITECTURES
+        stage: one of STAGES
+        threads: of PyTorch
+        seconds: to measure
+    """
     torch.set_num_threads(threads)
     return population_rate(training.train_epoch, architecture, stage, 16, 20, seconds, threads)
 
@@ -167,7 +230,14 @@ class Masked(nn.Module):
         self,
         weight: Tensor,  # of the mask's shape
     ) -> Tensor:         # zero where the mask is False
-        "Mask."
+        """Mask.
+
+        Args:
+            weight: of the mask's shape
+
+        Returns:
+            Tensor: zero where the mask is False
+        """
         return weight * self.mask
 
 
@@ -175,7 +245,15 @@ def stock_module(
     architecture: str,  # a key of ARCHITECTURES
     stage: str,         # one of STAGES
 ) -> nn.Module:         # in train mode
-    "Build an ordinary module for one stage."
+    """Build an ordinary module for one stage.
+
+    Args:
+        architecture: a key of ARCHITECTURES
+        stage: one of STAGES
+
+    Returns:
+        nn.Module: in train mode
+    """
     module = build(architecture)
     if stage == "vd":
         module = sparsify(module)
@@ -191,7 +269,16 @@ def stock_rate(
     stage: str,         # one of STAGES
     seconds: float,     # to measure
 ) -> Rate:              # of one model in this process
-    "Measure an ordinary training loop."
+    """Measure an ordinary training loop.
+
+    Args:
+        architecture: a key of ARCHITECTURES
+        stage: one of STAGES
+        seconds: to measure
+
+    Returns:
+        Rate: of one model in this process
+    """
     module = stock_module(architecture, stage)
     optimizer, right, total = torch.optim.Adam(module.parameters(), lr=3e-4), 0, 0.0
     x, y = random_images(architecture, 1000)
@@ -235,7 +322,17 @@ class Workers:
         processes: int,     # how many work at the same time
         seconds: float,     # to measure
     ) -> Rate:              # of all together
-        "Measure several processes side by side."
+        """Measure several processes side by side.
+
+        Args:
+            architecture: a key of ARCHITECTURES
+            stage: one of STAGES
+            processes: how many work at the same time
+            seconds: to measure
+
+        Returns:
+            Rate: of all together
+        """
         for process in self.processes[:processes]:
             process.stdin.write(json.dumps([architecture, stage, seconds]) + "\n")
             process.stdin.flush()
@@ -252,7 +349,15 @@ def dense_operations(
     architecture: str,         # a key of ARCHITECTURES
     variational: bool = False,  # with noise
 ) -> int:                      # multiplications and additions per sample
-    "Count the floating-point operations of a forward and backward pass."
+    """Count the floating-point operations of a forward and backward pass.
+
+    Args:
+        architecture: a key of ARCHITECTURES
+        variational: with noise
+
+    Returns:
+        int: multiplications and additions per sample
+    """
     counts = []
 
     def count(layer, inputs, output):
@@ -267,7 +372,11 @@ def dense_operations(
 
 
 def peak() -> float:  # operations per second
-    "Measure the floating-point peak of one core: the best of a few short tries."
+    """Measure the floating-point peak of one core: the best of a few short tries.
+
+    Returns:
+        float: operations per second
+    """
     function = lanes.library().lanes_peak
     function.restype = lanes.ctypes.c_double
     return max(function() for _ in range(3))
@@ -279,7 +388,17 @@ def measure(
     rounds: int,               # how often
     seconds: float,            # per measurement
 ) -> list[dict]:               # one row per architecture, stage and number of threads
-    "Measure all cases in turn."
+    """Measure all cases in turn.
+
+    Args:
+        architectures: keys of ARCHITECTURES
+        threads: numbers of threads or processes
+        rounds: how often
+        seconds: per measurement
+
+    Returns:
+        list[dict]: one row per architecture, stage and number of threads
+    """
     workers = Workers(max(threads))
     engines = {"stock": workers.rate, "vmap": vmap_rate, "lanes": lanes_rate}
     cases = [(architecture, stage, n) for architecture in architectures for stage in STAGES for n in threads]
@@ -300,7 +419,15 @@ def spread(
     name: str,            # of what was measured
     values: list[float],  # in every round
 ) -> dict[str, float]:    # the name, and the name with _lowest and _highest
-    "Median and range."
+    """Median and range.
+
+    Args:
+        name: of what was measured
+        values: in every round
+
+    Returns:
+        dict[str, float]: the name, and the name with _lowest and _highest
+    """
     return {name: statistics.median(values), f"{name}_lowest": min(values), f"{name}_highest": max(values)}
 
 
@@ -309,7 +436,16 @@ def row(
     rates: dict[str, list[Rate]],  # engine -> rate in every round
     peaks: list[float],             # operations per second of one core in every round
 ) -> dict:                          # medians and ranges of rates, ratios and the share of the peak
-    "Summarise the rounds of one case."
+    """Summarise the rounds of one case.
+
+    Args:
+        case: architecture, stage, threads
+        rates: engine -> rate in every round
+        peaks: operations per second of one core in every round
+
+    Returns:
+        dict: medians and ranges of rates, ratios and the share of the peak
+    """
     architecture, stage, threads = case
     result = {"architecture": architecture, "stage": stage, "threads": threads}
     for engine, values in rates.items():
@@ -324,7 +460,15 @@ def growth(
     sizes: dict[str, list[int]],  # numbers of "models" and of "images" to try
     rounds: int,                  # how often
 ) -> list[dict]:                  # what, size, and the median and range of model-samples per second
-    "Measure CNN small on one thread, many models with few images and one block of models with many images."
+    """Measure CNN small on one thread, many models with few images and one block of models with many images.
+
+    Args:
+        sizes: numbers of "models" and of "images" to try
+        rounds: how often
+
+    Returns:
+        list[dict]: what, size, and the median and range of model-samples per second
+    """
     few, epoch = lanes.library().lanes_width(), lambda *job: lanes.train_epoch(*job, threads=1)
     cases = [("models", size, size, 200) for size in sizes["models"]] + [("images", size, few, size) for size in sizes["images"]]
     rates = {case: [] for case in cases}
@@ -343,7 +487,15 @@ def error_bars(
     rows: list[dict],  # with medians and ranges, as `spread` names them
     name: str,         # of what was measured
 ) -> list[list[float]]:  # below and above the median
-    "How far a range reaches from its median."
+    """How far a range reaches from its median.
+
+    Args:
+        rows: with medians and ranges, as `spread` names them
+        name: of what was measured
+
+    Returns:
+        list[list[float]]: below and above the median
+    """
     return [[row[name] - row[f"{name}_lowest"] for row in rows], [row[f"{name}_highest"] - row[name] for row in rows]]
 
 
@@ -351,7 +503,11 @@ def error_bars(
 def figure_rates(
     rows: list[dict],  # from `measure`
 ) -> Figure:
-    "Draw the rates on one thread as dots with their ranges, and the lanes' ratio to stock PyTorch."
+    """Draw the rates on one thread as dots with their ranges, and the lanes' ratio to stock PyTorch.
+
+    Args:
+        rows: from `measure`
+    """
     rows = [row for row in rows if row["threads"] == 1]
     places = [len(rows) - 1 - i - 0.6 * (i // len(STAGES)) for i in range(len(rows))]
     figure, axis = plt.subplots(figsize=(8.4, 0.8 + 0.33 * len(rows)), layout="constrained")
@@ -371,7 +527,11 @@ def figure_rates(
 def figure_growth(
     grown: list[dict],  # from `growth`
 ) -> Figure:
-    "Draw the rate over the number of models and of images, median and range."
+    """Draw the rate over the number of models and of images, median and range.
+
+    Args:
+        grown: from `growth`
+    """
     figure, axes = plt.subplots(1, 2, figsize=(8.4, 2.6), layout="constrained", sharey=True)
     for axis, what, colour in zip(axes, ("models", "images"), COLOURS):
         rows = [row for row in grown if row["what"] == what]
@@ -388,7 +548,14 @@ def figure_growth(
 def report(
     rows: list[dict],  # from `measure`
 ) -> str:              # a table
-    "Write the medians, and the most important ranges, as text; mp: pruned, vd: variational."
+    """Write the medians, and the most important ranges, as text; mp: pruned, vd: variational.
+
+    Args:
+        rows: from `measure`
+
+    Returns:
+        str: a table
+    """
     rates = " ".join(f"{name:>9}" for name in ("stock", "vmap", "lanes", "by clock"))
     lines = [f"{'architecture':14} {'stage':9} {'threads':>7} {rates} {'x stock':>8} {'(range)':>15} {'x vmap':>7} {'of peak':>8} {'(range)':>14}"]
     for row in rows:
@@ -404,7 +571,11 @@ GROWTH = {"models": [16, 64, 256, 1024], "images": [1000, 5000, 20000, 50000]}
 
 
 def machine() -> dict:  # JSON types
-    "Describe what the benchmark ran on."
+    """Describe what the benchmark ran on.
+
+    Returns:
+        dict: JSON types
+    """
     info = Path("/proc/cpuinfo")
     names = [line.partition(":")[2].strip() for line in (info.read_text().splitlines() if info.exists() else []) if line.startswith("model name")]
     compiler = subprocess.run([lanes.compiler(), "--version"], capture_output=True, text=True).stdout.partition("\n")[0]
@@ -417,7 +588,11 @@ def machine() -> dict:  # JSON types
 def main(
     arguments: list[str] | None = None,  # none: from the command line
 ) -> None:
-    "Run the benchmark, or serve as one of its stock PyTorch processes."
+    """Run the benchmark, or serve as one of its stock PyTorch processes.
+
+    Args:
+        arguments: none: from the command line
+    """
     parser = argparse.ArgumentParser(prog="python -m zootwins.bench", description="Measure the lane engine against stock PyTorch and torch.func.vmap.")
     parser.add_argument("--rounds", type=int, default=5, help="how often everything is measured (default: 5)")
     parser.add_argument("--seconds", type=float, default=1.0, help="length of one measurement (default: 1)")

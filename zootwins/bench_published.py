@@ -40,7 +40,16 @@ def make_zoo(
     models: int,      # how many
     epochs: int,      # how many, from 0
 ) -> tuple[Path, Path]:  # the zoo's folder, and a zip of it
-    "Write a zoo of CNN small in the authors' layout."
+    """Write a zoo of CNN small in the authors' layout.
+
+    Args:
+        folder: to write to
+        models: how many
+        epochs: how many, from 0
+
+    Returns:
+        tuple[Path, Path]: the zoo's folder, and a zip of it
+    """
     populations = {epoch: sample_population(get_zoo("mnist_seed"), models, epoch) for epoch in range(epochs)}
     rows = pd.DataFrame([(model, epoch) for model in range(models) for epoch in range(epochs)], columns=["model", "epoch"])
     metrics = rows.assign(train_loss=1.0, train_acc=0.5, test_loss=1.0, test_acc=0.5, sparsity=0.0)
@@ -56,7 +65,15 @@ def plain_loop(
     folder: Path,   # of a raw zoo
     epochs: int,    # how many, from 0
 ) -> dict[str, torch.Tensor]:  # stacked weights [models, epochs, ...]
-    "What one would write without this package."
+    """What one would write without this package.
+
+    Args:
+        folder: of a raw zoo
+        epochs: how many, from 0
+
+    Returns:
+        dict[str, torch.Tensor]: stacked weights [models, epochs, ...]
+    """
     states, factors = [], []
     for model in sorted(folder.iterdir()):
         factors.append(json.loads((model / "params.json").read_text()))
@@ -73,12 +90,20 @@ WAYS: dict[str, Callable[[Path, Path, int], object]] = {
 
 
 def _peak() -> int:  # bytes
-    "The largest memory this process has had."
+    """The largest memory this process has had.
+
+    Returns:
+        int: bytes
+    """
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _resident() -> int:  # bytes
-    "The memory this process has now, where the system tells; else the largest it has had."
+    """The memory this process has now, where the system tells; else the largest it has had.
+
+    Returns:
+        int: bytes
+    """
     status = Path("/proc/self/statm")
     return int(status.read_text().split()[1]) * resource.getpagesize() if status.exists() else _peak()
 
@@ -89,7 +114,17 @@ def read_once(
     packed: Path,    # the same as a zip
     epochs: int,     # how many
 ) -> tuple[float, int]:  # seconds, bytes
-    "Read, in a process that does nothing else."
+    """Read, in a process that does nothing else.
+
+    Args:
+        way: one of WAYS
+        folder: the zoo
+        packed: the same as a zip
+        epochs: how many
+
+    Returns:
+        tuple[float, int]: seconds, bytes
+    """
     torch.set_num_threads(1)
     before, started = _resident(), time.perf_counter()
     WAYS[way](folder, packed, epochs)
@@ -99,7 +134,14 @@ def read_once(
 def in_fresh_process(
     *arguments: object,  # of read_once
 ) -> tuple[float, int]:  # what it returns
-    "Start a process that reads once."
+    """Start a process that reads once.
+
+    Args:
+        *arguments: of read_once
+
+    Returns:
+        tuple[float, int]: what it returns
+    """
     command = [sys.executable, "-m", "zootwins.bench_published", "--read", *map(str, arguments)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     return tuple(json.loads(done.stdout))
@@ -110,7 +152,16 @@ def measure(
     epochs: int,   # of every model
     rounds: int,   # how often each way is taken
 ) -> list[dict[str, object]]:  # way, models, epochs, seconds (median), low, high, memory and weights (in MB)
-    "Time all ways in turns."
+    """Time all ways in turns.
+
+    Args:
+        models: of the zoo
+        epochs: of every model
+        rounds: how often each way is taken
+
+    Returns:
+        list[dict[str, object]]: way, models, epochs, seconds (median), low, high, memory and weights (in MB)
+    """
     found: dict[str, list] = {way: [] for way in WAYS}
     with tempfile.TemporaryDirectory() as scratch:
         folder, packed = make_zoo(Path(scratch), models, epochs)
@@ -125,7 +176,14 @@ def measure(
 def spread(
     seconds: list[float],  # of all rounds
 ) -> dict[str, float]:     # seconds (median), low, high
-    "Summarise the rounds."
+    """Summarise the rounds.
+
+    Args:
+        seconds: of all rounds
+
+    Returns:
+        dict[str, float]: seconds (median), low, high
+    """
     return {"seconds": statistics.median(seconds), "low": min(seconds), "high": max(seconds)}
 
 
@@ -133,7 +191,11 @@ def spread(
 def figure_reading(
     rows: list[dict[str, object]],  # from `measure`
 ) -> Figure:
-    "Milliseconds per state for every way of reading."
+    """Milliseconds per state for every way of reading.
+
+    Args:
+        rows: from `measure`
+    """
     frame = pd.DataFrame(rows)
     frame["per"] = 1e3 / (frame["models"] * frame["epochs"])
     sizes = list(frame.groupby(["models", "epochs"], sort=False))
@@ -151,7 +213,11 @@ def figure_reading(
 def main(
     arguments: list[str] | None = None,  # none: from the command line
 ) -> None:
-    "Run the benchmark, or be one of its processes."
+    """Run the benchmark, or be one of its processes.
+
+    Args:
+        arguments: none: from the command line
+    """
     parser = argparse.ArgumentParser(prog="python -m zootwins.bench_published", description="Time reading a published zoo.")
     parser.add_argument("--models", type=int, default=1000, help="models with one epoch (default: 1000)")
     parser.add_argument("--long", type=int, default=200, help="models with 51 epochs (default: 200)")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .agreement import agreement
+from .averaging import merge_and_prune
 from .architectures import build, layer_names
 from .core import digest
 from .datasets import Images
@@ -35,10 +36,18 @@ from .variational import begin_variational, deterministic, sparse_masks
 # %% ../nbs/28_blocks.ipynb #bf63217d
 @dataclass(frozen=True)
 class Block:
-    "Rows of a stage that are trained together, with all they need."
+    """Rows of a stage that are trained together, with all they need.
+
+    Attributes:
+        stage: its rows are those of the block
+        originals: the models that the rows begin from or are compared with; none: there are none
+        reference: uint8 [originals, half the test images], from `halved`: what those predict; none: there is nothing to
+            compare with
+        recorded: tidy metrics that a source brought for these rows; empty without one
+    """
 
     stage: Stage                  # its rows are those of the block
-    originals: Population | None  # the models that the rows begin from; none: they are drawn
+    originals: Population | None  # the models that the rows begin from or are compared with; none: there are none
     reference: Tensor | None      # uint8 [originals, half the test images], from `halved`: what those predict; none: there is nothing to compare with
     recorded: pd.DataFrame        # tidy metrics that a source brought for these rows; empty without one
 
@@ -51,7 +60,14 @@ class Block:
 def halved(
     predictions: Tensor,  # uint8 [models, images]
 ) -> Tensor:              # uint8 [models, half the images, rounded up]; as they are if a class is above 15
-    "Put two predictions into a byte."
+    """Put two predictions into a byte.
+
+    Args:
+        predictions: uint8 [models, images]
+
+    Returns:
+        Tensor: uint8 [models, half the images, rounded up]; as they are if a class is above 15
+    """
     if predictions.max() > 15:
         return predictions
     even = torch.nn.functional.pad(predictions, (0, predictions.shape[1] % 2))
@@ -62,7 +78,15 @@ def restored(
     halves: Tensor,  # from `halved`
     images: int,     # how many there are
 ) -> Tensor:         # uint8 [models, images]
-    "Take them out again."
+    """Take them out again.
+
+    Args:
+        halves: from `halved`
+        images: how many there are
+
+    Returns:
+        Tensor: uint8 [models, images]
+    """
     if halves.shape[1] == images:
         return halves
     return torch.stack([halves & 15, halves >> 4], dim=-1).flatten(1)[:, :images]
@@ -71,9 +95,20 @@ def restored(
 def cut_rows(
     rows: pd.DataFrame,    # to be made: model, level and generating factors
     engine: Engine,        # who will train them
-) -> list[pd.DataFrame]:   # up to `engine.width()` rows each
-    "Cut rows into groups that the engine can train together."
-    rows, width = rows.sort_values(["model", "level"], ignore_index=True), engine.width()
+    together: int = 1,     # rows of a model that may not be parted
+) -> list[pd.DataFrame]:   # up to `engine.width()` rows each, or as many as may not be parted
+    """Cut rows into groups that the engine can train together.
+
+    Args:
+        rows: to be made: model, level and generating factors
+        engine: who will train them
+        together: rows of a model that may not be parted
+
+    Returns:
+        list[pd.DataFrame]: up to `engine.width()` rows each, or as many as may not be parted
+    """
+    rows = rows.sort_values(["model", "level"], ignore_index=True)
+    width = max(engine.width() // together, 1) * together
     groups_ = groups(rows, engine)
     return [rows.iloc[group[i : i + width]].reset_index(drop=True) for group in groups_ for i in range(0, len(group), width)]
 
@@ -85,8 +120,17 @@ def cut_blocks(
     predictions: dict[int, Tensor] | None = None,  # of the originals: model -> uint8 [test images]; none: not known
     recorded: pd.DataFrame | None = None,      # tidy metrics of a source; none: there are none
 ) -> Iterator[Block]:
-    "Make the blocks of a stage."
-    for rows in cut_rows(stage.rows, engine):
+    """Make the blocks of a stage.
+
+    Args:
+        stage: its rows are those that are missing
+        engine: who will train them
+        originals: that some rows begin from; none: they are drawn
+        predictions: of the originals: model -> uint8 [test images]; none: not known
+        recorded: tidy metrics of a source; none: there are none
+    """
+    together = stage.rows["copy"].nunique() if stage.events else 1  # copies that are merged on the way
+    for rows in cut_rows(stage.rows, engine, together):
         numbers = sorted(rows["model"].unique())
         yield Block(
             replace(stage, rows=rows),
@@ -99,7 +143,14 @@ def cut_blocks(
 def row_keys(
     stage: Stage,         # names the streams
 ) -> Tensor:              # int64 [rows, 2]
-    "The random stream of every row; those of copies as `training.model_keys` has them."
+    """The random stream of every row; those of copies as `training.model_keys` has them.
+
+    Args:
+        stage: names the streams
+
+    Returns:
+        Tensor: int64 [rows, 2]
+    """
     if "copy" in stage.rows:
         return model_keys(stage.recipe, stage.rows)
     recipe = stage.recipe
@@ -112,7 +163,16 @@ def start_of(
     device: str = "cpu",  # "cpu" or "cuda"
     images: Images | None = None,  # for selectors that look at data
 ) -> State:               # before the first step
-    "The state in which a block's rows begin."
+    """The state in which a block's rows begin.
+
+    Args:
+        block: any
+        device: "cpu" or "cuda"
+        images: for selectors that look at data
+
+    Returns:
+        State: before the first step
+    """
     stage, rows, masks = block.stage, block.stage.rows, {}
     if stage.begins == "drawn":
         models, recipe = stage.rows.drop(columns="level"), stage.recipe
@@ -134,7 +194,16 @@ def measure(
     state: State,        # as it stands
     measured: Measured,  # losses, accuracies and predictions
 ) -> pd.DataFrame:       # tidy, one row per row of the block
-    "Write down one epoch of a block."
+    """Write down one epoch of a block.
+
+    Args:
+        block: whose rows
+        state: as it stands
+        measured: losses, accuracies and predictions
+
+    Returns:
+        pd.DataFrame: tidy, one row per row of the block
+    """
     stage, weights, rows = block.stage, state.population.weights, block.stage.rows
     zeroed = sparse_masks(weights) if stage.recipe.variational else state.masks or weights
     epoch = stage.first_epoch + measured.epoch
@@ -154,7 +223,15 @@ def with_records(
     metrics: pd.DataFrame,   # tidy, as measured here at the last epoch
     recorded: pd.DataFrame,  # tidy, as a source recorded it, for some epochs; may be empty
 ) -> pd.DataFrame:           # tidy, with the columns of the former
-    "What a source recorded goes before what is measured here, which fills the gaps."
+    """What a source recorded goes before what is measured here, which fills the gaps.
+
+    Args:
+        metrics: tidy, as measured here at the last epoch
+        recorded: tidy, as a source recorded it, for some epochs; may be empty
+
+    Returns:
+        pd.DataFrame: tidy, with the columns of the former
+    """
     if recorded.empty:
         return metrics
     places, told = ["model", "epoch"], metrics.iloc[0][["zoo", "method", "selector", "level"]]
@@ -165,7 +242,14 @@ def with_records(
 def _moving(
     state: State,  # of a block
 ) -> dict[str, Tensor]:  # what its optimizer changes, such as "first/module_list.0.weight"
-    "What has to be kept of a state."
+    """What has to be kept of a state.
+
+    Args:
+        state: of a block
+
+    Returns:
+        dict[str, Tensor]: what its optimizer changes, such as "first/module_list.0.weight"
+    """
     parts = {"weights": state.population.weights, "first": state.first, "second": state.second}
     return {f"{part}/{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
 
@@ -177,7 +261,15 @@ def keep(
     frames: list[pd.DataFrame],     # tidy metrics so far
     kept: dict[int, Population],    # epochs of its trajectory so far
 ) -> None:
-    "Leave a block's state on disk."
+    """Leave a block's state on disk.
+
+    Args:
+        folder: for unfinished work
+        block: on its way
+        state: as it stands
+        frames: tidy metrics so far
+        kept: epochs of its trajectory so far
+    """
     past = {f"{epoch}/{name}": tensor for epoch, then in kept.items() for name, tensor in then.weights.items()}
     told = {"epoch": state.epoch, "steps": state.steps}
     save_part(folder, block.name, _moving(state) | past, pd.concat(frames, ignore_index=True), told)
@@ -191,7 +283,16 @@ def _fits(
     metrics: pd.DataFrame,        # likewise
     told: dict[str, int],         # likewise
 ) -> bool:
-    "Whether unfinished work is of these rows, with all that belongs to it and nothing else."
+    """Whether unfinished work is of these rows, with all that belongs to it and nothing else.
+
+    Args:
+        block: to go on with
+        state: before its first step
+        steps: of an epoch
+        tensors: from `read_part`
+        metrics: likewise
+        told: likewise
+    """
     stage, epoch, weights = block.stage, told["epoch"], state.population.weights
     past = range(stage.first_epoch, stage.first_epoch + epoch + 1)
     whole = past if stage.trajectory else past[-1:] if epoch == stage.recipe.epochs else []
@@ -211,7 +312,17 @@ def resume(
     state: State,  # before its first step; moved to where the block was left
     steps: int,    # of an epoch
 ) -> tuple[list[pd.DataFrame], dict[int, Population]]:  # tidy metrics and trajectory so far; empty if there is nothing
-    "Go on from a block's state on disk; says so if that is not of these rows, and begins again."
+    """Go on from a block's state on disk; says so if that is not of these rows, and begins again.
+
+    Args:
+        folder: for unfinished work
+        block: to go on with
+        state: before its first step; moved to where the block was left
+        steps: of an epoch
+
+    Returns:
+        tuple[list[pd.DataFrame], dict[int, Population]]: tidy metrics and trajectory so far; empty if there is nothing
+    """
     part = read_part(folder, block.name)
     if part is None:
         return [], {}
@@ -232,7 +343,14 @@ SAVE_EVERY = 10.0  # seconds
 
 
 class Step(NamedTuple):
-    "What one step of a block did."
+    """What one step of a block did.
+
+    Attributes:
+        epoch: that is done
+        samples: model-samples that were trained
+        skipped: model-samples that had been trained before, by a run that stopped
+        metrics: tidy, of this epoch, and before it of those that such a run had trained
+    """
 
     epoch: int     # that is done
     samples: int   # model-samples that were trained
@@ -245,7 +363,16 @@ def predict(
     images: Images,          # on the device of their weights
     engine: Engine,          # who judges
 ) -> Tensor:                 # uint8 [models, test images]
-    "What every model predicts for the test images."
+    """What every model predicts for the test images.
+
+    Args:
+        population: plain or noisy models
+        images: on the device of their weights
+        engine: who judges
+
+    Returns:
+        Tensor: uint8 [models, test images]
+    """
     weights, models = deterministic(population.weights), population.models
     return engine.evaluate(weights, population.architecture, models["activation"], images.x_test, images.y_test)[1]
 
@@ -253,7 +380,14 @@ def predict(
 def copied(
     population: Population,  # on any device
 ) -> Population:             # the same models on the CPU, with weights of their own
-    "Keep a population as it is while its weights move on."
+    """Keep a population as it is while its weights move on.
+
+    Args:
+        population: on any device
+
+    Returns:
+        Population: the same models on the CPU, with weights of their own
+    """
     weights = {name: tensor.detach().cpu().clone() for name, tensor in population.weights.items()}
     return replace(population, weights=weights)
 
@@ -261,7 +395,14 @@ def copied(
 def snapshot(
     state: State,  # after an epoch
 ) -> State:        # the same, whatever becomes of the former
-    "Hold on to a state; engines replace tensors and do not write to them, so nothing is copied."
+    """Hold on to a state; engines replace tensors and do not write to them, so nothing is copied.
+
+    Args:
+        state: after an epoch
+
+    Returns:
+        State: the same, whatever becomes of the former
+    """
     population = replace(state.population, weights=dict(state.population.weights))
     return replace(state, population=population, first=dict(state.first), second=dict(state.second))
 
@@ -273,11 +414,26 @@ def train_block(
     device: str = "cpu",         # "cpu" or "cuda"
     parts: Path | None = None,   # folder for unfinished work; none: there is none
 ) -> Iterator[Step | Piece]:     # a step after every epoch, then what has come of it
-    "Train and measure one block to its end, epoch by epoch."
+    """Train and measure one block to its end, epoch by epoch.
+
+    Args:
+        block: what to do
+        images: on the device
+        engine: who trains
+        device: "cpu" or "cuda"
+        parts: folder for unfinished work; none: there is none
+
+    Returns:
+        Iterator[Step | Piece]: a step after every epoch, then what has come of it
+    """
     stage, state = block.stage, start_of(block, device, images)
-    recipe, per_epoch = stage.recipe, len(stage.rows) * len(images.x_train)
+    recipe, per_epoch, events = stage.recipe, len(stage.rows) * len(images.x_train), dict(stage.events)
     frames, kept = resume(parts, block, state, -(-len(images.x_train) // recipe.batch_size)) if parts else ([], {})
     saved, skipped, predictions, whole, told = time.monotonic(), state.epoch * per_epoch, None, None, 0
+    if events:
+        state.masks = {name: tensor != 0 for name, tensor in prunable(state.population.weights).items()}
+    if state.epoch in events:
+        merge_and_prune(state, events[state.epoch], stage.selector, images)
     try:
         for measured in epochs(state, images, recipe, engine):
             frames.append(measure(block, state, measured))
@@ -288,8 +444,11 @@ def train_block(
             if parts and whole and time.monotonic() - saved > SAVE_EVERY:
                 keep(parts, block, *whole)
                 saved = time.monotonic()
-            yield Step(measured.epoch, per_epoch if measured.epoch else 0, skipped, pd.concat(frames[told:], ignore_index=True))
+            news = pd.concat(frames[told:], ignore_index=True)
+            yield Step(measured.epoch, per_epoch if measured.epoch else 0, skipped, news)
             skipped, told = 0, len(frames)
+            if measured.epoch and measured.epoch in events:
+                merge_and_prune(state, events[measured.epoch], stage.selector, images)
         if predictions is None:  # it had been stopped right before its end
             predictions = predict(state.population, images, engine).cpu()
         metrics = with_records(pd.concat(frames, ignore_index=True), block.recorded)

@@ -60,7 +60,15 @@ SHORT = {"mp": "MP", "vd": "VD"}
 
 @dataclass(frozen=True)
 class Finding:
-    "One number for one statement in one zoo."
+    """One number for one statement in one zoo.
+
+    Attributes:
+        quantity: what was measured
+        low: confidence interval; NaN where there is none
+        n: models behind it
+        verdict: HOLDS, FAILS or OPEN
+        of: in a word, where a statement has several numbers
+    """
 
     quantity: str   # what was measured
     value: float
@@ -79,7 +87,16 @@ def finding(
     below: float = np.inf,                  # and less than this
     of: str = "",                           # in a word, where a statement has several numbers
 ) -> Finding:
-    "Judge an estimate by its interval."
+    """Judge an estimate by its interval.
+
+    Args:
+        quantity: what was measured
+        estimate: value, low, high
+        n: models behind it
+        above: the statement: more than this
+        below: and less than this
+        of: in a word, where a statement has several numbers
+    """
     value, low, high = map(float, estimate)
     verdict = HOLDS if above < low and high < below else FAILS if high < above or low > below else OPEN
     return Finding(quantity, value, low, high, int(n), verdict, of)
@@ -92,7 +109,14 @@ def of_method(
     about: str = "",  # in a word, where a method has several numbers
     **bounds: float,
 ) -> Finding:
-    "Judge an estimate for the twins of one method."
+    """Judge an estimate for the twins of one method.
+
+    Args:
+        quantity: what was measured
+        method: "mp" or "vd"
+        *estimate: the rest as in `finding`
+        about: in a word, where a method has several numbers
+    """
     return finding(f"{quantity}, {METHOD_TITLES[method].lower()}", *estimate, of=about + SHORT[method], **bounds)
 
 # %% ../nbs/34_claims.ipynb #40f4c16f
@@ -100,7 +124,15 @@ def mean_interval(
     values: pd.Series | np.ndarray,  # one per model; missing ones are left out
     confidence: float = 0.95,        # of the interval
 ) -> tuple[float, float, float]:     # mean, low, high; NaN limits for fewer than two values
-    "Student's t interval of a mean."
+    """Student's t interval of a mean.
+
+    Args:
+        values: one per model; missing ones are left out
+        confidence: of the interval
+
+    Returns:
+        tuple[float, float, float]: mean, low, high; NaN limits for fewer than two values
+    """
     values = np.asarray(values, dtype=float)
     values = values[np.isfinite(values)]
     if len(values) < 2:
@@ -114,7 +146,16 @@ def bootstrap(
     *samples: np.ndarray,             # arrays with one row per model
     resamples: int = 1000,            # how many
 ) -> tuple[float, float, float]:      # value, low, high (2.5 and 97.5 %); NaN for fewer than three models
-    "Percentile interval of any statistic over the models."
+    """Percentile interval of any statistic over the models.
+
+    Args:
+        statistic: of arrays [models, ...]
+        *samples: arrays with one row per model
+        resamples: how many
+
+    Returns:
+        tuple[float, float, float]: value, low, high (2.5 and 97.5 %); NaN for fewer than three models
+    """
     samples = [np.asarray(sample, dtype=float) for sample in samples]
     n = len(samples[0])
     if n < 3:
@@ -129,7 +170,15 @@ def of_originals(
     rows: pd.DataFrame,          # tidy metrics of one zoo
     measure: str = "test_acc",   # a column
 ) -> pd.Series:                  # by model
-    "A measure of the finished originals."
+    """A measure of the finished originals.
+
+    Args:
+        rows: tidy metrics of one zoo
+        measure: a column
+
+    Returns:
+        pd.Series: by model
+    """
     found = rows[(rows["method"] == "original") & last_epoch(rows)]
     return found.set_index("model")[measure].rename("original")
 
@@ -139,7 +188,16 @@ def pruned(
     level: float,                # a level of the run
     measure: str = "test_acc",   # a column
 ) -> pd.Series:                  # by model
-    "A measure of pruned models after fine-tuning."
+    """A measure of pruned models after fine-tuning.
+
+    Args:
+        rows: tidy metrics of one zoo
+        level: a level of the run
+        measure: a column
+
+    Returns:
+        pd.Series: by model
+    """
     found = rows[(rows["method"] == "mp") & last_epoch(rows)]
     return found[np.isclose(found["level"], level)].set_index("model")[measure].rename(f"{level:.0%}")
 
@@ -149,7 +207,16 @@ def levels_of(
     low: float = 0.0,     # more than this
     high: float = 1.0,    # at most this
 ) -> list[float]:         # in rising order
-    "Levels of magnitude pruning that a run has in a range."
+    """Levels of magnitude pruning that a run has in a range.
+
+    Args:
+        rows: tidy metrics of one zoo
+        low: more than this
+        high: at most this
+
+    Returns:
+        list[float]: in rising order
+    """
     found = rows.loc[rows["method"] == "mp", "level"].unique()
     return sorted(float(level) for level in found if low + 1e-9 < level < high + 1e-9)
 
@@ -159,7 +226,16 @@ def first_passed(
     sparsity: float | pd.Series,     # a fraction, or one per model
     measure: str = "test_acc",       # a column
 ) -> pd.Series:                      # by model; NaN where the sparsity is not reached after epoch 0
-    "A measure of each model where its sparsity first passes a value, by a straight line between two epochs."
+    """A measure of each model where its sparsity first passes a value, by a straight line between two epochs.
+
+    Args:
+        twins: rows of variational dropout of one zoo
+        sparsity: a fraction, or one per model
+        measure: a column
+
+    Returns:
+        pd.Series: by model; NaN where the sparsity is not reached after epoch 0
+    """
     reached, values = (twins.pivot(index="model", columns="epoch", values=name) for name in ("sparsity", measure))
     if reached.shape[1] < 2:
         return pd.Series(np.nan, index=reached.index)
@@ -177,7 +253,16 @@ def dropped_at(
     sparsity: float,             # a fraction
     measure: str = "test_acc",   # a column
 ) -> pd.Series:                  # by model; NaN where the sparsity is not reached, and for all models if most do not reach it
-    "A measure of twins by variational dropout at a given sparsity."
+    """A measure of twins by variational dropout at a given sparsity.
+
+    Args:
+        rows: tidy metrics of one zoo
+        sparsity: a fraction
+        measure: a column
+
+    Returns:
+        pd.Series: by model; NaN where the sparsity is not reached, and for all models if most do not reach it
+    """
     found = first_passed(rows[rows["method"] == "vd"], sparsity, measure).rename(f"{sparsity:.0%}")
     return found if found.notna().mean() >= 0.5 else found * np.nan
 
@@ -186,7 +271,15 @@ def at_the_end(
     rows: pd.DataFrame,      # tidy metrics of one zoo
     levels: Sequence[float],  # of magnitude pruning, rising
 ) -> pd.Series:              # by model; missing where variational dropout ends below the first level
-    "Accuracy of magnitude pruning minus variational dropout where each model's variational dropout ends, or at the last level if it goes beyond."
+    """Accuracy of magnitude pruning minus variational dropout where each model's variational dropout ends, or at the last level if it goes beyond.
+
+    Args:
+        rows: tidy metrics of one zoo
+        levels: of magnitude pruning, rising
+
+    Returns:
+        pd.Series: by model; missing where variational dropout ends below the first level
+    """
     twins = rows[rows["method"] == "vd"]
     end = twins.groupby("model")["sparsity"].max().clip(upper=levels[-1])
     accuracies = pd.concat([pruned(rows, level) for level in levels], axis=1, join="inner").reindex(end.index)
@@ -198,7 +291,15 @@ def smallest_advantage(
     differences: dict[str, pd.Series],  # where -> accuracy of one method minus the other's, by model
     which: str,                         # of which
 ) -> list[Finding]:                     # at most one
-    "The smallest mean of several differences, with an interval widened for the choice."
+    """The smallest mean of several differences, with an interval widened for the choice.
+
+    Args:
+        differences: where -> accuracy of one method minus the other's, by model
+        which: of which
+
+    Returns:
+        list[Finding]: at most one
+    """
     known = {where: values.dropna() for where, values in differences.items()}
     known = {where: values for where, values in known.items() if len(values) > 1}
     if not known:
@@ -228,7 +329,15 @@ def dropout_better_above_80(rows: pd.DataFrame) -> list[Finding]:
 def losses_above_80(
     rows: pd.DataFrame,  # tidy metrics of one zoo
 ) -> pd.DataFrame:       # by model: accuracies mp, vd at the highest level; losses mp_loss, vd_loss since 80 %; empty if the run lacks the levels
-    "Accuracy at the highest level of the run, and what was lost since 80 %."
+    """Accuracy at the highest level of the run, and what was lost since 80 %.
+
+    Args:
+        rows: tidy metrics of one zoo
+
+    Returns:
+        pd.DataFrame: by model: accuracies mp, vd at the highest level; losses mp_loss, vd_loss since 80 %; empty if the
+            run lacks the levels
+    """
     levels = levels_of(rows, 0.8)
     if not levels or not len(pruned(rows, 0.8)) or not (rows["method"] == "vd").any():
         return pd.DataFrame(columns=["mp", "vd", "mp_loss", "vd_loss"], dtype=float)
@@ -274,7 +383,15 @@ def table_1_twins(
     rows: pd.DataFrame,         # tidy metrics of one zoo
     measure: str = "test_acc",  # a column
 ) -> pd.DataFrame:              # by model: mp, vd, original, as far as the run has them
-    "A measure of the twins of Table 1 and of their originals."
+    """A measure of the twins of Table 1 and of their originals.
+
+    Args:
+        rows: tidy metrics of one zoo
+        measure: a column
+
+    Returns:
+        pd.DataFrame: by model: mp, vd, original, as far as the run has them
+    """
     shown = rows_of_states(rows, choose_states(rows))
     twins = shown.pivot(index="model", columns="method", values=measure)
     return twins.join(of_originals(rows, measure), how="inner")
@@ -318,7 +435,14 @@ FIGURE_4_EPOCHS, TABLE_8_LEVELS = (5, 10, 15, 20), (0.5, 0.7, 0.9)
 def layer_states(
     rows: pd.DataFrame,  # tidy metrics of one zoo
 ) -> dict[str, np.ndarray]:  # method -> sparsities [models, states, layers], for the states that the run has
-    "Sparsities of the layers at the states of Figure 4 and Table 8."
+    """Sparsities of the layers at the states of Figure 4 and Table 8.
+
+    Args:
+        rows: tidy metrics of one zoo
+
+    Returns:
+        dict[str, np.ndarray]: method -> sparsities [models, states, layers], for the states that the run has
+    """
     layers = [name for name in rows.columns if name.startswith("sparsity_") and rows[name].notna().any()]
     states = {
         "mp": rows[(rows["method"] == "mp") & last_epoch(rows) & np.isclose(rows["level"].to_numpy()[:, None], TABLE_8_LEVELS).any(axis=1)],
@@ -359,7 +483,14 @@ def layers_consistent(rows: pd.DataFrame) -> list[Finding]:
 def half_epochs(
     rows: pd.DataFrame,  # tidy metrics of one zoo
 ) -> pd.DataFrame:       # by model, one column per layer: epochs; without models of which some layer loses nothing
-    "When each layer has lost half of what variational dropout removes of it in the end."
+    """When each layer has lost half of what variational dropout removes of it in the end.
+
+    Args:
+        rows: tidy metrics of one zoo
+
+    Returns:
+        pd.DataFrame: by model, one column per layer: epochs; without models of which some layer loses nothing
+    """
     twins, found = rows[rows["method"] == "vd"], {}
     for name in (name for name in rows.columns if name.startswith("sparsity_") and twins[name].notna().any()):
         wide = twins.pivot(index="model", columns="epoch", values=name)
@@ -438,7 +569,14 @@ def accuracy_is_proxy(rows: pd.DataFrame) -> list[Finding]:
 def table_2_pairs(
     rows: pd.DataFrame,  # tidy metrics of one zoo
 ) -> pd.DataFrame:       # by model: before, and mp and vd as far as the run has them
-    "Accuracies before and after for the states of Table 2."
+    """Accuracies before and after for the states of Table 2.
+
+    Args:
+        rows: tidy metrics of one zoo
+
+    Returns:
+        pd.DataFrame: by model: before, and mp and vd as far as the run has them
+    """
     states = choose_states(rows, TABLE_2_STATES)
     pairs = [
         paired_accuracy(rows, state.method, state.epoch, None if np.isnan(state.level) else state.level).set_index("model")["after"].rename(state.method)
@@ -472,7 +610,14 @@ def dropout_correlates_less(rows: pd.DataFrame) -> list[Finding]:
 def best_tenth(
     accuracy: pd.Series,  # by model
 ) -> pd.Index:            # models
-    "The most accurate tenth of the models, at least one."
+    """The most accurate tenth of the models, at least one.
+
+    Args:
+        accuracy: by model
+
+    Returns:
+        pd.Index: models
+    """
     return accuracy.sort_values(ascending=False, kind="stable").index[: max(1, round(len(accuracy) / 10))]
 
 
@@ -502,7 +647,15 @@ def kept_beyond(
     before: np.ndarray,  # [models]
     after: np.ndarray,   # [models]
 ) -> np.ndarray:         # [models]
-    "What twins have kept beyond what their originals' accuracy lets expect: residuals of a straight line."
+    """What twins have kept beyond what their originals' accuracy lets expect: residuals of a straight line.
+
+    Args:
+        before: [models]
+        after: [models]
+
+    Returns:
+        np.ndarray: [models]
+    """
     slope = np.cov(before, after)[0, 1] / np.var(before, ddof=1) if np.ptp(before) else 0.0
     return after - after.mean() - slope * (before - before.mean())
 
@@ -571,7 +724,14 @@ CLAIM_COLUMNS = ["claim", "place", "quote", "zoo", "of", "quantity", "value", "l
 def all_claims(
     metrics: pd.DataFrame,  # tidy metrics of one or more zoos
 ) -> pd.DataFrame:          # CLAIM_COLUMNS; one or more rows per claim and zoo, in fractions
-    "Try every statement on every zoo, with twins by its own selector."
+    """Try every statement on every zoo, with twins by its own selector.
+
+    Args:
+        metrics: tidy metrics of one or more zoos
+
+    Returns:
+        pd.DataFrame: CLAIM_COLUMNS; one or more rows per claim and zoo, in fractions
+    """
     nothing = Finding("", np.nan, np.nan, np.nan, 0, OPEN)
     rows = [
         {"claim": claim.name, "place": claim.place, "quote": claim.quote, "zoo": zoo, **asdict(found)}
@@ -583,7 +743,14 @@ def all_claims(
 def claims_table(
     claims: pd.DataFrame,  # from all_claims
 ) -> Table:                # one row per number
-    "All numbers and verdicts as a table that can be saved."
+    """All numbers and verdicts as a table that can be saved.
+
+    Args:
+        claims: from all_claims
+
+    Returns:
+        Table: one row per number
+    """
     interval = lambda row: "" if np.isnan(row.value) else f"{row.value:z.3f}" + ("" if np.isnan(row.low) else f" [{row.low:z.3f}, {row.high:z.3f}]")
     layout = pd.DataFrame({
         "Statement": claims["claim"], "Zoo": claims["zoo"].map(zoo_title), "Number": claims["quantity"],
@@ -596,7 +763,14 @@ def claims_table(
 def verdict_table(
     claims: pd.DataFrame,  # from all_claims
 ) -> pd.DataFrame:         # (claim, in a word which of its numbers) by zoo: number and verdict
-    "Numbers and verdicts at a glance."
+    """Numbers and verdicts at a glance.
+
+    Args:
+        claims: from all_claims
+
+    Returns:
+        pd.DataFrame: (claim, in a word which of its numbers) by zoo: number and verdict
+    """
     text = [verdict if np.isnan(value) else f"{value:z.3g} {verdict}" for value, verdict in zip(claims["value"], claims["verdict"])]
     judged = claims["n"] > 0
     shown = claims.assign(text=text)[judged | ~claims["claim"].isin(claims.loc[judged, "claim"])]
@@ -607,7 +781,14 @@ def verdict_table(
 def changed_verdicts(
     claims: pd.DataFrame,  # from all_claims
 ) -> pd.DataFrame:         # date, rule, zoo, claim, of, before, after, now: one row per verdict that a later rule moved
-    "The verdicts that a rule made after the data has moved, and what they are now, for the zoos that are there."
+    """The verdicts that a rule made after the data has moved, and what they are now, for the zoos that are there.
+
+    Args:
+        claims: from all_claims
+
+    Returns:
+        pd.DataFrame: date, rule, zoo, claim, of, before, after, now: one row per verdict that a later rule moved
+    """
     found = pd.DataFrame(CHANGES, columns=["date", "rule", "zoo", "claim", "of", "before", "after"])
     now = claims.drop_duplicates(["zoo", "claim", "of"])[["zoo", "claim", "of", "verdict"]].rename(columns={"verdict": "now"})
     return found.merge(now, on=["zoo", "claim", "of"])
@@ -617,7 +798,16 @@ def least_train_test_correlation(
     cells: pd.DataFrame,  # from reported.read_reported
     level: float = 0.8,   # of magnitude pruning
 ) -> pd.DataFrame:        # zoo, accuracy_std, gap_std, least (of train and test accuracy), printed (Pearson's r of Table 2); excluded
-    "The least correlation that training and test accuracy of pruned models can have, from Table 5, beside Table 2."
+    """The least correlation that training and test accuracy of pruned models can have, from Table 5, beside Table 2.
+
+    Args:
+        cells: from reported.read_reported
+        level: of magnitude pruning
+
+    Returns:
+        pd.DataFrame: zoo, accuracy_std, gap_std, least (of train and test accuracy), printed (Pearson's r of Table 2);
+            excluded
+    """
     five = cells[(cells["table"] == 5) & np.isclose(cells["level"], level) & (cells["epoch"] == 15)]
     wide = five.pivot(index="zoo", columns="metric", values="std")
     printed = cells[(cells["table"] == 2) & (cells["method"] == "mp") & (cells["metric"] == "pearson")].set_index("zoo")["mean"] / 100
@@ -633,7 +823,18 @@ def candidates(
     level: float | None,  # of magnitude pruning
     epoch: int,          # of the twins in Table 2
 ) -> Iterator[tuple[str, str, pd.Series, pd.Series]]:  # family, definition, and two samples by model (or by model and state)
-    "What could have been correlated."
+    """What could have been correlated.
+
+    Args:
+        rows: tidy metrics of one zoo
+        method: "mp" or "vd"
+        level: of magnitude pruning
+        epoch: of the twins in Table 2
+
+    Returns:
+        Iterator[tuple[str, str, pd.Series, pd.Series]]: family, definition, and two samples by model (or by model and
+            state)
+    """
     chosen = rows[rows["method"] == method]
     twins = chosen if level is None else chosen[np.isclose(chosen["level"], level)]
     wide = {name: twins.pivot(index="model", columns="epoch", values=name) for name in ("test_acc", "train_acc", "test_loss", "agreement")}
@@ -666,7 +867,16 @@ def fisher_errors(
     y: pd.Series,         # with the same index
     resamples: int = 200,  # how many; a tenth where models have several states
 ) -> dict[str, float]:    # coefficient -> standard error of its Fisher transform
-    "Bootstrap errors of both coefficients, drawing models with all that belongs to them."
+    """Bootstrap errors of both coefficients, drawing models with all that belongs to them.
+
+    Args:
+        x: by model, or by model and state
+        y: with the same index
+        resamples: how many; a tenth where models have several states
+
+    Returns:
+        dict[str, float]: coefficient -> standard error of its Fisher transform
+    """
     random, names = np.random.default_rng(0), x.index.get_level_values("model")
     if names.is_unique:
         counts = random.multinomial(len(x), np.full(len(x), 1 / len(x)), size=resamples)
@@ -682,7 +892,16 @@ def reproduces(
     metrics: pd.DataFrame,              # tidy metrics of one or more zoos
     cells: pd.DataFrame | None = None,  # printed cells; none: from reported.read_reported
 ) -> pd.DataFrame:                      # zoo, method, family, definition, n, then for both coefficients: value, printed, z; worst (the larger |z|); and fits
-    "Try every candidate against the printed correlations of Table 2."
+    """Try every candidate against the printed correlations of Table 2.
+
+    Args:
+        metrics: tidy metrics of one or more zoos
+        cells: printed cells; none: from reported.read_reported
+
+    Returns:
+        pd.DataFrame: zoo, method, family, definition, n, then for both coefficients: value, printed, z; worst (the
+            larger |z|); and fits
+    """
     printed = (read_reported() if cells is None else cells).query("table == 2 and metric in ['pearson', 'kendall']")
     goal, found, metrics = printed.set_index(["zoo", "method", "metric"])["mean"] / 100, [], own_selector(metrics)
     for state in choose_states(metrics, TABLE_2_STATES).itertuples():
@@ -709,7 +928,14 @@ def reproduces(
 def nearest_candidates(
     tried: pd.DataFrame,  # from reproduces
 ) -> pd.DataFrame:        # one row per zoo, method and family
-    "The best candidate of each family, best families first."
+    """The best candidate of each family, best families first.
+
+    Args:
+        tried: from reproduces
+
+    Returns:
+        pd.DataFrame: one row per zoo, method and family
+    """
     ranked = tried.sort_values("worst", kind="stable")
     best = ranked.drop_duplicates(["zoo", "method", "family"]).sort_values(["zoo", "method"], kind="stable")
     return best[["zoo", "method", "definition", "n", "pearson", "printed_pearson", "kendall", "printed_kendall", "worst", "fits"]].reset_index(drop=True)
@@ -718,7 +944,15 @@ def nearest_candidates(
 def common_candidates(
     tried: pd.DataFrame,  # from reproduces
 ) -> pd.DataFrame:        # method, family, definition, worst (the largest |z| over all zoos of that method), and the zoo where it is; best first
-    "The candidates that were tried in every zoo, by the zoo where they do worst."
+    """The candidates that were tried in every zoo, by the zoo where they do worst.
+
+    Args:
+        tried: from reproduces
+
+    Returns:
+        pd.DataFrame: method, family, definition, worst (the largest |z| over all zoos of that method), and the zoo
+            where it is; best first
+    """
     ranked = tried.sort_values("worst", ascending=False, kind="stable")
     zoos = ranked.groupby(["method", "definition"])["zoo"].transform("nunique")
     everywhere = ranked[zoos == ranked.groupby("method")["zoo"].transform("nunique")].drop_duplicates(["method", "definition"])
@@ -729,7 +963,15 @@ def shifted_gaps(
     metrics: pd.DataFrame,              # tidy metrics of one or more zoos
     cells: pd.DataFrame | None = None,  # printed cells; none: from reported.read_reported
 ) -> pd.DataFrame:                      # index zoo, epoch; paper, and mean and standard deviation for each shift; in %
-    "The gap of variational dropout with the training accuracy of another epoch, beside Table 6."
+    """The gap of variational dropout with the training accuracy of another epoch, beside Table 6.
+
+    Args:
+        metrics: tidy metrics of one or more zoos
+        cells: printed cells; none: from reported.read_reported
+
+    Returns:
+        pd.DataFrame: index zoo, epoch; paper, and mean and standard deviation for each shift; in %
+    """
     printed = (read_reported() if cells is None else cells).query("table == 6 and metric == 'ggap'").set_index(["zoo", "epoch"])
     found = []
     for zoo, rows in metrics[metrics["method"] == "vd"].groupby("zoo", sort=False):
@@ -749,7 +991,15 @@ def training_accuracies(
     metrics: pd.DataFrame,              # tidy metrics of one or more zoos
     cells: pd.DataFrame | None = None,  # printed cells; none: from reported.read_reported
 ) -> pd.DataFrame:                      # index zoo, level: printed (accuracy plus gap, off by up to 0.1), running, difference, error; in %
-    "The training accuracy after fine-tuning that Table 5 implies, beside our running one."
+    """The training accuracy after fine-tuning that Table 5 implies, beside our running one.
+
+    Args:
+        metrics: tidy metrics of one or more zoos
+        cells: printed cells; none: from reported.read_reported
+
+    Returns:
+        pd.DataFrame: index zoo, level: printed (accuracy plus gap, off by up to 0.1), running, difference, error; in %
+    """
     five = (read_reported() if cells is None else cells).query("table == 5 and epoch > 0 and metric in ['test_acc', 'ggap'] and zoo != ''")
     printed = five.groupby(["zoo", "level"])["mean"].sum()
     metrics = own_selector(metrics)
@@ -763,7 +1013,15 @@ def latent_space_wins(
     table: pd.DataFrame,                   # of auto-encoders, as table_3.csv: zoo, features, property, r2
     baseline: str = "layer statistics",    # or "raw weights"
 ) -> pd.DataFrame:                         # zoo, property, hyper-representation, baseline, wins
-    "Whether the hyper-representation predicts a property better than a baseline."
+    """Whether the hyper-representation predicts a property better than a baseline.
+
+    Args:
+        table: of auto-encoders, as table_3.csv: zoo, features, property, r2
+        baseline: or "raw weights"
+
+    Returns:
+        pd.DataFrame: zoo, property, hyper-representation, baseline, wins
+    """
     wide = table.pivot_table(index=["zoo", "property"], columns="features", values="r2", sort=False)
     both = wide[["hyper-representation", baseline]].dropna()
     return both.assign(wins=both["hyper-representation"] > both[baseline]).rename_axis(columns=None).reset_index()
@@ -772,7 +1030,14 @@ def latent_space_wins(
 def tables_of(
     metrics: pd.DataFrame,  # tidy metrics of one zoo
 ) -> list[Table]:           # all that `run_zoo` keeps and that needs nothing but metrics
-    "Tables 1, 2 and 5 to 9, the comparison with print if there is one, and the statements."
+    """Tables 1, 2 and 5 to 9, the comparison with print if there is one, and the statements.
+
+    Args:
+        metrics: tidy metrics of one zoo
+
+    Returns:
+        list[Table]: all that `run_zoo` keeps and that needs nothing but metrics
+    """
     tables = [table for table in all_tables(metrics) if table.name != "table_4"]
     comparison = compare(metrics)
     comparison = comparison[comparison["zoo"] == metrics["zoo"].iloc[0]]
@@ -782,7 +1047,14 @@ def tables_of(
 def refresh(
     folder: Path | str,  # such as "figures"
 ) -> list[str]:          # files that changed
-    "Make the kept tables of every zoo in a folder again."
+    """Make the kept tables of every zoo in a folder again.
+
+    Args:
+        folder: such as "figures"
+
+    Returns:
+        list[str]: files that changed
+    """
     changed = []
     for path in sorted(Path(folder).glob("*/metrics.parquet")):
         for table in tables_of(read_metrics(path)):

@@ -32,7 +32,11 @@ NOTEBOOK = "run_zoo.ipynb"
 
 
 def find_notebook() -> Path:  # of the checkout, or as the wheel brought it
-    "Find the notebook that draws a zoo; raises `UserError` if there is none."
+    """Find the notebook that draws a zoo; raises `UserError` if there is none.
+
+    Returns:
+        Path: of the checkout, or as the wheel brought it
+    """
     package = Path(str(files("zootwins")))
     places = package.parent / "nbs" / NOTEBOOK, package / "notebooks" / NOTEBOOK
     for path in places:
@@ -44,7 +48,14 @@ def find_notebook() -> Path:  # of the checkout, or as the wheel brought it
 def defaults_of(
     notebook: Path,  # has one cell with the tag "parameters"
 ) -> dict[str, object]:  # name -> value
-    "The parameters of a notebook; raises `UserError` if it cannot be read."
+    """The parameters of a notebook; raises `UserError` if it cannot be read.
+
+    Args:
+        notebook: has one cell with the tag "parameters"
+
+    Returns:
+        dict[str, object]: name -> value
+    """
     cells = read_json(notebook)["cells"]
     source = "".join(next(cell["source"] for cell in cells if "parameters" in cell["metadata"].get("tags", ())))
     return {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(source).body}
@@ -55,7 +66,16 @@ def plans_of(
     chosen: Mapping[str, object],  # parameters of the notebook that differ from its defaults
     notebook: Path,                # from `find_notebook`
 ) -> list[Plan]:                   # one per zoo
-    "Check all that was asked for; raises `UserError` for the first thing that cannot be."
+    """Check all that was asked for; raises `UserError` for the first thing that cannot be.
+
+    Args:
+        zoos: names; one that is given twice counts once
+        chosen: parameters of the notebook that differ from its defaults
+        notebook: from `find_notebook`
+
+    Returns:
+        list[Plan]: one per zoo
+    """
     values = {name: value for name, value in {**defaults_of(notebook), **chosen}.items() if name != "workers"}
     return [make_plan(**{**values, "zoo": zoo}) for zoo in dict.fromkeys(zoos)]
 
@@ -63,7 +83,14 @@ def plans_of(
 def images_of(
     plans: Sequence[Plan],  # of any zoos
 ) -> dict[str, Images]:     # by name of the zoo
-    "Load the images of all zoos, each set once; raises `UserError` for what cannot be had."
+    """Load the images of all zoos, each set once; raises `UserError` for what cannot be had.
+
+    Args:
+        plans: of any zoos
+
+    Returns:
+        dict[str, Images]: by name of the zoo
+    """
     sets = {(plan.zoo.dataset, plan.zoo.image_size): None for plan in plans}
     sets = {key: load_images(*key) for key in sets}
     return {plan.zoo.name: sets[plan.zoo.dataset, plan.zoo.image_size] for plan in plans}
@@ -74,7 +101,16 @@ def draw(
     chosen: Mapping[str, object],  # parameters of the notebook that differ from its defaults
     notebook: Path,                # from `find_notebook`
 ) -> Path:                         # of the executed notebook, beside the zoo's folder of figures
-    "Draw a zoo's tables and figures with the notebook; raises `UserError` with the notebook's own last error."
+    """Draw a zoo's tables and figures with the notebook; raises `UserError` with the notebook's own last error.
+
+    Args:
+        plan: whose stages are in the store
+        chosen: parameters of the notebook that differ from its defaults
+        notebook: from `find_notebook`
+
+    Returns:
+        Path: of the executed notebook, beside the zoo's folder of figures
+    """
     from papermill import PapermillExecutionError, execute_notebook  # takes seconds to import
 
     done = plan.figures.parent / f"{plan.zoo.name}.ipynb"
@@ -95,7 +131,16 @@ def run_zoos(
     chosen: Mapping[str, object],  # parameters of the notebook that differ from its defaults
     workers: str = "",             # as `workers.open_workers` takes them
 ) -> Iterator[tuple[Plan, Path]]:  # each zoo and its executed notebook, when it is done
-    "Make zoos on shared workers and draw each when it is done; raises `UserError`, and `twins.Interrupted` with all work kept."
+    """Make zoos on shared workers and draw each when it is done; raises `UserError`, and `twins.Interrupted` with all work kept.
+
+    Args:
+        zoos: names
+        chosen: parameters of the notebook that differ from its defaults
+        workers: as `workers.open_workers` takes them
+
+    Returns:
+        Iterator[tuple[Plan, Path]]: each zoo and its executed notebook, when it is done
+    """
     notebook = find_notebook()
     plans = plans_of(zoos, chosen, notebook)
     images = images_of(plans)
@@ -107,7 +152,14 @@ def run_zoos(
 def _named(
     values: Sequence[float],  # rising
 ) -> str:                     # such as "0 to 25", or "50, 90"
-    "Write down numbers, whole runs of them by their ends."
+    """Write down numbers, whole runs of them by their ends.
+
+    Args:
+        values: rising
+
+    Returns:
+        str: such as "0 to 25", or "50, 90"
+    """
     whole = len(values) > 2 and list(values) == list(range(int(values[0]), int(values[-1]) + 1))
     return f"{values[0]:g} to {values[-1]:g}" if whole else ", ".join(f"{value:g}" for value in values)
 
@@ -116,7 +168,15 @@ def stage_summary(
     folder: Path,  # of a zoo in a store
     stage: str,    # its name
 ) -> dict[str, object]:  # stage, rows, levels in %, epochs, files, bytes, and what is wrong
-    "Tell what there is of a stage."
+    """Tell what there is of a stage.
+
+    Args:
+        folder: of a zoo in a store
+        stage: its name
+
+    Returns:
+        dict[str, object]: stage, rows, levels in %, epochs, files, bytes, and what is wrong
+    """
     rows, levels, epochs, wrong, paths = set(), set(), set(), [], finished_files(folder, stage)
     for path in paths:
         try:
@@ -138,7 +198,14 @@ def stage_summary(
 def stages_in(
     folder: Path,  # of a zoo in a store
 ) -> list[str]:    # original first
-    "The stages of which there is something."
+    """The stages of which there is something.
+
+    Args:
+        folder: of a zoo in a store
+
+    Returns:
+        list[str]: original first
+    """
     if read_json(folder / "store.json").get("format") != FORMAT:
         raise UserError(f"{folder} was written by another version of zootwins: show it with that one, or make the zoo anew in another store.")
     names = {path.name for path in folder.iterdir() if path.is_dir()} | {path.stem for path in folder.glob("*.json") if not path.name.startswith(".")}
@@ -148,7 +215,14 @@ def stages_in(
 def zoos_in(
     store: Path,    # a store, or the folder of a zoo in it
 ) -> list[Path]:    # folders of zoos
-    "Find the zoos of a store; raises `UserError` if there are none."
+    """Find the zoos of a store; raises `UserError` if there are none.
+
+    Args:
+        store: a store, or the folder of a zoo in it
+
+    Returns:
+        list[Path]: folders of zoos
+    """
     found = [store] if (store / "store.json").is_file() else sorted(path.parent for path in store.glob("*/store.json"))
     if not found:
         raise UserError(f"{store} is no store: give the folder of a zoo in a store, such as zoos/digits_seed, or the store itself.")
@@ -159,7 +233,15 @@ def history_of(
     folder: Path,         # of a zoo in a store
     stages: Sequence[str],  # from `stages_in`
 ) -> list[str]:           # a line per time that something was made
-    "Tell what made the models of a store; a damaged manifest tells nothing."
+    """Tell what made the models of a store; a damaged manifest tells nothing.
+
+    Args:
+        folder: of a zoo in a store
+        stages: from `stages_in`
+
+    Returns:
+        list[str]: a line per time that something was made
+    """
     lines = []
     for stage in stages:
         try:
@@ -208,7 +290,11 @@ def main() -> None:
 def list_command(
     paper: bool,  # only those of the paper
 ) -> None:
-    "List the zoos that can be made."
+    """List the zoos that can be made.
+
+    Args:
+        paper: only those of the paper
+    """
     listed = list_zoos(paper_only=paper)
     about = pd.DataFrame([{"zoo": name, "title": ZOOS[name].title, "images": ZOOS[name].dataset, "net": ZOOS[name].architecture} for name in listed.index])
     click.echo(about.assign(weights=listed["W"].to_numpy(), models=listed["Models"].to_numpy()).to_string(index=False))
@@ -219,7 +305,11 @@ def list_command(
 def show_command(
     store: Path,  # a store, or the folder of a zoo in it
 ) -> None:
-    "Tell what lies in STORE: stages, how they were made, and what is damaged or unfinished."
+    """Tell what lies in STORE: stages, how they were made, and what is damaged or unfinished.
+
+    Args:
+        store: a store, or the folder of a zoo in it
+    """
     with told():
         wrong = []
         for folder in zoos_in(store):
@@ -241,7 +331,13 @@ def _count(
     parameter: click.Parameter,  # "-n"
     value: str | None,           # as it was typed; none: it was not
 ) -> str | int | None:
-    "Read a number of models, or the word all."
+    """Read a number of models, or the word all.
+
+    Args:
+        context: not used
+        parameter: "-n"
+        value: as it was typed; none: it was not
+    """
     if value is None or value == "all":
         return value
     if not value.isdigit():
@@ -270,7 +366,14 @@ OPTIONS = (  # of run, in the order of the notebook's parameters; what is not gi
 def with_options(
     command: object,  # a function
 ) -> object:          # the same, with OPTIONS
-    "Give a function the options of run."
+    """Give a function the options of run.
+
+    Args:
+        command: a function
+
+    Returns:
+        object: the same, with OPTIONS
+    """
     for option in reversed(OPTIONS):
         command = option(command)
     return command
@@ -288,6 +391,11 @@ def run_command(
 
     Several zoos share the workers, and each is drawn when it is done. A run that was stopped goes on where it was when the same command
     is given again; one with more models or levels adds what is missing. The names of zoos: zootwins zoos
+
+    Args:
+        zoos: names
+        workers: who trains
+        **options: the other OPTIONS; none: not given
     """
     chosen = {name: value for name, value in options.items() if value is not None}
     if chosen.get("n_models") == "all":

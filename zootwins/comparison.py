@@ -49,7 +49,14 @@ CELL = ["table", "zoo", "method", "level", "epoch", "layer", "metric"]
 def regenerated(
     metrics: pd.DataFrame,  # tidy metrics of one or more zoos
 ) -> pd.DataFrame:          # CELL, mean, std, n, and low and high of coefficients; in %, levels are fractions
-    "The numbers of our tables in the form of the printed cells; one row per cell that the run has."
+    """The numbers of our tables in the form of the printed cells; one row per cell that the run has.
+
+    Args:
+        metrics: tidy metrics of one or more zoos
+
+    Returns:
+        pd.DataFrame: CELL, mean, std, n, and low and high of coefficients; in %, levels are fractions
+    """
     parts = []
     for table, method in COMPARED.items():
         numbers = TABLES[f"table_{table}"](metrics).numbers.rename(columns={"value": "mean"})
@@ -66,7 +73,16 @@ def reached(
     table: int,             # 1, 2 or 9
     zoo: str,               # of that table
 ) -> bool:                  # whether its state of variational dropout can be shown
-    "Whether a zoo's mean sparsity under variational dropout gets as far as the printed one."
+    """Whether a zoo's mean sparsity under variational dropout gets as far as the printed one.
+
+    Args:
+        metrics: tidy metrics
+        table: 1, 2 or 9
+        zoo: of that table
+
+    Returns:
+        bool: whether its state of variational dropout can be shown
+    """
     rows = metrics[(metrics["zoo"] == zoo) & (metrics["method"] == "vd")]
     return bool(rows.groupby("epoch")["sparsity"].mean().max() >= CHOSEN[table][zoo][1])
 
@@ -78,7 +94,16 @@ def match(
     metrics: pd.DataFrame,  # tidy metrics of one or more zoos
     cells: pd.DataFrame,    # from reported.read_reported
 ) -> pd.DataFrame:          # one row per printed cell: row, CELL, SIDES, low, high, doubtful; ours is missing where there is no such state
-    "Put printed cells and ours side by side."
+    """Put printed cells and ours side by side.
+
+    Args:
+        metrics: tidy metrics of one or more zoos
+        cells: from reported.read_reported
+
+    Returns:
+        pd.DataFrame: one row per printed cell: row, CELL, SIDES, low, high, doubtful; ours is missing where there is no
+            such state
+    """
     printed = cells[cells["table"].isin(list(COMPARED))].rename(columns={"mean": "paper_mean", "std": "paper_std"})
     behind = {key: printed_models(*key) for key in printed[["table", "zoo"]].drop_duplicates().itertuples(index=False, name=None)}
     printed["paper_n"] = [behind[key] for key in zip(printed["table"], printed["zoo"])]
@@ -99,7 +124,15 @@ def match(
 def as_samples(
     both: pd.DataFrame,  # ours_* and paper_* (mean, std, n), in %
 ) -> pd.DataFrame:       # the same, with unit (the paper's standard deviation), estimate, and both standard errors: own_error with own_df, their_error
-    "Means of random samples with their standard errors; the largest standard deviation that print allows is the paper's."
+    """Means of random samples with their standard errors; the largest standard deviation that print allows is the paper's.
+
+    Args:
+        both: ours_* and paper_* (mean, std, n), in %
+
+    Returns:
+        pd.DataFrame: the same, with unit (the paper's standard deviation), estimate, and both standard errors:
+            own_error with own_df, their_error
+    """
     unit = both["paper_std"].astype(float).fillna(both["ours_std"])
     largest, single = unit + ROUNDING, both["ours_n"] == 1
     spread = both["ours_std"].astype(float).where(~single, largest)
@@ -114,7 +147,16 @@ def contrasts(
     zoo: str,            # a grid's name
     order: int,          # 0: the mean alone, 1: main effects, 2: interactions of two factors as well
 ) -> np.ndarray:         # [models, coefficients], the first column is 1
-    "The design matrix of a draw from a grid; all columns but the first sum to zero over the whole grid."
+    """The design matrix of a draw from a grid; all columns but the first sum to zero over the whole grid.
+
+    Args:
+        rows: one row per model, with FACTORS
+        zoo: a grid's name
+        order: 0: the mean alone, 1: main effects, 2: interactions of two factors as well
+
+    Returns:
+        np.ndarray: [models, coefficients], the first column is 1
+    """
     levels = {factor: getattr(get_zoo(zoo), factor) for factor in FACTORS}
     main = [[(rows[factor] == level).to_numpy(float) - 1 / len(values) for level in values[1:]] for factor, values in levels.items() if len(values) > 1]
     pairs = [u * v for first, second in combinations(main, 2) for u in first for v in second]
@@ -127,7 +169,17 @@ def grid_mean(
     factors: pd.DataFrame,  # of the same models, with FACTORS
     zoo: str,             # a grid's name
 ) -> tuple[float, float, float, float]:  # mean of the balanced grid, its standard error, degrees of freedom, standard deviation of the residuals
-    "Estimate the mean of a whole grid from a draw, with the richest model that has two models of the zoo for every coefficient."
+    """Estimate the mean of a whole grid from a draw, with the richest model that has two models of the zoo for every coefficient.
+
+    Args:
+        values: [models]
+        factors: of the same models, with FACTORS
+        zoo: a grid's name
+
+    Returns:
+        tuple[float, float, float, float]: mean of the balanced grid, its standard error, degrees of freedom, standard
+            deviation of the residuals
+    """
     fitting = (contrasts(factors, zoo, order) for order in (2, 1, 0))
     x = next(x for x in fitting if x.shape[1] == 1 or (len(x) >= 2 * x.shape[1] and np.linalg.matrix_rank(x) == x.shape[1]))
     inverse = np.linalg.inv(x.T @ x)
@@ -144,7 +196,15 @@ def as_designs(
     both: pd.DataFrame,     # from as_samples
     metrics: pd.DataFrame,  # what it was made from
 ) -> pd.DataFrame:          # the same, with estimate and errors of grids by their design
-    "Judge grids by their design; every other cell stays as it is."
+    """Judge grids by their design; every other cell stays as it is.
+
+    Args:
+        both: from as_samples
+        metrics: what it was made from
+
+    Returns:
+        pd.DataFrame: the same, with estimate and errors of grids by their design
+    """
     both = both.copy()
     for zoo in (name for name in both["zoo"].unique() if name in ZOOS and ZOOS[name].kind != "seed"):
         factors = model_table(get_zoo(zoo)).set_index("model")
@@ -162,7 +222,14 @@ def as_designs(
 def compare_means(
     both: pd.DataFrame,  # from as_samples or as_designs
 ) -> pd.DataFrame:       # effect (difference in units), error (its standard error) with df, p, equivalent, within_point
-    "Test means against each other, rounding given away, and both bounds of equivalence."
+    """Test means against each other, rounding given away, and both bounds of equivalence.
+
+    Args:
+        both: from as_samples or as_designs
+
+    Returns:
+        pd.DataFrame: effect (difference in units), error (its standard error) with df, p, equivalent, within_point
+    """
     largest, difference = both["unit"] + ROUNDING, both["estimate"] - both["paper_mean"]
     beyond = (difference.abs() - ROUNDING).clip(lower=0)
     error = np.hypot(both["own_error"], both["their_error"])
@@ -177,7 +244,14 @@ def compare_means(
 def compare_correlations(
     both: pd.DataFrame,  # ours_* and paper_* (mean, n), and low and high of a 95 % interval of ours: coefficients in %
 ) -> pd.DataFrame:       # effect (Cohen's q), error (of q), df (infinite), p, equivalent, within_point
-    "Compare correlation coefficients by the bootstrap of ours, rounding given away."
+    """Compare correlation coefficients by the bootstrap of ours, rounding given away.
+
+    Args:
+        both: ours_* and paper_* (mean, n), and low and high of a 95 % interval of ours: coefficients in %
+
+    Returns:
+        pd.DataFrame: effect (Cohen's q), error (of q), df (infinite), p, equivalent, within_point
+    """
     z = {name: np.arctanh((both[name] / 100).clip(-0.9999, 0.9999)) for name in ("ours_mean", "low", "high")}
     nearest = both["ours_mean"].clip(both["paper_mean"] - ROUNDING, both["paper_mean"] + ROUNDING)
     q = z["ours_mean"] - np.arctanh((nearest / 100).clip(-0.9999, 0.9999))
@@ -194,7 +268,14 @@ def compare_correlations(
 def by_design(
     both: pd.DataFrame,  # CELL
 ) -> pd.Series:          # bool
-    "Whether a number is a setting rather than a finding."
+    """Whether a number is a setting rather than a finding.
+
+    Args:
+        both: CELL
+
+    Returns:
+        pd.Series: bool
+    """
     layerwise = both["zoo"].isin([zoo.name for zoo in ZOOS.values() if zoo.mp_selector == "layerwise"])
     pruned = (both["method"] == "mp") & ((both["layer"] == "") | layerwise)
     return (both["metric"] == "sparsity") & (pruned | both["table"].isin([1, 2, 9]))
@@ -203,7 +284,14 @@ def by_design(
 def calibrated(
     both: pd.DataFrame,  # CELL
 ) -> pd.Series:          # bool
-    "Whether the recipe behind a cell was chosen by the printed numbers; epoch 0 shows the originals, which were not."
+    """Whether the recipe behind a cell was chosen by the printed numbers; epoch 0 shows the originals, which were not.
+
+    Args:
+        both: CELL
+
+    Returns:
+        pd.Series: bool
+    """
     return (both["zoo"].map(CALIBRATED) == both["method"]) & (both["epoch"] > 0)
 
 # %% ../nbs/33_comparison.ipynb #695d7c50
@@ -211,14 +299,29 @@ def within(
     both: pd.DataFrame,        # kind, effect, difference
     bound: dict[str, float],   # SMALL or NEAR
 ) -> pd.Series:                # bool
-    "Whether a difference is at most a bound, or half a point."
+    """Whether a difference is at most a bound, or half a point.
+
+    Args:
+        both: kind, effect, difference
+        bound: SMALL or NEAR
+
+    Returns:
+        pd.Series: bool
+    """
     return (both["effect"].abs() <= both["kind"].map(bound)) | (both["difference"].abs() <= HALF_POINT + 1e-9)
 
 
 def judge(
     both: pd.DataFrame,  # kind, difference, effect, p_adjusted, equivalent, doubtful, by_design, ours_mean
 ) -> pd.Series:          # one of VERDICTS per cell
-    "The verdict of every cell, by the rule above."
+    """The verdict of every cell, by the rule above.
+
+    Args:
+        both: kind, difference, effect, p_adjusted, equivalent, doubtful, by_design, ours_mean
+
+    Returns:
+        pd.Series: one of VERDICTS per cell
+    """
     conditions = {
         "not run": both["ours_mean"].isna(), "doubtful": both["doubtful"] != "", "by design": both["by_design"] & within(both, NEAR),
         "equivalent": both["equivalent"], "different": both["p_adjusted"] < LEVEL,
@@ -229,7 +332,14 @@ def judge(
 def first_rule(
     both: pd.DataFrame,  # kind, difference, effect, p_adjusted, verdict
 ) -> pd.Series:          # "agrees", "near" or "differs" for cells that are tested, the verdict itself for others
-    "What the rule of 21 November would have said."
+    """What the rule of 21 November would have said.
+
+    Args:
+        both: kind, difference, effect, p_adjusted, verdict
+
+    Returns:
+        pd.Series: "agrees", "near" or "differs" for cells that are tested, the verdict itself for others
+    """
     chance, near = ~(both["p_adjusted"] < LEVEL), within(both, NEAR)
     words = np.select([within(both, SMALL) | (chance & near), near], ["agrees", "near"], default="differs")
     return both["verdict"].where(~both["verdict"].isin(TESTED), words)
@@ -238,7 +348,14 @@ def first_rule(
 def adjusted(
     p: pd.Series,  # with missing values
 ) -> pd.Series:    # likewise
-    "Adjust the p values of one zoo by the procedure of Benjamini and Hochberg."
+    """Adjust the p values of one zoo by the procedure of Benjamini and Hochberg.
+
+    Args:
+        p: with missing values
+
+    Returns:
+        pd.Series: likewise
+    """
     known = p.dropna()
     return pd.Series(stats.false_discovery_control(known) if len(known) else known, index=known.index).reindex(p.index)
 
@@ -253,7 +370,15 @@ def compare(
     metrics: pd.DataFrame,              # tidy metrics of one or more zoos
     cells: pd.DataFrame | None = None,  # printed cells; none: from reported.read_reported
 ) -> pd.DataFrame:                      # COMPARISON, one row per printed cell of Tables 1, 2 and 5 to 9; in % and percentage points
-    "Judge every printed cell by its counterpart in the run; `spread` is our standard deviation over the models in units of the paper's."
+    """Judge every printed cell by its counterpart in the run; `spread` is our standard deviation over the models in units of the paper's.
+
+    Args:
+        metrics: tidy metrics of one or more zoos
+        cells: printed cells; none: from reported.read_reported
+
+    Returns:
+        pd.DataFrame: COMPARISON, one row per printed cell of Tables 1, 2 and 5 to 9; in % and percentage points
+    """
     metrics = own_selector(metrics)
     if (metrics["method"] == "original").all():  # the paper prints nothing of originals alone
         return pd.DataFrame(columns=COMPARISON)
@@ -276,14 +401,28 @@ LABELS = NAMES | {"pearson": "Pearson's r", "kendall": "Kendall's tau"}
 def state_label(
     cell,      # a row of a comparison, from itertuples
 ) -> str:      # such as "pruned by 90%, epoch 15"
-    "Name a cell's state."
+    """Name a cell's state.
+
+    Args:
+        cell: a row of a comparison, from itertuples
+
+    Returns:
+        str: such as "pruned by 90%, epoch 15"
+    """
     return f"pruned by {cell.level:.0%}, epoch {cell.epoch:.0f}" if cell.method == "mp" else f"{METHOD_TITLES['vd'].lower()}, epoch {cell.epoch:.0f}"
 
 
 def labelled(
     shown: pd.DataFrame,  # cells of a comparison that were regenerated
 ) -> pd.DataFrame:        # Table, Zoo, State, Measure, Ours, Paper: text
-    "Name cells and write them as the tables do."
+    """Name cells and write them as the tables do.
+
+    Args:
+        shown: cells of a comparison that were regenerated
+
+    Returns:
+        pd.DataFrame: Table, Zoo, State, Measure, Ours, Paper: text
+    """
     text = lambda side: [f"{m:.1f}" if metric in ("pearson", "kendall") else mean_std(m, s) for m, s, metric in zip(shown[f"{side}_mean"], shown[f"{side}_std"], shown["metric"])]
     return pd.DataFrame({
         "Table": shown["table"].astype(str), "Zoo": [zoo_title(zoo) if zoo else "All" for zoo in shown["zoo"]],
@@ -295,14 +434,28 @@ def labelled(
 def model_note(
     shown: pd.DataFrame,  # cells of a comparison that were regenerated
 ) -> str:                 # a sentence
-    "How many models of each zoo are behind our cells."
+    """How many models of each zoo are behind our cells.
+
+    Args:
+        shown: cells of a comparison that were regenerated
+
+    Returns:
+        str: a sentence
+    """
     return model_counts(shown[shown["zoo"] != ""].rename(columns={"ours_n": "n"}).astype({"n": int}))
 
 
 def side_by_side(
     comparison: pd.DataFrame,  # from compare
 ) -> Table:                    # one row per regenerated cell
-    "Our cells beside the paper's."
+    """Our cells beside the paper's.
+
+    Args:
+        comparison: from compare
+
+    Returns:
+        Table: one row per regenerated cell
+    """
     shown = comparison[comparison["verdict"] != "not run"].reset_index(drop=True)
     rows = labelled(shown).assign(Difference=shown["difference"].map("{:+z.1f}".format), Verdict=shown["verdict"] + np.where(shown["calibrated"], ", calibrated", ""))
     caption = f"Regenerated and printed cells: mean (std) in %, difference in points. {model_note(shown)}"
@@ -313,7 +466,15 @@ def beside_print(
     comparison: pd.DataFrame,  # from compare
     table: int,                # one of COMPARED
 ) -> Table:                    # one row per zoo and state, one column per measure; settings of all zoos are left out
-    "One table's cells as ours / printed, with a word on those that are not equivalent."
+    """One table's cells as ours / printed, with a word on those that are not equivalent.
+
+    Args:
+        comparison: from compare
+        table: one of COMPARED
+
+    Returns:
+        Table: one row per zoo and state, one column per measure; settings of all zoos are left out
+    """
     shown = comparison[(comparison["table"] == table) & (comparison["zoo"] != "") & (comparison["verdict"] != "not run")].reset_index(drop=True)
     rows, quiet = labelled(shown), shown["verdict"].isin(["equivalent", "by design"])
     rows["text"] = rows["Ours"] + " / " + rows["Paper"] + (", " + shown["verdict"]).where(~quiet, "")
@@ -325,7 +486,11 @@ def beside_print(
 def distinct_states(
     comparison: pd.DataFrame,  # cells of a comparison
 ) -> int:
-    "How many different numbers the cells show: one state stands in several tables, and the originals at both methods' starts."
+    """How many different numbers the cells show: one state stands in several tables, and the originals at both methods' starts.
+
+    Args:
+        comparison: cells of a comparison
+    """
     start = (comparison["epoch"] == 0) & ((comparison["method"] == "vd") | (comparison["level"] == 0))
     states = comparison.assign(method=comparison["method"].where(~start, "original"), level=comparison["level"].where(~start))
     return len(states.drop_duplicates(["zoo", "method", "level", "epoch", "layer", "metric"]))
@@ -335,7 +500,15 @@ def scorecard(
     comparison: pd.DataFrame,  # from compare
     by: str = "table",         # or "zoo", "metric"
 ) -> pd.DataFrame:             # one row per table or zoo, and "all": counts of cells
-    "Count cells: the verdicts of predicted ones, calibrated ones with how many of them are equivalent, and the rest."
+    """Count cells: the verdicts of predicted ones, calibrated ones with how many of them are equivalent, and the rest.
+
+    Args:
+        comparison: from compare
+        by: or "zoo", "metric"
+
+    Returns:
+        pd.DataFrame: one row per table or zoo, and "all": counts of cells
+    """
     groups, rows = [*comparison.groupby(by, sort=False), ("all", comparison)], {}
     for name, group in groups:
         tested = group["verdict"].isin(TESTED)
@@ -353,7 +526,15 @@ def worst(
     comparison: pd.DataFrame,  # from compare
     n: int = 10,               # how many
 ) -> pd.DataFrame:             # the n tested cells with the largest differences among those that are not equivalent
-    "What does not come out the same."
+    """What does not come out the same.
+
+    Args:
+        comparison: from compare
+        n: how many
+
+    Returns:
+        pd.DataFrame: the n tested cells with the largest differences among those that are not equivalent
+    """
     off = comparison[comparison["verdict"].isin(["undecided", "different"])]
     return off.sort_values("effect", key=np.abs, ascending=False).head(n)
 
@@ -362,7 +543,15 @@ def shifted_verdicts(
     comparison: pd.DataFrame,  # tested means of one zoo, from compare
     shift: float,              # in the paper's standard deviations
 ) -> pd.Series:                # "equivalent", "undecided" or "different"
-    "What the rule would say if every mean of ours were shifted."
+    """What the rule would say if every mean of ours were shifted.
+
+    Args:
+        comparison: tested means of one zoo, from compare
+        shift: in the paper's standard deviations
+
+    Returns:
+        pd.Series: "equivalent", "undecided" or "different"
+    """
     largest = comparison["unit"] + ROUNDING
     difference, error = comparison["difference"] + shift * comparison["unit"], comparison["error"] * largest
     p = 2 * stats.t.sf((difference.abs() - ROUNDING).clip(lower=0) / error, comparison["df"])
@@ -374,7 +563,15 @@ def shifted_verdicts(
 def smallest_error(
     comparison: pd.DataFrame,  # from compare
 ) -> pd.DataFrame:             # index zoo: cells, smallest error that is caught in standard deviations, and in points of test accuracy
-    "The smallest common error that the verdicts of each zoo would catch in four cells of five; infinite beyond five standard deviations."
+    """The smallest common error that the verdicts of each zoo would catch in four cells of five; infinite beyond five standard deviations.
+
+    Args:
+        comparison: from compare
+
+    Returns:
+        pd.DataFrame: index zoo: cells, smallest error that is caught in standard deviations, and in points of test
+            accuracy
+    """
     tested = comparison[comparison["verdict"].isin(TESTED) & np.isfinite(comparison["df"])]
     found = {}
     caught = lambda cells, shift: min((shifted_verdicts(cells, sign * shift) == "different").mean() for sign in (-1, 1)) >= 0.8
@@ -387,7 +584,14 @@ def smallest_error(
 def headline(
     comparison: pd.DataFrame,  # from compare
 ) -> pd.DataFrame:             # index zoo, then "all"; text
-    "Counts of every zoo that was run and is printed."
+    """Counts of every zoo that was run and is printed.
+
+    Args:
+        comparison: from compare
+
+    Returns:
+        pd.DataFrame: index zoo, then "all"; text
+    """
     cells = comparison[comparison["zoo"] != ""]
     cells = cells[cells["zoo"].isin(cells.loc[cells["verdict"] != "not run", "zoo"])]
     score, caught, models = scorecard(cells, "zoo"), smallest_error(cells), cells.groupby("zoo")["ours_n"].max()
@@ -444,7 +648,16 @@ def disturbed_scores(
     metrics: pd.DataFrame,              # tidy metrics of registered zoos
     cells: pd.DataFrame | None = None,  # printed cells; none: from reported.read_reported
 ) -> pd.DataFrame:                      # zoo, disturbance, tested, the number of cells with each of TESTED, within a point, and lost: equivalent only without the error
-    "Judge the same runs as they are and with each deliberate error."
+    """Judge the same runs as they are and with each deliberate error.
+
+    Args:
+        metrics: tidy metrics of registered zoos
+        cells: printed cells; none: from reported.read_reported
+
+    Returns:
+        pd.DataFrame: zoo, disturbance, tested, the number of cells with each of TESTED, within a point, and lost:
+            equivalent only without the error
+    """
     rows = []
     for zoo, of_zoo in own_selector(metrics).groupby("zoo", sort=False):
         before = compare(of_zoo, cells).query("zoo != ''")["verdict"] == "equivalent"
@@ -461,7 +674,11 @@ def disturbed_scores(
 def figure_disturbances(
     scores: pd.DataFrame,  # from disturbed_scores
 ) -> Figure:
-    "Verdicts of every zoo as it is and with each deliberate error, as shares of the tested cells."
+    """Verdicts of every zoo as it is and with each deliberate error, as shares of the tested cells.
+
+    Args:
+        scores: from disturbed_scores
+    """
     zoos, names = list(scores["zoo"].unique()), list(DISTURBANCES)
     rows, columns = -(-len(zoos) // 4), min(4, max(1, len(zoos)))
     fig, axes = plt.subplots(rows, columns, figsize=(WIDTH, rows * (0.24 * len(names) + 0.8) + 0.4), sharey=True, squeeze=False, layout="constrained")
@@ -487,7 +704,15 @@ def compare_layer_spread(
     frequencies: pd.DataFrame,          # of one or more zoos, from layers.stack_frequencies or layers.read_frequencies
     cells: pd.DataFrame | None = None,  # printed cells; none: from reported.read_reported
 ) -> pd.DataFrame:                      # table, zoo, method, level, epoch, layer, ours_mean, ours_std, paper_mean, paper_std, n; in %
-    "Spread of the removal frequency within each layer beside Tables 7 and 8, brought to the paper's number of models."
+    """Spread of the removal frequency within each layer beside Tables 7 and 8, brought to the paper's number of models.
+
+    Args:
+        frequencies: of one or more zoos, from layers.stack_frequencies or layers.read_frequencies
+        cells: printed cells; none: from reported.read_reported
+
+    Returns:
+        pd.DataFrame: table, zoo, method, level, epoch, layer, ours_mean, ours_std, paper_mean, paper_std, n; in %
+    """
     found = own_selector(frequency_spread(frequencies).astype({"zoo": str, "method": str, "selector": str, "layer": str}))
     lasting = (found["std"] ** 2 - found["chance"] ** 2).clip(lower=0)
     theirs = found["chance"] ** 2 * found["models"] / found["zoo"].map({zoo: printed_models(7, zoo) for zoo in found["zoo"].unique()})
@@ -506,7 +731,16 @@ def compare_windows(
     frequencies: pd.DataFrame,          # of one or more zoos, from layers.stack_frequencies or layers.read_frequencies
     cells: pd.DataFrame | None = None,  # printed cells; none: from reported.read_reported
 ) -> pd.DataFrame:                      # zoo, level, layer (as printed), paper_mean, paper_std, window_mean, window_std, layer_mean, window_difference, layer_difference; in %
-    "Table 8's doubtful rows of the three-channel architecture beside the shifted windows of our weights, and beside their proper layers."
+    """Table 8's doubtful rows of the three-channel architecture beside the shifted windows of our weights, and beside their proper layers.
+
+    Args:
+        frequencies: of one or more zoos, from layers.stack_frequencies or layers.read_frequencies
+        cells: printed cells; none: from reported.read_reported
+
+    Returns:
+        pd.DataFrame: zoo, level, layer (as printed), paper_mean, paper_std, window_mean, window_std, layer_mean,
+            window_difference, layer_difference; in %
+    """
     printed, found, frequencies = read_reported() if cells is None else cells, [], own_selector(frequencies)
     printed = printed[(printed["table"] == 8) & printed["zoo"].isin(SHIFTED) & (printed["layer"] != "")]
     for zoo in printed.loc[printed["zoo"].isin(frequencies["zoo"].unique()), "zoo"].unique():
@@ -529,7 +763,14 @@ def compare_windows(
 def share_grid(
     comparison: pd.DataFrame,  # from compare
 ) -> pd.DataFrame:             # zoo, table (or "all"), printed, tested, equivalent, share
-    "Data of the heat map; the row \"All\" of Table 5, a setting, is left out."
+    """Data of the heat map; the row "All" of Table 5, a setting, is left out.
+
+    Args:
+        comparison: from compare
+
+    Returns:
+        pd.DataFrame: zoo, table (or "all"), printed, tested, equivalent, share
+    """
     rows = comparison[comparison["zoo"] != ""]
     both = pd.concat([rows.astype({"table": object}), rows.assign(table="all")])
     groups = both.groupby(["zoo", "table"], sort=False)["verdict"]
@@ -544,7 +785,11 @@ PALE = sns.blend_palette([ORANGE, "#f6d9a8", "#f4f7fa"], as_cmap=True)  # from n
 def figure_scorecard(
     comparison: pd.DataFrame,  # from compare
 ) -> Figure:
-    "Share of cells that are equivalent, zoo by zoo and table by table."
+    """Share of cells that are equivalent, zoo by zoo and table by table.
+
+    Args:
+        comparison: from compare
+    """
     grid = share_grid(comparison)
     zoos, tables = [zoo for zoo in ZOOS if zoo in set(grid["zoo"])], [*COMPARED, "all"]
     wide = {name: grid.pivot(index="zoo", columns="table", values=name).reindex(index=zoos, columns=tables) for name in ("share", "equivalent", "tested", "printed")}
@@ -578,7 +823,14 @@ def our_originals(
     metrics: pd.DataFrame,  # tidy metrics of one or more zoos
     epoch: int = RECORDED_EPOCH,
 ) -> pd.DataFrame:          # zoo, model, test_acc, cut to three decimals
-    "Our originals as the real ones are recorded, for zoos of which there are records."
+    """Our originals as the real ones are recorded, for zoos of which there are records.
+
+    Args:
+        metrics: tidy metrics of one or more zoos
+
+    Returns:
+        pd.DataFrame: zoo, model, test_acc, cut to three decimals
+    """
     rows = metrics[(metrics["method"] == "original") & (metrics["epoch"] == epoch) & metrics["zoo"].isin(read_recorded()["zoo"].unique())]
     return rows[["zoo", "model", "test_acc"]].assign(test_acc=np.floor(1000 * rows["test_acc"] + 1e-6) / 1000)
 
@@ -586,7 +838,14 @@ def our_originals(
 def beside_recorded(
     metrics: pd.DataFrame,  # tidy metrics of one or more zoos
 ) -> pd.DataFrame:          # index zoo, side: models, mean, std, quantiles, failed (share in %), and for ours ks and p; in %
-    "Distributions of the originals' accuracies, ours and the recorded ones."
+    """Distributions of the originals' accuracies, ours and the recorded ones.
+
+    Args:
+        metrics: tidy metrics of one or more zoos
+
+    Returns:
+        pd.DataFrame: index zoo, side: models, mean, std, quantiles, failed (share in %), and for ours ks and p; in %
+    """
     ours, theirs, rows = our_originals(metrics), read_recorded(), {}
     for zoo, of_zoo in ours.groupby("zoo", sort=False):
         sides = {"ours": of_zoo["test_acc"], "real": theirs.loc[theirs["zoo"] == zoo, "test_acc"]}
@@ -601,7 +860,15 @@ def beside_recorded(
 def matched_models(
     metrics: pd.DataFrame,  # tidy metrics of one or more zoos
 ) -> pd.DataFrame:          # one row per model of a recorded grid: zoo, model, FACTORS, ours, real (mean of the ten with the same factors), difference; in %
-    "Every model of a grid beside the real models with the same factors."
+    """Every model of a grid beside the real models with the same factors.
+
+    Args:
+        metrics: tidy metrics of one or more zoos
+
+    Returns:
+        pd.DataFrame: one row per model of a recorded grid: zoo, model, FACTORS, ours, real (mean of the ten with the
+            same factors), difference; in %
+    """
     parts = []
     for zoo, rows in our_originals(metrics).groupby("zoo", sort=False):
         if get_zoo(zoo).kind != "seed":
@@ -615,7 +882,14 @@ def matched_models(
 def recorded_by_factor(
     matched: pd.DataFrame,  # from matched_models
 ) -> pd.DataFrame:          # index zoo, factor, level: models, ours, real, difference and its standard error, in points
-    "Matched differences, level by level of every factor, and over all models."
+    """Matched differences, level by level of every factor, and over all models.
+
+    Args:
+        matched: from matched_models
+
+    Returns:
+        pd.DataFrame: index zoo, factor, level: models, ours, real, difference and its standard error, in points
+    """
     groups = [(zoo, factor, str(level), of) for zoo, rows in matched.groupby("zoo", sort=False) for factor in FACTORS for level, of in rows.groupby(factor)]
     groups += [(zoo, "all", "", rows) for zoo, rows in matched.groupby("zoo", sort=False)]
     found = [
@@ -628,7 +902,14 @@ def recorded_by_factor(
 def recorded_epochs(
     metrics: pd.DataFrame,  # tidy metrics of one or more zoos
 ) -> pd.DataFrame:          # index zoo, epoch; columns (side, models), (side, mean), (side, quartiles): in %
-    "Training curves of the originals, ours and the recorded ones."
+    """Training curves of the originals, ours and the recorded ones.
+
+    Args:
+        metrics: tidy metrics of one or more zoos
+
+    Returns:
+        pd.DataFrame: index zoo, epoch; columns (side, models), (side, mean), (side, quartiles): in %
+    """
     theirs = read_recorded_curves()
     ours = metrics[(metrics["method"] == "original") & metrics["epoch"].isin(theirs["epoch"].unique()) & metrics["zoo"].isin(theirs["zoo"].unique())]
     sides = {"ours": ours, "real": theirs[theirs["zoo"].isin(ours["zoo"].unique())]}
@@ -641,7 +922,11 @@ def recorded_epochs(
 def figure_recorded(
     metrics: pd.DataFrame,  # tidy metrics of one or more zoos
 ) -> Figure:
-    "Test accuracies of the originals, ours and the real ones: how they are distributed, and how they rise."
+    """Test accuracies of the originals, ours and the real ones: how they are distributed, and how they rise.
+
+    Args:
+        metrics: tidy metrics of one or more zoos
+    """
     ours, theirs, real_curves = our_originals(metrics), read_recorded(), read_recorded_curves()
     zoos = list(ours["zoo"].unique())
     fig, axes = plt.subplots(2, max(1, len(zoos)), figsize=(WIDTH, 4.6), squeeze=False, layout="constrained")

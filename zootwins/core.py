@@ -30,7 +30,15 @@ def one_line(
     text: object,       # a text, or an exception
     width: int = 300,   # of characters at most; what is longer is cut
 ) -> str:               # an exception without a message becomes its class's name
-    "Put a text on one line, without control characters."
+    """Put a text on one line, without control characters.
+
+    Args:
+        text: a text, or an exception
+        width: of characters at most; what is longer is cut
+
+    Returns:
+        str: an exception without a message becomes its class's name
+    """
     words = str(text) or type(text).__name__
     line = re.sub(r"\s*[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]\s*", " ", words[: 4 * width].strip())
     plain = "".join(sign if sign.isprintable() else "?" for sign in line)
@@ -52,7 +60,16 @@ def check_name(
     valid: Iterable[str],  # the names that exist
     what: str,             # what the name stands for, such as "zoo"
 ) -> str:                  # the same name, now known to be valid
-    "Return `name` if it is among `valid`, else raise a `UserError` that lists the valid names."
+    """Return `name` if it is among `valid`, else raise a `UserError` that lists the valid names.
+
+    Args:
+        name: the name that the user gave
+        valid: the names that exist
+        what: what the name stands for, such as "zoo"
+
+    Returns:
+        str: the same name, now known to be valid
+    """
     valid = list(valid)
     if name in valid:
         return name
@@ -64,7 +81,14 @@ def check_name(
 def project_root(
     start: Path | None = None,  # folder to begin with; none: the current one
 ) -> Path:                      # the nearest folder at or above `start` that holds zootwins' settings.ini, else `start`
-    "Find the checkout that the current folder belongs to."
+    """Find the checkout that the current folder belongs to.
+
+    Args:
+        start: folder to begin with; none: the current one
+
+    Returns:
+        Path: the nearest folder at or above `start` that holds zootwins' settings.ini, else `start`
+    """
     start = Path(start or Path.cwd()).resolve()
     for folder in (start, *start.parents):
         config = ConfigParser(interpolation=None)
@@ -74,12 +98,20 @@ def project_root(
 
 # %% ../nbs/00_core.ipynb #14db5e5f
 def cache_folder() -> Path:  # such as ~/.cache/zootwins on Linux; created on demand by whoever writes
-    "The user's cache folder for everything that can be made again."
+    """The user's cache folder for everything that can be made again.
+
+    Returns:
+        Path: such as ~/.cache/zootwins on Linux; created on demand by whoever writes
+    """
     return platformdirs.user_cache_path("zootwins")
 
 
 def data_folder() -> Path:  # the folder named by ZOOTWINS_DATA, or `data` in the cache folder
-    "The folder that holds the images."
+    """The folder that holds the images.
+
+    Returns:
+        Path: the folder named by ZOOTWINS_DATA, or `data` in the cache folder
+    """
     named = os.environ.get("ZOOTWINS_DATA")
     return Path(named).expanduser() if named else cache_folder() / "data"
 
@@ -88,7 +120,15 @@ def cannot_write(
     path: Path | str,  # the file or folder that was to be written
     error: OSError,    # what came of it
 ) -> UserError:        # to be raised
-    "Say why something cannot be written, and what to do."
+    """Say why something cannot be written, and what to do.
+
+    Args:
+        path: the file or folder that was to be written
+        error: what came of it
+
+    Returns:
+        UserError: to be raised
+    """
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(f"No space left to write {path}: free some disk space or choose another folder, "
                          "then run again; finished work is kept.")
@@ -100,7 +140,14 @@ def cannot_write(
 def atomic_path(
     path: Path | str,  # where the file shall be in the end; missing folders are made
 ) -> Iterator[Path]:   # a temporary path to write to, on the same file system, with the same suffix
-    "Give a temporary path that becomes `path` when the block ends well; raises `UserError` if it cannot be written."
+    """Give a temporary path that becomes `path` when the block ends well; raises `UserError` if it cannot be written.
+
+    Args:
+        path: where the file shall be in the end; missing folders are made
+
+    Returns:
+        Iterator[Path]: a temporary path to write to, on the same file system, with the same suffix
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")
     try:
@@ -126,7 +173,16 @@ def in_formats(
     known: Collection[str],            # TABLE_FORMATS or FIGURE_FORMATS
     asked: Collection[str] | None = None,  # those asked for, of tables and figures together; none: the path's own
 ) -> list[Path]:                       # the files to write
-    "Name the files of one table or figure; raises `UserError` if the path's own format is not known."
+    """Name the files of one table or figure; raises `UserError` if the path's own format is not known.
+
+    Args:
+        path: of a table or figure, such as "runs/usps_seed/table_5.csv"
+        known: TABLE_FORMATS or FIGURE_FORMATS
+        asked: those asked for, of tables and figures together; none: the path's own
+
+    Returns:
+        list[Path]: the files to write
+    """
     path = Path(path)
     if asked is None:
         check_name(path.suffix.removeprefix("."), known, "format")
@@ -138,7 +194,12 @@ def write_json(
     record: dict[str, Any],  # JSON types; paths and the like become strings
     path: Path | str,        # the file
 ) -> None:
-    "Write a record as indented JSON, whole or not at all."
+    """Write a record as indented JSON, whole or not at all.
+
+    Args:
+        record: JSON types; paths and the like become strings
+        path: the file
+    """
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
 
@@ -149,7 +210,14 @@ LARGEST_RECORD = 64 << 20  # bytes
 def read_json(
     path: Path | str,   # a file written by `write_json`
 ) -> dict[str, Any]:    # the record
-    "Read a record; raises `UserError` if the file cannot be read, is too large, or does not hold one."
+    """Read a record; raises `UserError` if the file cannot be read, is too large, or does not hold one.
+
+    Args:
+        path: a file written by `write_json`
+
+    Returns:
+        dict[str, Any]: the record
+    """
     try:
         status = Path(path).stat()
         if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_RECORD:
@@ -166,7 +234,14 @@ def read_json(
 def digest(
     *contents: bytes | memoryview,  # any, one after the other
 ) -> str:                           # 32 hexadecimal digits
-    "Name some content by its hash."
+    """Name some content by its hash.
+
+    Args:
+        *contents: any, one after the other
+
+    Returns:
+        str: 32 hexadecimal digits
+    """
     total = hashlib.blake2b(digest_size=16)
     for content in contents:
         total.update(content)
@@ -176,7 +251,14 @@ def digest(
 def progress_bar(
     **options: Any,  # of tqdm: total, desc, unit, disable, ...
 ) -> Any:            # a tqdm bar
-    "A bar in the form that suits where it is shown; widgets are imported only when one is."
+    """A bar in the form that suits where it is shown; widgets are imported only when one is.
+
+    Args:
+        **options: of tqdm: total, desc, unit, disable, ...
+
+    Returns:
+        Any: a tqdm bar
+    """
     if os.environ.get("ZOOTWINS_BARS") == "text" or find_spec("ipywidgets") is None:
         from tqdm import tqdm
     else:

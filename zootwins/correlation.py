@@ -21,7 +21,16 @@ def pearson_of_resamples(
     y: np.ndarray,       # [n]
     counts: np.ndarray,  # [resamples, n]: how often each resample holds each model
 ) -> np.ndarray:         # [resamples]; NaN where x or y is constant
-    "Pearson's r of every resample."
+    """Pearson's r of every resample.
+
+    Args:
+        x: [n]
+        y: [n]
+        counts: [resamples, n]: how often each resample holds each model
+
+    Returns:
+        np.ndarray: [resamples]; NaN where x or y is constant
+    """
     x, y = ((v - v.mean()) / (v.std() or 1) for v in (x, y))
     share = counts / counts.sum(axis=1, keepdims=True)
     mean_x, mean_y = share @ x, share @ y
@@ -36,7 +45,16 @@ def kendall_of_resamples(
     y: np.ndarray,       # [n]
     counts: np.ndarray,  # [resamples, n]: how often each resample holds each model
 ) -> np.ndarray:         # [resamples]; NaN where x or y is constant
-    "Kendall's tau-b of every resample."
+    """Kendall's tau-b of every resample.
+
+    Args:
+        x: [n]
+        y: [n]
+        counts: [resamples, n]: how often each resample holds each model
+
+    Returns:
+        np.ndarray: [resamples]; NaN where x or y is constant
+    """
     sign_x, sign_y = (np.sign(v[:, None] - v).astype(np.float32) for v in (x, y))
     m = counts.astype(np.float32)
     form = lambda matrix: ((m @ matrix) * m).sum(axis=1, dtype=np.float64)
@@ -55,7 +73,19 @@ def bootstrap_interval(
     confidence: float = 0.95,  # share of the resamples inside
     seed: int = 0,             # the same seed draws the same resamples
 ) -> tuple[float, float]:      # low, high
-    "Percentile interval of a coefficient; resamples in which a sample is constant are left out."
+    """Percentile interval of a coefficient; resamples in which a sample is constant are left out.
+
+    Args:
+        resampled: gives the coefficient of every resample, as the two functions above
+        x: [n]
+        y: [n]
+        resamples: how many
+        confidence: share of the resamples inside
+        seed: the same seed draws the same resamples
+
+    Returns:
+        tuple[float, float]: low, high
+    """
     n, tail = len(x), 50 * (1 - confidence)
     counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
     low, high = np.nanpercentile(resampled(x, y, counts), [tail, 100 - tail])
@@ -67,7 +97,16 @@ def correlate(
     after: np.ndarray,          # [n], of their twins in the same order
     **options,                  # resamples, confidence, seed of `bootstrap_interval`
 ) -> pd.DataFrame:              # rows pearson and kendall: coefficient, value, low, high, n
-    "Pearson's r and Kendall's tau-b between paired samples, with bootstrap confidence intervals."
+    """Pearson's r and Kendall's tau-b between paired samples, with bootstrap confidence intervals.
+
+    Args:
+        before: [n], such as accuracies of originals
+        after: [n], of their twins in the same order
+        **options: resamples, confidence, seed of `bootstrap_interval`
+
+    Returns:
+        pd.DataFrame: rows pearson and kendall: coefficient, value, low, high, n
+    """
     x, y = np.asarray(before, dtype=float), np.asarray(after, dtype=float)
     known = np.isfinite(x) & np.isfinite(y)
     x, y = x[known], y[known]
@@ -85,7 +124,17 @@ def paired_accuracy(
     epoch: int,                  # of the twins
     level: float | None = None,  # of magnitude pruning
 ) -> pd.DataFrame:               # one row per model: zoo, model, before, after, sparsity
-    "Test accuracy of originals and twins, model by model; empty where either is missing."
+    """Test accuracy of originals and twins, model by model; empty where either is missing.
+
+    Args:
+        metrics: tidy metrics
+        method: "mp" or "vd"
+        epoch: of the twins
+        level: of magnitude pruning
+
+    Returns:
+        pd.DataFrame: one row per model: zoo, model, before, after, sparsity
+    """
     metrics = one_selector(metrics)
     originals = metrics[metrics["method"] == "original"]
     originals = originals[originals["epoch"] == originals.groupby("zoo")["epoch"].transform("max")]
@@ -103,7 +152,18 @@ def correlation(
     level: float | None = None,  # of magnitude pruning
     **options,                   # resamples, confidence, seed of `bootstrap_interval`
 ) -> pd.DataFrame:               # zoo, method, level, epoch, coefficient, value, low, high, n
-    "Correlation between the accuracies of originals and twins."
+    """Correlation between the accuracies of originals and twins.
+
+    Args:
+        metrics: tidy metrics of one or more zoos
+        method: "mp" or "vd"
+        epoch: of the twins
+        level: of magnitude pruning
+        **options: resamples, confidence, seed of `bootstrap_interval`
+
+    Returns:
+        pd.DataFrame: zoo, method, level, epoch, coefficient, value, low, high, n
+    """
     keys = {"method": method, "level": np.nan if level is None else level, "epoch": epoch}
     zoos = paired_accuracy(metrics, method, epoch, level).groupby("zoo", sort=False)
     tables = [correlate(pairs["before"], pairs["after"], **options).assign(zoo=zoo, **keys) for zoo, pairs in zoos]
@@ -114,7 +174,14 @@ def correlation(
 def most_influential(
     pairs: pd.DataFrame,  # of one zoo, from paired_accuracy
 ) -> pd.Series:           # pearson and kendall of all models; model, and both coefficients without it
-    "The model on which Pearson's r depends most; missing values for fewer than four models."
+    """The model on which Pearson's r depends most; missing values for fewer than four models.
+
+    Args:
+        pairs: of one zoo, from paired_accuracy
+
+    Returns:
+        pd.Series: pearson and kendall of all models; model, and both coefficients without it
+    """
     coefficients = lambda rows: correlate(rows["before"], rows["after"], resamples=1).set_index("coefficient")["value"].to_dict()
     whole = coefficients(pairs)
     if len(pairs) < 4:

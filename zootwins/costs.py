@@ -38,7 +38,15 @@ def first_block(
     zoo: Zoo,    # the registry's entry
     name: str,   # "original", "mp" or "vd"
 ) -> Block:      # 16 rows
-    "The first block of a stage, beginning from untrained models: what they know does not change what they cost."
+    """The first block of a stage, beginning from untrained models: what they know does not change what they cost.
+
+    Args:
+        zoo: the registry's entry
+        name: "original", "mp" or "vd"
+
+    Returns:
+        Block: 16 rows
+    """
     plan = make_plan(zoo.name, 16, engine="lanes", store="unused", figures="unused")
     stage = next(stage for stage in make_stages(plan) if stage.name == name)
     many = sample_population(zoo, 16)
@@ -50,7 +58,15 @@ def noise(
     architecture: str,  # of IMAGE_SHAPES
     n: int,             # images
 ) -> tuple[torch.Tensor, torch.Tensor]:  # float32 [n, C, H, W] and int64 [n]
-    "Images without a motif, and labels."
+    """Images without a motif, and labels.
+
+    Args:
+        architecture: of IMAGE_SHAPES
+        n: images
+
+    Returns:
+        tuple[torch.Tensor, torch.Tensor]: float32 [n, C, H, W] and int64 [n]
+    """
     generator = torch.Generator().manual_seed(0)
     return torch.randn(n, *IMAGE_SHAPES[architecture], generator=generator), torch.randint(10, (n,), generator=generator)
 
@@ -58,7 +74,14 @@ def noise(
 def seconds_per_image(
     block: Block,  # from `first_block`
 ) -> tuple[float, float]:  # of CPU time, for the whole block: training, testing
-    "Time a block's training and its testing, the best of some rounds."
+    """Time a block's training and its testing, the best of some rounds.
+
+    Args:
+        block: from `first_block`
+
+    Returns:
+        tuple[float, float]: of CPU time, for the whole block: training, testing
+    """
     stage, state = block.stage, start_of(block)
     (x, y), (x_test, y_test) = noise(stage.architecture, TRAINED), noise(stage.architecture, TESTED)
     plain, taken = deterministic(state.population.weights), []
@@ -81,7 +104,18 @@ def block_seconds(
     n_train: int,    # images
     n_test: int,     # images
 ) -> float:          # of CPU time
-    "Scale what was measured to a whole block."
+    """Scale what was measured to a whole block.
+
+    Args:
+        stage: of a zoo
+        train: seconds per image, for the whole block
+        test: likewise
+        n_train: images
+        n_test: images
+
+    Returns:
+        float: of CPU time
+    """
     epochs = stage.recipe.epochs
     return train * n_train * epochs + test * (n_test * (epochs + 1) + n_train)
 
@@ -89,7 +123,14 @@ def block_seconds(
 def measure_costs(
     zoos: Sequence[str] = TABLE_4,  # names
 ) -> pd.DataFrame:                  # COLUMNS; times of training and testing in microseconds per model and image
-    "Measure every stage of some zoos on one core of this machine."
+    """Measure every stage of some zoos on one core of this machine.
+
+    Args:
+        zoos: names
+
+    Returns:
+        pd.DataFrame: COLUMNS; times of training and testing in microseconds per model and image
+    """
     found = []
     for name in zoos:
         zoo, images = get_zoo(name), DATA_SETS[get_zoo(name).dataset]
@@ -107,7 +148,14 @@ COSTS = Path("figures/bench/costs.csv")  # in the checkout
 def in_paper(
     costs: pd.DataFrame,  # from `measure_costs`
 ) -> pd.DataFrame:        # without pruned twins of zoos that the paper did not prune
-    "Keep what the paper made: four of its grids have no twins by magnitude pruning."
+    """Keep what the paper made: four of its grids have no twins by magnitude pruning.
+
+    Args:
+        costs: from `measure_costs`
+
+    Returns:
+        pd.DataFrame: without pruned twins of zoos that the paper did not prune
+    """
     pruned = costs["zoo"].map(lambda zoo: get_zoo(zoo).mp_in_paper)
     return costs[(costs["stage"] != "mp") | pruned]
 
@@ -116,7 +164,12 @@ def save_costs(
     costs: pd.DataFrame,  # from `measure_costs`
     path: Path,           # of a CSV file
 ) -> None:
-    "Write costs down, with the machine they are of."
+    """Write costs down, with the machine they are of.
+
+    Args:
+        costs: from `measure_costs`
+        path: of a CSV file
+    """
     with atomic_path(path) as temporary:
         costs.assign(machine=platform.machine(), arithmetic=LANES.arithmetic()).round(6).to_csv(temporary, index=False)
 
@@ -127,7 +180,12 @@ if __name__ == "__main__" and Path(sys.argv[0]).stem == "costs":  # run as a mod
 # %% ../nbs/52_costs.ipynb #c52a0018
 @dataclass(frozen=True)
 class Work:
-    "The blocks of a zoo."
+    """The blocks of a zoo.
+
+    Attributes:
+        originals: seconds of each
+        twins: likewise
+    """
 
     originals: tuple[float, ...]  # seconds of each
     twins: tuple[float, ...]      # likewise
@@ -136,7 +194,14 @@ class Work:
 def works_of(
     costs: pd.DataFrame,  # from `measure_costs`
 ) -> dict[str, Work]:     # the dearest zoo first
-    "Lay out the blocks of every zoo."
+    """Lay out the blocks of every zoo.
+
+    Args:
+        costs: from `measure_costs`
+
+    Returns:
+        dict[str, Work]: the dearest zoo first
+    """
     found = {}
     for zoo, of_zoo in costs.groupby("zoo", sort=False):
         blocks = {row.stage: (row.block_seconds,) * row.blocks for row in of_zoo.itertuples()}
@@ -148,7 +213,15 @@ def makespan(
     works: Sequence[Work],  # handed out at once, in this order
     cores: int,             # that work
 ) -> float:                 # seconds until the last block is back
-    "Simulate the schedule."
+    """Simulate the schedule.
+
+    Args:
+        works: handed out at once, in this order
+        cores: that work
+
+    Returns:
+        float: seconds until the last block is back
+    """
     waiting = [(zoo, seconds, True) for zoo, work in enumerate(works) for seconds in work.originals][::-1]
     left, running, now = [len(work.originals) for work in works], [], 0.0
     while waiting or running:
@@ -169,7 +242,14 @@ def table_of_hours(
     works: Mapping[str, Work],  # from `works_of`
     cores: Sequence[int] = CORES,
 ) -> pd.DataFrame:              # cores, hours one after another and at once, and the share of the cores' time that is worked
-    "Hours of all zoos, by how many cores there are."
+    """Hours of all zoos, by how many cores there are.
+
+    Args:
+        works: from `works_of`
+
+    Returns:
+        pd.DataFrame: cores, hours one after another and at once, and the share of the cores' time that is worked
+    """
     total = sum(sum(work.originals + work.twins) for work in works.values()) / 3600
     rows = []
     for number in cores:
@@ -182,7 +262,11 @@ def table_of_hours(
 def figure_of_hours(
     table: pd.DataFrame,  # from `table_of_hours`
 ) -> Figure:
-    "Plot hours over cores, with the line that no schedule can go below."
+    """Plot hours over cores, with the line that no schedule can go below.
+
+    Args:
+        table: from `table_of_hours`
+    """
     figure, axes = plt.subplots(figsize=(5.2, 3.4))
     total = table["at once, h"].iloc[0] * table["cores"].iloc[0]
     for column, style in (("one after another, h", "o-"), ("at once, h", "s-")):

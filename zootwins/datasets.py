@@ -34,7 +34,17 @@ from .core import UserError, atomic_path, cache_folder, check_name, data_folder,
 # %% ../nbs/02_datasets.ipynb #a2d76329
 @dataclass(frozen=True, eq=False, repr=False)
 class Images:
-    "One data set in memory, prepared and split; x is float32 [N, C, H, W] and y int64 [N]."
+    """One data set in memory, prepared and split; x is float32 [N, C, H, W] and y int64 [N].
+
+    Attributes:
+        name: such as "usps"
+        x_train: what models are trained on, in the order of the random split
+        y_train: its labels, 0 to 9
+        x_val: the rest of the official training set, not used by the zoos
+        y_val: its labels
+        x_test: the official test set, in its own order
+        y_test: its labels
+    """
     name: str        # such as "usps"
     x_train: Tensor  # what models are trained on, in the order of the random split
     y_train: Tensor  # its labels, 0 to 9
@@ -53,7 +63,16 @@ def subset(
     n_train: int | None = None,  # how many training images to keep; none: all
     n_test: int | None = None,   # how many test images to keep; none: all
 ) -> Images:                     # the first `n_train` and `n_test` images; the validation part stays as it is
-    "Take the first images only; raises `UserError` for a number that cannot be had."
+    """Take the first images only; raises `UserError` for a number that cannot be had.
+
+    Args:
+        images: a data set
+        n_train: how many training images to keep; none: all
+        n_test: how many test images to keep; none: all
+
+    Returns:
+        Images: the first `n_train` and `n_test` images; the validation part stays as it is
+    """
     for part, wanted, there in [("training", n_train, len(images.y_train)), ("test", n_test, len(images.y_test))]:
         if wanted is not None and not 1 <= wanted <= there:
             raise UserError(f"{images.name} has {there} {part} images, so {wanted} of them cannot be taken: give a number from 1 to {there}.")
@@ -64,7 +83,14 @@ def subset(
 def images_fingerprint(
     images: Images,  # a data set
 ) -> dict[str, object]:  # JSON types
-    "What tells one set of training and test images from another."
+    """What tells one set of training and test images from another.
+
+    Args:
+        images: a data set
+
+    Returns:
+        dict[str, object]: JSON types
+    """
     parts = {"train": (images.x_train, images.y_train), "test": (images.x_test, images.y_test)}
     digests = {name: digest(*(tensor.contiguous().numpy().data for tensor in tensors)) for name, tensors in parts.items()}
     return {"name": images.name, "n_train": len(images.y_train), "n_test": len(images.y_test), **digests}
@@ -73,7 +99,14 @@ def images_fingerprint(
 def read_idx(
     content: bytes,  # an IDX file of unsigned bytes, gzipped or not
 ) -> np.ndarray:     # uint8, shaped as the file says
-    "Decode one IDX file; raises `ValueError` if it is none or has the wrong length."
+    """Decode one IDX file; raises `ValueError` if it is none or has the wrong length.
+
+    Args:
+        content: an IDX file of unsigned bytes, gzipped or not
+
+    Returns:
+        np.ndarray: uint8, shaped as the file says
+    """
     if content[:2] == b"\x1f\x8b":
         content = gzip.decompress(content)
     if content[:3] != b"\0\0\x08":
@@ -87,14 +120,29 @@ def decode_idx(
     images: bytes,                    # the images' IDX file
     labels: bytes,                    # the labels' IDX file
 ) -> tuple[np.ndarray, np.ndarray]:   # images (N, H, W) and labels (N,), uint8
-    "Decode MNIST or Fashion-MNIST."
+    """Decode MNIST or Fashion-MNIST.
+
+    Args:
+        images: the images' IDX file
+        labels: the labels' IDX file
+
+    Returns:
+        tuple[np.ndarray, np.ndarray]: images (N, H, W) and labels (N,), uint8
+    """
     return read_idx(images), read_idx(labels)
 
 # %% ../nbs/02_datasets.ipynb #73826fbe
 def decode_svhn(
     content: bytes,                   # train_32x32.mat or test_32x32.mat
 ) -> tuple[np.ndarray, np.ndarray]:   # images (N, 32, 32, 3) and labels (N,), uint8
-    "Decode SVHN."
+    """Decode SVHN.
+
+    Args:
+        content: train_32x32.mat or test_32x32.mat
+
+    Returns:
+        tuple[np.ndarray, np.ndarray]: images (N, 32, 32, 3) and labels (N,), uint8
+    """
     from scipy.io import loadmat  # only here: it takes a while to import
 
     arrays = loadmat(io.BytesIO(content))
@@ -104,7 +152,14 @@ def decode_svhn(
 def decode_usps(
     content: bytes,                   # usps.bz2 or usps.t.bz2
 ) -> tuple[np.ndarray, np.ndarray]:   # images (N, 16, 16) and labels (N,), uint8
-    "Decode USPS; raises `ValueError` if a line does not hold a label and 256 pixels."
+    """Decode USPS; raises `ValueError` if a line does not hold a label and 256 pixels.
+
+    Args:
+        content: usps.bz2 or usps.t.bz2
+
+    Returns:
+        tuple[np.ndarray, np.ndarray]: images (N, 16, 16) and labels (N,), uint8
+    """
     words = bz2.decompress(content).replace(b":", b" ").split()
     table = np.array(words, np.float32).reshape(-1, 1 + 2 * 256)
     if (table[:, 1::2] != np.arange(1, 257)).any():
@@ -136,7 +191,14 @@ class ArrayUnpickler(pickle.Unpickler):
 def decode_cifar(
     *contents: bytes,                 # the batches of one half: five for training, one for test
 ) -> tuple[np.ndarray, np.ndarray]:   # images (N, 32, 32, 3) and labels (N,), uint8
-    "Decode CIFAR-10; raises `UnpicklingError` for a pickle that holds more than arrays."
+    """Decode CIFAR-10; raises `UnpicklingError` for a pickle that holds more than arrays.
+
+    Args:
+        *contents: the batches of one half: five for training, one for test
+
+    Returns:
+        tuple[np.ndarray, np.ndarray]: images (N, 32, 32, 3) and labels (N,), uint8
+    """
     batches = [ArrayUnpickler(io.BytesIO(content), encoding="bytes").load() for content in contents]
     images = np.concatenate([batch[b"data"] for batch in batches]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     labels = np.concatenate([np.array(batch[b"labels"], np.uint8) for batch in batches])
@@ -147,13 +209,25 @@ def decode_stl(
     images: bytes,                    # train_X.bin or test_X.bin
     labels: bytes,                    # train_y.bin or test_y.bin
 ) -> tuple[np.ndarray, np.ndarray]:   # images (N, 96, 96, 3) and labels (N,), uint8
-    "Decode STL-10."
+    """Decode STL-10.
+
+    Args:
+        images: train_X.bin or test_X.bin
+        labels: train_y.bin or test_y.bin
+
+    Returns:
+        tuple[np.ndarray, np.ndarray]: images (N, 96, 96, 3) and labels (N,), uint8
+    """
     planes = np.frombuffer(images, np.uint8).reshape(-1, 3, 96, 96)
     return np.ascontiguousarray(planes.transpose(0, 3, 2, 1)), np.frombuffer(labels, np.uint8) - 1
 
 # %% ../nbs/02_datasets.ipynb #4f1d1e7c
 def decode_digits() -> tuple[np.ndarray, np.ndarray]:  # images (1797, 8, 8) and labels (1797,), uint8
-    "Read scikit-learn's bundled digits."
+    """Read scikit-learn's bundled digits.
+
+    Returns:
+        tuple[np.ndarray, np.ndarray]: images (1797, 8, 8) and labels (1797,), uint8
+    """
     from sklearn.datasets import load_digits  # only here: it takes more than a second to import
 
     images, labels = load_digits(return_X_y=True)
@@ -162,7 +236,13 @@ def decode_digits() -> tuple[np.ndarray, np.ndarray]:  # images (1797, 8, 8) and
 # %% ../nbs/02_datasets.ipynb #499fe045
 @dataclass(frozen=True)
 class ImageFile:
-    "One official file."
+    """One official file.
+
+    Attributes:
+        name: as published
+        md5: the MD5 sum of its bytes, as published
+        url: where it is fetched; empty for a file that comes inside an archive
+    """
     name: str      # as published
     md5: str       # the MD5 sum of its bytes, as published
     url: str = ""  # where it is fetched; empty for a file that comes inside an archive
@@ -170,7 +250,27 @@ class ImageFile:
 
 @dataclass(frozen=True)
 class DataSet:
-    "What is known about a data set; the zoos' preparation of it is data too."
+    """What is known about a data set; the zoos' preparation of it is data too.
+
+    Attributes:
+        name: such as "usps"
+        title: such as "USPS"
+        decode: from the files' bytes to images and labels
+        side: height and width of the decoded images, in pixels
+        colour: whether the decoded images have three channels
+        n_train: images to train on
+        n_val: images set aside from the official training set
+        n_test: images to test on
+        mean: subtracted from pixels in [0, 1], the same for every channel
+        std: divides what is left
+        train: official training files, in the order the decoder wants
+        test: official test files
+        archive: what the files come in, if they come in one
+        places: folders inside the data folder where files are looked for; fetched ones go to the first
+        sizes: prepared sizes in pixels that the zoos use
+        channels: channels of the prepared images; a coloured set with one channel is made grey
+        crop: whether the size is reached by cutting out the centre rather than by resizing
+    """
     name: str                             # such as "usps"
     title: str                            # such as "USPS"
     decode: Callable                      # from the files' bytes to images and labels
@@ -194,7 +294,12 @@ def _idx_files(
     base: str,                        # the address the files lie at
     md5s: tuple[str, str, str, str],  # training images and labels, test images and labels
 ) -> dict[str, tuple[ImageFile, ...]]:
-    "The four files of MNIST or of its double, Fashion-MNIST."
+    """The four files of MNIST or of its double, Fashion-MNIST.
+
+    Args:
+        base: the address the files lie at
+        md5s: training images and labels, test images and labels
+    """
     names = [f"{half}-{kind}-ubyte.gz" for half in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
     files = [ImageFile(name, md5, base + name) for name, md5 in zip(names, md5s, strict=True)]
     return {"train": tuple(files[:2]), "test": tuple(files[2:])}
@@ -240,7 +345,16 @@ def find_file(
     data_set: DataSet,           # whose places are looked through
     folders: tuple[Path, ...],   # data folders, the first is looked through first
 ) -> Path | None:                # where the file lies, packed or unpacked; none if it is nowhere
-    "Look for a file in all the places of a data set."
+    """Look for a file in all the places of a data set.
+
+    Args:
+        file: one official file
+        data_set: whose places are looked through
+        folders: data folders, the first is looked through first
+
+    Returns:
+        Path | None: where the file lies, packed or unpacked; none if it is nowhere
+    """
     names = dict.fromkeys([file.name, file.name.replace("-ubyte.gz", "-ubyte")])
     candidates = (folder / place / name for folder in folders for place in data_set.places for name in names)
     return next((path for path in candidates if path.is_file()), None)
@@ -251,7 +365,13 @@ def check_md5(
     file: ImageFile,     # what it should be
     data_set: DataSet,   # what it belongs to
 ) -> None:
-    "Raise `UserError` unless the file's MD5 sum is the published one; an unpacked file passes unchecked."
+    """Raise `UserError` unless the file's MD5 sum is the published one; an unpacked file passes unchecked.
+
+    Args:
+        path: a file
+        file: what it should be
+        data_set: what it belongs to
+    """
     if path.name != file.name:
         return
     with path.open("rb") as stream:
@@ -262,7 +382,11 @@ def check_md5(
 
 # %% ../nbs/02_datasets.ipynb #b7524396
 def quiet_pooch() -> ModuleType:  # the library that downloads
-    "Import pooch when something has to be fetched, without its words about widgets, which are not needed here."
+    """Import pooch when something has to be fetched, without its words about widgets, which are not needed here.
+
+    Returns:
+        ModuleType: the library that downloads
+    """
     with warnings.catch_warnings(action="ignore"):
         import pooch
     pooch.get_logger().setLevel("WARNING")
@@ -274,7 +398,16 @@ def fetch_file(
     data_set: DataSet,   # what it belongs to
     folder: Path,        # the data folder to write to
 ) -> Path:               # where the file lies now
-    "Download a file and verify its MD5 sum; raises `UserError` if it cannot be had."
+    """Download a file and verify its MD5 sum; raises `UserError` if it cannot be had.
+
+    Args:
+        file: one official file that has an address
+        data_set: what it belongs to
+        folder: the data folder to write to
+
+    Returns:
+        Path: where the file lies now
+    """
     pooch = quiet_pooch()
     place = folder / data_set.places[0]
     try:
@@ -294,7 +427,15 @@ def read_archive(
     path: Path,                     # a gzipped tar file
     files: tuple[ImageFile, ...],   # the members that are wanted, in whatever folder of the archive they are
 ) -> dict[str, bytes]:              # the content of each by its name
-    "Read some members of an archive; raises `UserError` if it is damaged or lacks one."
+    """Read some members of an archive; raises `UserError` if it is damaged or lacks one.
+
+    Args:
+        path: a gzipped tar file
+        files: the members that are wanted, in whatever folder of the archive they are
+
+    Returns:
+        dict[str, bytes]: the content of each by its name
+    """
     wanted, contents = {file.name for file in files}, {}
     try:
         with tarfile.open(path, "r|gz") as archive:
@@ -313,7 +454,15 @@ def read_files(
     data_set: DataSet,            # a data set with files
     folders: tuple[Path, ...],    # data folders; what is missing is fetched into the last
 ) -> dict[str, tuple[Path, bytes]]:   # for each official file by its name: what was read, and its content
-    "Find or fetch all files of a data set, verify and read them; raises `UserError` for what cannot be had or is not official."
+    """Find or fetch all files of a data set, verify and read them; raises `UserError` for what cannot be had or is not official.
+
+    Args:
+        data_set: a data set with files
+        folders: data folders; what is missing is fetched into the last
+
+    Returns:
+        dict[str, tuple[Path, bytes]]: for each official file by its name: what was read, and its content
+    """
     files = data_set.train + data_set.test
     paths = {file: find_file(file, data_set, folders) for file in files}
     if data_set.archive and None in paths.values():
@@ -335,7 +484,15 @@ def check_arrays(
     count: int,           # how many images there should be
     source: str,          # the file or files it came from, for the message
 ) -> None:
-    "Raise `UserError` unless images and labels have the type, shape and range of the data set."
+    """Raise `UserError` unless images and labels have the type, shape and range of the data set.
+
+    Args:
+        images: what was decoded
+        labels: and its labels
+        data_set: what it should be
+        count: how many images there should be
+        source: the file or files it came from, for the message
+    """
     shape = (count, data_set.side, data_set.side) + (3,) * data_set.colour
     if images.dtype != np.uint8 or images.shape != shape:
         problem = f"its images are {images.dtype} of shape {images.shape}, not uint8 of shape {shape}"
@@ -354,7 +511,17 @@ def decode_half(
     data_set: DataSet,                          # how to decode them
     count: int,                                 # how many images there should be
 ) -> tuple[np.ndarray, np.ndarray]:             # images and labels, uint8
-    "Decode the training or the test images; raises `UserError`, naming the files, for whatever the decoder stumbles over."
+    """Decode the training or the test images; raises `UserError`, naming the files, for whatever the decoder stumbles over.
+
+    Args:
+        files: the official files of one half, training or test
+        contents: what `read_files` gave
+        data_set: how to decode them
+        count: how many images there should be
+
+    Returns:
+        tuple[np.ndarray, np.ndarray]: images and labels, uint8
+    """
     read = [contents[file.name] for file in files]
     source = " with ".join(dict.fromkeys(str(path) for path, _ in read)) or "scikit-learn"
     try:
@@ -369,7 +536,15 @@ def decode_files(
     data_set: DataSet,            # any data set
     folders: tuple[Path, ...],    # data folders
 ) -> dict[str, np.ndarray]:       # x_train, y_train and, if there is an official test set, x_test, y_test; uint8
-    "Decode a data set from its official files."
+    """Decode a data set from its official files.
+
+    Args:
+        data_set: any data set
+        folders: data folders
+
+    Returns:
+        dict[str, np.ndarray]: x_train, y_train and, if there is an official test set, x_test, y_test; uint8
+    """
     contents = read_files(data_set, folders)
     n_official = data_set.n_train + data_set.n_val + (0 if data_set.test else data_set.n_test)
     x, y = decode_half(data_set.train, contents, data_set, n_official)
@@ -383,7 +558,15 @@ def read_decoded(
     path: Path,               # a file `<name>.npz`
     data_set: DataSet,        # what it should hold
 ) -> dict[str, np.ndarray]:   # x_train, y_train, x_test, y_test
-    "Read decoded arrays; raises `UserError` if the file is damaged or holds something else."
+    """Read decoded arrays; raises `UserError` if the file is damaged or holds something else.
+
+    Args:
+        path: a file `<name>.npz`
+        data_set: what it should hold
+
+    Returns:
+        dict[str, np.ndarray]: x_train, y_train, x_test, y_test
+    """
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
             arrays = {key: stored[key] for key in ("x_train", "y_train", "x_test", "y_test")}
@@ -397,7 +580,14 @@ def read_decoded(
 def data_folders(
     folder: Path | str | None = None,  # a data folder; none: the one named by ZOOTWINS_DATA, or the user's
 ) -> tuple[Path, ...]:                 # folders to look through in turn; the last is the one to write to
-    "The data folder and, if that is read-only, the user's own after it; raises `UserError` if it is no folder."
+    """The data folder and, if that is read-only, the user's own after it; raises `UserError` if it is no folder.
+
+    Args:
+        folder: a data folder; none: the one named by ZOOTWINS_DATA, or the user's
+
+    Returns:
+        tuple[Path, ...]: folders to look through in turn; the last is the one to write to
+    """
     folder = Path(folder or data_folder()).expanduser().resolve()
     nearest = next(path for path in (folder, *folder.parents) if path.exists())
     if not nearest.is_dir():
@@ -412,7 +602,16 @@ def cached(
     folders: tuple[Path, ...],                    # data folders; the cache is written to the last
     make: Callable[[], dict[str, np.ndarray]],    # makes the arrays if there is no cache yet
 ) -> dict[str, np.ndarray]:                       # x_train, y_train, x_test, y_test; uint8
-    "Read `<name>.npz` from one of the folders, or make the arrays and write it; raises `UserError` on a full disk."
+    """Read `<name>.npz` from one of the folders, or make the arrays and write it; raises `UserError` on a full disk.
+
+    Args:
+        data_set: names the cache and says what it must hold
+        folders: data folders; the cache is written to the last
+        make: makes the arrays if there is no cache yet
+
+    Returns:
+        dict[str, np.ndarray]: x_train, y_train, x_test, y_test; uint8
+    """
     name = f"{data_set.name}.npz"
     path = next((folder / name for folder in folders if (folder / name).is_file()), None)
     if path:
@@ -427,7 +626,15 @@ def decoded(
     data_set: DataSet,                  # any data set
     folder: Path | str | None = None,   # the data folder; none: the one named by ZOOTWINS_DATA, or the user's
 ) -> dict[str, np.ndarray]:             # x_train, y_train and, if there is an official test set, x_test, y_test; uint8
-    "Read a data set from its cache or decode it from its files; what is bundled needs no cache."
+    """Read a data set from its cache or decode it from its files; what is bundled needs no cache.
+
+    Args:
+        data_set: any data set
+        folder: the data folder; none: the one named by ZOOTWINS_DATA, or the user's
+
+    Returns:
+        dict[str, np.ndarray]: x_train, y_train and, if there is an official test set, x_test, y_test; uint8
+    """
     if not data_set.train:
         return decode_files(data_set, ())
     folders = data_folders(folder)
@@ -437,7 +644,14 @@ def decoded(
 def to_grey(
     images: np.ndarray,   # uint8 (N, H, W, 3)
 ) -> np.ndarray:          # uint8 (N, H, W)
-    "Make images grey as PIL does, with the weights of ITU-R 601-2."
+    """Make images grey as PIL does, with the weights of ITU-R 601-2.
+
+    Args:
+        images: uint8 (N, H, W, 3)
+
+    Returns:
+        np.ndarray: uint8 (N, H, W)
+    """
     n, height, width, _ = images.shape
     return np.asarray(Image.fromarray(images.reshape(n * height, width, 3)).convert("L")).reshape(n, height, width)
 
@@ -447,7 +661,16 @@ def resize(
     size: int,            # new height and width in pixels
     at_once: int = 2000,  # how many images are stacked; bounds the memory
 ) -> np.ndarray:          # uint8 (N, size, size) or (N, size, size, 3)
-    "Resize images with PIL's bilinear filter, as torchvision's `Resize((size, size))` does."
+    """Resize images with PIL's bilinear filter, as torchvision's `Resize((size, size))` does.
+
+    Args:
+        images: uint8 (N, H, W) or (N, H, W, 3), N > 0
+        size: new height and width in pixels
+        at_once: how many images are stacked; bounds the memory
+
+    Returns:
+        np.ndarray: uint8 (N, size, size) or (N, size, size, 3)
+    """
     parts = []
     for start in range(0, len(images), at_once):
         part = images[start:start + at_once]
@@ -464,7 +687,16 @@ def prepare(
     data_set: DataSet,    # says how they are prepared
     size: int,            # height and width in pixels
 ) -> np.ndarray:          # uint8 (N, size, size) or (N, size, size, 3)
-    "Make grey, cut out the centre or resize, as the data set's entry says."
+    """Make grey, cut out the centre or resize, as the data set's entry says.
+
+    Args:
+        images: decoded images, uint8
+        data_set: says how they are prepared
+        size: height and width in pixels
+
+    Returns:
+        np.ndarray: uint8 (N, size, size) or (N, size, size, 3)
+    """
     if data_set.colour and data_set.channels == 1:
         images = to_grey(images)
     if size == data_set.side:
@@ -480,7 +712,16 @@ def prepared(
     size: int,                          # height and width in pixels
     folder: Path | str | None = None,   # the data folder; none: the one named by ZOOTWINS_DATA, or the user's
 ) -> dict[str, np.ndarray]:             # as `decoded`, with prepared images
-    "Decode and prepare a data set, or read it from its caches."
+    """Decode and prepare a data set, or read it from its caches.
+
+    Args:
+        data_set: any data set
+        size: height and width in pixels
+        folder: the data folder; none: the one named by ZOOTWINS_DATA, or the user's
+
+    Returns:
+        dict[str, np.ndarray]: as `decoded`, with prepared images
+    """
     def make() -> dict[str, np.ndarray]:
         arrays = decoded(data_set, folder)
         return {key: prepare(values, data_set, size) if key.startswith("x") else values for key, values in arrays.items()}
@@ -496,7 +737,16 @@ def normalise(
     mean: float,          # of pixels in [0, 1]
     std: float,           # of pixels in [0, 1]
 ) -> Tensor:              # float32 [N, C, H, W]
-    "Scale pixels to [0, 1], subtract the mean and divide by the standard deviation."
+    """Scale pixels to [0, 1], subtract the mean and divide by the standard deviation.
+
+    Args:
+        images: uint8 (N, H, W) or (N, H, W, 3)
+        mean: of pixels in [0, 1]
+        std: of pixels in [0, 1]
+
+    Returns:
+        Tensor: float32 [N, C, H, W]
+    """
     pixels = torch.from_numpy(np.require(images, requirements=["C", "W"]))
     pixels = pixels.permute(0, 3, 1, 2) if pixels.ndim == 4 else pixels.unsqueeze(1)
     result = torch.empty(pixels.shape)
@@ -509,7 +759,15 @@ def split_order(
     n: int,              # how many images there are
     *sizes: int,         # how many go into each part; together `n`
 ) -> list[np.ndarray]:   # the indices of each part, in random order
-    "Split indices as `torch.utils.data.random_split` does with seed 42."
+    """Split indices as `torch.utils.data.random_split` does with seed 42.
+
+    Args:
+        n: how many images there are
+        *sizes: how many go into each part; together `n`
+
+    Returns:
+        list[np.ndarray]: the indices of each part, in random order
+    """
     order = torch.randperm(n, generator=torch.Generator().manual_seed(42))
     return [part.numpy() for part in order.split(list(sizes))]
 
@@ -519,7 +777,16 @@ def load_images(
     size: int = 28,                     # height and width in pixels: 28 for CNN small, 32 for CNN large
     folder: Path | str | None = None,   # the data folder; none: the one named by ZOOTWINS_DATA, or the user's
 ) -> Images:                            # the images as the zoos saw them
-    "Load, prepare and split a data set, downloading it on first use; raises `UserError` for a wrong name or size and for files that are missing or damaged."
+    """Load, prepare and split a data set, downloading it on first use; raises `UserError` for a wrong name or size and for files that are missing or damaged.
+
+    Args:
+        name: one of `DATA_SETS`
+        size: height and width in pixels: 28 for CNN small, 32 for CNN large
+        folder: the data folder; none: the one named by ZOOTWINS_DATA, or the user's
+
+    Returns:
+        Images: the images as the zoos saw them
+    """
     data_set = DATA_SETS[check_name(name, DATA_SETS, "data set")]
     if size not in data_set.sizes:
         raise UserError(f"{data_set.title} cannot be had at a size of {size!r} pixels. Valid: {', '.join(map(str, data_set.sizes))}.")

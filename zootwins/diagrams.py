@@ -33,7 +33,15 @@ def canvas(
     bottom: float,  # lowest coordinate
     top: float,     # highest coordinate
 ) -> Axes:          # covers the whole figure, which is as wide as all figures; coordinates are inches
-    "Begin a diagram."
+    """Begin a diagram.
+
+    Args:
+        bottom: lowest coordinate
+        top: highest coordinate
+
+    Returns:
+        Axes: covers the whole figure, which is as wide as all figures; coordinates are inches
+    """
     ax = plt.figure(figsize=(WIDTH, top - bottom)).add_axes((0, 0, 1, 1))
     ax.set(xlim=(0, WIDTH), ylim=(bottom, top))
     ax.set_axis_off()
@@ -44,7 +52,15 @@ def inset(
     ax: Axes,                                  # from canvas
     place: tuple[float, float, float, float],  # left, bottom, width, height in inches
 ) -> Axes:                                     # a small panel without ticks
-    "Put a panel onto the canvas."
+    """Put a panel onto the canvas.
+
+    Args:
+        ax: from canvas
+        place: left, bottom, width, height in inches
+
+    Returns:
+        Axes: a small panel without ticks
+    """
     panel = ax.inset_axes(place, transform=ax.transData)
     panel.set(xticks=[], yticks=[])
     panel.grid(False)
@@ -57,7 +73,14 @@ def box(
     text: str = "",                            # in its middle
     colour: str = GREY,                        # of its edge, and faintly of its inside
 ) -> None:
-    "Draw a rounded box."
+    """Draw a rounded box.
+
+    Args:
+        ax: from canvas
+        place: left, bottom, width, height in inches
+        text: in its middle
+        colour: of its edge, and faintly of its inside
+    """
     x, y, width, height = place
     shape = FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0,rounding_size=0.07", facecolor="none", edgecolor=colour, linewidth=1.1)
     shade = FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0,rounding_size=0.07", facecolor=colour, edgecolor="none", alpha=0.1)
@@ -73,7 +96,13 @@ def arrow(
     colour: str = GREY,
     bend: float = 0.0,           # curvature
 ) -> None:
-    "Draw an arrow."
+    """Draw an arrow.
+
+    Args:
+        ax: from canvas
+        start: inches
+        bend: curvature
+    """
     style = {"arrowstyle": "-|>", "mutation_scale": 11, "linewidth": 1.3, "shrinkA": 0, "shrinkB": 0}
     ax.add_patch(FancyArrowPatch(start, end, color=colour, connectionstyle=f"arc3,rad={bend}", **style))
 
@@ -85,7 +114,13 @@ def note(
     text: str,
     **look,                # of the text
 ) -> None:
-    "Write a small text."
+    """Write a small text.
+
+    Args:
+        ax: from canvas
+        x: inches, of the middle
+        **look: of the text
+    """
     ax.text(x, y, text, **{"ha": "center", "va": "center", "fontsize": 8.5, "linespacing": 1.25} | look)
 
 
@@ -95,14 +130,27 @@ def column_title(
     y: float,        # of the base line
     text: str,
 ) -> None:
-    "Write the title of a part of the diagram."
+    """Write the title of a part of the diagram.
+
+    Args:
+        ax: from canvas
+        x: inches, of the middle
+        y: of the base line
+    """
     note(ax, x, y, text, va="baseline", fontsize=10, weight="bold")
 
 # %% ../nbs/35_diagrams.ipynb #38db7001
 def shades(
     colour: str,   # of the largest weight
 ) -> Colormap:     # light to dark, never white; white for what is missing
-    "Shades of one colour."
+    """Shades of one colour.
+
+    Args:
+        colour: of the largest weight
+
+    Returns:
+        Colormap: light to dark, never white; white for what is missing
+    """
     light = 0.45 * np.array(to_rgb(colour)) + 0.55
     return LinearSegmentedColormap.from_list("shades", [light, colour, "#1a1a1a"]).with_extremes(bad="white")
 
@@ -114,7 +162,14 @@ def picture(
     cmap: Colormap,
     **limits,                                  # vmin, vmax
 ) -> None:
-    "Draw an image in a thin frame."
+    """Draw an image in a thin frame.
+
+    Args:
+        ax: from canvas
+        place: inches
+        image: values, NaN where white
+        **limits: vmin, vmax
+    """
     panel = inset(ax, place)
     panel.imshow(image, cmap=cmap, aspect="auto", interpolation="nearest", **limits)
     panel.spines[:].set(visible=True, linewidth=0.6, color=GREY)
@@ -125,7 +180,16 @@ def layer_picture(
     i: int,                  # position in the population
     layer: str = "fc1",      # as in architectures.layer_names
 ) -> np.ndarray:             # [outputs, inputs]: roots of the absolute weights, NaN where removed
-    "One model's layer as an image; raises `UserError` if the models have no such layer."
+    """One model's layer as an image; raises `UserError` if the models have no such layer.
+
+    Args:
+        population: plain, pruned or with log variances
+        i: position in the population
+        layer: as in architectures.layer_names
+
+    Returns:
+        np.ndarray: [outputs, inputs]: roots of the absolute weights, NaN where removed
+    """
     names = layer_names(build(population.architecture))
     weights = deterministic(population.weights)[f"{names[check_name(layer, names, 'layer')]}.weight"][i].flatten(1).abs().sqrt()
     return torch.where(weights == 0, torch.nan, weights).cpu().numpy()
@@ -142,7 +206,12 @@ def draw_population(
     title: str,
     colour: str,
 ) -> None:
-    "Draw a box with pictures of the first three models."
+    """Draw a box with pictures of the first three models.
+
+    Args:
+        ax: from canvas
+        left: inches
+    """
     box(ax, (left, bottom, 2.3, 1.02), colour=colour)
     note(ax, left + 0.1, bottom + 0.87, title, ha="left", weight="bold")
     for i in range(min(3, len(population))):
@@ -158,7 +227,13 @@ def draw_measures(
     bottom: float,
     metrics: pd.DataFrame,  # of one zoo
 ) -> None:
-    "Draw four small measured panels: accuracy, layers, correlation, agreement."
+    """Draw four small measured panels: accuracy, layers, correlation, agreement.
+
+    Args:
+        ax: from canvas
+        left: inches
+        metrics: of one zoo
+    """
     titles = ("accuracy over sparsity", "sparsity by layer", "twin over original", "agreement")
     panels = [inset(ax, (left + 1.37 * (i % 2), bottom + 1.22 * (1 - i // 2), 1.16, 0.86)) for i in range(4)]
     for panel, title in zip(panels, titles):
@@ -184,7 +259,13 @@ def draw_training(
     place: tuple[float, float, float, float],  # inches
     metrics: pd.DataFrame,  # of one zoo
 ) -> None:
-    "Draw the test accuracies of the originals over their training."
+    """Draw the test accuracies of the originals over their training.
+
+    Args:
+        ax: from canvas
+        place: inches
+        metrics: of one zoo
+    """
     rows = metrics[metrics["method"] == "original"]
     curves = rows.pivot(index="epoch", columns="model", values="test_acc")
     panel = inset(ax, place)
@@ -199,7 +280,14 @@ def figure_1(
     pruned: Population,       # their twins by magnitude pruning
     variational: Population,  # their twins by variational dropout, with log variances
 ) -> Figure:
-    "Figure 1: an overview, from generating factors to measures of populations; raises `UserError` if the metrics are of several zoos."
+    """Figure 1: an overview, from generating factors to measures of populations; raises `UserError` if the metrics are of several zoos.
+
+    Args:
+        metrics: tidy metrics of one zoo, for the small panels
+        original: models; the first three are pictured
+        pruned: their twins by magnitude pruning
+        variational: their twins by variational dropout, with log variances
+    """
     zoo, ax = one_zoo(metrics), canvas(0.17, 3.95)
     for x, title in ((1.25, "Train a zoo"), (4.13, "Sparsify every model"), (6.93, "Measure the populations")):
         column_title(ax, x, 3.72, title)
@@ -225,7 +313,15 @@ def fold(
     tensors: Sequence[torch.Tensor],  # parameters of one model
     columns: int = 32,                # of the picture
 ) -> np.ndarray:                      # [rows, columns], the last row filled up with NaN
-    "Put parameters into vector form, folded like lines of text."
+    """Put parameters into vector form, folded like lines of text.
+
+    Args:
+        tensors: parameters of one model
+        columns: of the picture
+
+    Returns:
+        np.ndarray: [rows, columns], the last row filled up with NaN
+    """
     vector = torch.cat([tensor.flatten() for tensor in tensors]).cpu().numpy()
     return np.pad(vector, (0, -len(vector) % columns), constant_values=np.nan).reshape(-1, columns)
 
@@ -238,7 +334,14 @@ def draw_tokens(
     colour: str,
     first: str = "",  # text in the first, such as "CLS"
 ) -> None:
-    "Draw a column of tokens, the first one on top."
+    """Draw a column of tokens, the first one on top.
+
+    Args:
+        ax: from canvas
+        x: inches, of the middle
+        n: how many
+        first: text in the first, such as "CLS"
+    """
     for i in range(n):
         special = first and i == n - 1
         box(ax, (x - 0.17, bottom + 0.21 * i, 0.34, 0.17), colour=GREEN if special else colour)
@@ -250,7 +353,12 @@ def draw_stack(
     place: tuple[float, float, float, float],  # inches, of the layer in front
     text: str,
 ) -> None:
-    "Draw a stack of layers."
+    """Draw a stack of layers.
+
+    Args:
+        ax: from canvas
+        place: inches, of the layer in front
+    """
     x, y, width, height = place
     for shift in (0.12, 0.06, 0):
         ax.add_patch(FancyBboxPatch((x + shift, y + shift), width, height, boxstyle="round,pad=0,rounding_size=0.07", facecolor="#f4f4f4", edgecolor=GREY, linewidth=1))
@@ -262,7 +370,12 @@ def draw_encoder(
     image: np.ndarray,    # from fold
     cmap: Colormap,
 ) -> None:
-    "The left half of Figure 6: from weights to z."
+    """The left half of Figure 6: from weights to z.
+
+    Args:
+        ax: from canvas
+        image: from fold
+    """
     picture(ax, (0.15, 1.05, 0.5, 1.5), image, cmap)
     note(ax, 0.4, 0.85, "weights and\nbiases w", va="top")
     arrow(ax, (0.72, 1.8), (1.07, 1.8))
@@ -282,7 +395,12 @@ def draw_decoder(
     images: Sequence[np.ndarray],          # w and log alpha, from fold
     cmaps: Sequence[Colormap],
 ) -> None:
-    "The right half of Figure 6: from z to weights and alpha."
+    """The right half of Figure 6: from z to weights and alpha.
+
+    Args:
+        ax: from canvas
+        images: w and log alpha, from fold
+    """
     for colour, y, name in ((BLUE, 1.98, "w"), (ORANGE, 0.97, "α")):
         arrow(ax, (3.75, 1.8), (4.42, y + 0.42), colour)
         draw_tokens(ax, 4.65, y, 4, colour)
@@ -307,7 +425,12 @@ def figure_6(
     variational: Population,  # with log variances
     i: int = 0,               # which model is pictured
 ) -> Figure:
-    "Figure 6: the auto-encoder that reconstructs weights and alpha; raises `UserError` for models without log variances."
+    """Figure 6: the auto-encoder that reconstructs weights and alpha; raises `UserError` for models without log variances.
+
+    Args:
+        variational: with log variances
+        i: which model is pictured
+    """
     noise = log_alphas(variational.weights)
     if not noise:
         raise UserError("Figure 6 pictures weights and their noise: give a population under variational dropout, with its log variances.")

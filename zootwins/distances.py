@@ -18,20 +18,35 @@ from .core import UserError
 from .datasets import Images
 from .population import Population
 from .selectors import prunable
-from .training import TORCH, Engine, accuracy
+from .engines import engine_for
+from .training import Engine, accuracy
 
 # %% ../nbs/24_distances.ipynb #2132a3d0
 def weight_vectors(
     population: Population,  # any models
 ) -> Tensor:                 # float64 [models, weights]
-    "All prunable weights of every model, one after the other."
+    """All prunable weights of every model, one after the other.
+
+    Args:
+        population: any models
+
+    Returns:
+        Tensor: float64 [models, weights]
+    """
     return torch.cat([tensor.detach().cpu().double().flatten(1) for tensor in prunable(population.weights).values()], 1)
 
 
 def pairwise_distances(
     population: Population,  # copies
 ) -> pd.DataFrame:           # one row per pair: model, first, second, distance, relative, angle in degrees
-    "Euclidean distance and angle of every two copies of a model (Table 18); relative: over the mean norm of the two."
+    """Euclidean distance and angle of every two copies of a model (Table 18); relative: over the mean norm of the two.
+
+    Args:
+        population: copies
+
+    Returns:
+        pd.DataFrame: one row per pair: model, first, second, distance, relative, angle in degrees
+    """
     m = number_of_copies(population)
     vectors, models = weight_vectors(population).unflatten(0, (-1, m)), population.models["model"].to_numpy()[::m]
     norms, frames = vectors.norm(dim=2), []
@@ -50,7 +65,14 @@ def pairwise_distances(
 def barycentre_distances(
     population: Population,  # copies
 ) -> pd.DataFrame:           # one row per copy: model, copy, distance
-    "How far every copy is from the average of its model's copies, which is the uniform soup."
+    """How far every copy is from the average of its model's copies, which is the uniform soup.
+
+    Args:
+        population: copies
+
+    Returns:
+        pd.DataFrame: one row per copy: model, copy, distance
+    """
     vectors = weight_vectors(population).unflatten(0, (-1, number_of_copies(population)))
     distance = (vectors - vectors.mean(1, keepdim=True)).norm(dim=2).flatten()
     return population.models[["model", "copy"]].reset_index(drop=True).assign(distance=distance.numpy())
@@ -61,7 +83,16 @@ def between(
     second: Population,  # N models of the same architecture
     place: float,        # 0: the first, 1: the second
 ) -> Population:         # N models, with the factors of the first
-    "The models at one place of the lines between two populations."
+    """The models at one place of the lines between two populations.
+
+    Args:
+        first: N models
+        second: N models of the same architecture
+        place: 0: the first, 1: the second
+
+    Returns:
+        Population: N models, with the factors of the first
+    """
     mix = lambda name: torch.lerp(first.weights[name].double(), second.weights[name].double(), place)
     weights = {name: mix(name).to(tensor.dtype) for name, tensor in first.weights.items()}
     return Population(weights, first.models, first.architecture)
@@ -72,21 +103,30 @@ def barrier(
     second: Population,  # N models, of the same architecture and activations, in the same order
     images: Images,      # test images judge
     points: int = 11,    # how many places, both ends among them
-    engine: Engine = TORCH,  # who judges
+    engine: Engine | str = "auto",  # who judges
 ) -> pd.DataFrame:       # one row per pair: model, barrier of the loss, accuracies first, middle, second
-    "Loss barriers between two populations; raises `UserError` if they do not fit or for an even number of points."
+    """Loss barriers between two populations; raises `UserError` if they do not fit or for an even number of points.
+
+    Args:
+        first: N models
+        second: N models, of the same architecture and activations, in the same order
+        images: test images judge
+        points: how many places, both ends among them
+        engine: who judges
+
+    Returns:
+        pd.DataFrame: one row per pair: model, barrier of the loss, accuracies first, middle, second
+    """
     if len(first) != len(second) or first.architecture != second.architecture or points < 3 or points % 2 == 0:
         raise UserError(
             f"A barrier needs two populations of as many models and one architecture, here {len(first)} of "
             f"{first.architecture} and "
             f"{len(second)} of {second.architecture}, and an odd number of points of at least 3, here {points}."
         )
-    losses, accuracies = [], []
+    losses, accuracies, judge = [], [], engine_for(engine, first).evaluate
     for place in np.linspace(0, 1, points):
         there = between(first, second, float(place))
-        judged = engine.evaluate(
-            there.weights, there.architecture, there.models["activation"], images.x_test, images.y_test
-        )
+        judged = judge(there.weights, there.architecture, there.models["activation"], images.x_test, images.y_test)
         losses.append(judged[0])
         accuracies.append(accuracy(judged[1], images.y_test))
     losses, t = torch.stack(losses, 1), torch.linspace(0, 1, points, dtype=torch.float64)

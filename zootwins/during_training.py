@@ -25,7 +25,7 @@ from .architectures import build, layer_names
 from .averaging import copies
 from .core import UserError, check_name
 from .datasets import Images
-from .magnitude import check_level, keep_largest
+from .magnitude import check_level, count_kept, keep_highest
 from .module_masks import prunable_weights
 from .networks import logits_of
 from .population import Population, concatenate, plain_models
@@ -46,7 +46,15 @@ THRESHOLD = ".threshold"
 
 @dataclass
 class Memory:
-    "What a method keeps between two steps."
+    """What a method keeps between two steps.
+
+    Attributes:
+        level: the sparsity to be reached, a fraction
+        masks: name -> bool [models, ...]; empty: nothing is pruned yet
+        more: other tensors by kind and name
+        changes: how often the masks were found anew
+        first_rate: [models], what lowers the rate of a phase (BIMP)
+    """
 
     level: float              # the sparsity to be reached, a fraction
     masks: Weights = field(default_factory=dict)  # name -> bool [models, ...]; empty: nothing is pruned yet
@@ -59,16 +67,32 @@ def largest(
     scores: Weights,  # name -> [models, ...]
     level: float,     # share that goes
 ) -> Weights:         # name -> bool, True for what stays
-    "Keep the largest of all scores of a model."
-    together = keep_largest(torch.cat([score.flatten(1) for score in scores.values()], 1), level)
-    parts = together.split([score[0].numel() for score in scores.values()], 1)
+    """Keep the largest of all scores of a model.
+
+    Args:
+        scores: name -> [models, ...]
+        level: share that goes
+
+    Returns:
+        Weights: name -> bool, True for what stays
+    """
+    together = torch.cat([score.flatten(1) for score in scores.values()], 1)
+    kept = keep_highest(together, count_kept(together.shape[1], level))
+    parts = kept.split([score[0].numel() for score in scores.values()], 1)
     return {name: part.reshape(scores[name].shape) for name, part in zip(scores, parts)}
 
 # %% ../nbs/77_during_training.ipynb #00f3ebab
 def magnitudes(
     weights: Weights,  # with or without thresholds
 ) -> Weights:          # absolute values, without thresholds
-    "The scores of magnitude pruning."
+    """The scores of magnitude pruning.
+
+    Args:
+        weights: with or without thresholds
+
+    Returns:
+        Weights: absolute values, without thresholds
+    """
     return {name: tensor.abs() for name, tensor in weights.items() if not name.endswith(THRESHOLD)}
 
 
@@ -77,12 +101,28 @@ def cubic_levels(
     events: int,   # how often weights are pruned
     steps: int,    # of the whole training
 ) -> dict[int, float]:  # step -> sparsity from there on
-    "The cubic law of GMP at equally distant steps."
+    """The cubic law of GMP at equally distant steps.
+
+    Args:
+        level: sparsity in the end
+        events: how often weights are pruned
+        steps: of the whole training
+
+    Returns:
+        dict[int, float]: step -> sparsity from there on
+    """
     return {k * steps // (events + 1): level * (1 - (1 - k / events) ** 3) for k in range(1, events + 1)}
 
 # %% ../nbs/77_during_training.ipynb #63fec7b3
 class Method:
-    "Dense training, pruned in the end; a method changes some of the answers."
+    """Dense training, pruned in the end; a method changes some of the answers.
+
+    Attributes:
+        hard: what is pruned is zero, with its momentum, and stays so
+        exact: ends at the sparsity that was asked for
+        souped: its intervals can be trained in copies
+        restarts: momentum is dropped whenever the level changes
+    """
 
     title: ClassVar[str] = "One shot"
     hard: ClassVar[bool] = False      # what is pruned is zero, with its momentum, and stays so
@@ -96,7 +136,15 @@ class Method:
         level: float,  # sparsity in the end
         steps: int,    # of the whole training
     ) -> dict[int, float]:  # step, from 0 -> sparsity from there on
-        "Before which steps masks are found anew."
+        """Before which steps masks are found anew.
+
+        Args:
+            level: sparsity in the end
+            steps: of the whole training
+
+        Returns:
+            dict[int, float]: step, from 0 -> sparsity from there on
+        """
         return {}
 
     def change(
@@ -105,7 +153,13 @@ class Method:
         level: float,      # sparsity from here on
         memory: Memory,    # is given the masks
     ) -> None:
-        "Find new masks."
+        """Find new masks.
+
+        Args:
+            weights: dense, with thresholds
+            level: sparsity from here on
+            memory: is given the masks
+        """
         memory.masks = largest(magnitudes(weights), level)
 
     def seen(
@@ -113,7 +167,15 @@ class Method:
         weights: Weights,  # dense, with thresholds
         memory: Memory,    # has the masks
     ) -> Weights:          # without thresholds
-        "What the forward pass sees."
+        """What the forward pass sees.
+
+        Args:
+            weights: dense, with thresholds
+            memory: has the masks
+
+        Returns:
+            Weights: without thresholds
+        """
         plain = {name: tensor for name, tensor in weights.items() if not name.endswith(THRESHOLD)}
         return {name: tensor * memory.masks.get(name, 1) for name, tensor in plain.items()}
 
@@ -123,14 +185,30 @@ class Method:
         gradients: Weights,  # of the loss, at what was seen
         memory: Memory,      # has the masks
     ) -> Weights:            # of the weights and thresholds
-        "What the gradient reaches."
+        """What the gradient reaches.
+
+        Args:
+            weights: dense, with thresholds
+            gradients: of the loss, at what was seen
+            memory: has the masks
+
+        Returns:
+            Weights: of the weights and thresholds
+        """
         return gradients
 
     def thresholds(
         self,
         weights: Weights,  # before the first step
     ) -> Weights:          # by `<name>.threshold`
-        "What is learned beside the weights."
+        """What is learned beside the weights.
+
+        Args:
+            weights: before the first step
+
+        Returns:
+            Weights: by `<name>.threshold`
+        """
         return {}
 
     def final(
@@ -138,7 +216,15 @@ class Method:
         weights: Weights,  # after the last step, with thresholds
         memory: Memory,    # has the level
     ) -> Weights:          # without thresholds
-        "The weights that are left."
+        """The weights that are left.
+
+        Args:
+            weights: after the last step, with thresholds
+            memory: has the level
+
+        Returns:
+            Weights: without thresholds
+        """
         kept = largest(magnitudes(weights), memory.level)
         return {name: weights[name] * mask for name, mask in kept.items()}
 
@@ -148,13 +234,26 @@ class Method:
         steps: int,      # of the whole training
         memory: Memory,  # has what pruning has damaged
     ) -> Tensor | float | None:  # [models] or for all; none: the training's own schedule holds
-        "What the first rate is multiplied by."
+        """What the first rate is multiplied by.
+
+        Args:
+            step: from 0
+            steps: of the whole training
+            memory: has what pruning has damaged
+
+        Returns:
+            Tensor | float | None: [models] or for all; none: the training's own schedule holds
+        """
         return None
 
 # %% ../nbs/77_during_training.ipynb #62e08569
 @dataclass(frozen=True)
 class GMP(Method):
-    "Gradual magnitude pruning (Zhu and Gupta 2018)."
+    """Gradual magnitude pruning (Zhu and Gupta 2018).
+
+    Attributes:
+        events: pruning steps, equally distributed
+    """
 
     events: int = 9  # pruning steps, equally distributed
     title: ClassVar[str] = "GMP"
@@ -170,7 +269,12 @@ class GMP(Method):
 
 @dataclass(frozen=True)
 class DPF(Method):
-    "Dynamic pruning with feedback (Lin et al. 2020)."
+    """Dynamic pruning with feedback (Lin et al. 2020).
+
+    Attributes:
+        events: at which the sparsity rises
+        every: steps from mask to mask
+    """
 
     events: int = 9   # at which the sparsity rises
     every: int = 16   # steps from mask to mask
@@ -180,7 +284,11 @@ class DPF(Method):
     def when(self, level: float, steps: int) -> dict[int, float]:
         rises = cubic_levels(level, self.events, steps)
         first = min(rises)
-        return {at: rises[max(e for e in rises if e <= at)] for at in {*range(first, steps, self.every), *rises}}
+        found = sorted({*range(first, steps, self.every), *rises})
+        return {at: rises[max(e for e in rises if e <= at)] for at in found}
+
+    def final(self, weights: Weights, memory: Memory) -> Weights:
+        return self.seen(weights, memory)
 
 
 @dataclass(frozen=True)
@@ -195,7 +303,12 @@ class DNW(Method):
 # %% ../nbs/77_during_training.ipynb #c6fd1734
 @dataclass(frozen=True)
 class BIMP(GMP):
-    "Budgeted iterative magnitude pruning (Zimmer et al. 2023)."
+    """Budgeted iterative magnitude pruning (Zimmer et al. 2023).
+
+    Attributes:
+        events: phases of equal length
+        dense: share of the training before the first
+    """
 
     events: int = 1          # phases of equal length
     dense: float = 60 / 90   # share of the training before the first
@@ -237,7 +350,13 @@ class GSM(Method):
 
 @dataclass(frozen=True)
 class LC(Method):
-    "Learning-compression (Carreira-Perpiñán and Idelbayev 2018)."
+    """Learning-compression (Carreira-Perpiñán and Idelbayev 2018).
+
+    Attributes:
+        penalty: the first mu
+        growth: of mu from C step to C step
+        events: C steps
+    """
 
     penalty: float = 1e-3  # the first mu
     growth: float = 1.1    # of mu from C step to C step
@@ -268,7 +387,15 @@ def _columns(
     threshold: Tensor,  # [models, units] or [models]
     weight: Tensor,     # [models, units, ...]
 ) -> Tensor:            # with as many axes as the weight
-    "Lay thresholds along the weights."
+    """Lay thresholds along the weights.
+
+    Args:
+        threshold: [models, units] or [models]
+        weight: [models, units, ...]
+
+    Returns:
+        Tensor: with as many axes as the weight
+    """
     return threshold.reshape(*threshold.shape, *[1] * (weight.ndim - threshold.ndim))
 
 
@@ -282,7 +409,12 @@ def _step_slope(
 # %% ../nbs/77_during_training.ipynb #a99e22f7
 @dataclass(frozen=True)
 class DST(Method):
-    "Dynamic sparse training (Liu et al. 2020)."
+    """Dynamic sparse training (Liu et al. 2020).
+
+    Attributes:
+        alpha: weight of the penalty on small thresholds
+        least: share that a layer keeps
+    """
 
     alpha: float = 1e-5  # weight of the penalty on small thresholds
     least: float = 0.01  # share that a layer keeps
@@ -318,7 +450,11 @@ class DST(Method):
 
 @dataclass(frozen=True)
 class STR(Method):
-    "Soft threshold reparameterization (Kusupati et al. 2020)."
+    """Soft threshold reparameterization (Kusupati et al. 2020).
+
+    Attributes:
+        first: s of every layer before training
+    """
 
     first: float = -8.0  # s of every layer before training
     title: ClassVar[str] = "STR"
@@ -359,7 +495,14 @@ SOUPS = {"m": (2, 3), "branch": (50 / 90, 75 / 90)}  # copies, and when copying 
 def paper_grid(
     name: str,  # one of GRIDS
 ) -> list[tuple[Method, dict[str, float]]]:  # the method, and settings of the training such as its weight decay
-    "All settings that the paper tried of a method; raises `UserError` for one without a grid."
+    """All settings that the paper tried of a method; raises `UserError` for one without a grid.
+
+    Args:
+        name: one of GRIDS
+
+    Returns:
+        list[tuple[Method, dict[str, float]]]: the method, and settings of the training such as its weight decay
+    """
     grid = GRIDS[check_name(name, GRIDS, "method with a grid in the paper")]
     own = {f.name for f in fields(METHODS[name])}
     points = [dict(zip(grid, values)) for values in product(*grid.values())]
@@ -433,7 +576,17 @@ def _spread(
     m: int,          # how many copies
     recipe: Recipe,  # names the copies' streams
 ) -> State:          # of N * m copies
-    "Copy everything that moves."
+    """Copy everything that moves.
+
+    Args:
+        state: of N models
+        memory: likewise
+        m: how many copies
+        recipe: names the copies' streams
+
+    Returns:
+        State: of N * m copies
+    """
     again = lambda tensors: {name: tensor.repeat_interleave(m, 0) for name, tensor in tensors.items()}
     population = copies(state.population, m)
     memory.masks = again(memory.masks)
@@ -451,7 +604,18 @@ def _gather(
     models: pd.DataFrame,  # the N models
     recipe: Recipe,        # names their streams
 ) -> State:                # of N models
-    "Average everything that moves."
+    """Average everything that moves.
+
+    Args:
+        state: of N * m copies
+        memory: likewise
+        m: how many copies
+        models: the N models
+        recipe: names their streams
+
+    Returns:
+        State: of N models
+    """
     one = lambda tensor: tensor.double().unflatten(0, (-1, m)).mean(1).to(tensor.dtype)
     mean = lambda tensors: {name: one(tensor) for name, tensor in tensors.items()}
     first = lambda tensors: {name: tensor[::m] for name, tensor in tensors.items()}
@@ -469,7 +633,15 @@ def _with_thresholds(
     names: Sequence[str],  # of the weights that may be pruned
     method: Method,
 ) -> list[str]:            # of the weights and thresholds
-    "Put a method's thresholds among the weights."
+    """Put a method's thresholds among the weights.
+
+    Args:
+        state: before the first step; moved in place
+        names: of the weights that may be pruned
+
+    Returns:
+        list[str]: of the weights and thresholds
+    """
     weights = state.population.weights
     extra = method.thresholds({name: weights[name] for name in names})
     weights.update(extra)
@@ -484,7 +656,12 @@ def _finish(
     method: Method,
     memory: Memory,
 ) -> State:
-    "Leave what is left, without thresholds."
+    """Leave what is left, without thresholds.
+
+    Args:
+        state: after the last step; moved in place
+        names: of the weights and thresholds
+    """
     weights = state.population.weights
     left = method.final({name: weights[name] for name in names}, memory)
     plain = {name: tensor for name, tensor in weights.items() if not name.endswith(THRESHOLD)}
@@ -500,7 +677,14 @@ def _renew(
     level: float,      # sparsity from here on
     rises: bool,       # whether it was another one before
 ) -> None:
-    "Find new masks before a step."
+    """Find new masks before a step.
+
+    Args:
+        state: its masks and moments are changed in place
+        names: of the prunable weights and thresholds
+        level: sparsity from here on
+        rises: whether it was another one before
+    """
     weights = state.population.weights
     method.change({name: weights[name] for name in names}, level, memory)
     memory.changes += 1
@@ -525,7 +709,15 @@ def _move(
     decays: Tensor,    # [models]
     nesterov: bool,
 ) -> None:
-    "One step: what is seen, its gradient, and what of that reaches the weights."
+    """One step: what is seen, its gradient, and what of that reaches the weights.
+
+    Args:
+        state: moved in place by one step
+        names: of the prunable weights and thresholds
+        batch: which images [models, B], their places in the epoch, the epoch
+        rates: [models]
+        decays: [models]
+    """
     every = state.population.weights
     weights = {name: every[name] for name in names}
     plain = {name: tensor for name, tensor in every.items() if not name.endswith(THRESHOLD)}
@@ -546,7 +738,22 @@ def train_sparsely(
     m: int = 1,          # copies in every interval; 1: none
     branch: float = 0.0,  # share of the training before copying begins
 ) -> State:              # with the weights that are left
-    "Train by one of the methods."
+    """Train by one of the methods.
+
+    Args:
+        state: before the first step; moved in place
+        learner: computes gradients
+        names: of the weights that may be pruned
+        method: when, what is seen, what is reached
+        level: sparsity in the end, a fraction
+        recipe: epochs, rates, batches; its schedule holds unless the method has its own
+        n: training images
+        m: copies in every interval; 1: none
+        branch: share of the training before copying begins
+
+    Returns:
+        State: with the weights that are left
+    """
     per_epoch, memory, copied, last = -(-n // recipe.batch_size), Memory(level), False, 0.0
     steps, models, names = recipe.epochs * per_epoch, state.population.models, _with_thresholds(state, names, method)
     device, plain = state.keys.device, replace(recipe, schedule="constant")
@@ -572,6 +779,8 @@ def train_sparsely(
     if copied:
         state = _gather(state, memory, m, models, recipe)
         learner.gather(m)
+        if not method.hard:
+            _renew(state, names, method, memory, level, False)
     return _finish(state, names, method, memory)
 
 # %% ../nbs/77_during_training.ipynb #2dd99e64
@@ -580,7 +789,13 @@ def check_method(
     level: float,    # sparsity in the end
     m: int,          # copies
 ) -> None:
-    "Raise `UserError` for impossible levels, copies and settings."
+    """Raise `UserError` for impossible levels, copies and settings.
+
+    Args:
+        method: how
+        level: sparsity in the end
+        m: copies
+    """
     check_level(level)
     if m < 1 or (m > 1 and not method.souped):
         able = ", ".join(name for name, each in METHODS.items() if each.souped)
@@ -602,7 +817,20 @@ def sparsify_population(
     m: int = 1,              # copies in every interval, for BIMP, GMP and DPF
     branch: float = 0.0,     # share of the training before copying begins
 ) -> Population:             # N sparse models
-    "Train a population by one of the methods, on the reference engine; raises `UserError` as `check_method` does."
+    """Train a population by one of the methods, on the reference engine; raises `UserError` as `check_method` does.
+
+    Args:
+        population: N models to start from; they are not changed
+        images: to train on
+        recipe: epochs, rates, batches
+        method: such as GMP(events=9)
+        level: sparsity in the end, a fraction; DST and STR end where they end
+        m: copies in every interval, for BIMP, GMP and DPF
+        branch: share of the training before copying begins
+
+    Returns:
+        Population: N sparse models
+    """
     check_method(method, level, m)
     parts, order = [], []
     for rows in alike(population.models):
@@ -625,7 +853,22 @@ def sparsify_module(
     wd: float = 1e-4,      # weight decay
     seed: int = 0,         # of the batch orders
 ) -> nn.Module:            # the same module; recompute its batch statistics before it is judged
-    "Train a module by one of the methods, by SGD; raises `UserError` as `check_method` does."
+    """Train a module by one of the methods, by SGD; raises `UserError` as `check_method` does.
+
+    Args:
+        module: any network, trained in place
+        images: to train on, where the module is
+        recipe: epochs, rate and batches
+        method: such as GMP(events=9)
+        level: sparsity in the end, a fraction; DST and STR end where they end
+        m: copies in every interval, for BIMP, GMP and DPF
+        branch: share of the training before copying begins
+        wd: weight decay
+        seed: of the batch orders
+
+    Returns:
+        nn.Module: the same module; recompute its batch statistics before it is judged
+    """
     check_method(method, level, m)
     models = plain_models(1, optimizer="sgd", lr=recipe.lr or 0.1, wd=wd).assign(seed=seed)
     weights = {name: tensor.detach()[None] for name, tensor in module.named_parameters()}
@@ -725,7 +968,15 @@ def layer_work(
     architecture: str,  # a key of ARCHITECTURES
     x: Tensor,          # one image [1, C, H, W]
 ) -> dict[str, int]:    # weight name -> multiply-adds of one image
-    "How often each layer's weights are used, exactly, from the shapes of its outputs."
+    """How often each layer's weights are used, exactly, from the shapes of its outputs.
+
+    Args:
+        architecture: a key of ARCHITECTURES
+        x: one image [1, C, H, W]
+
+    Returns:
+        dict[str, int]: weight name -> multiply-adds of one image
+    """
     module, work = build(architecture).eval(), {}
     for path in layer_names(module).values():
         count = lambda layer, _, out, path=path: work.__setitem__(
@@ -740,7 +991,15 @@ def speed_up(
     population: Population,  # sparse models
     x: Tensor,               # one image [1, C, H, W]
 ) -> Tensor:                 # float64 [models]
-    "Dense over sparse multiply-adds (theoretical speed-up)."
+    """Dense over sparse multiply-adds (theoretical speed-up).
+
+    Args:
+        population: sparse models
+        x: one image [1, C, H, W]
+
+    Returns:
+        Tensor: float64 [models]
+    """
     work = layer_work(population.architecture, x)
     kept = {name: (population.weights[name] != 0).flatten(1).double().mean(1) for name in work}
     return sum(work.values()) / sum(share * work[name] for name, share in kept.items()).clamp_min(1)
@@ -752,7 +1011,17 @@ def table_2(
     x: Tensor,               # one image [1, C, H, W]
     data: str,               # what was trained on what
 ) -> Table:                  # mean ± std in %, and times
-    "Accuracy, speed-up and the sparsity that was reached, by method (Table 2)."
+    """Accuracy, speed-up and the sparsity that was reached, by method (Table 2).
+
+    Args:
+        accuracies: (method, goal sparsity) -> [repetitions or models]
+        populations: likewise: the models
+        x: one image [1, C, H, W]
+        data: what was trained on what
+
+    Returns:
+        Table: mean ± std in %, and times
+    """
     numbers, layout = [], {}
     for (method, level), right in accuracies.items():
         models = populations[method, level]

@@ -74,7 +74,14 @@ def style() -> Iterator[None]:
 def styled(
     draw: Callable[..., Figure],  # a function that makes a figure
 ) -> Callable[..., Figure]:       # the same in the shared style, closed to pyplot
-    "Draw in the shared style."
+    """Draw in the shared style.
+
+    Args:
+        draw: a function that makes a figure
+
+    Returns:
+        Callable[..., Figure]: the same in the shared style, closed to pyplot
+    """
     @wraps(draw)
     def _drawn(*arguments, **options) -> Figure:
         with style():
@@ -88,14 +95,25 @@ def styled(
 def zoo_looks(
     zoos: Sequence[str],   # names, in the order of their appearance
 ) -> dict[str, dict]:      # zoo -> color and marker; no two of the first hundred are alike
-    "How each zoo is drawn where a figure shows several."
+    """How each zoo is drawn where a figure shows several.
+
+    Args:
+        zoos: names, in the order of their appearance
+
+    Returns:
+        dict[str, dict]: zoo -> color and marker; no two of the first hundred are alike
+    """
     return {zoo: {"color": COLOURS[i % 10], "marker": MARKERS[(i + i // 10) % 10]} for i, zoo in enumerate(zoos)}
 
 # %% ../nbs/31_figures.ipynb #af45068f
 def percent_axis(
     axis: Axis,  # an axis whose data are fractions
 ) -> None:
-    "Label an axis in percent, with as many decimals as its ticks need."
+    """Label an axis in percent, with as many decimals as its ticks need.
+
+    Args:
+        axis: an axis whose data are fractions
+    """
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{round(100 * value, 3):g}%"))
     axis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
 
@@ -103,7 +121,14 @@ def percent_axis(
 def one_zoo(
     metrics: pd.DataFrame,  # tidy metrics
 ) -> str:                   # the zoo's name
-    "The zoo of a frame; raises `UserError` if it holds none or several."
+    """The zoo of a frame; raises `UserError` if it holds none or several.
+
+    Args:
+        metrics: tidy metrics
+
+    Returns:
+        str: the zoo's name
+    """
     zoos = list(metrics["zoo"].unique())
     if len(zoos) != 1:
         raise UserError(f"This figure shows one zoo, but the metrics hold {', '.join(zoos) or 'none'}: select one with metrics[metrics['zoo'] == NAME].")
@@ -117,14 +142,28 @@ SELECTOR_MARKERS = MARKERS.replace("s", "")
 def selector_looks(
     selectors: Sequence[str],  # names, in the order of their appearance
 ) -> dict[str, dict]:          # selector -> color and marker; the first is drawn as magnitude pruning is elsewhere
-    "How each selector is drawn where a figure shows several."
+    """How each selector is drawn where a figure shows several.
+
+    Args:
+        selectors: names, in the order of their appearance
+
+    Returns:
+        dict[str, dict]: selector -> color and marker; the first is drawn as magnitude pruning is elsewhere
+    """
     return {name: {"color": SELECTOR_COLOURS[i % 8], "marker": SELECTOR_MARKERS[i % 9]} for i, name in enumerate(selectors)}
 
 
 def of_one_selector(
     metrics: pd.DataFrame,  # tidy metrics or removal frequencies of one or more zoos
 ) -> tuple[pd.DataFrame, dict[str, str]]:  # those of one selector for every zoo, and a title for each method
-    "What a figure with room for one selector shows; a title names it unless it is the zoo's own and the only one."
+    """What a figure with room for one selector shows; a title names it unless it is the zoo's own and the only one.
+
+    Args:
+        metrics: tidy metrics or removal frequencies of one or more zoos
+
+    Returns:
+        tuple[pd.DataFrame, dict[str, str]]: those of one selector for every zoo, and a title for each method
+    """
     shown = one_selector(metrics)
     pruned = shown.loc[shown["method"] == "mp", ["zoo", "selector"]].drop_duplicates().astype(str)
     own = all(own_name(zoo) in ("", name) for zoo, name in pruned.to_numpy())
@@ -136,7 +175,12 @@ def heading(
     fig: Figure,  # or a part of one
     text: str,    # which zoo, how many models, how to read the figure
 ) -> None:
-    "Write the grey line above a figure."
+    """Write the grey line above a figure.
+
+    Args:
+        fig: or a part of one
+        text: which zoo, how many models, how to read the figure
+    """
     fig.suptitle(text, fontsize=9, color=GREY, x=0.005, ha="left")
 
 # %% ../nbs/31_figures.ipynb #3c26a406
@@ -144,7 +188,12 @@ def no_data(
     ax: Axes,    # an empty panel
     what: str,   # what is missing
 ) -> None:
-    "Say in the panel that a run has no such data."
+    """Say in the panel that a run has no such data.
+
+    Args:
+        ax: an empty panel
+        what: what is missing
+    """
     ax.text(0.5, 0.5, f"no {what} in this run", transform=ax.transAxes, ha="center", va="center", color=GREY)
     ax.set_axis_off()
     if ax.get_subplotspec().is_first_col():
@@ -155,7 +204,14 @@ def no_data(
 def first_drawn(
     axes: Sequence[Axes],  # panels
 ) -> Axes:                 # the first that is not empty, or else the first
-    "The panel that carries what several panels share."
+    """The panel that carries what several panels share.
+
+    Args:
+        axes: panels
+
+    Returns:
+        Axes: the first that is not empty, or else the first
+    """
     return next((ax for ax in axes if ax.axison), axes[0])
 
 # %% ../nbs/31_figures.ipynb #07e8bfe0
@@ -166,7 +222,14 @@ STEPS = {"mp": "level", "vd": "epoch"}
 def marker_steps(
     n: int,   # points of a curve
 ) -> int:     # 1, 5 or 10
-    "Every how many points a curve has a marker."
+    """Every how many points a curve has a marker.
+
+    Args:
+        n: points of a curve
+
+    Returns:
+        int: 1, 5 or 10
+    """
     return 1 if n <= 12 else 5 if n <= 30 else 10
 
 # %% ../nbs/31_figures.ipynb #e921d97b
@@ -181,7 +244,18 @@ def printed_means(
     metric: str,            # "test_acc", "sparsity" or "ggap"
     layer: str = "",        # such as "conv1"; empty: the whole model
 ) -> pd.DataFrame:          # level or epoch -> value (a fraction) and doubtful; empty where nothing was printed
-    "Means that Tables 5 to 8 print of a zoo."
+    """Means that Tables 5 to 8 print of a zoo.
+
+    Args:
+        printed: cells, from reported.read_reported
+        zoo: name
+        method: "mp" (after fine-tuning) or "vd"
+        metric: "test_acc", "sparsity" or "ggap"
+        layer: such as "conv1"; empty: the whole model
+
+    Returns:
+        pd.DataFrame: level or epoch -> value (a fraction) and doubtful; empty where nothing was printed
+    """
     step = STEPS[method]
     rows = printed[printed["table"].between(5, 8) & (printed["zoo"] == zoo) & (printed["method"] == method)]
     rows = rows[(rows["metric"] == metric) & (rows["layer"] == layer) & rows["mean"].notna()]
@@ -195,7 +269,13 @@ def draw_printed(
     x: Sequence[float],    # where the numbers belong
     found: pd.DataFrame,   # value and doubtful, as from printed_means
 ) -> None:
-    "Draw printed means as hollow rings, paler where another table contradicts them."
+    """Draw printed means as hollow rings, paler where another table contradicts them.
+
+    Args:
+        ax: where to draw
+        x: where the numbers belong
+        found: value and doubtful, as from printed_means
+    """
     for (label, colour), chosen in zip(RINGS.items(), (~found["doubtful"], found["doubtful"])):
         if chosen.any():
             ax.plot(np.asarray(x, float)[chosen], found["value"][chosen], **RING, markeredgecolor=colour, gid=label)
@@ -204,7 +284,14 @@ def draw_printed(
 def printed_handles(
     fig: Figure,       # with or without rings
 ) -> list[Line2D]:     # one for each kind of ring that was drawn
-    "What a legend says of the rings."
+    """What a legend says of the rings.
+
+    Args:
+        fig: with or without rings
+
+    Returns:
+        list[Line2D]: one for each kind of ring that was drawn
+    """
     drawn = {line.get_gid() for ax in fig.axes for line in ax.lines}
     return [Line2D([], [], **RING, markeredgecolor=colour, label=label) for label, colour in RINGS.items() if label in drawn]
 
@@ -215,7 +302,14 @@ def draw_spread(
     label: str,           # for the legend
     **look,               # color, linestyle, marker of the mean
 ) -> None:
-    "Draw a population's mean and spread of y over x."
+    """Draw a population's mean and spread of y over x.
+
+    Args:
+        ax: where to draw
+        rows: with model, x and y
+        label: for the legend
+        **look: color, linestyle, marker of the mean
+    """
     curves = rows.pivot(index="x", columns="model", values="y")
     low, fifth, ninetyfifth, high = curves.quantile([0, 0.05, 0.95, 1], axis=1).to_numpy()
     if curves.shape[1] <= FEW:
@@ -229,7 +323,14 @@ def draw_spread(
 def spread_note(
     counts: Sequence[int],  # of models, one for each population drawn by draw_spread
 ) -> str:                   # for a heading
-    "What lines and bands of `draw_spread` mean."
+    """What lines and bands of `draw_spread` mean.
+
+    Args:
+        counts: of models, one for each population drawn by draw_spread
+
+    Returns:
+        str: for a heading
+    """
     parts = ["bands: middle 90 % and range of the models"] * (max(counts) > FEW) + ["thin: single models"] * (1 < min(counts) <= FEW)
     return "; ".join(["Lines: means", *parts]) if max(counts) > 1 else "One model"
 
@@ -239,7 +340,13 @@ def row_label(
     zoo: str,       # whose row it is
     n_models: int,  # that are drawn
 ) -> None:
-    "Name the zoo of a row, and how many models it shows."
+    """Name the zoo of a row, and how many models it shows.
+
+    Args:
+        ax: the first panel of a row
+        zoo: whose row it is
+        n_models: that are drawn
+    """
     ax.set_ylabel(f"{zoo_title(zoo)}\n{n_models:,} model{'s' * (n_models != 1)}", fontweight="bold")
 
 # %% ../nbs/31_figures.ipynb #c7cbeb03
@@ -254,7 +361,15 @@ def draw_history(
     curves: Sequence[str],  # columns, keys of CURVES
     printed: pd.DataFrame | None = None,  # cells, from reported.read_reported, to be drawn as rings
 ) -> None:
-    "Draw measures of a population over the epochs."
+    """Draw measures of a population over the epochs.
+
+    Args:
+        ax: where to draw
+        rows: metrics of one zoo and one method
+        method: "original" or "vd"
+        curves: columns, keys of CURVES
+        printed: cells, from reported.read_reported, to be drawn as rings
+    """
     if rows.empty:
         return no_data(ax, HISTORIES[method].lower())
     for column in curves:
@@ -273,7 +388,12 @@ def figure_2(
     metrics: pd.DataFrame,                # tidy metrics of one or more zoos
     printed: pd.DataFrame | None = None,  # cells, from reported.read_reported, to be drawn as rings
 ) -> Figure:
-    "Figure 2: test accuracy in the original training; test accuracy and sparsity under variational dropout."
+    """Figure 2: test accuracy in the original training; test accuracy and sparsity under variational dropout.
+
+    Args:
+        metrics: tidy metrics of one or more zoos
+        printed: cells, from reported.read_reported, to be drawn as rings
+    """
     zoos = list(metrics["zoo"].unique())
     height = 2.9 if len(zoos) == 1 else 0.4 + 1.75 * len(zoos)
     fig, axes = plt.subplots(len(zoos), 2, figsize=(WIDTH, height), layout="constrained", sharey="row", sharex="col", squeeze=False)
@@ -295,7 +415,15 @@ def frequency_matrix(
     frequencies: pd.DataFrame,  # removal frequencies of one zoo and one method
     step: str,                  # "epoch" or "level"
 ) -> pd.DataFrame:              # rows (layer, weight) as in the network, one column per step
-    "Arrange removal frequencies as a picture."
+    """Arrange removal frequencies as a picture.
+
+    Args:
+        frequencies: removal frequencies of one zoo and one method
+        step: "epoch" or "level"
+
+    Returns:
+        pd.DataFrame: rows (layer, weight) as in the network, one column per step
+    """
     wide = frequencies.astype({"layer": str, step: float}).pivot(index=["layer", "weight"], columns=step, values="frequency")
     return wide.reindex(frequencies["layer"].astype(str).unique(), level="layer")
 
@@ -308,7 +436,13 @@ def draw_frequencies(
     matrix: pd.DataFrame,  # from frequency_matrix
     label: str,            # of the horizontal axis
 ) -> None:
-    "Draw the heat map of one method: a column per step, a row per weight, white lines between the layers."
+    """Draw the heat map of one method: a column per step, a row per weight, white lines between the layers.
+
+    Args:
+        ax: where to draw
+        matrix: from frequency_matrix
+        label: of the horizontal axis
+    """
     steps = [f"{step:g}" for step in matrix.columns]
     fine = 24  # copies of a column, so that scaling the image down does not blend neighbouring steps
     ax.imshow(np.repeat(matrix.to_numpy(), fine, axis=1), cmap=HEAT, vmin=0, vmax=1, aspect="auto", extent=(-0.5, len(steps) - 0.5, len(matrix), 0))
@@ -327,7 +461,11 @@ def draw_frequencies(
 def figure_3(
     frequencies: pd.DataFrame,  # removal frequencies of one zoo, from layers.stack_frequencies
 ) -> Figure:
-    "Figure 3: the share of models in which each weight is removed, over epochs of variational dropout and levels of magnitude pruning."
+    """Figure 3: the share of models in which each weight is removed, over epochs of variational dropout and levels of magnitude pruning.
+
+    Args:
+        frequencies: removal frequencies of one zoo, from layers.stack_frequencies
+    """
     zoo, (frequencies, titles) = one_zoo(frequencies), of_one_selector(frequencies)
     percent = frequencies.assign(level=(100 * frequencies["level"]).round(3))
     fig, axes = plt.subplots(1, 2, figsize=(WIDTH, 1.45 * HEIGHT), layout="constrained", sharey=True, width_ratios=(1.5, 1))
@@ -347,7 +485,14 @@ def figure_3(
 def bin_layers(
     profile: pd.DataFrame,  # rows of layers.layer_profile, of one epoch
 ) -> pd.DataFrame:          # one row per bin: size (geometric mean), mean, std, layers (how many layers of zoos)
-    "Average layers of similar size, at most half an octave from a power of two."
+    """Average layers of similar size, at most half an octave from a power of two.
+
+    Args:
+        profile: rows of layers.layer_profile, of one epoch
+
+    Returns:
+        pd.DataFrame: one row per bin: size (geometric mean), mean, std, layers (how many layers of zoos)
+    """
     square = profile["mean"] ** 2 + profile["std"].fillna(0) ** 2
     rows = pd.DataFrame({"bin": np.log2(profile["size"]).round(), "log_size": np.log(profile["size"]), "mean": profile["mean"], "square": square})
     groups = rows.groupby("bin")
@@ -365,7 +510,14 @@ def draw_sizes(
     looks: dict[str, dict],  # zoo -> color and marker
     printed: pd.DataFrame | None = None,  # cells, from reported.read_reported, to be drawn as rings
 ) -> None:
-    "Draw size against sparsity: every layer of every zoo, and the bins with their error bars."
+    """Draw size against sparsity: every layer of every zoo, and the bins with their error bars.
+
+    Args:
+        ax: where to draw
+        profile: rows of layers.layer_profile, of one epoch
+        looks: zoo -> color and marker
+        printed: cells, from reported.read_reported, to be drawn as rings
+    """
     for i, (zoo, rows) in enumerate(profile.groupby("zoo", sort=False, observed=True)):
         aside = 1.08 ** (i - (profile["zoo"].nunique() - 1) / 2)
         ax.plot(aside * rows["size"], rows["mean"], linestyle="", alpha=0.75, markersize=4, **looks[zoo])
@@ -386,7 +538,13 @@ def log_ticks(
     ticks: Sequence[float],  # where
     write: Callable,        # how
 ) -> None:
-    "Set the ticks of a logarithmic axis."
+    """Set the ticks of a logarithmic axis.
+
+    Args:
+        axis: a logarithmic axis
+        ticks: where
+        write: how
+    """
     axis.set_major_locator(FixedLocator(ticks))
     axis.set_minor_locator(FixedLocator([]))
     axis.set_major_formatter(FuncFormatter(lambda value, _: write(value)))
@@ -399,7 +557,14 @@ def figure_4(
     epochs: Sequence[int] = (5, 10, 15, 20),                  # of variational dropout; the paper's
     sizes: Mapping[str, Mapping[str, int]] | None = None,     # zoo -> layer -> number of weights; none: from the registry
 ) -> Figure:
-    "Figure 4: mean sparsity of a layer against its size, in all zoos."
+    """Figure 4: mean sparsity of a layer against its size, in all zoos.
+
+    Args:
+        metrics: tidy metrics of one or more zoos
+        printed: cells, from reported.read_reported, to be drawn as rings
+        epochs: of variational dropout; the paper's
+        sizes: zoo -> layer -> number of weights; none: from the registry
+    """
     looks = zoo_looks(metrics["zoo"].unique())
     rows = metrics[(metrics["method"] == "vd") & metrics["epoch"].isin(epochs)]
     profile = layer_profile(rows, sizes=sizes) if len(rows) else pd.DataFrame({"epoch": [], "mean": []})
@@ -425,7 +590,15 @@ def accuracy_over_sparsity(
     rows: pd.DataFrame,  # metrics of one zoo and one method
     step: str,           # "level" or "epoch"
 ) -> pd.DataFrame:       # one row per step: sparsity and accuracy (means), low and high (5 % and 95 % of accuracy)
-    "One curve of Figure 5."
+    """One curve of Figure 5.
+
+    Args:
+        rows: metrics of one zoo and one method
+        step: "level" or "epoch"
+
+    Returns:
+        pd.DataFrame: one row per step: sparsity and accuracy (means), low and high (5 % and 95 % of accuracy)
+    """
     groups = rows.groupby(step)
     accuracy = groups["test_acc"]
     return pd.DataFrame({"sparsity": groups["sparsity"].mean(), "accuracy": accuracy.mean(), "low": accuracy.quantile(0.05), "high": accuracy.quantile(0.95)})
@@ -436,7 +609,16 @@ def printed_curve(
     zoo: str,               # name
     method: str,            # "mp" or "vd"
 ) -> pd.DataFrame:          # one row per level or epoch: sparsity, value (accuracy), doubtful
-    "One curve of Figure 5 as Tables 5 and 6 print it."
+    """One curve of Figure 5 as Tables 5 and 6 print it.
+
+    Args:
+        printed: cells, from reported.read_reported
+        zoo: name
+        method: "mp" or "vd"
+
+    Returns:
+        pd.DataFrame: one row per level or epoch: sparsity, value (accuracy), doubtful
+    """
     accuracy, sparsity = (printed_means(printed, zoo, method, metric) for metric in ("test_acc", "sparsity"))
     sparsity = accuracy.assign(value=accuracy.index, doubtful=False) if method == "mp" else sparsity
     both = sparsity.merge(accuracy, left_index=True, right_index=True, suffixes=("_sparsity", ""))
@@ -450,7 +632,15 @@ def draw_twins(
     printed: pd.DataFrame | None = None,  # cells, from reported.read_reported, to be drawn as rings
     **look,                 # color, or marker, that replaces the method's
 ) -> None:
-    "Draw the curves of both methods for one zoo, and of every selector."
+    """Draw the curves of both methods for one zoo, and of every selector.
+
+    Args:
+        ax: where to draw
+        metrics: of one zoo
+        band: whether to draw the spread
+        printed: cells, from reported.read_reported, to be drawn as rings
+        **look: color, or marker, that replaces the method's
+    """
     rows = with_selectors(metrics[last_epoch(metrics) | (metrics["method"] == "vd")])
     pruned = rows[rows["method"] == "mp"]
     looks, several = selector_looks(pruned["selector"].unique()), pruned["selector"].nunique() > 1
@@ -471,7 +661,15 @@ def spaced(
     wanted: Sequence[float],  # where labels should stand
     gap: float,               # the least distance between two
 ) -> np.ndarray:              # where they stand, in the same order
-    "Move labels apart as little as it takes, keeping their order."
+    """Move labels apart as little as it takes, keeping their order.
+
+    Args:
+        wanted: where labels should stand
+        gap: the least distance between two
+
+    Returns:
+        np.ndarray: where they stand, in the same order
+    """
     order, groups = np.argsort(wanted, kind="stable"), []
     for place in np.asarray(wanted, float)[order]:
         groups.append((place, 1))
@@ -487,7 +685,13 @@ def direct_labels(
     ends: dict[str, tuple[float, float]],  # zoo -> where its curve ends
     looks: dict[str, dict],                # zoo -> color and marker
 ) -> None:
-    "Write the zoos' names beside the panel, each joined to the end of its curve."
+    """Write the zoos' names beside the panel, each joined to the end of its curve.
+
+    Args:
+        ax: the panel
+        ends: zoo -> where its curve ends
+        looks: zoo -> color and marker
+    """
     places = spaced([y for _, y in ends.values()], gap=0.052 * np.ptp(ax.get_ylim()))
     for (zoo, end), place in zip(ends.items(), places):
         line = {"arrowstyle": "-", "color": looks[zoo]["color"], "linewidth": 0.7, "shrinkA": 0, "shrinkB": 3}
@@ -498,7 +702,14 @@ def direct_labels(
 def curve_end(
     metrics: pd.DataFrame,  # of one zoo
 ) -> tuple[float, float]:   # mean sparsity and mean accuracy
-    "Where the longer of a zoo's two curves ends: at its sparsest twins."
+    """Where the longer of a zoo's two curves ends: at its sparsest twins.
+
+    Args:
+        metrics: of one zoo
+
+    Returns:
+        tuple[float, float]: mean sparsity and mean accuracy
+    """
     last = metrics[last_epoch(metrics)]
     ends = last.groupby(["method", "level"], dropna=False)[["sparsity", "test_acc"]].mean()
     return tuple(ends.iloc[ends["sparsity"].argmax()])
@@ -509,7 +720,12 @@ def figure_5(
     metrics: pd.DataFrame,                # tidy metrics of one or more zoos
     printed: pd.DataFrame | None = None,  # cells, from reported.read_reported, to be drawn as rings
 ) -> Figure:
-    "Figure 5: mean accuracy over mean sparsity for both kinds of twins."
+    """Figure 5: mean accuracy over mean sparsity for both kinds of twins.
+
+    Args:
+        metrics: tidy metrics of one or more zoos
+        printed: cells, from reported.read_reported, to be drawn as rings
+    """
     zoos = list(metrics["zoo"].unique())
     metrics = metrics if len(zoos) == 1 else one_selector(metrics)
     looks = zoo_looks(zoos) if len(zoos) > 1 else {zoos[0]: {}}
@@ -536,7 +752,15 @@ def coefficient_text(
     x: pd.Series,  # one value per model
     y: pd.Series,  # another, in the same order
 ) -> str:          # one line
-    "Pearson's r and Kendall's tau with their intervals."
+    """Pearson's r and Kendall's tau with their intervals.
+
+    Args:
+        x: one value per model
+        y: another, in the same order
+
+    Returns:
+        str: one line
+    """
     found = correlate(x, y)
     parts = [f"{symbol} = {row.value:.2f} [{row.low:.2f}, {row.high:.2f}]" for symbol, row in zip("rτ", found.itertuples())]
     return "   ".join(parts) if found["value"].notna().all() else "too few different models for a correlation"
@@ -547,7 +771,13 @@ def draw_pairs(
     pairs: pd.DataFrame,  # from correlation.paired_accuracy
     **look,               # color and marker
 ) -> None:
-    "Draw originals against twins with the least-squares line and the diagonal."
+    """Draw originals against twins with the least-squares line and the diagonal.
+
+    Args:
+        ax: where to draw
+        pairs: from correlation.paired_accuracy
+        **look: color and marker
+    """
     ax.plot(pairs["before"], pairs["after"], **look | {"linestyle": ""}, alpha=0.65, markeredgecolor="white", markeredgewidth=0.4)
     if pairs["before"].nunique() > 2:
         ends = pairs["before"].agg(["min", "max"]).to_numpy()
@@ -559,7 +789,14 @@ def draw_pairs(
 def padded(
     values: np.ndarray,    # what is drawn
 ) -> tuple[float, float]:  # a little below and above
-    "Limits of an axis."
+    """Limits of an axis.
+
+    Args:
+        values: what is drawn
+
+    Returns:
+        tuple[float, float]: a little below and above
+    """
     low, high = float(np.min(values)), float(np.max(values))
     margin = 0.05 * (high - low) or 0.01
     return low - margin, high + margin
@@ -571,7 +808,13 @@ def figure_twins(
     level: float | None = None,    # as in tables.table_2
     target: float | None = None,   # as in tables.table_2
 ) -> Figure:
-    "Accuracy of every original against that of its twins; both panels have the same axes."
+    """Accuracy of every original against that of its twins; both panels have the same axes.
+
+    Args:
+        metrics: tidy metrics of one zoo
+        level: as in tables.table_2
+        target: as in tables.table_2
+    """
     zoo, (metrics, titles) = one_zoo(metrics), of_one_selector(metrics)
     states = choose_states(metrics, TABLE_2_STATES, level, target).set_index("method")
     found = {state.Index: paired_accuracy(metrics, state.Index, state.epoch, None if np.isnan(state.level) else state.level) for state in states.itertuples()}
@@ -595,7 +838,15 @@ def correlation_curve(
     metrics: pd.DataFrame,  # tidy metrics of one zoo
     method: str,            # "mp" or "vd"
 ) -> pd.DataFrame:          # sparsity (mean), coefficient, value, low, high, n; two rows per level or epoch
-    "Correlation between originals and twins for every level of magnitude pruning, or every epoch of variational dropout."
+    """Correlation between originals and twins for every level of magnitude pruning, or every epoch of variational dropout.
+
+    Args:
+        metrics: tidy metrics of one zoo
+        method: "mp" or "vd"
+
+    Returns:
+        pd.DataFrame: sparsity (mean), coefficient, value, low, high, n; two rows per level or epoch
+    """
     metrics = one_selector(metrics)
     rows = metrics[(metrics["method"] == method) & (last_epoch(metrics) | (method == "vd"))]
     parts = []
@@ -610,7 +861,11 @@ def correlation_curve(
 def figure_correlation(
     metrics: pd.DataFrame,  # tidy metrics of one zoo
 ) -> Figure:
-    "Pearson's r and Kendall's tau between the accuracies of originals and twins, over sparsity."
+    """Pearson's r and Kendall's tau between the accuracies of originals and twins, over sparsity.
+
+    Args:
+        metrics: tidy metrics of one zoo
+    """
     zoo, (metrics, titles) = one_zoo(metrics), of_one_selector(metrics)
     curves = {method: correlation_curve(metrics, method).dropna() for method in METHOD_TITLES}
     fig, axes = plt.subplots(1, 2, figsize=(WIDTH, HEIGHT), layout="constrained", sharey=True)
@@ -636,7 +891,16 @@ def agreement_range(
     worst: float,      # accuracy of the worst original
     best: float,       # accuracy of the best original
 ) -> tuple[np.ndarray, np.ndarray]:  # lowest and highest agreement
-    "The agreements that accuracies allow between twins and one of the originals."
+    """The agreements that accuracies allow between twins and one of the originals.
+
+    Args:
+        twin: accuracies of twins
+        worst: accuracy of the worst original
+        best: accuracy of the best original
+
+    Returns:
+        tuple[np.ndarray, np.ndarray]: lowest and highest agreement
+    """
     return np.maximum(0, twin + worst - 1), 1 - np.maximum(0, np.maximum(twin - best, worst - twin))
 
 # %% ../nbs/31_figures.ipynb #fff7efd1
@@ -647,14 +911,28 @@ ACCURACY_TICKS = np.array([1, 0.99, 0.98, 0.97, 0.96, 0.95, 0.9, 0.85, 0.8, 0.75
 def stretch(
     value: np.ndarray,  # accuracies or agreements
 ) -> np.ndarray:        # where they are drawn
-    "Give more room to values near 1."
+    """Give more room to values near 1.
+
+    Args:
+        value: accuracies or agreements
+
+    Returns:
+        np.ndarray: where they are drawn
+    """
     return -np.log10(BEYOND - np.asarray(value))
 
 
 def unstretch(
     place: np.ndarray,  # from stretch
 ) -> np.ndarray:        # accuracies or agreements
-    "The inverse of `stretch`."
+    """The inverse of `stretch`.
+
+    Args:
+        place: from stretch
+
+    Returns:
+        np.ndarray: accuracies or agreements
+    """
     return BEYOND - 10 ** -np.asarray(place)
 
 
@@ -663,7 +941,15 @@ def stretched_ticks(
     high: float,
     at_most: int,  # about so many
 ) -> list[float]:  # accuracies, descending
-    "Ticks within the limits that keep their distance; those of `ACCURACY_TICKS` if there are enough, else every percent."
+    """Ticks within the limits that keep their distance; those of `ACCURACY_TICKS` if there are enough, else every percent.
+
+    Args:
+        low: limits
+        at_most: about so many
+
+    Returns:
+        list[float]: accuracies, descending
+    """
     for ticks in (ACCURACY_TICKS, np.arange(100, -1, -1) / 100):
         kept = []
         for tick in ticks[(low <= ticks) & (high >= ticks)]:
@@ -677,7 +963,14 @@ def stretched_ticks(
 def stretched_limits(
     values: np.ndarray,  # what is drawn
 ) -> tuple[float, float]:  # a little below and above
-    "Limits of a stretched axis."
+    """Limits of a stretched axis.
+
+    Args:
+        values: what is drawn
+
+    Returns:
+        tuple[float, float]: a little below and above
+    """
     low, high = (float(stretch(value)) for value in (np.nanmin(values), np.nanmax(values)))
     margin = 0.05 * max(high - low, 0.5)
     return float(unstretch(low - margin)), float(unstretch(high + margin))
@@ -687,7 +980,12 @@ def stretch_axes(
     ax: Axes,                     # a panel
     limits: tuple[float, float],  # of both axes
 ) -> None:
-    "Set scale, limits and ticks of both axes, which are equal."
+    """Set scale, limits and ticks of both axes, which are equal.
+
+    Args:
+        ax: a panel
+        limits: of both axes
+    """
     ax.set_xscale("function", functions=(stretch, unstretch))
     ax.set_yscale("function", functions=(stretch, unstretch))
     ax.set(xlim=limits, ylim=limits)
@@ -705,7 +1003,15 @@ def draw_agreement(
     originals: pd.Series,  # accuracies of the originals; may be empty
     limits: tuple[float, float],  # of both axes
 ) -> None:
-    "Draw agreement over accuracy, every twin a point."
+    """Draw agreement over accuracy, every twin a point.
+
+    Args:
+        ax: where to draw
+        rows: metrics of one zoo and one method
+        chosen: those of Table 1 among them
+        originals: accuracies of the originals; may be empty
+        limits: of both axes
+    """
     x = np.linspace(0, 1, 1001)
     ax.fill_between(x, *agreement_range(x, originals.min(), originals.max()), color="#e3e3e3", linewidth=0)
     marker = LOOKS[rows["method"].iloc[0]]["marker"]
@@ -723,7 +1029,13 @@ def figure_agreement(
     level: float | None = None,    # as in tables.table_1
     target: float | None = None,   # as in tables.table_1
 ) -> Figure:
-    "Agreement of every twin with its original against the twin's accuracy."
+    """Agreement of every twin with its original against the twin's accuracy.
+
+    Args:
+        metrics: tidy metrics of one zoo
+        level: as in tables.table_1
+        target: as in tables.table_1
+    """
     zoo, (metrics, titles) = one_zoo(metrics), of_one_selector(metrics)
     chosen = rows_of_states(metrics, choose_states(metrics, TABLE_1_STATES, level, target))
     originals = metrics.loc[(metrics["method"] == "original") & last_epoch(metrics), "test_acc"]
@@ -755,7 +1067,16 @@ def accuracy_changes(
     metrics: pd.DataFrame,  # tidy metrics of one zoo
     method: str,            # "mp" or "vd"
 ) -> pd.DataFrame:          # a row per model, a column per level (after fine-tuning) or epoch: accuracy of the twin minus that of the original
-    "What every model that had learned something gains; empty where originals or twins are missing."
+    """What every model that had learned something gains; empty where originals or twins are missing.
+
+    Args:
+        metrics: tidy metrics of one zoo
+        method: "mp" or "vd"
+
+    Returns:
+        pd.DataFrame: a row per model, a column per level (after fine-tuning) or epoch: accuracy of the twin minus that
+            of the original
+    """
     metrics = one_selector(metrics)
     last = last_epoch(metrics)
     originals = metrics[(metrics["method"] == "original") & last].set_index("model")["test_acc"]
@@ -766,7 +1087,14 @@ def accuracy_changes(
 def hardness(
     changes: pd.DataFrame,  # from accuracy_changes
 ) -> pd.Series:             # per model, from 0 to 1
-    "Mean rank of a model's loss over the steps with sparsity, scaled to 0 (always the smallest) to 1 (always the largest)."
+    """Mean rank of a model's loss over the steps with sparsity, scaled to 0 (always the smallest) to 1 (always the largest).
+
+    Args:
+        changes: from accuracy_changes
+
+    Returns:
+        pd.Series: per model, from 0 to 1
+    """
     sparse = changes.loc[:, changes.columns > 0]
     return ((sparse.rank(ascending=False) - 1) / max(len(sparse) - 1, 1)).mean(axis=1).rename("hardness")
 
@@ -775,7 +1103,16 @@ def individuals(
     metrics: pd.DataFrame,                 # tidy metrics of one or more zoos
     models: pd.DataFrame | None = None,    # generating factors by `model`, of a zoo of one's own; none: from the registry
 ) -> pd.DataFrame:                         # zoo, method, model, hardness, original (accuracy), change (mean), seed and other factors; friendliest first
-    "How hard every model is to sparsify, with its generating factors."
+    """How hard every model is to sparsify, with its generating factors.
+
+    Args:
+        metrics: tidy metrics of one or more zoos
+        models: generating factors by `model`, of a zoo of one's own; none: from the registry
+
+    Returns:
+        pd.DataFrame: zoo, method, model, hardness, original (accuracy), change (mean), seed and other factors;
+            friendliest first
+    """
     parts = []
     for zoo, rows in metrics.groupby("zoo", sort=False):
         factors = model_table(ZOOS[zoo]) if models is None and zoo in ZOOS else models
@@ -794,7 +1131,16 @@ def describe_model(
     row: pd.Series,          # of `individuals`
     varied: Sequence[str],   # factors that differ between the models
 ) -> str:                    # such as "model 3 (91.2 %): relu, seed 4" in lines that fit below a panel; "seed 4 (91.2 %)" where nothing else varies
-    "Name a model, the accuracy of its original, and its generating factors."
+    """Name a model, the accuracy of its original, and its generating factors.
+
+    Args:
+        row: of `individuals`
+        varied: factors that differ between the models
+
+    Returns:
+        str: such as "model 3 (91.2 %): relu, seed 4" in lines that fit below a panel; "seed 4 (91.2 %)" where nothing
+            else varies
+    """
     write = lambda name: f"{name}\u00a0{short_number(row[name]) if isinstance(row[name], float) else row[name]}" if name in ("seed", "lr", "wd", "dropout") else row[name]
     factors, accuracy = ", ".join(map(write, varied)), f"({100 * row['original']:.1f}\u00a0%)"
     return f"{factors} {accuracy}" if list(varied) == ["seed"] else fill(f"model {row['model']} {accuracy}" + (f": {factors}" if factors else ""), 48)
@@ -803,7 +1149,14 @@ def describe_model(
 def varied_factors(
     table: pd.DataFrame,  # from individuals
 ) -> list[str]:           # their names, the seed last
-    "The generating factors that differ between models."
+    """The generating factors that differ between models.
+
+    Args:
+        table: from individuals
+
+    Returns:
+        list[str]: their names, the seed last
+    """
     return [name for name in (*FACTORS, "seed") if name in table and table[name].nunique() > 1]
 
 # %% ../nbs/31_figures.ipynb #0a8c005b
@@ -813,7 +1166,14 @@ def draw_individuals(
     table: pd.DataFrame,    # from individuals, the same models
     k: int,                 # how many on each side
 ) -> None:
-    "Draw all changes, the median, and the extremes with their factors below."
+    """Draw all changes, the median, and the extremes with their factors below.
+
+    Args:
+        ax: where to draw
+        changes: from accuracy_changes
+        table: from individuals, the same models
+        k: how many on each side
+    """
     varied = varied_factors(table)
     k = min(k, len(table) // 2)
     ax.plot(changes.columns, changes.T, color="#bbbbbb", linewidth=0.5, alpha=min(1, 40 / len(changes)), zorder=1)
@@ -833,7 +1193,13 @@ def figure_individuals(
     models: pd.DataFrame | None = None,    # as in individuals
     k: int = 3,                            # how many of the friendliest and of the hardest models are highlighted
 ) -> Figure:
-    "Twin minus original for every model that had learned something, the friendliest and the hardest highlighted."
+    """Twin minus original for every model that had learned something, the friendliest and the hardest highlighted.
+
+    Args:
+        metrics: tidy metrics of one zoo
+        models: as in individuals
+        k: how many of the friendliest and of the hardest models are highlighted
+    """
     zoo, (metrics, titles) = one_zoo(metrics), of_one_selector(metrics)
     table = individuals(metrics, models)
     tall = 0.26 * k if len(varied_factors(table)) > 1 else 0
@@ -859,7 +1225,14 @@ def figure_individuals(
 def layer_looks(
     sizes: dict[str, int],   # layer -> number of weights
 ) -> dict[str, dict]:        # layer, largest first -> color, marker, linestyle, label
-    "How each layer is drawn."
+    """How each layer is drawn.
+
+    Args:
+        sizes: layer -> number of weights
+
+    Returns:
+        dict[str, dict]: layer, largest first -> color, marker, linestyle, label
+    """
     order = sorted(sizes, key=sizes.get, reverse=True)
     colours = sns.color_palette("viridis", len(order)).as_hex()
     look = lambda i: {"color": colours[i], "marker": MARKERS[i % 10], "linestyle": ("-", "--", "-.", ":")[i % 4]}
@@ -873,7 +1246,15 @@ def draw_layers(
     looks: dict,         # from layer_looks
     printed: pd.DataFrame | None = None,  # cells, from reported.read_reported, to be drawn as rings
 ) -> None:
-    "Draw one line with its band per layer."
+    """Draw one line with its band per layer.
+
+    Args:
+        ax: where to draw
+        rows: metrics of one zoo and one method
+        step: "level" or "epoch"
+        looks: from layer_looks
+        printed: cells, from reported.read_reported, to be drawn as rings
+    """
     for layer, look in looks.items():
         groups = rows.groupby(step)[f"sparsity_{layer}"]
         mean = groups.mean()
@@ -891,14 +1272,21 @@ def figure_layers(
     printed: pd.DataFrame | None = None,     # cells, from reported.read_reported, to be drawn as rings
     sizes: dict[str, int] | None = None,     # layer -> number of weights; none: from the registry
 ) -> Figure:
-    "Sparsity of every layer over epochs of variational dropout and levels of magnitude pruning."
+    """Sparsity of every layer over epochs of variational dropout and levels of magnitude pruning.
+
+    Args:
+        metrics: tidy metrics of one zoo
+        printed: cells, from reported.read_reported, to be drawn as rings
+        sizes: layer -> number of weights; none: from the registry
+    """
     zoo, (metrics, titles) = one_zoo(metrics), of_one_selector(metrics)
     looks = layer_looks(sizes or layer_sizes(get_zoo(zoo).architecture))
     fig, axes = plt.subplots(1, 2, figsize=(WIDTH, HEIGHT), layout="constrained", sharey=True)
     rows = metrics[last_epoch(metrics) | (metrics["method"] == "vd")]
     for ax, method, step, label in zip(axes, ("vd", "mp"), ("epoch", "level"), ("Epoch", "Level (sparsity of the whole model)")):
         found = rows[rows["method"] == method]
-        draw_layers(ax, found, step, looks, printed) if len(found) else no_data(ax, titles[method].lower())
+        rings = printed if {"", own_name(zoo)} & {*found["selector"]} else None
+        draw_layers(ax, found, step, looks, rings) if len(found) else no_data(ax, titles[method].lower())
         ax.set(title=titles[method], xlabel=label, ylim=(-0.02, 1.02))
     first_drawn(axes).set_ylabel("Sparsity of the layer")
     axes[0].xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
@@ -922,7 +1310,11 @@ METADATA = {".png": {"Software": None}, ".pdf": {"CreationDate": None, "Creator"
 def few_colours(
     path: Path | str,  # of a PNG file, which is replaced
 ) -> None:
-    "Store a picture with 256 colours, which takes a third of the space."
+    """Store a picture with 256 colours, which takes a third of the space.
+
+    Args:
+        path: of a PNG file, which is replaced
+    """
     with Image.open(path) as picture:
         fewer = picture.convert("RGB").quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     fewer.save(path, "PNG", optimize=True)
@@ -933,7 +1325,13 @@ def save_figure(
     path: Path | str,  # such as "figures/usps_seed/figure_2.png"
     formats: Collection[str] | None = None,  # instead of the path's own: those of png, pdf and svg are written
 ) -> None:
-    "Save a figure, whole or not at all; raises `UserError` for another file type."
+    """Save a figure, whole or not at all; raises `UserError` for another file type.
+
+    Args:
+        fig: what to save
+        path: such as "figures/usps_seed/figure_2.png"
+        formats: instead of the path's own: those of png, pdf and svg are written
+    """
     for target in in_formats(path, FIGURE_FORMATS, formats):
         with style(), atomic_path(target) as temporary:
             fig.savefig(temporary, dpi=DPI[target.suffix], metadata=METADATA[target.suffix])

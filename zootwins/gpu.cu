@@ -192,7 +192,8 @@ struct Job {
     Real* gradients;                                        // [models, room for gradients], not used if shared memory holds them
     int *order, *room;                                      // [models, samples]; the second is for sorting
     double *loss, *accuracy;                                // [models]
-    unsigned char* predictions;                             // [models, samples], evaluation only
+    unsigned char* predictions;                             // [models, samples], evaluation only, or null
+    Real* logits;                                           // [models, samples, CLASSES], evaluation only, or null
     const int* stop;                                        // on a CPU: not 0 when work has to end
 };
 
@@ -798,7 +799,8 @@ struct Block {
             forward<0, false>(count, 0);
             judge(count, 1);
             THREADS
-                FOR(k, count) job.predictions[row(from + k)] = (unsigned char)s.winner[k];
+                if (job.predictions) FOR(k, count) job.predictions[row(from + k)] = (unsigned char)s.winner[k];
+                if (job.logits) FOR(i, count * CLASSES) job.logits[row(from) * CLASSES + i] = s.z[i / CLASSES][i % CLASSES];
             BARRIER
         }
         report();

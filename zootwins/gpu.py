@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SOURCE', 'HEADER', 'VARIANTS', 'GPU', 'Variant', 'host_library', 'Job', 'pack', 'unpack', 'nvrtc', 'gpu_options',
            'compile_for_gpu', 'cubin', 'GpuProgram', 'interrupt', 'HostProgram', 'program', 'train_epoch', 'evaluate',
-           'why_unavailable', 'block_width', 'arithmetic']
+           'logits', 'why_unavailable', 'block_width', 'arithmetic']
 
 # %% ../nbs/14_gpu.ipynb #4f0b0f9a
 import ctypes
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .architectures import ACTIVATIONS
 from .core import UserError, atomic_path, cache_folder
-from .lanes import (IMAGE_SHAPES, LAYERS, PLAIN_TENSORS, TENSORS, _check_images, _check_models, _check_weights, _processor,
+from .lanes import (CLASSES, IMAGE_SHAPES, LAYERS, PLAIN_TENSORS, TENSORS, _check_images, _check_models, _check_weights, _processor,
                             compiler, noise_sites, tensor_shapes)
 from .training import Engine, Recipe, State, rate_factors, rates_and_decays
 from .variational import kl_weight
@@ -38,7 +38,12 @@ SOURCE, HEADER = (Path(str(files("zootwins"))) / name for name in ("gpu.cu", "el
 
 @dataclass(frozen=True)
 class Variant:
-    "What is compiled at once."
+    """What is compiled at once.
+
+    Attributes:
+        architecture: a key of IMAGE_SHAPES
+        noisy: with variational layers
+    """
 
     architecture: str   # a key of IMAGE_SHAPES
     noisy: bool         # with variational layers
@@ -53,7 +58,16 @@ class Variant:
         suffix: str,        # its end
         parts: list[str],   # what it depends on besides the source
     ) -> Path:              # in the user's cache
-        "Name the file in which a build is kept."
+        """Name the file in which a build is kept.
+
+        Args:
+            kind: beginning of the file's name
+            suffix: its end
+            parts: what it depends on besides the source
+
+        Returns:
+            Path: in the user's cache
+        """
         parts = [SOURCE.read_text(encoding="utf-8"), HEADER.read_text(encoding="utf-8"), *self.options(), *parts]
         digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
         return cache_folder() / "gpu" / f"{kind}-{self.architecture}{'-noisy' * self.noisy}-{digest}{suffix}"
@@ -62,7 +76,14 @@ class Variant:
 def _host_flags(
     scalar: str,  # "float" or "double"
 ) -> list[str]:   # for the compiler
-    "Give the compiler's flags for this machine; no product and sum are fused that the source does not fuse."
+    """Give the compiler's flags for this machine; no product and sum are fused that the source does not fuse.
+
+    Args:
+        scalar: "float" or "double"
+
+    Returns:
+        list[str]: for the compiler
+    """
     native = "-mcpu=native" if platform.machine().lower() in ("arm64", "aarch64") else "-march=native"
     return ["-std=c++17", "-O2", native, "-ffp-contract=off", f"-DSCALAR={scalar}", "-shared", "-fPIC", "-w"]
 
@@ -71,7 +92,15 @@ def _compile_for_host(
     variant: Variant,  # what to build
     scalar: str,       # "float" or "double"
 ) -> Path:             # of the library
-    "Build a library unless it is there already; raises `UserError` without a working compiler."
+    """Build a library unless it is there already; raises `UserError` without a working compiler.
+
+    Args:
+        variant: what to build
+        scalar: "float" or "double"
+
+    Returns:
+        Path: of the library
+    """
     if (command := compiler()) is None:
         raise UserError("No C++ compiler was found to build the GPU engine for the processor: install g++ or clang++, or use engine='torch'.")
     version = subprocess.run([command, "--version"], capture_output=True, text=True, check=True).stdout
@@ -91,7 +120,15 @@ def host_library(
     variant: Variant,       # which net, with or without noise
     scalar: str = "float",  # or "double", to compare with other engines
 ) -> ctypes.CDLL:           # the compiled engine
-    "Load the engine as a program for the processor, building it first if need be; raises `UserError` if that fails."
+    """Load the engine as a program for the processor, building it first if need be; raises `UserError` if that fails.
+
+    Args:
+        variant: which net, with or without noise
+        scalar: or "double", to compare with other engines
+
+    Returns:
+        ctypes.CDLL: the compiled engine
+    """
     try:
         library = ctypes.CDLL(str(_compile_for_host(variant, scalar)))
     except (OSError, subprocess.SubprocessError) as error:
@@ -112,7 +149,7 @@ class Job(ctypes.Structure):
         ("dropout_site", ctypes.c_int * (LAYERS - 1)), ("noise_site", ctypes.c_int * LAYERS), ("kl_weight", ctypes.c_double),
         *[(name, ctypes.c_void_p) for name in ("images", "labels", "keys", "dropout_threshold", "activation", "adam", "rate", "decay", "dropout_scale",
                                                "factor", "correction1", "correction2", "masks", "weights", "first", "second", "gradients", "order", "room",
-                                               "loss", "accuracy", "predictions", "stop")],
+                                               "loss", "accuracy", "predictions", "logits", "stop")],
     ]
 
     def __init__(self, **numbers: int):
@@ -124,7 +161,15 @@ class Job(ctypes.Structure):
         field: str,      # one that is a pointer
         tensor: Tensor,  # of the element type in gpu.cu
     ) -> Tensor:         # the same, contiguous and aligned for reading four numbers at once
-        "Point a field to a tensor."
+        """Point a field to a tensor.
+
+        Args:
+            field: one that is a pointer
+            tensor: of the element type in gpu.cu
+
+        Returns:
+            Tensor: the same, contiguous and aligned for reading four numbers at once
+        """
         tensor = tensor.contiguous()
         self.held[field] = tensor if tensor.data_ptr() % 32 == 0 else tensor.clone()
         setattr(self, field, self.held[field].data_ptr())
@@ -136,7 +181,16 @@ def pack(
     shapes: dict[str, tuple[int, ...]],  # all parameters of a model, in order
     missing: Tensor | None = None,  # [models, 1], stands for each number of a tensor that is not there
 ) -> Tensor:                        # [models, parameters], a copy
-    "Put all parameters of a model side by side; raises `UserError` for tensors of other shapes."
+    """Put all parameters of a model side by side; raises `UserError` for tensors of other shapes.
+
+    Args:
+        tensors: name -> [models, ...]
+        shapes: all parameters of a model, in order
+        missing: [models, 1], stands for each number of a tensor that is not there
+
+    Returns:
+        Tensor: [models, parameters], a copy
+    """
     models, size = len(next(iter(tensors.values()))), lambda name: torch.Size(shapes[name]).numel()
     for name, tensor in tensors.items():
         if name not in shapes or tuple(tensor.shape) != (models, *shapes[name]):
@@ -148,7 +202,15 @@ def unpack(
     flat: Tensor,                        # [models, parameters]
     shapes: dict[str, tuple[int, ...]],  # all parameters of a model, in order
 ) -> dict[str, Tensor]:                  # name -> [models, ...], copies
-    "Take them apart again."
+    """Take them apart again.
+
+    Args:
+        flat: [models, parameters]
+        shapes: all parameters of a model, in order
+
+    Returns:
+        dict[str, Tensor]: name -> [models, ...], copies
+    """
     parts = flat.split([torch.Size(shape).numel() for shape in shapes.values()], 1)
     return {name: part.reshape(len(flat), *shape).contiguous() for (name, shape), part in zip(shapes.items(), parts)}
 
@@ -161,7 +223,13 @@ def _check_once(
     x: Tensor,          # [N, C, H, W]
     y: Tensor,          # [N]
 ) -> None:
-    "Raise `UserError` for images that do not fit the architecture or their labels, and for labels that are no classes."
+    """Raise `UserError` for images that do not fit the architecture or their labels, and for labels that are no classes.
+
+    Args:
+        architecture: a key of IMAGE_SHAPES
+        x: [N, C, H, W]
+        y: [N]
+    """
     key = (architecture, tuple(x.shape), id(y), y._version)
     if _seen.get(key) is not y:
         _check_images(architecture, x, y)
@@ -175,7 +243,18 @@ def _common_job(
     x: Tensor,                   # [N, C, H, W]
     y: Tensor,                   # [N]
 ) -> Job:                        # still without what only training or only evaluation needs
-    "Describe what training and evaluation have in common."
+    """Describe what training and evaluation have in common.
+
+    Args:
+        weights: [models, parameters]
+        architecture: a key of IMAGE_SHAPES
+        activations: one per model
+        x: [N, C, H, W]
+        y: [N]
+
+    Returns:
+        Job: still without what only training or only evaluation needs
+    """
     _check_once(architecture, x, y)
     models, device = len(weights), weights.device
     job = Job(models=models, samples=len(x))
@@ -193,7 +272,13 @@ def _add_factors(
     state: State,     # of any models
     recipe: Recipe,   # how to move
 ) -> None:
-    "Enter what differs from model to model and from step to step."
+    """Enter what differs from model to model and from step to step.
+
+    Args:
+        job: from _common_job
+        state: of any models
+        recipe: how to move
+    """
     models, like = state.population.models, job.held["weights"]
     put = lambda field, values, dtype=None: job.hold(field, torch.as_tensor(values).to(like.device, dtype or like.dtype, non_blocking=True))
     rates, decays = rates_and_decays(models, recipe, "cpu")
@@ -219,7 +304,19 @@ def _training_job(
     shapes: dict[str, tuple[int, ...]],  # all parameters of a model, in order
     gradient_size: int,  # bytes that a model's gradients need in main memory
 ) -> Job:               # complete
-    "Describe one epoch of training."
+    """Describe one epoch of training.
+
+    Args:
+        state: of any models
+        x: [N, C, H, W]
+        y: int64 [N]
+        recipe: how to move
+        shapes: all parameters of a model, in order
+        gradient_size: bytes that a model's gradients need in main memory
+
+    Returns:
+        Job: complete
+    """
     population, stack = state.population, next(iter(state.population.weights.values()))
     job = _common_job(pack(population.weights, shapes), population.architecture, population.models["activation"], x, y)
     job.batch, job.epoch, job.nesterov, job.kl_weight = min(recipe.batch_size, len(x)), state.epoch + 1, recipe.nesterov, kl_weight(state.epoch + 1)
@@ -237,7 +334,11 @@ def _training_job(
 
 # %% ../nbs/14_gpu.ipynb #14b38dfe
 def _nvrtc_paths() -> list[str]:  # what exists, best first
-    "Find NVIDIA's compiler: in NVIDIA's wheels, in PyTorch, in a CUDA toolkit, or wherever the loader looks."
+    """Find NVIDIA's compiler: in NVIDIA's wheels, in PyTorch, in a CUDA toolkit, or wherever the loader looks.
+
+    Returns:
+        list[str]: what exists, best first
+    """
     roots = [Path(root) for name in ("nvidia", "torch") if (spec := importlib.util.find_spec(name)) for root in spec.submodule_search_locations or []]
     patterns = ["cu*/lib/libnvrtc.so.*", "cuda_nvrtc/lib/libnvrtc.so.*", "lib/libnvrtc.so*", "lib/libnvrtc-[0-9a-f]*.so*"]
     found = [str(path) for root in roots for pattern in patterns for path in sorted(root.glob(pattern), reverse=True)]
@@ -247,7 +348,11 @@ def _nvrtc_paths() -> list[str]:  # what exists, best first
 
 @cache
 def nvrtc() -> ctypes.CDLL:  # NVIDIA's runtime compiler
-    "Load NVIDIA's compiler; raises `UserError` if there is none."
+    """Load NVIDIA's compiler; raises `UserError` if there is none.
+
+    Returns:
+        ctypes.CDLL: NVIDIA's runtime compiler
+    """
     for path in _nvrtc_paths():
         try:
             return ctypes.CDLL(path)
@@ -260,7 +365,15 @@ def _nvrtc_text(
     get: str,                  # such as "ProgramLog"
     program: ctypes.c_void_p,  # being compiled
 ) -> bytes:                    # what NVRTC has to give under that name
-    "Fetch what came of compiling."
+    """Fetch what came of compiling.
+
+    Args:
+        get: such as "ProgramLog"
+        program: being compiled
+
+    Returns:
+        bytes: what NVRTC has to give under that name
+    """
     size = ctypes.c_size_t()
     getattr(nvrtc(), f"nvrtcGet{get}Size")(program, ctypes.byref(size))
     text = ctypes.create_string_buffer(size.value)
@@ -272,7 +385,15 @@ def gpu_options(
     variant: Variant,   # what to build
     architecture: str,  # of the GPU, such as "sm_90"
 ) -> list[str]:         # for NVRTC
-    "Give NVRTC's options: quick roots and quotients, as exact as single precision needs here."
+    """Give NVRTC's options: quick roots and quotients, as exact as single precision needs here.
+
+    Args:
+        variant: what to build
+        architecture: of the GPU, such as "sm_90"
+
+    Returns:
+        list[str]: for NVRTC
+    """
     return ["--std=c++17", f"--gpu-architecture={architecture}", "--ftz=true", "--prec-div=false", "--prec-sqrt=false", "-maxrregcount=128", *variant.options()]
 
 
@@ -281,7 +402,16 @@ def compile_for_gpu(
     architecture: str,  # of the GPU, such as "sm_90"
     extra: tuple[str, ...] = (),  # more options
 ) -> tuple[bytes, str]:  # the program (a cubin) and what the compiler said
-    "Compile the source with NVRTC; raises `UserError` if that fails."
+    """Compile the source with NVRTC; raises `UserError` if that fails.
+
+    Args:
+        variant: what to build
+        architecture: of the GPU, such as "sm_90"
+        extra: more options
+
+    Returns:
+        tuple[bytes, str]: the program (a cubin) and what the compiler said
+    """
     program, options = ctypes.c_void_p(), [option.encode() for option in [*gpu_options(variant, architecture), *extra]]
     headers, names = (ctypes.c_char_p * 1)(HEADER.read_bytes()), (ctypes.c_char_p * 1)(HEADER.name.encode())
     nvrtc().nvrtcCreateProgram(ctypes.byref(program), SOURCE.read_bytes(), SOURCE.name.encode(), 1, headers, names)
@@ -297,7 +427,11 @@ def compile_for_gpu(
 
 
 def _nvrtc_version() -> tuple[int, int]:  # major, minor
-    "Ask NVRTC for its version."
+    """Ask NVRTC for its version.
+
+    Returns:
+        tuple[int, int]: major, minor
+    """
     version = ctypes.c_int(), ctypes.c_int()
     nvrtc().nvrtcVersion(*map(ctypes.byref, version))
     return version[0].value, version[1].value
@@ -307,7 +441,15 @@ def cubin(
     variant: Variant,   # what is wanted
     architecture: str,  # of the GPU, such as "sm_90"
 ) -> bytes:             # a program for it
-    "Compile for a GPU, or take what was compiled before."
+    """Compile for a GPU, or take what was compiled before.
+
+    Args:
+        variant: what is wanted
+        architecture: of the GPU, such as "sm_90"
+
+    Returns:
+        bytes: a program for it
+    """
     path = variant.file("gpu", ".cubin", [*gpu_options(variant, architecture), *map(str, _nvrtc_version())])
     if not path.exists():
         with atomic_path(path) as temporary:
@@ -342,7 +484,12 @@ class GpuProgram:
         name: str,   # of a function of the driver
         *arguments,  # as ctypes wants them
     ) -> None:
-        "Call the driver; raises `RuntimeError` if it reports an error."
+        """Call the driver; raises `RuntimeError` if it reports an error.
+
+        Args:
+            name: of a function of the driver
+            *arguments: as ctypes wants them
+        """
         if code := getattr(self.driver, name)(*arguments):
             raise RuntimeError(f"The CUDA driver reports error {code} in {name}.")
 
@@ -350,7 +497,14 @@ class GpuProgram:
         self,
         name: str,  # of an array in the source that says by its size what a block needs
     ) -> int:       # bytes
-        "Ask for the size of an array."
+        """Ask for the size of an array.
+
+        Args:
+            name: of an array in the source that says by its size what a block needs
+
+        Returns:
+            int: bytes
+        """
         address, size = ctypes.c_void_p(), ctypes.c_size_t()
         self._call("cuModuleGetGlobal_v2", ctypes.byref(address), ctypes.byref(size), self.module, name.encode())
         return size.value
@@ -360,7 +514,12 @@ class GpuProgram:
         name: str,  # "shuffle", "train" or "evaluate"
         job: Job,   # complete, on this GPU
     ) -> None:
-        "Launch one block for each model, on PyTorch's stream."
+        """Launch one block for each model, on PyTorch's stream.
+
+        Args:
+            name: "shuffle", "train" or "evaluate"
+            job: complete, on this GPU
+        """
         self._call("cuCtxSetCurrent", self.context)
         function = ctypes.c_void_p()
         self._call("cuModuleGetFunction", ctypes.byref(function), self.module, name.encode())
@@ -397,7 +556,12 @@ class HostProgram:
         name: str,  # "shuffle", "train" or "evaluate"
         job: Job,   # complete, on the CPU
     ) -> None:
-        "Take one model after the other; raises `MemoryError`, or `InterruptedError` after `interrupt`."
+        """Take one model after the other; raises `MemoryError`, or `InterruptedError` after `interrupt`.
+
+        Args:
+            name: "shuffle", "train" or "evaluate"
+            job: complete, on the CPU
+        """
         stop = ctypes.c_int(0)
         job.stop = ctypes.addressof(stop)
         _under_way.append(stop)
@@ -415,7 +579,13 @@ def program(
     device: torch.device,  # where the weights are
     dtype: torch.dtype,    # of the weights
 ) -> GpuProgram | HostProgram:
-    "Load the engine for one device; raises `UserError` where it cannot run."
+    """Load the engine for one device; raises `UserError` where it cannot run.
+
+    Args:
+        variant: which net, with or without noise
+        device: where the weights are
+        dtype: of the weights
+    """
     if device.type == "cpu":
         return HostProgram(variant, dtype)
     if dtype != torch.float32:
@@ -427,7 +597,15 @@ def _shapes(
     architecture: str,  # a key of IMAGE_SHAPES
     variational: bool,  # with log variances
 ) -> dict[str, tuple[int, ...]]:  # name -> shape for one model
-    "The parameters in their order in gpu.cu."
+    """The parameters in their order in gpu.cu.
+
+    Args:
+        architecture: a key of IMAGE_SHAPES
+        variational: with log variances
+
+    Returns:
+        dict[str, tuple[int, ...]]: name -> shape for one model
+    """
     return dict(islice(tensor_shapes(architecture).items(), TENSORS if variational else PLAIN_TENSORS))
 
 
@@ -437,7 +615,17 @@ def train_epoch(
     y: Tensor,       # int64 [N]
     recipe: Recipe,  # how to move
 ) -> tuple[Tensor, Tensor]:  # float64 [models] each: running mean cross-entropy and accuracy in train mode
-    "Train all models for one epoch; raises `UserError` for models, images or labels that the engine cannot take."
+    """Train all models for one epoch; raises `UserError` for models, images or labels that the engine cannot take.
+
+    Args:
+        state: of any models; moved in place by one epoch
+        x: float32 [N, C, H, W], on the state's device
+        y: int64 [N]
+        recipe: how to move
+
+    Returns:
+        tuple[Tensor, Tensor]: float64 [models] each: running mean cross-entropy and accuracy in train mode
+    """
     population, models = state.population, state.population.models
     _check_models(population.architecture, models["activation"], models["optimizer"])
     _check_weights(population.weights, population.architecture, recipe.variational)
@@ -458,6 +646,37 @@ def train_epoch(
     return job.held["loss"], job.held["accuracy"]
 
 
+def _evaluated(
+    weights: dict[str, Tensor],  # plain, stacked
+    architecture: str,           # name of the architecture
+    activations: Iterable[str],  # one per model
+    x: Tensor,                   # [N, C, H, W]
+    y: Tensor,                   # [N]
+    wanted: str,                 # "predictions" or "logits"
+) -> Job:                        # done
+    """Show images to all models.
+
+    Args:
+        weights: plain, stacked
+        architecture: name of the architecture
+        activations: one per model
+        x: [N, C, H, W]
+        y: [N]
+        wanted: "predictions" or "logits"
+
+    Returns:
+        Job: done
+    """
+    _check_models(architecture, activations := list(activations))
+    _check_weights(weights, architecture, variational=False)
+    stack = next(iter(weights.values()))
+    job = _common_job(pack(weights, _shapes(architecture, False)), architecture, activations, x, y)
+    shape, dtype = ((CLASSES,), stack.dtype) if wanted == "logits" else ((), torch.uint8)
+    job.hold(wanted, torch.empty(len(stack), len(x), *shape, dtype=dtype, device=stack.device))
+    program(Variant(architecture, False), stack.device, stack.dtype).run("evaluate", job)
+    return job
+
+
 def evaluate(
     weights: dict[str, Tensor],  # plain stacked parameters: pruned or `variational.deterministic` where need be
     architecture: str,           # name of the architecture
@@ -465,20 +684,54 @@ def evaluate(
     x: Tensor,                   # float32 [N, C, H, W], on the weights' device
     y: Tensor,                   # int64 [N]
 ) -> tuple[Tensor, Tensor]:      # mean cross-entropy float64 [models], predicted classes uint8 [models, N]
-    "Judge all models on the same images; raises `UserError` as `train_epoch` does."
-    _check_models(architecture, activations := list(activations))
-    _check_weights(weights, architecture, variational=False)
-    stack = next(iter(weights.values()))
-    job = _common_job(pack(weights, _shapes(architecture, False)), architecture, activations, x, y)
-    predictions = job.hold("predictions", torch.empty(len(stack), len(x), dtype=torch.uint8, device=stack.device))
-    program(Variant(architecture, False), stack.device, stack.dtype).run("evaluate", job)
-    return job.held["loss"], predictions
+    """Judge all models on the same images; raises `UserError` as `train_epoch` does.
+
+    Args:
+        weights: plain stacked parameters: pruned or `variational.deterministic` where need be
+        architecture: name of the architecture
+        activations: one per model
+        x: float32 [N, C, H, W], on the weights' device
+        y: int64 [N]
+
+    Returns:
+        tuple[Tensor, Tensor]: mean cross-entropy float64 [models], predicted classes uint8 [models, N]
+    """
+    job = _evaluated(weights, architecture, activations, x, y, "predictions")
+    return job.held["loss"], job.held["predictions"]
+
+
+def logits(
+    weights: dict[str, Tensor],  # plain stacked parameters, as for `evaluate`
+    architecture: str,           # name of the architecture
+    activations: Iterable[str],  # one per model
+    x: Tensor,                   # float32 [N, C, H, W], on the weights' device
+) -> Tensor:                     # of the weights' type, [models, N, CLASSES]
+    """What all models give before the softmax; raises `UserError` as `train_epoch` does.
+
+    Args:
+        weights: plain stacked parameters, as for `evaluate`
+        architecture: name of the architecture
+        activations: one per model
+        x: float32 [N, C, H, W], on the weights' device
+
+    Returns:
+        Tensor: of the weights' type, [models, N, CLASSES]
+    """
+    y = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    return _evaluated(weights, architecture, activations, x, y, "logits").held["logits"]
 
 # %% ../nbs/14_gpu.ipynb #c4e6149f
 def why_unavailable(
     architecture: str,  # of the models
 ) -> str:               # empty if the engine can train them on a GPU here
-    "Say why the engine cannot train some models on a GPU, and what to do, in a sentence."
+    """Say why the engine cannot train some models on a GPU, and what to do, in a sentence.
+
+    Args:
+        architecture: of the models
+
+    Returns:
+        str: empty if the engine can train them on a GPU here
+    """
     if architecture not in IMAGE_SHAPES:
         return f"The GPU engine knows {', '.join(IMAGE_SHAPES)} and not {architecture}: use engine torch."
     if not torch.cuda.is_available():
@@ -492,12 +745,20 @@ def why_unavailable(
 
 
 def block_width() -> int:  # models
-    "How many models to train together: eight for each multiprocessor, so that few idle at the end of an epoch."
+    """How many models to train together: eight for each multiprocessor, so that few idle at the end of an epoch.
+
+    Returns:
+        int: models
+    """
     return 8 * (torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count if torch.cuda.is_available() else 1)
 
 
 def arithmetic() -> str:  # such as "gpu sm_90 0123456789ab"
-    "Name what the bits depend on: the source, NVIDIA's compiler, and the kind of GPU."
+    """Name what the bits depend on: the source, NVIDIA's compiler, and the kind of GPU.
+
+    Returns:
+        str: such as "gpu sm_90 0123456789ab"
+    """
     where, parts = "host", [SOURCE.read_bytes(), HEADER.read_bytes()]
     if torch.cuda.is_available():
         where = "sm_{}{}".format(*torch.cuda.get_device_capability())
@@ -505,4 +766,7 @@ def arithmetic() -> str:  # such as "gpu sm_90 0123456789ab"
     return f"gpu {where} {hashlib.sha256(b''.join(parts)).hexdigest()[:12]}"
 
 
-GPU = Engine("gpu", train_epoch, evaluate, mixes=True, width=block_width, interrupt=interrupt, schedules=True, arithmetic=arithmetic)
+GPU = Engine(
+    "gpu", train_epoch, evaluate, logits, mixes=True, width=block_width, interrupt=interrupt, schedules=True,
+    arithmetic=arithmetic,
+)

@@ -41,7 +41,13 @@ from .zoos import ZOOS
 # %% ../nbs/60_hyperreps.ipynb #ac94cdca
 @dataclass(frozen=True)
 class Layer:
-    "A convolution or linear layer, whose neurons become tokens."
+    """A convolution or linear layer, whose neurons become tokens.
+
+    Attributes:
+        path: such as "module_list.0"
+        shape: of its weight, neurons first
+        inputs: neurons (or image channels) that it reads from
+    """
 
     path: str                # such as "module_list.0"
     shape: tuple[int, ...]   # of its weight, neurons first
@@ -67,7 +73,15 @@ def image_shapes(
     architecture: str,         # a name in ARCHITECTURES
     first: Layer,              # its first layer
 ) -> list[tuple[int, ...]]:    # of one input, the likeliest first
-    "Which inputs an architecture may take: images of its zoos, others, or vectors."
+    """Which inputs an architecture may take: images of its zoos, others, or vectors.
+
+    Args:
+        architecture: a name in ARCHITECTURES
+        first: its first layer
+
+    Returns:
+        list[tuple[int, ...]]: of one input, the likeliest first
+    """
     known = {zoo.image_size for zoo in ZOOS.values() if zoo.architecture == architecture}
     sides = [*sorted(known), *(side for side in (28, 32, 8, 16, 64, 96, 224) if side not in known)]
     if len(first.shape) == 4:
@@ -81,7 +95,13 @@ def check_chain(
     module: nn.Module,         # built from it; changed
     layout: Sequence[Layer],   # its layers in order
 ) -> None:
-    "Raise `UserError` if a model computes something else when its hidden neurons change places."
+    """Raise `UserError` if a model computes something else when its hidden neurons change places.
+
+    Args:
+        architecture: a name in ARCHITECTURES
+        module: built from it; changed
+        layout: its layers in order
+    """
     module = module.double().eval()
     with torch.no_grad():
         for shape in image_shapes(architecture, layout[0]):
@@ -105,7 +125,13 @@ def move_neurons(
     layer: Layer,       # a hidden one
     reader: Layer,      # the one after it
 ) -> None:
-    "Move the neurons of a hidden layer on by one place, and the weights that read them."
+    """Move the neurons of a hidden layer on by one place, and the weights that read them.
+
+    Args:
+        module: changed
+        layer: a hidden one
+        reader: the one after it
+    """
     own, following = module.get_submodule(layer.path), module.get_submodule(reader.path)
     own.weight.copy_(own.weight.roll(1, 0))
     own.bias.copy_(own.bias.roll(1, 0))
@@ -115,7 +141,14 @@ def move_neurons(
 def token_layout(
     architecture: str,  # a name in architectures.ARCHITECTURES: a chain of convolutions and linear layers
 ) -> Layout:            # its layers in order
-    "Lay out a model's neurons as tokens; raises `UserError` if each layer does not read from the one before, and from it alone."
+    """Lay out a model's neurons as tokens; raises `UserError` if each layer does not read from the one before, and from it alone.
+
+    Args:
+        architecture: a name in architectures.ARCHITECTURES: a chain of convolutions and linear layers
+
+    Returns:
+        Layout: its layers in order
+    """
     module, layout = build(architecture), []
     for path in layer_names(module).values():
         shape = tuple(module.get_parameter(f"{path}.weight").shape)
@@ -133,7 +166,15 @@ def to_vectors(
     weights: Mapping[str, Tensor],  # stacked weights and biases [models, ...]; other parameters are ignored
     layout: Layout,                 # from token_layout
 ) -> Tensor:                        # float32 [models, parameters]
-    "Write models as vectors, neuron by neuron."
+    """Write models as vectors, neuron by neuron.
+
+    Args:
+        weights: stacked weights and biases [models, ...]; other parameters are ignored
+        layout: from token_layout
+
+    Returns:
+        Tensor: float32 [models, parameters]
+    """
     tokens = [torch.cat([weights[f"{layer.path}.weight"].flatten(2), weights[f"{layer.path}.bias"].unsqueeze(-1)], -1) for layer in layout]
     return torch.cat([token.flatten(1) for token in tokens], 1)
 
@@ -142,7 +183,15 @@ def split_tokens(
     vectors: Tensor,  # [models, parameters]
     layout: Layout,   # from token_layout
 ) -> list[Tensor]:    # [models, neurons, width] for each layer
-    "Cut vectors into the tokens of every layer."
+    """Cut vectors into the tokens of every layer.
+
+    Args:
+        vectors: [models, parameters]
+        layout: from token_layout
+
+    Returns:
+        list[Tensor]: [models, neurons, width] for each layer
+    """
     parts = vectors.split([layer.neurons * layer.width for layer in layout], dim=1)
     return [part.unflatten(1, (layer.neurons, layer.width)) for part, layer in zip(parts, layout)]
 
@@ -151,7 +200,15 @@ def to_weights(
     vectors: Tensor,      # [models, parameters]
     layout: Layout,       # from token_layout
 ) -> dict[str, Tensor]:   # stacked weights and biases by state-dict name
-    "Read models from vectors."
+    """Read models from vectors.
+
+    Args:
+        vectors: [models, parameters]
+        layout: from token_layout
+
+    Returns:
+        dict[str, Tensor]: stacked weights and biases by state-dict name
+    """
     weights = {}
     for layer, token in zip(layout, split_tokens(vectors, layout)):
         weights[f"{layer.path}.weight"] = token[:, :, :-1].unflatten(2, layer.shape[1:]).contiguous()
@@ -163,7 +220,15 @@ def to_alpha_vectors(
     weights: Mapping[str, Tensor],  # stacked parameters with log variances
     layout: Layout,                 # from token_layout
 ) -> Tensor:                        # float32 [models, parameters], 0 where there is no log alpha
-    "Write the log alphas of models as vectors."
+    """Write the log alphas of models as vectors.
+
+    Args:
+        weights: stacked parameters with log variances
+        layout: from token_layout
+
+    Returns:
+        Tensor: float32 [models, parameters], 0 where there is no log alpha
+    """
     relative = log_alphas(dict(weights))
     names = [f"{layer.path}.{kind}" for layer in layout for kind in ("weight", "bias")]
     return to_vectors({name: relative.get(name, torch.zeros_like(weights[name])) for name in names}, layout)
@@ -172,7 +237,14 @@ def to_alpha_vectors(
 def noisy_places(
     layout: Layout,  # from token_layout
 ) -> Tensor:         # bool [parameters]
-    "Which places of a vector have a log alpha: all weights, and the biases of convolutions."
+    """Which places of a vector have a log alpha: all weights, and the biases of convolutions.
+
+    Args:
+        layout: from token_layout
+
+    Returns:
+        Tensor: bool [parameters]
+    """
     tokens = [torch.ones(layer.neurons, layer.width, dtype=torch.bool) for layer in layout]
     for layer, token in zip(layout, tokens):
         token[:, -1] = len(layer.shape) == 4
@@ -184,7 +256,16 @@ def random_orders(
     n: int,                      # how many models
     generator: torch.Generator,  # source of randomness, on the CPU
 ) -> list[Tensor]:               # int64 [n, neurons] for each layer; the outputs stay in place
-    "Draw an order of the neurons of every layer."
+    """Draw an order of the neurons of every layer.
+
+    Args:
+        layout: from token_layout
+        n: how many models
+        generator: source of randomness, on the CPU
+
+    Returns:
+        list[Tensor]: int64 [n, neurons] for each layer; the outputs stay in place
+    """
     orders = [torch.rand(n, layer.neurons, generator=generator).argsort(1) for layer in layout[:-1]]
     return [*orders, torch.arange(layout[-1].neurons).expand(n, -1)]
 
@@ -193,7 +274,15 @@ def permutation_index(
     layout: Layout,                # from token_layout
     orders: Sequence[Tensor],      # from random_orders
 ) -> Tensor:                       # int64 [n, parameters]: torch.gather(vectors, 1, index) are the permuted models
-    "Where in its vector a permuted model finds each of its parameters."
+    """Where in its vector a permuted model finds each of its parameters.
+
+    Args:
+        layout: from token_layout
+        orders: from random_orders
+
+    Returns:
+        Tensor: int64 [n, parameters]: torch.gather(vectors, 1, index) are the permuted models
+    """
     n, start, parts = len(orders[0]), 0, []
     before = torch.arange(layout[0].inputs).expand(n, -1)
     for layer, order in zip(layout, orders):
@@ -206,7 +295,14 @@ def permutation_index(
 # %% ../nbs/60_hyperreps.ipynb #08aaa47b
 @dataclass(frozen=True)
 class View:
-    "One augmented view of a batch of models; all [models, parameters]."
+    """One augmented view of a batch of models; all [models, parameters].
+
+    Attributes:
+        read: what the encoder sees
+        weights: what the decoder has to write
+        log_alphas: likewise
+        kept: bool, where log alphas count
+    """
 
     read: Tensor        # what the encoder sees
     weights: Tensor     # what the decoder has to write
@@ -220,7 +316,17 @@ def erasures(
     extent: tuple[float, float],   # shortest and longest stretch, as fractions of the vector
     generator: torch.Generator,    # on the CPU
 ) -> Tensor:                       # bool [models, parameters], True where a number is erased
-    "Draw a stretch of every vector that is to be erased, or none."
+    """Draw a stretch of every vector that is to be erased, or none.
+
+    Args:
+        shape: models, parameters
+        probability: that a model loses a stretch
+        extent: shortest and longest stretch, as fractions of the vector
+        generator: on the CPU
+
+    Returns:
+        Tensor: bool [models, parameters], True where a number is erased
+    """
     chance, length, place = torch.rand(3, shape[0], 1, generator=generator)
     length = (extent[0] + length * (extent[1] - extent[0])) * shape[1]
     start = place * (shape[1] - length)
@@ -230,7 +336,25 @@ def erasures(
 # %% ../nbs/60_hyperreps.ipynb #d54a3a93
 @dataclass(frozen=True)
 class Config:
-    "An auto-encoder and how it is trained."
+    """An auto-encoder and how it is trained.
+
+    Attributes:
+        dim: of a token's embedding
+        layers: of attention, in the encoder and again in the decoder
+        hidden: width of the feed-forward nets
+        latent: length of a hyper-representation
+        compression: "token": of the compression token; "all": of all tokens
+        projection_layers: of the head on which the contrastive loss acts
+        projection: length of its output
+        learning_rate: the highest
+        batch_size: models; each is seen twice
+        noise: on what the encoder reads, in standard deviations of a layer's weights
+        erase: probability that a view loses a stretch
+        extent: of that stretch
+        temperature: T of Eq. 3
+        beta: of Eq. 6
+        window: r of Eq. 5
+    """
 
     name: str
     dim: int                        # of a token's embedding
@@ -265,7 +389,15 @@ def choose_config(
     name: str,                    # a key of CONFIGS
     epochs: int | None = None,    # of the auto-encoder's training; none: the configuration's own
 ) -> Config:                      # checked
-    "Choose a configuration; raises `UserError` for an unknown one or an impossible number of epochs."
+    """Choose a configuration; raises `UserError` for an unknown one or an impossible number of epochs.
+
+    Args:
+        name: a key of CONFIGS
+        epochs: of the auto-encoder's training; none: the configuration's own
+
+    Returns:
+        Config: checked
+    """
     config = CONFIGS[check_name(name, CONFIGS, "configuration of the auto-encoder")]
     if epochs is None:
         return config
@@ -281,7 +413,12 @@ def check_request(
     cells: Sequence[str],  # `In` of the notebook's kernel
     device: str,           # "cpu" or "cuda"
 ) -> None:
-    "Raise `UserError` for a parameter that hyper_representations does not have, or a device that is not there."
+    """Raise `UserError` for a parameter that hyper_representations does not have, or a device that is not there.
+
+    Args:
+        cells: `In` of the notebook's kernel
+        device: "cpu" or "cuda"
+    """
     check_parameters(cells, PARAMETERS, "hyper_representations")
     check_name(device, ("cpu", "cuda"), "device")
     if device == "cuda" and not torch.cuda.is_available():
@@ -296,7 +433,19 @@ def augment(
     config: Config,              # noise, erase, extent
     generator: torch.Generator,  # on the CPU, so that a device does not change what is drawn
 ) -> View:                       # on the weights' device
-    "Draw one view of a batch: another order of neurons, an erased stretch, noise."
+    """Draw one view of a batch: another order of neurons, an erased stretch, noise.
+
+    Args:
+        weights: [models, parameters]
+        log_alphas: [models, parameters]
+        layout: from token_layout
+        scale: [parameters], standard deviation of each parameter's layer
+        config: noise, erase, extent
+        generator: on the CPU, so that a device does not change what is drawn
+
+    Returns:
+        View: on the weights' device
+    """
     index = permutation_index(layout, random_orders(layout, len(weights), generator)).to(weights.device)
     erased = erasures(tuple(weights.shape), config.erase, config.extent, generator).to(weights.device)
     written = weights.gather(1, index).masked_fill(erased, 0.0)
@@ -307,7 +456,14 @@ def augment(
 def attention(
     config: Config,  # dim, layers, heads, hidden, dropout
 ) -> nn.Module:      # [models, tokens, dim] to the same
-    "A stack of self-attention layers with normalisation first."
+    """A stack of self-attention layers with normalisation first.
+
+    Args:
+        config: dim, layers, heads, hidden, dropout
+
+    Returns:
+        nn.Module: [models, tokens, dim] to the same
+    """
     layer = nn.TransformerEncoderLayer(config.dim, config.heads, config.hidden, config.dropout, "relu", batch_first=True, norm_first=True)
     return nn.TransformerEncoder(layer, config.layers, nn.LayerNorm(config.dim), enable_nested_tensor=False)
 
@@ -315,7 +471,14 @@ def attention(
 def projection_head(
     config: Config,  # latent, projection_layers, projection_width, projection
 ) -> nn.Module:      # [models, latent] to [models, projection]
-    "The net on whose output the contrastive loss acts."
+    """The net on whose output the contrastive loss acts.
+
+    Args:
+        config: latent, projection_layers, projection_width, projection
+
+    Returns:
+        nn.Module: [models, latent] to [models, projection]
+    """
     widths = [config.latent, *[config.projection_width] * (config.projection_layers - 1)]
     parts = [part for a, b in zip(widths, widths[1:]) for part in (nn.Linear(a, b), nn.BatchNorm1d(b), nn.ReLU())]
     return nn.Sequential(*parts, nn.Linear(widths[-1], config.projection))
@@ -353,7 +516,14 @@ class HyperAutoEncoder(nn.Module):
         self,
         weights: Tensor,  # [models, parameters]
     ) -> Tensor:          # [models, latent]
-        "Compress models to their hyper-representations."
+        """Compress models to their hyper-representations.
+
+        Args:
+            weights: [models, parameters]
+
+        Returns:
+            Tensor: [models, latent]
+        """
         tokens = split_tokens((weights - self.mean) / self.scale, self.layout)
         embedded = torch.cat([embed(token) for embed, token in zip(self.embeddings, tokens)], 1)
         sequence = torch.cat([self.compression.expand(len(weights), -1, -1), embedded], 1) + self.read_positions
@@ -363,7 +533,14 @@ class HyperAutoEncoder(nn.Module):
         self,
         latents: Tensor,           # [models, latent]
     ) -> tuple[Tensor, Tensor]:    # weights and log alphas, both [models, parameters]
-        "Write models and their log alphas from hyper-representations."
+        """Write models and their log alphas from hyper-representations.
+
+        Args:
+            latents: [models, latent]
+
+        Returns:
+            tuple[Tensor, Tensor]: weights and log alphas, both [models, parameters]
+        """
         sequences = self.expand(latents).unflatten(1, (2, *self.write_positions.shape)) + self.write_positions + self.types
         joint = self.decoder(sequences.flatten(1, 2))
         neurons = [layer.neurons for layer in self.layout]
@@ -378,7 +555,15 @@ def contrastive_loss(
     projected: Tensor,   # [2 * models, projection]: first views, then second views in the same order
     temperature: float,  # T
 ) -> Tensor:             # scalar, the mean over all views
-    "Eq. 3: normalised, temperature-scaled cross-entropy between two views of each model."
+    """Eq. 3: normalised, temperature-scaled cross-entropy between two views of each model.
+
+    Args:
+        projected: [2 * models, projection]: first views, then second views in the same order
+        temperature: T
+
+    Returns:
+        Tensor: scalar, the mean over all views
+    """
     unit = F.normalize(projected, dim=1)
     similarity = (unit @ unit.T / temperature).fill_diagonal_(-torch.inf)
     partner = torch.arange(len(unit), device=unit.device).roll(len(unit) // 2)
@@ -390,7 +575,16 @@ def weight_loss(
     weights: Tensor,  # the target, same shape
     scale: Tensor,    # [parameters], standard deviation of each parameter's layer
 ) -> Tensor:          # scalar
-    "Eq. 4: mean squared error in standard deviations of the layer."
+    """Eq. 4: mean squared error in standard deviations of the layer.
+
+    Args:
+        written: [models, parameters]
+        weights: the target, same shape
+        scale: [parameters], standard deviation of each parameter's layer
+
+    Returns:
+        Tensor: scalar
+    """
     return ((written - weights) / scale).square().mean()
 
 
@@ -400,7 +594,17 @@ def alpha_loss(
     window: float,       # r
     counts: Tensor,      # bool, broadcastable: which places count
 ) -> Tensor:             # scalar
-    "Eqs. 2 and 5: mean squared error of log alphas, seen through tanh around the threshold."
+    """Eqs. 2 and 5: mean squared error of log alphas, seen through tanh around the threshold.
+
+    Args:
+        written: [models, parameters]
+        log_alphas: the target, same shape
+        window: r
+        counts: bool, broadcastable: which places count
+
+    Returns:
+        Tensor: scalar
+    """
     squared = (in_window(written, window) - in_window(log_alphas, window)).square()
     return (squared * counts).sum() / counts.expand_as(squared).sum()
 
@@ -409,7 +613,15 @@ def in_window(
     log_alphas: Tensor,  # any shape
     window: float,       # r
 ) -> Tensor:             # same shape, between -1 and 1
-    "Log alphas as Eq. 5 sees them."
+    """Log alphas as Eq. 5 sees them.
+
+    Args:
+        log_alphas: any shape
+        window: r
+
+    Returns:
+        Tensor: same shape, between -1 and 1
+    """
     return torch.tanh((log_alphas - THRESHOLD) / window)
 
 # %% ../nbs/60_hyperreps.ipynb #cb3ef5b7
@@ -419,7 +631,14 @@ MEASURES = ["test_acc", "ggap", "sparsity"]
 
 @dataclass(frozen=True)
 class States:
-    "Models at several epochs, as vectors, with what was measured of them."
+    """Models at several epochs, as vectors, with what was measured of them.
+
+    Attributes:
+        weights: float32 [states, parameters], before pruning
+        log_alphas: float32 [states, parameters]
+        rows: model, epoch, split ("train", "val", "test") and MEASURES of each state
+        zoo: name
+    """
 
     weights: Tensor      # float32 [states, parameters], before pruning
     log_alphas: Tensor   # float32 [states, parameters]
@@ -434,7 +653,11 @@ class States:
         self,
         which: np.ndarray | pd.Series,  # positions, or a bool for each state
     ) -> "States":
-        "Take some of the states."
+        """Take some of the states.
+
+        Args:
+            which: positions, or a bool for each state
+        """
         at = np.arange(len(self))[np.asarray(which)]
         return States(self.weights[at], self.log_alphas[at], self.rows.iloc[at].reset_index(drop=True), self.zoo, self.architecture)
 
@@ -447,7 +670,19 @@ def gather_states(
     architecture: str,                           # of the zoo
     seed: int = 0,                               # of the split
 ) -> States:                                     # epoch by epoch, without models beyond WEIGHT_LIMIT
-    "Put a trajectory and its metrics together."
+    """Put a trajectory and its metrics together.
+
+    Args:
+        epochs: epoch -> stacked parameters with log variances, the same models at each
+        metrics: tidy rows of these models under variational dropout
+        models: the models' numbers, in the order of the stacks
+        zoo: name
+        architecture: of the zoo
+        seed: of the split
+
+    Returns:
+        States: epoch by epoch, without models beyond WEIGHT_LIMIT
+    """
     layout = token_layout(architecture)
     weights = torch.stack([to_vectors(parameters, layout) for parameters in epochs.values()])
     tame = (weights.abs() <= WEIGHT_LIMIT).all(2).all(0)
@@ -462,7 +697,15 @@ def load_states(
     plan: Plan,     # whose store; its trajectory of variational dropout must be there
     seed: int = 0,  # of the split
 ) -> States:        # all epochs of all models
-    "Read a zoo's trajectory of variational dropout from the store."
+    """Read a zoo's trajectory of variational dropout from the store.
+
+    Args:
+        plan: whose store; its trajectory of variational dropout must be there
+        seed: of the split
+
+    Returns:
+        States: all epochs of all models
+    """
     populations = {epoch: load_epoch(plan, epoch) for epoch in range(plan.zoo.vd_epochs + 1)}
     metrics = load_metrics(plan)
     models = populations[0].models["model"].to_numpy()
@@ -473,7 +716,11 @@ def load_states(
 def has_trajectory(
     plan: Plan,  # a zoo in a store
 ) -> bool:
-    "Whether the store holds all epochs of variational dropout for a plan's models."
+    """Whether the store holds all epochs of variational dropout for a plan's models.
+
+    Args:
+        plan: a zoo in a store
+    """
     try:
         return len(load_epoch(plan, plan.zoo.vd_epochs)) == plan.n_models
     except UserError:
@@ -486,7 +733,17 @@ def find_trajectory(
     store: str | None = None,      # as in plans.make_plan
     figures: str | None = None,    # as in plans.make_plan
 ) -> Plan:                         # whose folder holds the trajectory, or is the one in which to make it
-    "Plan to learn from a zoo's variational dropout; raises `UserError` as plans.make_plan does, and for too few models."
+    """Plan to learn from a zoo's variational dropout; raises `UserError` as plans.make_plan does, and for too few models.
+
+    Args:
+        zoo: name in the registry
+        n_models: how many; none: the zoo's own number
+        store: as in plans.make_plan
+        figures: as in plans.make_plan
+
+    Returns:
+        Plan: whose folder holds the trajectory, or is the one in which to make it
+    """
     plan = make_plan(zoo, n_models, methods="vd", store=store, figures=figures)
     split_models(range(plan.n_models), zoo)
     return plan if has_trajectory(plan) else replace(plan, folder=plan.folder.parent / "hyper_representations" / zoo)
@@ -495,7 +752,14 @@ def find_trajectory(
 def layer_statistics(
     states: States,           # the training states
 ) -> tuple[Tensor, Tensor]:   # mean and standard deviation [parameters], equal within a layer
-    "Mean and standard deviation of each parameter's layer."
+    """Mean and standard deviation of each parameter's layer.
+
+    Args:
+        states: the training states
+
+    Returns:
+        tuple[Tensor, Tensor]: mean and standard deviation [parameters], equal within a layer
+    """
     layout = token_layout(states.architecture)
     parts = states.weights.split([layer.neurons * layer.width for layer in layout], dim=1)
     return tuple(torch.cat([value(part).expand(part.shape[1]) for part in parts]) for value in (torch.mean, lambda part: part.std().clamp(min=1e-4)))
@@ -503,7 +767,12 @@ def layer_statistics(
 # %% ../nbs/60_hyperreps.ipynb #600cf7e6
 @dataclass
 class Training:
-    "An auto-encoder in training."
+    """An auto-encoder in training.
+
+    Attributes:
+        epoch: finished epochs
+        step: finished steps
+    """
 
     model: HyperAutoEncoder
     optimizer: torch.optim.Adam
@@ -517,7 +786,14 @@ class Training:
 def random_source(
     *what: object,       # what the numbers are for, such as "step", 12, seed
 ) -> torch.Generator:    # on the CPU
-    "A generator that depends on nothing but its purpose."
+    """A generator that depends on nothing but its purpose.
+
+    Args:
+        *what: what the numbers are for, such as "step", 12, seed
+
+    Returns:
+        torch.Generator: on the CPU
+    """
     name = hashlib.blake2b("|".join(map(str, what)).encode(), digest_size=7).digest()
     return torch.Generator().manual_seed(int.from_bytes(name, "little"))
 
@@ -528,7 +804,17 @@ def begin_training(
     seed: int = 0,       # of the whole training
     device: str = "cpu",  # or "cuda"
 ) -> Training:           # before the first step
-    "Set an auto-encoder up; raises `UserError` if there are too few states for one batch."
+    """Set an auto-encoder up; raises `UserError` if there are too few states for one batch.
+
+    Args:
+        states: all states; the training ones decide sizes and statistics
+        config: such as CONFIGS["small"]
+        seed: of the whole training
+        device: or "cuda"
+
+    Returns:
+        Training: before the first step
+    """
     train = states[states.rows["split"] == "train"]
     if len(train) < config.batch_size:
         raise UserError(f"{len(train)} states are fewer than one batch of {config.batch_size}: take more models or a smaller batch_size.")
@@ -544,7 +830,16 @@ def learning_rate(
     step: int,       # from 0
     steps: int,      # of the whole training
 ) -> float:          # for this step
-    "Warm-up, then half a cosine."
+    """Warm-up, then half a cosine.
+
+    Args:
+        config: learning_rate is the highest
+        step: from 0
+        steps: of the whole training
+
+    Returns:
+        float: for this step
+    """
     warm = max(1, steps // 20)
     return config.learning_rate * min((step + 1) / warm, 0.5 * (1 + math.cos(math.pi * max(0, step - warm) / max(1, steps - warm))))
 
@@ -554,7 +849,16 @@ def losses(
     views: Sequence[View],    # two of the same batch
     config: Config,           # temperature, beta, window
 ) -> dict[str, Tensor]:       # scalars: contrastive, weights, alphas and loss, their sum of Eq. 6
-    "Eq. 6 for one batch."
+    """Eq. 6 for one batch.
+
+    Args:
+        model: in train mode
+        views: two of the same batch
+        config: temperature, beta, window
+
+    Returns:
+        dict[str, Tensor]: scalars: contrastive, weights, alphas and loss, their sum of Eq. 6
+    """
     latents = model.encode(torch.cat([view.read for view in views]))
     weights, alphas = model.decode(latents)
     parts = {
@@ -570,7 +874,16 @@ def train_step(
     weights: Tensor,      # [models, parameters], one batch
     log_alphas: Tensor,   # [models, parameters]
 ) -> dict[str, float]:    # from losses
-    "One step of Adam."
+    """One step of Adam.
+
+    Args:
+        training: moved on by one step
+        weights: [models, parameters], one batch
+        log_alphas: [models, parameters]
+
+    Returns:
+        dict[str, float]: from losses
+    """
     model, config = training.model, training.config
     generator, device = random_source("step", training.step, training.seed), weights.device
     for group in training.optimizer.param_groups:
@@ -592,7 +905,17 @@ def in_batches(
     device: torch.device | str,                                 # where to compute
     size: int = 512,                                            # states at a time
 ) -> tuple[Tensor, ...]:                                        # its results for all states, on the CPU
-    "Apply a function of a batch to many states, without gradients."
+    """Apply a function of a batch to many states, without gradients.
+
+    Args:
+        function: of [batch, ...]
+        inputs: [states, ...]
+        device: where to compute
+        size: states at a time
+
+    Returns:
+        tuple[Tensor, ...]: its results for all states, on the CPU
+    """
     with torch.no_grad():
         results = [function(part.to(device)) for part in inputs.split(size)]
     results = [result if isinstance(result, tuple) else (result,) for result in results]
@@ -603,7 +926,15 @@ def reconstruct(
     model: HyperAutoEncoder,   # trained
     states: States,            # to be encoded and decoded
 ) -> tuple[Tensor, Tensor]:    # weights and log alphas [states, parameters]
-    "Write states down again from their hyper-representations."
+    """Write states down again from their hyper-representations.
+
+    Args:
+        model: trained
+        states: to be encoded and decoded
+
+    Returns:
+        tuple[Tensor, Tensor]: weights and log alphas [states, parameters]
+    """
     model.eval()
     return in_batches(lambda weights: model.decode(model.encode(weights)), states.weights, model.scale.device)
 
@@ -613,7 +944,16 @@ def explained(
     truth: Tensor,    # same shape
     mean: Tensor,     # [places], the guess that counts as 0
 ) -> float:           # at most 1
-    "The share of squared deviations from a guess that is explained: R^2."
+    """The share of squared deviations from a guess that is explained: R^2.
+
+    Args:
+        written: [states, places]
+        truth: same shape
+        mean: [places], the guess that counts as 0
+
+    Returns:
+        float: at most 1
+    """
     return 1 - ((written - truth).square().sum(dtype=torch.float64) / (truth - mean).square().sum(dtype=torch.float64)).item()
 
 
@@ -622,7 +962,16 @@ def reconstruction_quality(
     train: States,            # whose means count as 0
     held: States,             # on which to measure
 ) -> dict[str, float]:        # r2_weights and r2_alphas
-    "Table 3's Weights and Alphas: R^2 of both reconstructions, in the units of their losses."
+    """Table 3's Weights and Alphas: R^2 of both reconstructions, in the units of their losses.
+
+    Args:
+        model: trained or in training
+        train: whose means count as 0
+        held: on which to measure
+
+    Returns:
+        dict[str, float]: r2_weights and r2_alphas
+    """
     noisy, scale = noisy_places(model.layout), model.scale.cpu()
     weights, alphas = reconstruct(model, held)
     seen = [in_window(values[:, noisy], model.window) for values in (alphas, held.log_alphas, train.log_alphas)]
@@ -634,7 +983,15 @@ def train_epoch(
     training: Training,  # moved on by one epoch
     train: States,       # the training states, on the CPU
 ) -> dict[str, float]:   # means of the losses over the epoch's steps
-    "One pass over the training states in an order of its own; the last, incomplete batch is left out."
+    """One pass over the training states in an order of its own; the last, incomplete batch is left out.
+
+    Args:
+        training: moved on by one epoch
+        train: the training states, on the CPU
+
+    Returns:
+        dict[str, float]: means of the losses over the epoch's steps
+    """
     size, device = training.config.batch_size, training.model.scale.device
     order = torch.randperm(len(train), generator=random_source("order", training.epoch, training.seed))
     training.model.train()
@@ -652,7 +1009,15 @@ def describe_training(
     training: Training,  # any
     states: States,      # what it learns from
 ) -> dict[str, object]:  # JSON types
-    "All that the outcome depends on."
+    """All that the outcome depends on.
+
+    Args:
+        training: any
+        states: what it learns from
+
+    Returns:
+        dict[str, object]: JSON types
+    """
     numbers = [tensor.contiguous().numpy().data for tensor in (states.weights, states.log_alphas)]
     content = digest(*numbers, states.rows.to_csv(index=False).encode())
     config = json.loads(json.dumps(asdict(training.config)))
@@ -664,7 +1029,16 @@ def training_folder(
     config: Config,  # how
     seed: int,       # of split and training
 ) -> Path:           # such as "zoos/usps_seed/hyperreps/small-1f0c9a2b"
-    "Where an auto-encoder is kept; another one for each configuration, seed and number of models."
+    """Where an auto-encoder is kept; another one for each configuration, seed and number of models.
+
+    Args:
+        plan: whose models are learned from
+        config: how
+        seed: of split and training
+
+    Returns:
+        Path: such as "zoos/usps_seed/hyperreps/small-1f0c9a2b"
+    """
     return plan.folder / "hyperreps" / f"{config.name}-{digest(f'{config}|{seed}|{plan.n_models}'.encode())[:8]}"
 
 
@@ -673,7 +1047,13 @@ def save_training(
     training: Training,     # as it stands
     history: pd.DataFrame,  # one row per epoch
 ) -> None:
-    "Save progress in one file, whole or not at all."
+    """Save progress in one file, whole or not at all.
+
+    Args:
+        folder: of this training
+        training: as it stands
+        history: one row per epoch
+    """
     tensors = {f"model/{name}": tensor.detach() for name, tensor in training.model.state_dict().items()}
     for i, moments in training.optimizer.state_dict()["state"].items():
         tensors |= {f"adam/{i}/{name}": tensor for name, tensor in moments.items()}
@@ -684,7 +1064,15 @@ def resume_training(
     folder: Path,         # of this training
     training: Training,   # before its first step; moved to where it was left
 ) -> pd.DataFrame:        # one row per finished epoch; empty if there is nothing to go on from
-    "Go on from a saved training; raises `UserError` for one of another model."
+    """Go on from a saved training; raises `UserError` for one of another model.
+
+    Args:
+        folder: of this training
+        training: before its first step; moved to where it was left
+
+    Returns:
+        pd.DataFrame: one row per finished epoch; empty if there is nothing to go on from
+    """
     part = read_part(folder, "training")
     if part is None:
         return pd.DataFrame()
@@ -708,7 +1096,16 @@ def open_training(
     training: Training,  # before its first step
     states: States,      # what it learns from
 ) -> pd.DataFrame:       # from resume_training
-    "Begin a folder, or go on from it; raises `UserError` if it belongs to another training."
+    """Begin a folder, or go on from it; raises `UserError` if it belongs to another training.
+
+    Args:
+        folder: of this training
+        training: before its first step
+        states: what it learns from
+
+    Returns:
+        pd.DataFrame: from resume_training
+    """
     wanted = describe_training(training, states)
     if (folder / "training.json").exists() and (found := read_json(folder / "training.json")) != wanted:
         differs = ", ".join(name for name in wanted if found.get(name) != wanted[name])
@@ -725,7 +1122,19 @@ def train_autoencoder(
     device: str = "cpu",    # or "cuda"
     progress: bool = True,  # show a bar
 ) -> tuple[HyperAutoEncoder, pd.DataFrame]:  # trained, and the losses and validation R^2 of every epoch
-    "Train an auto-encoder, or what is left to train of it."
+    """Train an auto-encoder, or what is left to train of it.
+
+    Args:
+        states: all of them; the split is in their rows
+        config: such as CONFIGS["small"]
+        folder: keeps progress and result
+        seed: of the training
+        device: or "cuda"
+        progress: show a bar
+
+    Returns:
+        tuple[HyperAutoEncoder, pd.DataFrame]: trained, and the losses and validation R^2 of every epoch
+    """
     folder = Path(folder)
     with locked(folder, "training"):
         training = begin_training(states, config, seed, device)
@@ -742,7 +1151,18 @@ def train_on(
     folder: Path,           # keeps progress and result
     bar: Any,               # from core.progress_bar
 ) -> pd.DataFrame:          # one row per epoch
-    "Do what is left of a training."
+    """Do what is left of a training.
+
+    Args:
+        states: all of them
+        training: moved to its end
+        history: one row per finished epoch
+        folder: keeps progress and result
+        bar: from core.progress_bar
+
+    Returns:
+        pd.DataFrame: one row per epoch
+    """
     train, held = (states[states.rows["split"] == part] for part in ("train", "val"))
     epochs, saved = training.config.epochs, time.monotonic()
     while training.epoch < epochs:

@@ -36,7 +36,11 @@ from .zoos import ZOOS, model_table
 # %% ../nbs/37_kept.ipynb #528a62fc
 @dataclass(frozen=True)
 class Kept:
-    "The finished runs in a folder."
+    """The finished runs in a folder.
+
+    Attributes:
+        folder: such as "figures"
+    """
 
     folder: Path  # such as "figures"
 
@@ -70,7 +74,14 @@ class Kept:
         self,
         zoo: str,             # a kept one
     ) -> pd.DataFrame:        # tidy metrics
-        "The metrics of one zoo; raises `UserError` if it is not kept."
+        """The metrics of one zoo; raises `UserError` if it is not kept.
+
+        Args:
+            zoo: a kept one
+
+        Returns:
+            pd.DataFrame: tidy metrics
+        """
         check_name(zoo, self.zoos, "zoo")
         return self.metrics[self.metrics["zoo"] == zoo]
 
@@ -79,7 +90,15 @@ class Kept:
         zoo: str,        # a kept one
         name: str,       # such as "table_2" or "hyper_representations/table_3"
     ) -> pd.DataFrame:   # a table's numbers
-        "A table that a run kept; raises `UserError` if there is none."
+        """A table that a run kept; raises `UserError` if there is none.
+
+        Args:
+            zoo: a kept one
+            name: such as "table_2" or "hyper_representations/table_3"
+
+        Returns:
+            pd.DataFrame: a table's numbers
+        """
         path = self.folder / check_name(zoo, self.zoos, "zoo") / f"{name}.csv"
         if not path.exists():
             raise UserError(f"The kept run of {zoo} has no {name}.csv: make it with run_zoo or hyper_representations, or leave the sentence out.")
@@ -89,7 +108,11 @@ class Kept:
 def provenance(
     kept: Kept,
 ) -> pd.DataFrame:  # index tag (the zoo's name): zoo, models, levels, engine, speed of each stage, commits, command
-    "One row per run: what was made, how fast, by which state of the code, and the command that makes it again."
+    """One row per run: what was made, how fast, by which state of the code, and the command that makes it again.
+
+    Returns:
+        pd.DataFrame: index tag (the zoo's name): zoo, models, levels, engine, speed of each stage, commits, command
+    """
     rows = {}
     for zoo, record in kept.records.items():
         stages = pd.DataFrame(record["history"] or record["stages"])
@@ -106,7 +129,14 @@ def pictures(
     kept: Kept,
     zoo: str,                   # a kept one
 ) -> dict[str, Figure]:         # name -> figure
-    "Draw all figures of one zoo."
+    """Draw all figures of one zoo.
+
+    Args:
+        zoo: a kept one
+
+    Returns:
+        dict[str, Figure]: name -> figure
+    """
     rows, printed = kept.of(zoo), read_reported()
     drawn = {name: draw(rows, printed) if name in RINGED else draw(rows) for name, draw in FIGURES.items() if name != "figure_individuals"}
     drawn["figure_individuals"] = figure_individuals(rows, model_table(ZOOS[zoo], int(rows["model"].max()) + 1))
@@ -117,7 +147,11 @@ def pictures(
 def joint_pictures(
     kept: Kept,
 ) -> dict[str, Figure]:  # name -> figure
-    "Draw the figures that show all zoos."
+    """Draw the figures that show all zoos.
+
+    Returns:
+        dict[str, Figure]: name -> figure
+    """
     printed = read_reported()
     drawn = {name: FIGURES[name](kept.metrics, printed) for name in ("figure_2", "figure_4", "figure_5")}
     return drawn | {"scorecard": figure_scorecard(compare(kept.metrics)), "recorded": figure_recorded(kept.metrics)}
@@ -126,7 +160,11 @@ def joint_pictures(
 def redraw(
     kept: Kept,
 ) -> list[str]:  # files that changed
-    "Draw the kept pictures again: of every zoo, and those in `paper` that show all zoos."
+    """Draw the kept pictures again: of every zoo, and those in `paper` that show all zoos.
+
+    Returns:
+        list[str]: files that changed
+    """
     changed = []
     for folder, drawn in [*((zoo, pictures(kept, zoo)) for zoo in kept.zoos), ("paper", joint_pictures(kept))]:
         for name, figure in drawn.items():
@@ -141,7 +179,15 @@ def picture(
     path: Path | str,  # of a PNG file
     *zoos: str,        # which it shows
 ) -> tuple[Image, Markdown]:  # to be displayed
-    "A kept picture and the tags of its zoos."
+    """A kept picture and the tags of its zoos.
+
+    Args:
+        path: of a PNG file
+        *zoos: which it shows
+
+    Returns:
+        tuple[Image, Markdown]: to be displayed
+    """
     image = Image(filename=str(path))
     image.width = round(int.from_bytes(image.data[16:20], "big") / 2.6)
     tags = f" [{', '.join(zoos)}]" if zoos else ""
@@ -153,7 +199,15 @@ def gallery(
     folder: str,   # "paper" for pictures of all zoos; empty: one picture of every zoo
     *names: str,   # of pictures
 ) -> Markdown:     # links, so that a notebook does not hold pictures twice
-    "Kept pictures one below the other, those that exist."
+    """Kept pictures one below the other, those that exist.
+
+    Args:
+        folder: "paper" for pictures of all zoos; empty: one picture of every zoo
+        *names: of pictures
+
+    Returns:
+        Markdown: links, so that a notebook does not hold pictures twice
+    """
     paths = [kept.folder / place / f"{name}.png" for name in names for place in ([folder] if folder else kept.zoos)]
     return Markdown("\n\n".join(f"![{path.stem} of {path.parent.name}](../figures/{path.relative_to(kept.folder).as_posix()})" for path in paths if path.exists()))
 
@@ -164,7 +218,16 @@ def beside(
     table: int,        # of the paper
     states: str = "",  # regular expression of the states that are shown; empty: all
 ) -> pd.DataFrame:     # one row per state: ours / printed
-    "A table of the paper for one zoo: our cells before the stroke, the printed ones behind it."
+    """A table of the paper for one zoo: our cells before the stroke, the printed ones behind it.
+
+    Args:
+        zoo: a kept one
+        table: of the paper
+        states: regular expression of the states that are shown; empty: all
+
+    Returns:
+        pd.DataFrame: one row per state: ours / printed
+    """
     shown = beside_print(kept.comparison[kept.comparison["zoo"] == zoo], table).layout.droplevel("Zoo")
     shown = shown[shown.index.map(lambda state: re.search(states, state) is not None)]
     return shown.rename_axis(index=f"Table {table}, {zoo_title(zoo)}: ours / printed, in % [{zoo}]")
@@ -192,7 +255,11 @@ def kept_partners(
 def contradictions(
     kept: Kept,
 ) -> pd.DataFrame:  # one row per kind of equation: how many, how many fail, and the largest difference in points
-    "Equations between numbers that the paper prints."
+    """Equations between numbers that the paper prints.
+
+    Returns:
+        pd.DataFrame: one row per kind of equation: how many, how many fail, and the largest difference in points
+    """
     groups = check_all(read_reported()).groupby("check", sort=False)
     found = pd.DataFrame({"equations": groups.size(), "contradicted": groups["agrees"].agg(lambda agrees: int((~agrees).sum()))})
     largest = groups["difference"].agg(lambda points: points.abs().max()).where(found["contradicted"] > 0)
@@ -205,7 +272,11 @@ SIGNS = {"holds": "✓", "does not hold": "✗", "cannot be judged": "?"}
 def disagreements(
     kept: Kept,
 ) -> pd.DataFrame:  # index Zoo, Table, State: Measure, Ours, Paper
-    "The cells that are different from print."
+    """The cells that are different from print.
+
+    Returns:
+        pd.DataFrame: index Zoo, Table, State: Measure, Ours, Paper
+    """
     shown = kept.comparison[kept.comparison["verdict"] == "different"]
     return labelled(shown).set_index(["Zoo", "Table", "State"])
 
@@ -213,7 +284,11 @@ def disagreements(
 def verdicts(
     kept: Kept,
 ) -> pd.DataFrame:  # index statement; a column per zoo: a sign, or one for each of its numbers
-    "What holds where."
+    """What holds where.
+
+    Returns:
+        pd.DataFrame: index statement; a column per zoo: a sign, or one for each of its numbers
+    """
     def signs(of_zoo: pd.DataFrame) -> str:
         found = [SIGNS[verdict] for verdict in of_zoo["verdict"]]
         return found[0] if len(set(found)) == 1 else ", ".join(f"{of} {sign}" for of, sign in zip(of_zoo["of"], found))
@@ -337,7 +412,14 @@ def fact(
     kept: Kept,
     key: str,      # a name in FACTS and what it needs, as in a shell; after "minus", with the other sign
 ) -> object:       # a number or a word
-    "Look a fact up; raises `UserError` for a key that names none."
+    """Look a fact up; raises `UserError` for a key that names none.
+
+    Args:
+        key: a name in FACTS and what it needs, as in a shell; after "minus", with the other sign
+
+    Returns:
+        object: a number or a word
+    """
     name, *words = shlex.split(key.removeprefix("minus "))
     sign = -1 if key.startswith("minus ") else 1
     try:
@@ -354,7 +436,12 @@ def written(
     value: object,  # a number or a word
     like: str,      # how it was written before
 ) -> str:
-    "Write a fact in the form that it had."
+    """Write a fact in the form that it had.
+
+    Args:
+        value: a number or a word
+        like: how it was written before
+    """
     if isinstance(value, str):
         return value
     decimals = len(like.partition(".")[2])
@@ -365,7 +452,14 @@ def fill(
     kept: Kept,
     text: str,  # with keys
 ) -> str:       # with the numbers of the kept runs
-    "Fill every number in."
+    """Fill every number in.
+
+    Args:
+        text: with keys
+
+    Returns:
+        str: with the numbers of the kept runs
+    """
     return TOLD.sub(lambda found: f"{written(fact(kept, found['key']), found['text'])}<!-- {found['key']} -->", text)
 
 
@@ -373,7 +467,14 @@ def refill(
     kept: Kept,
     path: Path | str,  # of a notebook
 ) -> list[str]:        # cells that changed
-    "Fill in the numbers of a notebook's prose."
+    """Fill in the numbers of a notebook's prose.
+
+    Args:
+        path: of a notebook
+
+    Returns:
+        list[str]: cells that changed
+    """
     notebook, changed = read_json(path), []
     for cell in notebook["cells"]:
         before = "".join(cell["source"])

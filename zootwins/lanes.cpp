@@ -702,7 +702,8 @@ struct Job {
     const double* factor;                                    // [steps of this epoch], of every model's rate; null: all 1
     const uint8_t* masks[18];                                // each [models, size] or null
     double *loss, *accuracy;                                 // [models]
-    uint8_t* predictions;                                    // [models, samples], evaluation only
+    uint8_t* predictions;                                    // [models, samples], evaluation only, or null
+    Scalar* logits;                                          // [models, samples, 10], evaluation only, or null
 };
 
 // ------------------------------------------------------------------------------------------------------------- the network
@@ -1104,7 +1105,11 @@ template <class A, class B, class C, class Fc1, class Fc2> struct Network {
             V winner, label = splat((Scalar)job.labels[i]);
             loss += to<D>(cross_entropy(trace[4].y, label, 1, nullptr, winner));
             right += to<D>(winner == label ? splat(1) : V{});
-            for (int l = 0; l < L && start + l < job.models; ++l) job.predictions[(start + l) * job.samples + i] = (uint8_t)winner[l];
+            for (int l = 0; l < L && start + l < job.models; ++l) {
+                const int64_t at = (start + l) * job.samples + i;
+                if (job.predictions) job.predictions[at] = (uint8_t)winner[l];
+                for (int c = 0; c < 10 && job.logits; ++c) job.logits[at * 10 + c] = plain(trace[4].y[c][l]);
+            }
         }
         report(start, loss, right);
         return true;

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SOURCE', 'HEADER', 'TENSORS', 'PLAIN_TENSORS', 'LAYERS', 'CLASSES', 'DONE', 'STOPPED', 'OUT_OF_MEMORY', 'OPTIMIZERS',
            'IMAGE_SHAPES', 'SLOW_START', 'LANES', 'compiler', 'library', 'why_unavailable', 'Job', 'tensor_shapes',
-           'noise_sites', 'processors', 'interrupt', 'train_epoch', 'evaluate', 'lane_count', 'arithmetic']
+           'noise_sites', 'processors', 'interrupt', 'train_epoch', 'evaluate', 'logits', 'lane_count', 'arithmetic']
 
 # %% ../nbs/13_lanes.ipynb #7b7f161f
 import ctypes
@@ -39,7 +39,11 @@ SOURCE, HEADER = (Path(str(files("zootwins"))) / name for name in ("lanes.cpp", 
 
 
 def compiler() -> str | None:  # path, or none if there is none
-    "Find a C++ compiler: the one that the environment variable CXX names, else c++, g++ or clang++."
+    """Find a C++ compiler: the one that the environment variable CXX names, else c++, g++ or clang++.
+
+    Returns:
+        str | None: path, or none if there is none
+    """
     named = os.environ.get("CXX")
     return next(filter(None, map(shutil.which, [named] if named else ["c++", "g++", "clang++"])), None)
 
@@ -47,14 +51,25 @@ def compiler() -> str | None:  # path, or none if there is none
 def _flags(
     scalar: str,  # "float" or "double"
 ) -> list[str]:   # for the compiler
-    "Give the compiler's flags for this machine."
+    """Give the compiler's flags for this machine.
+
+    Args:
+        scalar: "float" or "double"
+
+    Returns:
+        list[str]: for the compiler
+    """
     native = "-mcpu=native" if platform.machine().lower() in ("arm64", "aarch64") else "-march=native"
     precision = ["-O3"] if scalar == "float" else ["-O1", f"-DLANES_SCALAR={scalar}"]
     return ["-std=c++17", *precision, native, "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-w"]
 
 
 def _processor() -> str:  # model and instruction sets; elsewhere than on Linux all that names the machine
-    "Describe the processor, because a library built for one may not run on another."
+    """Describe the processor, because a library built for one may not run on another.
+
+    Returns:
+        str: model and instruction sets; elsewhere than on Linux all that names the machine
+    """
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     described = sorted({line for line in lines if line.split("\t")[0] in ("model name", "flags", "Features", "CPU part")})
@@ -65,7 +80,15 @@ def _library_path(
     command: str,  # the compiler
     scalar: str,   # "float" or "double"
 ) -> Path:         # in the user's cache
-    "Name the library after all that it depends on."
+    """Name the library after all that it depends on.
+
+    Args:
+        command: the compiler
+        scalar: "float" or "double"
+
+    Returns:
+        Path: in the user's cache
+    """
     version = subprocess.run([command, "--version"], capture_output=True, text=True, check=True).stdout
     parts = [*(path.read_text(encoding="utf-8") for path in (SOURCE, HEADER)), version, " ".join(_flags(scalar)), _processor()]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
@@ -77,7 +100,13 @@ def _build_once(
     scalar: str,   # "float" or "double"
     path: Path,    # where the library shall be
 ) -> None:
-    "Build the library unless another process does so; raises as `_compile` does."
+    """Build the library unless another process does so; raises as `_compile` does.
+
+    Args:
+        command: the compiler
+        scalar: "float" or "double"
+        path: where the library shall be
+    """
     lock = FileLock(path.with_suffix(".lock"))
     with suppress(OSError, NotImplementedError):  # where no lock is to be had, everybody builds
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +123,13 @@ def _compile(
     scalar: str,   # "float" or "double"
     path: Path,    # where the library shall be
 ) -> None:
-    "Build the library; raises `UserError` if the compiler fails."
+    """Build the library; raises `UserError` if the compiler fails.
+
+    Args:
+        command: the compiler
+        scalar: "float" or "double"
+        path: where the library shall be
+    """
     with atomic_path(path) as temporary:
         result = subprocess.run([command, *_flags(scalar), "-o", str(temporary), str(SOURCE)], capture_output=True, text=True)
         if result.returncode:
@@ -106,7 +141,14 @@ def _compile(
 def library(
     scalar: str = "float",  # "float" to train, "double" to check gradients
 ) -> ctypes.CDLL:           # the compiled engine
-    "Load the engine, building it first if need be; raises `UserError` without a working compiler."
+    """Load the engine, building it first if need be; raises `UserError` without a working compiler.
+
+    Args:
+        scalar: "float" to train, "double" to check gradients
+
+    Returns:
+        ctypes.CDLL: the compiled engine
+    """
     command = compiler()
     if command is None:
         raise UserError("No C++ compiler was found: install g++ or clang++ for the fast engine (Debian: apt install g++; macOS: xcode-select --install), or use engine='torch'.")
@@ -121,7 +163,11 @@ def library(
 
 
 def why_unavailable() -> str:  # empty if the fast engine can run here
-    "Say why the engine cannot be built or loaded."
+    """Say why the engine cannot be built or loaded.
+
+    Returns:
+        str: empty if the fast engine can run here
+    """
     try:
         library()
     except UserError as error:
@@ -144,7 +190,7 @@ class Job(ctypes.Structure):
         ("dropout_site", ctypes.c_int64 * (LAYERS - 1)), ("noise_site", ctypes.c_int64 * LAYERS),
         *[(name, ctypes.c_void_p) for name in ("images", "labels", "keys", "activation", "adam", "rate", "decay", "dropout")],
         *[(name, ctypes.c_void_p * TENSORS) for name in ("weights", "first", "second")], ("factor", ctypes.c_void_p), ("masks", ctypes.c_void_p * TENSORS),
-        *[(name, ctypes.c_void_p) for name in ("loss", "accuracy", "predictions")],
+        *[(name, ctypes.c_void_p) for name in ("loss", "accuracy", "predictions", "logits")],
     ]
 
     def hold(
@@ -154,7 +200,17 @@ class Job(ctypes.Structure):
         shape: tuple[int, ...],  # that the library takes it for
         dtype: torch.dtype,      # likewise
     ) -> Tensor:                 # the same tensor
-        "Point a field to a tensor and keep it alive as long as the job; raises `UserError` if it is not of this shape and type."
+        """Point a field to a tensor and keep it alive as long as the job; raises `UserError` if it is not of this shape and type.
+
+        Args:
+            field: one that is a pointer
+            tensor: on the CPU, contiguous
+            shape: that the library takes it for
+            dtype: likewise
+
+        Returns:
+            Tensor: the same tensor
+        """
         setattr(self, field, self._address(field, tensor, shape, dtype))
         return tensor
 
@@ -165,7 +221,14 @@ class Job(ctypes.Structure):
         shapes: dict[str, tuple[int, ...]],  # all parameters in order -> shape for one model
         dtype: torch.dtype,          # of all
     ) -> None:
-        "Point an array of pointers to stacked tensors, as `hold` does; raises `UserError` for unknown names, too."
+        """Point an array of pointers to stacked tensors, as `hold` does; raises `UserError` for unknown names, too.
+
+        Args:
+            field: one that is an array of pointers
+            tensors: parameter name -> stacked tensor; what is missing is null
+            shapes: all parameters in order -> shape for one model
+            dtype: of all
+        """
         unknown = sorted(tensors.keys() - shapes.keys())
         if unknown:
             raise UserError(f"There are no parameters {', '.join(unknown)} in these models, of which '{field}' was given: take those of {', '.join(shapes)}.")
@@ -179,7 +242,17 @@ class Job(ctypes.Structure):
         shape: tuple[int, ...],  # as it should be
         dtype: torch.dtype,      # likewise
     ) -> int:                    # where it lies in memory
-        "Look at a tensor before the library reads and writes its memory."
+        """Look at a tensor before the library reads and writes its memory.
+
+        Args:
+            name: of the tensor, for the message
+            tensor: any
+            shape: as it should be
+            dtype: likewise
+
+        Returns:
+            int: where it lies in memory
+        """
         fits = tuple(tensor.shape) == tuple(shape) and tensor.dtype == dtype and tensor.layout == torch.strided
         if not fits or tensor.device.type != "cpu" or not tensor.is_contiguous():
             raise UserError(f"{name} has to be {str(dtype)[6:]} {list(shape)} in the CPU's memory, and is {str(tensor.dtype)[6:]} {list(tensor.shape)} on {tensor.device}: "
@@ -192,7 +265,14 @@ class Job(ctypes.Structure):
 def tensor_shapes(
     architecture: str,               # a key of IMAGE_SHAPES
 ) -> dict[str, tuple[int, ...]]:     # name -> shape for one model; the last 8 of 18 exist in variational populations only
-    "The parameters in their order in lanes.cpp: weights and biases, then the log variances of weights and of the convolutions' biases."
+    """The parameters in their order in lanes.cpp: weights and biases, then the log variances of weights and of the convolutions' biases.
+
+    Args:
+        architecture: a key of IMAGE_SHAPES
+
+    Returns:
+        dict[str, tuple[int, ...]]: name -> shape for one model; the last 8 of 18 exist in variational populations only
+    """
     plain, layers = parameter_shapes(architecture), list(layer_names(build(architecture)).values())
     noise = {f"{layer}.log_sigma2": plain[f"{layer}.weight"] for layer in layers}
     return plain | noise | {f"{layer}.log_sigma2_bias": plain[f"{layer}.bias"] for layer in layers[:3]}
@@ -203,7 +283,15 @@ def noise_sites(
     architecture: str,   # a key of IMAGE_SHAPES
     variational: bool,   # whether its layers will carry noise
 ) -> tuple[list[int], list[int]]:  # of dropout after the first four layers, and of noise in all five; 0: none
-    "Number the stochastic layers; the dropout's numbers matter only to models that have it."
+    """Number the stochastic layers; the dropout's numbers matter only to models that have it.
+
+    Args:
+        architecture: a key of IMAGE_SHAPES
+        variational: whether its layers will carry noise
+
+    Returns:
+        tuple[list[int], list[int]]: of dropout after the first four layers, and of noise in all five; 0: none
+    """
     _, noisy = training_module(build(architecture, dropout=0.5), variational)
     dropout = [layer.site for layer in noisy if isinstance(layer, StreamDropout)]
     noise = [layer.site for layer in noisy if not isinstance(layer, StreamDropout)]
@@ -217,7 +305,13 @@ def _check_models(
     activations: Iterable[str],  # of the models
     optimizers: Iterable[str] = (),  # of the models, if they are trained
 ) -> None:
-    "Raise `UserError` for what the engine does not know."
+    """Raise `UserError` for what the engine does not know.
+
+    Args:
+        architecture: name of the architecture
+        activations: of the models
+        optimizers: of the models, if they are trained
+    """
     unknown = sorted({str(name) for name in activations} - set(ACTIVATIONS) | {str(name) for name in optimizers} - set(OPTIMIZERS))
     if architecture not in IMAGE_SHAPES or unknown:
         raise UserError(f"The fast engine does not know {' and '.join([architecture, *unknown])}: use engine='torch', which trains any module of standard layers.")
@@ -228,7 +322,13 @@ def _check_weights(
     architecture: str,           # a key of IMAGE_SHAPES
     variational: bool,           # whether the layers carry noise
 ) -> None:
-    "Raise `UserError` for missing or superfluous parameters, and for other types than single and double precision."
+    """Raise `UserError` for missing or superfluous parameters, and for other types than single and double precision.
+
+    Args:
+        weights: stacked
+        architecture: a key of IMAGE_SHAPES
+        variational: whether the layers carry noise
+    """
     names = list(tensor_shapes(architecture))[: TENSORS if variational else PLAIN_TENSORS]
     if weights.keys() != set(names):
         kind = "variational models: make them with variational.begin_variational" if variational else "plain models: prune variational ones with variational.deterministic"
@@ -243,7 +343,13 @@ def _check_images(
     x: Tensor,          # [N, C, H, W]
     y: Tensor,          # [N]
 ) -> None:
-    "Raise `UserError` for images that do not fit the architecture or their labels, and for labels that are no classes."
+    """Raise `UserError` for images that do not fit the architecture or their labels, and for labels that are no classes.
+
+    Args:
+        architecture: a key of IMAGE_SHAPES
+        x: [N, C, H, W]
+        y: [N]
+    """
     if x.ndim != 4 or tuple(x.shape[1:]) != IMAGE_SHAPES[architecture]:
         raise UserError(f"{architecture} takes images of shape {IMAGE_SHAPES[architecture]}, not {tuple(x.shape[1:])}: load them with the architecture's size.")
     if not len(x) or tuple(y.shape) != (len(x),) or y.is_floating_point() or y.is_complex() or y.min() < 0 or y.max() >= CLASSES:
@@ -257,7 +363,18 @@ def _common_job(
     x: Tensor,                   # [N, C, H, W]
     y: Tensor,                   # [N]
 ) -> Job:                        # still without what only training needs
-    "Describe what training and evaluation have in common."
+    """Describe what training and evaluation have in common.
+
+    Args:
+        weights: on the CPU, contiguous
+        architecture: a key of IMAGE_SHAPES
+        activations: one per model
+        x: [N, C, H, W]
+        y: [N]
+
+    Returns:
+        Job: still without what only training needs
+    """
     _check_images(architecture, x, y)
     activations, dtype = list(activations), next(iter(weights.values())).dtype
     job = Job(architecture=list(IMAGE_SHAPES).index(architecture), models=len(activations), samples=len(x))
@@ -271,7 +388,11 @@ def _common_job(
 
 # %% ../nbs/13_lanes.ipynb #4dfa725c
 def processors() -> int:  # at least 1
-    "Count the processors that this process may use."
+    """Count the processors that this process may use.
+
+    Returns:
+        int: at least 1
+    """
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -292,7 +413,11 @@ class _Blocks:
         self.stop, self.taken, self.active, self.codes = ctypes.c_int(0), 0, 0, [STOPPED] * len(starts)
 
     def take(self) -> tuple[int, int] | None:  # number and first model; none when nothing is left to do
-        "Take the next block."
+        """Take the next block.
+
+        Returns:
+            tuple[int, int] | None: number and first model; none when nothing is left to do
+        """
         with self.lock:
             start = None if self.stop.value else next(self.starts, None)
             if start is None:
@@ -328,7 +453,12 @@ def _work_through(
     blocks: _Blocks,  # none taken
     threads: int,     # at least 1
 ) -> None:
-    "Let threads do all blocks; raises `UserError` if they cannot be started."
+    """Let threads do all blocks; raises `UserError` if they cannot be started.
+
+    Args:
+        blocks: none taken
+        threads: at least 1
+    """
     try:
         for _ in range(threads):
             start_new_thread(blocks.work, ())
@@ -352,7 +482,14 @@ def _run(
     dtype: torch.dtype,   # of the weights
     threads: int | None,  # at most so many; none: one per processor
 ) -> None:
-    "Work through all blocks of models; raises `UserError` without threads, `MemoryError` and `InterruptedError`."
+    """Work through all blocks of models; raises `UserError` without threads, `MemoryError` and `InterruptedError`.
+
+    Args:
+        function: "lanes_train" or "lanes_evaluate"
+        job: complete
+        dtype: of the weights
+        threads: at most so many; none: one per processor
+    """
     engine = library("double" if dtype == torch.float64 else "float")
     call = lambda start: getattr(engine, function)(ctypes.byref(job), ctypes.c_int64(start), ctypes.byref(blocks.stop))
     blocks = _Blocks(call, range(0, job.models, engine.lanes_width()))
@@ -382,7 +519,15 @@ def _copies(
     tensors: dict[str, Tensor],         # stacked
     dtype: torch.dtype | None = None,   # none: as they are
 ) -> dict[str, Tensor]:                 # fresh, on the CPU, contiguous
-    "Copy tensors so that the library may write to them."
+    """Copy tensors so that the library may write to them.
+
+    Args:
+        tensors: stacked
+        dtype: none: as they are
+
+    Returns:
+        dict[str, Tensor]: fresh, on the CPU, contiguous
+    """
     return {name: tensor.detach().to("cpu", dtype, copy=True).contiguous() for name, tensor in tensors.items()}
 
 
@@ -393,7 +538,18 @@ def _training_job(
     y: Tensor,                     # int64 [N]
     recipe: Recipe,                # how to move
 ) -> Job:                          # complete
-    "Describe one epoch of training; raises `UserError` for what cannot be trained."
+    """Describe one epoch of training; raises `UserError` for what cannot be trained.
+
+    Args:
+        state: of any models
+        moving: copies of weights, first and second moments
+        x: [N, C, H, W]
+        y: int64 [N]
+        recipe: how to move
+
+    Returns:
+        Job: complete
+    """
     models, architecture = state.population.models, state.population.architecture
     _check_models(architecture, models["activation"], models["optimizer"])
     _check_weights(moving[0], architecture, recipe.variational)
@@ -429,7 +585,18 @@ def train_epoch(
     recipe: Recipe,  # how to move
     threads: int | None = None,  # at most so many; none: one per processor
 ) -> tuple[Tensor, Tensor]:      # float64 [models] each: running mean cross-entropy and accuracy in train mode
-    "Train all models for one epoch; raises `UserError` for models, images or labels that the engine cannot take."
+    """Train all models for one epoch; raises `UserError` for models, images or labels that the engine cannot take.
+
+    Args:
+        state: of any models; moved in place by one epoch
+        x: float32 [N, C, H, W]
+        y: int64 [N]
+        recipe: how to move
+        threads: at most so many; none: one per processor
+
+    Returns:
+        tuple[Tensor, Tensor]: float64 [models] each: running mean cross-entropy and accuracy in train mode
+    """
     parts = [state.population.weights, state.first, state.second]
     moving = [_copies(part) for part in parts]
     job = _training_job(state, moving, x, y, recipe)
@@ -438,6 +605,31 @@ def train_epoch(
         part.update(moved)
     state.epoch, state.steps = state.epoch + 1, state.steps + -(-len(x) // recipe.batch_size)
     return job.loss_tensor, job.accuracy_tensor
+
+
+def _evaluation_job(
+    weights: dict[str, Tensor],  # plain, stacked
+    architecture: str,           # name of the architecture
+    activations: Iterable[str],  # one per model
+    x: Tensor,                   # [N, C, H, W]
+    y: Tensor,                   # [N]
+) -> tuple[Job, torch.dtype]:    # still without what is asked for; the type of the weights
+    """Describe an evaluation; raises `UserError` for what cannot be evaluated.
+
+    Args:
+        weights: plain, stacked
+        architecture: name of the architecture
+        activations: one per model
+        x: [N, C, H, W]
+        y: [N]
+
+    Returns:
+        tuple[Job, torch.dtype]: still without what is asked for; the type of the weights
+    """
+    _check_models(architecture, activations := list(activations))
+    _check_weights(weights, architecture, variational=False)
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    return _common_job(plain, architecture, activations, x, y), next(iter(plain.values())).dtype
 
 
 @_enough_memory()
@@ -449,18 +641,59 @@ def evaluate(
     y: Tensor,                   # int64 [N]
     threads: int | None = None,  # at most so many; none: one per processor
 ) -> tuple[Tensor, Tensor]:      # mean cross-entropy float64 [models], predicted classes uint8 [models, N]
-    "Judge all models on the same images; raises `UserError` as `train_epoch` does."
-    _check_models(architecture, activations := list(activations))
-    _check_weights(weights, architecture, variational=False)
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    job = _common_job(plain, architecture, activations, x, y)
-    predictions = job.hold("predictions", torch.zeros(job.models, len(x), dtype=torch.uint8), (job.models, len(x)), torch.uint8)
-    _run("lanes_evaluate", job, next(iter(plain.values())).dtype, threads)
+    """Judge all models on the same images; raises `UserError` as `train_epoch` does.
+
+    Args:
+        weights: plain stacked parameters: pruned or `variational.deterministic` where need be
+        architecture: name of the architecture
+        activations: one per model
+        x: float32 [N, C, H, W]
+        y: int64 [N]
+        threads: at most so many; none: one per processor
+
+    Returns:
+        tuple[Tensor, Tensor]: mean cross-entropy float64 [models], predicted classes uint8 [models, N]
+    """
+    job, dtype = _evaluation_job(weights, architecture, activations, x, y)
+    shape = job.models, len(x)
+    predictions = job.hold("predictions", torch.zeros(shape, dtype=torch.uint8), shape, torch.uint8)
+    _run("lanes_evaluate", job, dtype, threads)
     return job.loss_tensor, predictions
+
+# %% ../nbs/13_lanes.ipynb #cea31cd7
+@_enough_memory()
+def logits(
+    weights: dict[str, Tensor],  # plain stacked parameters, as for `evaluate`
+    architecture: str,           # name of the architecture
+    activations: Iterable[str],  # one per model
+    x: Tensor,                   # float32 [N, C, H, W]
+    threads: int | None = None,  # at most so many; none: one per processor
+) -> Tensor:                     # of the weights' type, [models, N, CLASSES]
+    """What all models give before the softmax; raises `UserError` as `train_epoch` does.
+
+    Args:
+        weights: plain stacked parameters, as for `evaluate`
+        architecture: name of the architecture
+        activations: one per model
+        x: float32 [N, C, H, W]
+        threads: at most so many; none: one per processor
+
+    Returns:
+        Tensor: of the weights' type, [models, N, CLASSES]
+    """
+    job, dtype = _evaluation_job(weights, architecture, activations, x, torch.zeros(len(x), dtype=torch.int64))
+    shape = job.models, len(x), CLASSES
+    found = job.hold("logits", torch.zeros(shape, dtype=dtype), shape, dtype)
+    _run("lanes_evaluate", job, dtype, threads)
+    return found
 
 # %% ../nbs/13_lanes.ipynb #2384d137
 def lane_count() -> int:  # 16 with AVX-512, 8 with AVX2, else 4
-    "How many models a block has."
+    """How many models a block has.
+
+    Returns:
+        int: 16 with AVX-512, 8 with AVX2, else 4
+    """
     return library().lanes_width()
 
 # %% ../nbs/13_lanes.ipynb #262c5674
@@ -468,7 +701,15 @@ def _pattern(
     shape: tuple[int, ...],  # any
     offset: int,             # other numbers for another offset
 ) -> Tensor:                 # float32, between -1/4 and 1/4
-    "Make numbers that are the same wherever integers are."
+    """Make numbers that are the same wherever integers are.
+
+    Args:
+        shape: any
+        offset: other numbers for another offset
+
+    Returns:
+        Tensor: float32, between -1/4 and 1/4
+    """
     words = (torch.arange(offset, offset + torch.Size(shape).numel(), dtype=torch.int64) * 2654435761) % 2**32
     return ((words.double() / 2**32 - 0.5) / 2).float().reshape(shape)
 
@@ -477,7 +718,15 @@ def _small_training(
     architecture: str,  # a key of IMAGE_SHAPES
     variational: bool,  # with noise
 ) -> list[Tensor]:      # all that moved, and the losses
-    "Train sixteen models of every kind for two epochs of five images in batches of three."
+    """Train sixteen models of every kind for two epochs of five images in batches of three.
+
+    Args:
+        architecture: a key of IMAGE_SHAPES
+        variational: with noise
+
+    Returns:
+        list[Tensor]: all that moved, and the losses
+    """
     kinds = list(product(ACTIVATIONS, OPTIMIZERS, (0.0, 0.25)))
     factors = {name: list(column) for name, column in zip(("activation", "optimizer", "dropout"), zip(*kinds))}
     shapes = list(tensor_shapes(architecture).items())[: TENSORS if variational else PLAIN_TENSORS]
@@ -495,13 +744,17 @@ def _small_training(
 
 @cache
 def arithmetic() -> str:  # such as "lanes-0123456789ab"
-    "Name the arithmetic by the bits that it yields; builds and machines that share the name give the same populations."
+    """Name the arithmetic by the bits that it yields; builds and machines that share the name give the same populations.
+
+    Returns:
+        str: such as "lanes-0123456789ab"
+    """
     tensors = [tensor for architecture in IMAGE_SHAPES for noisy in (False, True) for tensor in _small_training(architecture, noisy)]
     digest = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors))
     return f"lanes-{digest.hexdigest()[:12]}"
 
 
 LANES = Engine(
-    "lanes", train_epoch, evaluate, mixes=True, width=lane_count, workers=processors, interrupt=interrupt, schedules=True,
+    "lanes", train_epoch, evaluate, logits, mixes=True, width=lane_count, workers=processors, interrupt=interrupt, schedules=True,
     arithmetic=arithmetic,
 )

@@ -23,7 +23,14 @@ from .zoos import get_zoo
 def layer_sizes(
     architecture: str,  # a name in architectures.ARCHITECTURES
 ) -> dict[str, int]:    # "conv1" -> number of weights, in the order of the layers
-    "Number of weights of every layer."
+    """Number of weights of every layer.
+
+    Args:
+        architecture: a name in architectures.ARCHITECTURES
+
+    Returns:
+        dict[str, int]: "conv1" -> number of weights, in the order of the layers
+    """
     module = build(architecture)
     return {layer: module.get_submodule(path).weight.numel() for layer, path in layer_names(module).items()}
 
@@ -33,7 +40,16 @@ def layer_profile(
     by: Sequence[str] = ("zoo", "method", "level", "epoch"),          # what makes a group; "zoo" among them
     sizes: Mapping[str, Mapping[str, int]] | None = None,             # zoo -> layer -> number of weights; none: from the registry
 ) -> pd.DataFrame:                                                    # by, layer, size, mean, std, n
-    "Sparsity by layer over the models of each group; raises `UserError` for a zoo that is neither given nor registered."
+    """Sparsity by layer over the models of each group; raises `UserError` for a zoo that is neither given nor registered.
+
+    Args:
+        metrics: tidy metrics of one or more zoos
+        by: what makes a group; "zoo" among them
+        sizes: zoo -> layer -> number of weights; none: from the registry
+
+    Returns:
+        pd.DataFrame: by, layer, size, mean, std, n
+    """
     sizes = sizes or {zoo: layer_sizes(get_zoo(zoo).architecture) for zoo in metrics["zoo"].unique()}
     layers = [name.removeprefix("sparsity_") for name in metrics.columns if name.startswith("sparsity_")]
     profile = summarise(metrics, by, [f"sparsity_{layer}" for layer in layers])
@@ -47,7 +63,15 @@ def whole_sparsity(
     profile: pd.DataFrame,                                    # from layer_profile
     by: Sequence[str] = ("zoo", "method", "level", "epoch"),  # as given there
 ) -> pd.DataFrame:                                            # by, mean
-    "Mean sparsity of whole models from the means of their layers."
+    """Mean sparsity of whole models from the means of their layers.
+
+    Args:
+        profile: from layer_profile
+        by: as given there
+
+    Returns:
+        pd.DataFrame: by, mean
+    """
     weighted = profile.assign(removed=profile["mean"] * profile["size"])
     sums = weighted.groupby(list(by), sort=False, dropna=False)[["removed", "size"]].sum()
     return (sums["removed"] / sums["size"]).rename("mean").reset_index()
@@ -57,7 +81,15 @@ def removal_frequency(
     weights: Mapping[str, Tensor],  # pruned weights or bool masks (True where a weight stays) [models, ...], by state-dict name
     layers: Mapping[str, str],      # such as {"conv1": "module_list.0", ...}, from architectures.layer_names
 ) -> pd.DataFrame:                  # one row per weight: layer, weight (index in its layer), frequency (a share), models (of how many)
-    "In which share of the models each weight is removed (Figure 3); raises `UserError` if a layer is missing."
+    """In which share of the models each weight is removed (Figure 3); raises `UserError` if a layer is missing.
+
+    Args:
+        weights: pruned weights or bool masks (True where a weight stays) [models, ...], by state-dict name
+        layers: such as {"conv1": "module_list.0", ...}, from architectures.layer_names
+
+    Returns:
+        pd.DataFrame: one row per weight: layer, weight (index in its layer), frequency (a share), models (of how many)
+    """
     missing = [layer for layer, path in layers.items() if f"{path}.weight" not in weights]
     if missing:
         raise UserError(f"There are no weights of {', '.join(missing)}: give the layers of these models' own architecture, as architectures.layer_names names them.")
@@ -78,7 +110,14 @@ CATEGORIES = ["zoo", "method", "selector", "layer"]  # that are kept as categori
 def stack_frequencies(
     states: Mapping[tuple, pd.DataFrame],  # (zoo, method, selector or "", level or none, epoch) -> from removal_frequency
 ) -> pd.DataFrame:                         # FREQUENCY_COLUMNS, states in their order
-    "Stack the removal frequencies of several states; raises `UserError` if there are none."
+    """Stack the removal frequencies of several states; raises `UserError` if there are none.
+
+    Args:
+        states: (zoo, method, selector or "", level or none, epoch) -> from removal_frequency
+
+    Returns:
+        pd.DataFrame: FREQUENCY_COLUMNS, states in their order
+    """
     if not states:
         raise UserError("There are no removal frequencies to stack: give at least one state of twins.")
     parts = []
@@ -95,7 +134,12 @@ def save_frequencies(
     frequencies: pd.DataFrame,  # from stack_frequencies
     path: Path | str,           # such as "figures/usps_seed/removal.parquet"
 ) -> None:
-    "Save removal frequencies, whole or not at all."
+    """Save removal frequencies, whole or not at all.
+
+    Args:
+        frequencies: from stack_frequencies
+        path: such as "figures/usps_seed/removal.parquet"
+    """
     with atomic_path(path) as temporary:
         frequencies.to_parquet(temporary, index=False, compression="zstd")
 
@@ -103,7 +147,14 @@ def save_frequencies(
 def read_frequencies(
     *paths: Path | str,  # parquet files, one per zoo
 ) -> pd.DataFrame:       # their rows, one file after the other
-    "Read removal frequencies; raises `UserError` if a file is missing, unreadable or lacks columns."
+    """Read removal frequencies; raises `UserError` if a file is missing, unreadable or lacks columns.
+
+    Args:
+        *paths: parquet files, one per zoo
+
+    Returns:
+        pd.DataFrame: their rows, one file after the other
+    """
     frames = []
     for path in paths:
         try:
@@ -121,7 +172,15 @@ def read_frequencies(
 def frequency_spread(
     frequencies: pd.DataFrame,  # from stack_frequencies
 ) -> pd.DataFrame:              # zoo, method, selector, level, epoch, layer, size, mean, std, models, chance: one row per state and layer
-    "Spread of the removal frequency within each layer, beside what chance alone would give."
+    """Spread of the removal frequency within each layer, beside what chance alone would give.
+
+    Args:
+        frequencies: from stack_frequencies
+
+    Returns:
+        pd.DataFrame: zoo, method, selector, level, epoch, layer, size, mean, std, models, chance: one row per state and
+            layer
+    """
     keys = ["zoo", "method", "selector", "level", "epoch", "layer"]
     groups = frequencies.astype({"frequency": float}).groupby(keys, sort=False, dropna=False, observed=True)
     found = groups.agg(size=("weight", "size"), mean=("frequency", "mean"), std=("frequency", "std"), models=("models", "first")).reset_index()

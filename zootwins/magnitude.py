@@ -15,7 +15,14 @@ from .core import UserError
 def check_level(
     level: float,  # a fraction, 0.5 for 50 %
 ) -> float:        # the same, now known to be valid
-    "Raise `UserError` unless 0 <= level < 1."
+    """Raise `UserError` unless 0 <= level < 1.
+
+    Args:
+        level: a fraction, 0.5 for 50 %
+
+    Returns:
+        float: the same, now known to be valid
+    """
     if not 0 <= level < 1:
         raise UserError(f"A sparsity level of {level!r} is not possible: give a fraction of at least 0 and below 1, "
                         "such as 0.5 for 50 %.")
@@ -26,7 +33,15 @@ def count_kept(
     n: int,        # weights, or other units of pruning
     level: float,  # fraction to prune
 ) -> int:          # how many stay
-    "What a level leaves of n weights; raises `UserError` for an impossible level."
+    """What a level leaves of n weights; raises `UserError` for an impossible level.
+
+    Args:
+        n: weights, or other units of pruning
+        level: fraction to prune
+
+    Returns:
+        int: how many stay
+    """
     return n - round(check_level(level) * n)
 
 # %% ../nbs/10_magnitude.ipynb #21abac59
@@ -34,7 +49,15 @@ def keep_highest(
     scores: Tensor,  # float [models, n]
     kept: int,       # how many stay
 ) -> Tensor:         # bool [models, n], True where one stays
-    "Mask all but the `kept` highest entries of every row; of equal ones the first go."
+    """Mask all but the `kept` highest entries of every row; of equal ones the first go.
+
+    Args:
+        scores: float [models, n]
+        kept: how many stay
+
+    Returns:
+        Tensor: bool [models, n], True where one stays
+    """
     order = torch.argsort(scores, dim=1, stable=True)
     return torch.ones_like(scores, dtype=torch.bool).scatter_(1, order[:, : scores.shape[1] - kept], False)
 
@@ -43,5 +66,13 @@ def apply_masks(
     tensors: dict[str, Tensor],  # stacked parameters, gradients or the like
     masks: dict[str, Tensor],    # name -> bool, True where a weight stays
 ) -> dict[str, Tensor]:          # the same, zero where a mask is False
-    "Set what is pruned to zero."
+    """Set what is pruned to zero.
+
+    Args:
+        tensors: stacked parameters, gradients or the like
+        masks: name -> bool, True where a weight stays
+
+    Returns:
+        dict[str, Tensor]: the same, zero where a mask is False
+    """
     return {name: tensor * masks[name] if name in masks else tensor for name, tensor in tensors.items()}

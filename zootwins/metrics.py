@@ -24,7 +24,15 @@ def generalisation_gap(
     train_accuracy: Tensor,  # [models], running accuracy in train mode
     test_accuracy: Tensor,   # [models], in eval mode
 ) -> Tensor:                 # [models]; negative where noise in training outweighs overfitting
-    "Train accuracy minus test accuracy, as in the paper's Tables 5 to 8."
+    """Train accuracy minus test accuracy, as in the paper's Tables 5 to 8.
+
+    Args:
+        train_accuracy: [models], running accuracy in train mode
+        test_accuracy: [models], in eval mode
+
+    Returns:
+        Tensor: [models]; negative where noise in training outweighs overfitting
+    """
     return train_accuracy - test_accuracy
 
 # %% ../nbs/20_metrics.ipynb #d2e04a94
@@ -32,14 +40,22 @@ def sparsity(
     weights: Mapping[str, Tensor],  # weights or bool masks [models, ...], by state-dict name; other parameters are ignored
     layers: Mapping[str, str],      # such as {"conv1": "module_list.0", ...}, from architectures.layer_names
 ) -> dict[str, Tensor]:             # "sparsity", "sparsity_conv1", ...: float64 [models], fractions
-    "Fraction of removed weights, of the whole model and of every layer."
+    """Fraction of removed weights, of the whole model and of every layer.
+
+    Args:
+        weights: weights or bool masks [models, ...], by state-dict name; other parameters are ignored
+        layers: such as {"conv1": "module_list.0", ...}, from architectures.layer_names
+
+    Returns:
+        dict[str, Tensor]: "sparsity", "sparsity_conv1", ...: float64 [models], fractions
+    """
     tensors = {layer: weights[f"{path}.weight"].flatten(1) for layer, path in layers.items()}
     zeros = {layer: (tensor == 0).sum(dim=1).double() for layer, tensor in tensors.items()}
     whole = sum(zeros.values()) / sum(tensor.shape[1] for tensor in tensors.values())
     return {"sparsity": whole} | {f"sparsity_{layer}": zeros[layer] / tensors[layer].shape[1] for layer in tensors}
 
-# %% ../nbs/20_metrics.ipynb #74ef05ec
-METHODS = ("original", "mp", "vd", "imp")  # imp: phases of iterative magnitude pruning, by copy
+# %% ../nbs/20_metrics.ipynb #24064cb2
+METHODS = ("original", "mp", "vd", "imp", "gmp")  # imp, gmp: iterative and gradual magnitude pruning, by copy
 KEYS = ["zoo", "method", "selector", "level", "model", "epoch"]
 BASIC_MEASURES = ["train_acc", "test_acc", "ggap", "train_loss", "test_loss", "sparsity"]
 LAYERS = ["conv1", "conv2", "conv3", "fc1", "fc2"]
@@ -58,7 +74,23 @@ def tidy(
     agreement: Tensor | None = None,    # [models], with the model's own original; none: missing
     selector: str = "",                 # who chose the weights that were pruned, one of selectors.SELECTORS
 ) -> pd.DataFrame:                      # one row per model; METRIC_COLUMNS for the paper's CNNs
-    "Put the measures of one epoch of a population into tidy rows; raises `UserError` for an unknown method."
+    """Put the measures of one epoch of a population into tidy rows; raises `UserError` for an unknown method.
+
+    Args:
+        zoo: name of the zoo
+        method: one of METHODS
+        level: target sparsity as a fraction; none for original and vd
+        epoch: 0: before any step
+        models: the models' numbers
+        train: loss and running accuracy [models], as an engine's train_epoch returns them
+        test: loss and accuracy [models] on the test set
+        sparsities: from `sparsity`
+        agreement: [models], with the model's own original; none: missing
+        selector: who chose the weights that were pruned, one of selectors.SELECTORS
+
+    Returns:
+        pd.DataFrame: one row per model; METRIC_COLUMNS for the paper's CNNs
+    """
     (train_loss, train_acc), (test_loss, test_acc) = train, test
     measures = {
         "train_acc": train_acc, "test_acc": test_acc, "ggap": generalisation_gap(train_acc, test_acc),
@@ -74,14 +106,28 @@ def tidy(
 def own_name(
     zoo: str,  # name of a zoo, registered or not
 ) -> str:      # one of selectors.SELECTORS; empty for a zoo that is not registered
-    "The selector by which a zoo is pruned unless another is asked for."
+    """The selector by which a zoo is pruned unless another is asked for.
+
+    Args:
+        zoo: name of a zoo, registered or not
+
+    Returns:
+        str: one of selectors.SELECTORS; empty for a zoo that is not registered
+    """
     return getattr(ZOOS.get(zoo), "mp_selector", "")
 
 
 def with_selectors(
     metrics: pd.DataFrame,  # with zoo and method; perhaps with selector
 ) -> pd.DataFrame:          # the same rows, every one of magnitude pruning with its selector
-    "Name the zoo's own selector where none is named."
+    """Name the zoo's own selector where none is named.
+
+    Args:
+        metrics: with zoo and method; perhaps with selector
+
+    Returns:
+        pd.DataFrame: the same rows, every one of magnitude pruning with its selector
+    """
     own = metrics["zoo"].astype(object).map({zoo: own_name(zoo) or "global" for zoo in metrics["zoo"].unique()})
     own = own.where(metrics["method"] == "mp", "").astype(str)
     if "selector" not in metrics:
@@ -95,7 +141,14 @@ def with_selectors(
 def own_selector(
     metrics: pd.DataFrame,  # tidy metrics of one or more zoos
 ) -> pd.DataFrame:          # without the rows of other selectors
-    "What the zoos' own selectors have pruned, and all that was not pruned; a zoo of one's own lists its own first."
+    """What the zoos' own selectors have pruned, and all that was not pruned; a zoo of one's own lists its own first.
+
+    Args:
+        metrics: tidy metrics of one or more zoos
+
+    Returns:
+        pd.DataFrame: without the rows of other selectors
+    """
     known = one_selector(metrics)
     own = known["zoo"].astype(object).map({zoo: own_name(zoo) for zoo in known["zoo"].unique()})
     return known[(known["method"] != "mp") | (own == "") | (known["selector"] == own)]
@@ -104,7 +157,14 @@ def own_selector(
 def one_selector(
     metrics: pd.DataFrame,  # tidy metrics of one or more zoos
 ) -> pd.DataFrame:          # with one selector for every zoo
-    "Keep the zoo's own selector, or the first that a run without it has."
+    """Keep the zoo's own selector, or the first that a run without it has.
+
+    Args:
+        metrics: tidy metrics of one or more zoos
+
+    Returns:
+        pd.DataFrame: with one selector for every zoo
+    """
     known = with_selectors(metrics)
     named = known.loc[known["method"] == "mp", ["zoo", "selector"]].drop_duplicates().astype(object)
     named = named.assign(other=[own_name(zoo) != selector for zoo, selector in named.to_numpy()])
@@ -115,7 +175,14 @@ def one_selector(
 def read_metrics(
     *paths: Path | str,  # parquet files, one per zoo
 ) -> pd.DataFrame:       # their rows, one file after the other
-    "Read tidy metrics; raises `UserError` if a file is missing, unreadable or lacks columns."
+    """Read tidy metrics; raises `UserError` if a file is missing, unreadable or lacks columns.
+
+    Args:
+        *paths: parquet files, one per zoo
+
+    Returns:
+        pd.DataFrame: their rows, one file after the other
+    """
     frames = []
     for path in paths:
         try:
@@ -134,7 +201,14 @@ def read_metrics(
 def measure_columns(
     metrics: pd.DataFrame,  # tidy metrics
 ) -> list[str]:             # everything but KEYS
-    "The columns of a tidy frame that hold measures."
+    """The columns of a tidy frame that hold measures.
+
+    Args:
+        metrics: tidy metrics
+
+    Returns:
+        list[str]: everything but KEYS
+    """
     return [name for name in metrics.columns if name not in KEYS]
 
 # %% ../nbs/20_metrics.ipynb #0678de45
@@ -143,7 +217,16 @@ def summarise(
     by: Sequence[str],                      # what makes a group, such as ["zoo", "method", "level", "epoch"]
     measures: Sequence[str] | None = None,  # which columns; none: all
 ) -> pd.DataFrame:                          # long: by, metric, mean, std (sample), n (models with a value)
-    "Mean, standard deviation and number of models for every group and measure."
+    """Mean, standard deviation and number of models for every group and measure.
+
+    Args:
+        metrics: tidy metrics
+        by: what makes a group, such as ["zoo", "method", "level", "epoch"]
+        measures: which columns; none: all
+
+    Returns:
+        pd.DataFrame: long: by, metric, mean, std (sample), n (models with a value)
+    """
     measures = measure_columns(metrics) if measures is None else list(measures)
     long = metrics.melt(id_vars=list(by), value_vars=measures, var_name="metric")
     groups = long.groupby([*by, "metric"], sort=False, dropna=False)["value"]

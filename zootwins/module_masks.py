@@ -35,7 +35,14 @@ COMPILED = "_orig_mod"
 def unwrapped(
     module: nn.Module,  # in any wrapping
 ) -> nn.Module:         # the same parameters
-    "Take off what torch.compile, DataParallel and DistributedDataParallel have put around a module."
+    """Take off what torch.compile, DataParallel and DistributedDataParallel have put around a module.
+
+    Args:
+        module: in any wrapping
+
+    Returns:
+        nn.Module: the same parameters
+    """
     while isinstance(module, WRAPPERS) or isinstance(getattr(module, COMPILED, None), nn.Module):
         module = module.module if isinstance(module, WRAPPERS) else getattr(module, COMPILED)
     return module
@@ -44,7 +51,14 @@ def unwrapped(
 def plain_state(
     state: Mapping[str, Tensor],  # of a module in any wrapping, perhaps from a file
 ) -> dict[str, Tensor]:           # by plain names
-    "Take the wrappings' prefixes off the names of a state dict."
+    """Take the wrappings' prefixes off the names of a state dict.
+
+    Args:
+        state: of a module in any wrapping, perhaps from a file
+
+    Returns:
+        dict[str, Tensor]: by plain names
+    """
     plain = {name.replace(f"{COMPILED}.", ""): tensor for name, tensor in state.items()}
     while plain and all(name.startswith("module.") for name in plain):
         plain = {name.removeprefix("module."): tensor for name, tensor in plain.items()}
@@ -54,7 +68,14 @@ def plain_state(
 def _matrices(
     layer: nn.Module,  # one layer
 ) -> list[str]:        # names of its parameters
-    "Which parameters of a layer multiply its inputs."
+    """Which parameters of a layer multiply its inputs.
+
+    Args:
+        layer: one layer
+
+    Returns:
+        list[str]: names of its parameters
+    """
     if isinstance(layer, (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd)):
         return ["weight"]
     if isinstance(layer, nn.MultiheadAttention):
@@ -68,7 +89,12 @@ def _plain(
     path: str,         # of a layer
     layer: nn.Module,  # with a weight
 ) -> None:
-    "Raise `UserError` for a weight that PyTorch computes anew from others at every pass."
+    """Raise `UserError` for a weight that PyTorch computes anew from others at every pass.
+
+    Args:
+        path: of a layer
+        layer: with a weight
+    """
     own = dict(layer.named_parameters(recurse=False))
     if "weight_orig" in own or "weight_g" in own or "weight" in getattr(layer, "parametrizations", {}):
         raise UserError(
@@ -80,7 +106,14 @@ def _plain(
 def prunable_weights(
     module: nn.Module,  # in any wrapping
 ) -> dict[str, nn.Parameter]:  # by plain name, in the order in which layers were registered
-    "The parameters that may be pruned, each once; raises `UserError` if there are none, or none yet."
+    """The parameters that may be pruned, each once; raises `UserError` if there are none, or none yet.
+
+    Args:
+        module: in any wrapping
+
+    Returns:
+        dict[str, nn.Parameter]: by plain name, in the order in which layers were registered
+    """
     module, found, seen = unwrapped(module), {}, set()
     embeddings = (nn.Embedding, nn.EmbeddingBag)
     shared = {id(layer.weight) for layer in module.modules() if isinstance(layer, embeddings)}
@@ -106,7 +139,15 @@ def snip_saliency(
     module: nn.Module,          # any
     data: Images | tuple[Tensor, Tensor] | None,  # images and labels; the first SNIP_IMAGES are looked at
 ) -> dict[str, Tensor]:         # name -> float, of the weight's shape
-    "First-order change of the loss if a weight were not there (SNIP, Lee et al. 2019); `UserError` without data."
+    """First-order change of the loss if a weight were not there (SNIP, Lee et al. 2019); `UserError` without data.
+
+    Args:
+        module: any
+        data: images and labels; the first SNIP_IMAGES are looked at
+
+    Returns:
+        dict[str, Tensor]: name -> float, of the weight's shape
+    """
     if data is None:
         raise UserError("SNIP scores weights by the loss on training images: give data=, images or (x, y).")
     x, y = (data.x_train, data.y_train) if isinstance(data, Images) else data
@@ -127,7 +168,14 @@ ModuleScores = Callable[[nn.Module, object], Mapping[str, Tensor]]
 def _key(
     name: str,  # of a parameter
 ) -> str:       # ends in "weight"
-    "A name by which selectors take a parameter for a weight."
+    """A name by which selectors take a parameter for a weight.
+
+    Args:
+        name: of a parameter
+
+    Returns:
+        str: ends in "weight"
+    """
     return name if name.endswith("weight") else f"{name}.weight"
 
 
@@ -136,7 +184,16 @@ def _selector_for(
     module: nn.Module,                        # to be pruned
     data: object,                             # for selectors that look at data
 ) -> Selector:                                # of a population of one
-    "Make a selector of populations of one that looks at the module."
+    """Make a selector of populations of one that looks at the module.
+
+    Args:
+        selector: what a user asks for
+        module: to be pruned
+        data: for selectors that look at data
+
+    Returns:
+        Selector: of a population of one
+    """
     scores = snip_saliency if selector == "snip" else selector
     if isinstance(scores, (str, Selector)):
         return get_selector(scores)
@@ -156,7 +213,19 @@ def choose_masks(
     data: Images | tuple[Tensor, Tensor] | None = None,  # for selectors that look at data
     seed: int = 0,                # for random pruning
 ) -> dict[str, Tensor]:           # name -> bool on the CPU, True where a weight stays
-    "Choose which weights of a module stay; raises `UserError` as `selectors.prune` does, and for NaN."
+    """Choose which weights of a module stay; raises `UserError` as `selectors.prune` does, and for NaN.
+
+    Args:
+        module: trained; left as it is
+        level: fraction of all prunable weights to be gone, from all phases together
+        selector: one of selectors.SELECTORS, or (module, data) -> scores
+        earlier: masks of the phase before, within which the new ones lie
+        data: for selectors that look at data
+        seed: for random pruning
+
+    Returns:
+        dict[str, Tensor]: name -> bool on the CPU, True where a weight stays
+    """
     weights = {name: weight.detach().cpu() for name, weight in prunable_weights(module).items()}
     if broken := [name for name, weight in weights.items() if not weight.isfinite().all()]:
         raise UserError(f"{broken[0]} has weights that are infinite or not a number: the model has diverged; "
@@ -174,7 +243,12 @@ def check_fit(
     module: nn.Module,            # any
     masks: Mapping[str, Tensor],  # by plain name
 ) -> None:
-    "Raise `UserError` unless masks and prunable weights have the same names and shapes."
+    """Raise `UserError` unless masks and prunable weights have the same names and shapes.
+
+    Args:
+        module: any
+        masks: by plain name
+    """
     weights = prunable_weights(module)
     wrong = [name for name in {**weights, **masks} if name not in weights or name not in masks]
     wrong += [name for name in weights if name in masks and weights[name].shape != masks[name].shape]
@@ -189,7 +263,14 @@ def check_fit(
 def sparsity(
     masks: Mapping[str, Tensor],  # name -> bool
 ) -> float:                       # a fraction of prunable weights
-    "The share of prunable weights that are gone."
+    """The share of prunable weights that are gone.
+
+    Args:
+        masks: name -> bool
+
+    Returns:
+        float: a fraction of prunable weights
+    """
     return 1 - sum(int(mask.sum()) for mask in masks.values()) / sum(mask.numel() for mask in masks.values())
 
 
@@ -197,7 +278,15 @@ def sparsity_table(
     module: nn.Module,  # pruned or not
     masks: Mapping[str, Tensor] | None = None,  # none: a weight is pruned where it is zero
 ) -> pd.DataFrame:      # by layer, then "prunable" and "whole model": weights, kept, sparsity
-    "Count what every layer keeps; biases and what normalisation learns count as kept."
+    """Count what every layer keeps; biases and what normalisation learns count as kept.
+
+    Args:
+        module: pruned or not
+        masks: none: a weight is pruned where it is zero
+
+    Returns:
+        pd.DataFrame: by layer, then "prunable" and "whole model": weights, kept, sparsity
+    """
     weights = prunable_weights(module)
     masks = masks or {name: weight.detach() != 0 for name, weight in weights.items()}
     rows = {name: (mask.numel(), int(mask.sum())) for name, mask in masks.items()}
@@ -213,7 +302,13 @@ def enforce(
     masks: Mapping[str, Tensor],  # by plain name
     optimizer: torch.optim.Optimizer | None = None,  # whose memory of pruned weights is cleared too
 ) -> None:
-    "Set pruned weights to zero, even where they are not a number, and what an optimizer remembers of them."
+    """Set pruned weights to zero, even where they are not a number, and what an optimizer remembers of them.
+
+    Args:
+        module: in any wrapping
+        masks: by plain name
+        optimizer: whose memory of pruned weights is cleared too
+    """
     for name, weight in prunable_weights(module).items():
         _clear(weight, ~masks[name], optimizer)
 
@@ -224,7 +319,16 @@ def _clear(
     gone: Tensor,          # bool, of the same shape
     optimizer: torch.optim.Optimizer | None = None,  # none: the weight alone
 ) -> Tensor:               # `gone`, on the weight's device
-    "Set entries of a weight, and of the optimizer's tensors of its shape, to zero."
+    """Set entries of a weight, and of the optimizer's tensors of its shape, to zero.
+
+    Args:
+        weight: of any shape
+        gone: bool, of the same shape
+        optimizer: none: the weight alone
+
+    Returns:
+        Tensor: `gone`, on the weight's device
+    """
     gone = gone.to(weight.device)
     weight.masked_fill_(gone, 0)
     for remembered in optimizer.state.get(weight, {}).values() if optimizer is not None else ():
@@ -241,7 +345,11 @@ def _after_step(
     optimizer: torch.optim.Optimizer,  # any of this process
     *_: object,
 ) -> None:
-    "Clear what is gone from the held ones among an optimizer's parameters."
+    """Clear what is gone from the held ones among an optimizer's parameters.
+
+    Args:
+        optimizer: any of this process
+    """
     if _held:
         for group in optimizer.param_groups:
             for weight in group["params"]:
@@ -254,7 +362,12 @@ def holding(
     module: nn.Module,            # in any wrapping
     masks: Mapping[str, Tensor],  # by plain name
 ) -> Iterator[None]:
-    "While the block runs, steps of any optimizer leave pruned weights at zero; raises `UserError` if masks do not fit."
+    """While the block runs, steps of any optimizer leave pruned weights at zero; raises `UserError` if masks do not fit.
+
+    Args:
+        module: in any wrapping
+        masks: by plain name
+    """
     check_fit(module, masks)
     weights = prunable_weights(module)
     enforce(module, masks)
@@ -276,7 +389,15 @@ def revived(
     module: nn.Module,            # after training
     masks: Mapping[str, Tensor],  # by plain name
 ) -> int:                         # how many pruned weights are not zero
-    "Count pruned weights that came back."
+    """Count pruned weights that came back.
+
+    Args:
+        module: after training
+        masks: by plain name
+
+    Returns:
+        int: how many pruned weights are not zero
+    """
     weights = prunable_weights(module)
     return sum(int((weight.detach().cpu()[~masks[name].cpu()] != 0).sum()) for name, weight in weights.items())
 
@@ -285,7 +406,12 @@ def save_masks(
     masks: Mapping[str, Tensor],  # name -> bool
     path: Path | str,             # such as "masks.safetensors"
 ) -> None:
-    "Write masks, whole or not at all."
+    """Write masks, whole or not at all.
+
+    Args:
+        masks: name -> bool
+        path: such as "masks.safetensors"
+    """
     with atomic_path(path) as temporary:
         safetensors.torch.save_file({name: mask.cpu().contiguous() for name, mask in masks.items()}, temporary)
 
@@ -293,7 +419,14 @@ def save_masks(
 def load_masks(
     path: Path | str,     # written by `save_masks`
 ) -> dict[str, Tensor]:   # name -> bool
-    "Read masks; raises `UserError` for a file that holds none."
+    """Read masks; raises `UserError` for a file that holds none.
+
+    Args:
+        path: written by `save_masks`
+
+    Returns:
+        dict[str, Tensor]: name -> bool
+    """
     try:
         ordinary_size(Path(path))
         masks = safetensors.torch.load_file(path)

@@ -22,7 +22,14 @@ def _conv(
     size: int = 3,    # of the kernel, 3 or 1
     stride: int = 1,  # in pixels
 ) -> nn.Conv2d:
-    "A convolution that keeps height and width, or divides them by the stride."
+    """A convolution that keeps height and width, or divides them by the stride.
+
+    Args:
+        inputs: channels
+        outputs: channels
+        size: of the kernel, 3 or 1
+        stride: in pixels
+    """
     return nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False)
 
 
@@ -41,7 +48,14 @@ class ResidualBlock(nn.Module):
         self,
         x: Tensor,  # [N, inputs, H, W]
     ) -> Tensor:    # [N, outputs, H / stride, W / stride]
-        "Both ways, added."
+        """Both ways, added.
+
+        Args:
+            x: [N, inputs, H, W]
+
+        Returns:
+            Tensor: [N, outputs, H / stride, W / stride]
+        """
         inner = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
         return F.relu(inner + self.shortcut(x))
 
@@ -60,7 +74,14 @@ class WideBlock(nn.Module):
         self,
         x: Tensor,  # [N, inputs, H, W]
     ) -> Tensor:    # [N, outputs, H / stride, W / stride]
-        "Both ways, added."
+        """Both ways, added.
+
+        Args:
+            x: [N, inputs, H, W]
+
+        Returns:
+            Tensor: [N, outputs, H / stride, W / stride]
+        """
         begun = F.relu(self.norm1(x))
         around = x if self.shortcut is None else self.shortcut(begun)
         return around + self.conv2(F.relu(self.norm2(self.conv1(begun))))
@@ -93,7 +114,14 @@ class ResNet(nn.Module):
         self,
         x: Tensor,  # [N, channels, H, W]
     ) -> Tensor:    # [N, classes], before the softmax
-        "Classify images."
+        """Classify images.
+
+        Args:
+            x: [N, channels, H, W]
+
+        Returns:
+            Tensor: [N, classes], before the softmax
+        """
         x = self.conv(x) if self.wide else F.relu(self.norm(self.conv(x)))
         x = self.groups(x)
         x = F.relu(self.last_norm(x)) if self.wide else x
@@ -131,7 +159,17 @@ def make_network(
     channels: int = 3,   # of the images
     seed: int = 0,       # of the initial weights, as PyTorch draws them
 ) -> nn.Module:          # untrained
-    "Build a net; the same seed gives the same weights, and no other random numbers are touched."
+    """Build a net; the same seed gives the same weights, and no other random numbers are touched.
+
+    Args:
+        name: one of NETWORKS
+        classes: outputs
+        channels: of the images
+        seed: of the initial weights, as PyTorch draws them
+
+    Returns:
+        nn.Module: untrained
+    """
     build = NETWORKS[check_name(name, NETWORKS, "network")]
     if classes < 1 or channels < 1:
         raise UserError(f"A network has at least one class and one channel, not {classes} and {channels}.")
@@ -143,14 +181,28 @@ def make_network(
 def parameter_count(
     module: nn.Module,  # any
 ) -> int:               # weights, biases and what normalisation learns
-    "How many numbers a module learns."
+    """How many numbers a module learns.
+
+    Args:
+        module: any
+
+    Returns:
+        int: weights, biases and what normalisation learns
+    """
     return sum(parameter.numel() for parameter in module.parameters())
 
 # %% ../nbs/70_networks.ipynb #badf2bdd
 def logits_of(
     output: object,  # of a module: scores, or a record, dictionary or tuple that holds them
 ) -> Tensor:         # [N, classes, ...]
-    "The class scores in a module's output; raises `UserError` if there are none."
+    """The class scores in a module's output; raises `UserError` if there are none.
+
+    Args:
+        output: of a module: scores, or a record, dictionary or tuple that holds them
+
+    Returns:
+        Tensor: [N, classes, ...]
+    """
     if isinstance(output, Tensor):
         return output
     found = getattr(output, "logits", None)

@@ -36,7 +36,18 @@ STAGES = ("original", "mp", *(f"mp_{name}" for name in SELECTORS), "vd")  # mp i
 
 @dataclass(frozen=True)
 class Plan:
-    "What to make, and where to keep it."
+    """What to make, and where to keep it.
+
+    Attributes:
+        methods: of METHODS
+        levels: fractions, for magnitude pruning
+        selectors: who choose the weights that go, names in SELECTORS; the zoo's own first
+        device: "cpu" or "cuda"
+        folder: of this zoo in the store
+        figures: of this zoo's tables and figures
+        source: of the originals; none: they are trained
+        formats: in which tables and figures are written
+    """
 
     zoo: Zoo
     n_models: int
@@ -67,14 +78,28 @@ class Plan:
 def _words(
     text: object,  # such as "mp,vd" or 50
 ) -> list[str]:    # ["mp", "vd"] or ["50"]
-    "Split a list given as text."
+    """Split a list given as text.
+
+    Args:
+        text: such as "mp,vd" or 50
+
+    Returns:
+        list[str]: ["mp", "vd"] or ["50"]
+    """
     return [word.strip() for word in str(text).split(",") if word.strip()]
 
 
 def parse_levels(
     text: object,          # percentages, such as "0,50,90"
 ) -> tuple[float, ...]:    # fractions in rising order
-    "Read levels of pruning; raises `UserError` for what is no percentage of 0, or of at least 1 and below 100."
+    """Read levels of pruning; raises `UserError` for what is no percentage of 0, or of at least 1 and below 100.
+
+    Args:
+        text: percentages, such as "0,50,90"
+
+    Returns:
+        tuple[float, ...]: fractions in rising order
+    """
     try:
         percentages = [float(word) for word in _words(text)]
         levels = tuple(sorted({check_level(percentage / 100) for percentage in percentages}))
@@ -93,7 +118,15 @@ def parse_selectors(
     given: object,  # text such as "global,lamp"; empty or none: the zoo's own
     zoo: Zoo,       # the registry's entry
 ) -> tuple[str, ...]:  # names in SELECTORS, the zoo's own first
-    "Read names of selectors; raises `UserError` for others, and for a function."
+    """Read names of selectors; raises `UserError` for others, and for a function.
+
+    Args:
+        given: text such as "global,lamp"; empty or none: the zoo's own
+        zoo: the registry's entry
+
+    Returns:
+        tuple[str, ...]: names in SELECTORS, the zoo's own first
+    """
     if given is not None and not isinstance(given, str):
         raise UserError(f"{given!r} cannot be asked for in a store, which knows selectors by name: give names such as "
                         "global,lamp, or use a function with selectors.prune and engines.train.")
@@ -105,7 +138,15 @@ def pruning_stage(
     zoo: Zoo,       # the registry's entry
     selector: str,  # a name in SELECTORS
 ) -> str:           # one of STAGES
-    "The name of the stage that prunes by a selector."
+    """The name of the stage that prunes by a selector.
+
+    Args:
+        zoo: the registry's entry
+        selector: a name in SELECTORS
+
+    Returns:
+        str: one of STAGES
+    """
     return "mp" if selector == zoo.mp_selector else f"mp_{selector}"
 
 # %% ../nbs/26_plans.ipynb #50991a32
@@ -114,7 +155,16 @@ def _folder(
     variable: str,      # environment variable that names another default
     default: str,       # in the checkout
 ) -> Path:              # absolute
-    "Where a kind of result goes."
+    """Where a kind of result goes.
+
+    Args:
+        given: by the user
+        variable: environment variable that names another default
+        default: in the checkout
+
+    Returns:
+        Path: absolute
+    """
     named = given or os.environ.get(variable)
     return Path(named).expanduser().resolve() if named else project_root() / default
 
@@ -124,7 +174,16 @@ def count_models(
     source: Source | None,   # of the originals
     n_models: int | None,    # what the user asked for; none: all
 ) -> int:                    # a number that can be had
-    "Raise `UserError` for a number of models that neither the recipe nor the source can give."
+    """Raise `UserError` for a number of models that neither the recipe nor the source can give.
+
+    Args:
+        zoo: the registry's entry
+        source: of the originals
+        n_models: what the user asked for; none: all
+
+    Returns:
+        int: a number that can be had
+    """
     if source is None:
         return check_n_models(zoo, n_models)
     there = len(source.population)
@@ -149,7 +208,25 @@ def make_plan(
     figures: str | None = None,      # folder for tables and figures; none: ZOOTWINS_FIGURES or runs/ in the checkout
     formats: str = "csv,png",        # of tables (csv, md, tex) and figures (png, pdf, svg)
 ) -> Plan:                           # checked
-    "Check all that a user asks for; raises `UserError` for the first thing that cannot be."
+    """Check all that a user asks for; raises `UserError` for the first thing that cannot be.
+
+    Args:
+        zoo: name in the registry, or a zoo of one's own
+        n_models: how many; none: the zoo's own number, or all that the source has
+        source: of the originals; as sources.open_source takes it
+        methods: which twins to make
+        levels: percentages for magnitude pruning
+        selector: who chooses what is pruned, such as "global,lamp"; none: the zoo's own
+        device: or "cuda"
+        engine: or "lanes", "torch"
+        seed: of the whole run, for independent repetitions
+        store: folder for weights; none: ZOOTWINS_STORE or zoos/ in the checkout
+        figures: folder for tables and figures; none: ZOOTWINS_FIGURES or runs/ in the checkout
+        formats: of tables (csv, md, tex) and figures (png, pdf, svg)
+
+    Returns:
+        Plan: checked
+    """
     entry = get_zoo(zoo)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise UserError(f"{seed!r} is not a seed: give a whole number.")
@@ -175,7 +252,14 @@ PARAMETERS = (*inspect.signature(make_plan).parameters, "workers")  # of run_zoo
 def injected_parameters(
     cells: Sequence[str],  # `In` of the kernel: the sources of all cells run so far, the present one last
 ) -> list[str]:            # empty if papermill did not run the notebook
-    "The names that papermill assigned in the cell before this one, without those of its own."
+    """The names that papermill assigned in the cell before this one, without those of its own.
+
+    Args:
+        cells: `In` of the kernel: the sources of all cells run so far, the present one last
+
+    Returns:
+        list[str]: empty if papermill did not run the notebook
+    """
     before = cells[-2] if len(cells) > 1 else ""
     if not before.startswith("# Parameters\n"):
         return []
@@ -188,7 +272,13 @@ def check_parameters(
     known: Iterable[str],  # the parameters that the notebook has
     notebook: str,         # its name
 ) -> None:
-    "Raise `UserError` for a parameter that papermill injected and the notebook does not have."
+    """Raise `UserError` for a parameter that papermill injected and the notebook does not have.
+
+    Args:
+        cells: `In` of the kernel
+        known: the parameters that the notebook has
+        notebook: its name
+    """
     known = list(known)
     for name in injected_parameters(cells):
         check_name(name, known, f"parameter of {notebook}")
@@ -198,7 +288,15 @@ def fingerprint(
     plan: Plan,      # what to make
     images: Images,  # what it is made from
 ) -> dict[str, object]:  # JSON types
-    "All that a store's numbers depend on, apart from how many models, levels, methods and selectors."
+    """All that a store's numbers depend on, apart from how many models, levels, methods and selectors.
+
+    Args:
+        plan: what to make
+        images: what it is made from
+
+    Returns:
+        dict[str, object]: JSON types
+    """
     left_out = ("title", "printed", "remark", "in_paper", "mp_in_paper")
     plain = lambda value: list(value) if isinstance(value, tuple) else value  # as JSON has it
     entry = {name: plain(value) for name, value in asdict(plan.zoo).items() if name not in left_out}
@@ -206,13 +304,24 @@ def fingerprint(
     trainer = {"engine": plan.engine.name, "arithmetic": plan.engine.arithmetic(), "device": plan.device}
     return {"zoo": entry, "images": images_fingerprint(images), "seed": plan.run_seed, **trainer, **source}
 
-# %% ../nbs/26_plans.ipynb #be9af060
+# %% ../nbs/26_plans.ipynb #c56aeaec
 BEGINNINGS = ("drawn", "taken", "pruned", "noisy")
 
 
 @dataclass(frozen=True)
 class Stage:
-    "Rows that are to be moved by one recipe."
+    """Rows that are to be moved by one recipe.
+
+    Attributes:
+        name: one of plans.STAGES, or a phase of a soup
+        recipe: names the zoo and the random streams
+        rows: model, level (missing where nothing is pruned), seed and generating factors
+        begins: one of BEGINNINGS
+        selector: who chooses the weights that are pruned, a name in selectors.SELECTORS
+        trajectory: whether every epoch is kept
+        first_epoch: at which the rows begin; for models taken from a source the epoch of their last
+        events: epochs after which copies are merged and pruned, and to which level
+    """
 
     name: str                 # one of plans.STAGES, or a phase of a soup
     architecture: str
@@ -222,11 +331,13 @@ class Stage:
     selector: str = ""        # who chooses the weights that are pruned, a name in selectors.SELECTORS
     trajectory: bool = False  # whether every epoch is kept
     first_epoch: int = 0      # at which the rows begin; for models taken from a source the epoch of their last
+    events: tuple[tuple[int, float], ...] = ()  # epochs after which copies are merged and pruned, and to which level
 
     @property
     def method(self) -> str:
-        "What its rows are called in the metrics; rows with copies belong to iterative magnitude pruning."
-        return "imp" if "copy" in self.rows else self.name.partition("_")[0]
+        "What its rows are called in the metrics; copies are of gradual, iterative or variational sparsification."
+        copied = "gmp" if self.events else "vd" if self.recipe.variational else "imp"
+        return copied if "copy" in self.rows else self.name.partition("_")[0]
 
     @property
     def last_epoch(self) -> int:
@@ -237,7 +348,14 @@ class Stage:
 def make_stages(
     plan: Plan,        # what to make
 ) -> list[Stage]:      # original first
-    "Lay out the stages of a plan."
+    """Lay out the stages of a plan.
+
+    Args:
+        plan: what to make
+
+    Returns:
+        list[Stage]: original first
+    """
     zoo, models = plan.zoo, plan.models
     each = models.assign(level=np.nan)
     at_levels = [models.assign(level=level) for level in plan.levels]

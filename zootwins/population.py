@@ -37,7 +37,13 @@ COUNT = "num_batches_tracked"  # of a batch normalisation, which has no use for 
 
 @dataclass
 class Population:
-    "Models of one architecture: stacked weights, and one row of generating factors each."
+    """Models of one architecture: stacked weights, and one row of generating factors each.
+
+    Attributes:
+        weights: state-dict name -> float32 [models, ...], with the running statistics of batch normalisations
+        models: model, seed, activation, init, optimizer, lr, wd, dropout, parent
+        architecture: name in architectures.ARCHITECTURES
+    """
 
     weights: dict[str, Tensor]  # state-dict name -> float32 [models, ...], with the running statistics of batch normalisations
     models: pd.DataFrame        # model, seed, activation, init, optimizer, lr, wd, dropout, parent
@@ -50,7 +56,14 @@ class Population:
         self,
         which: slice | Sequence[int] | np.ndarray,  # positions, not model numbers
     ) -> "Population":                              # a population of its own (weights are copied)
-        "Take some of the models."
+        """Take some of the models.
+
+        Args:
+            which: positions, not model numbers
+
+        Returns:
+            'Population': a population of its own (weights are copied)
+        """
         rows = np.arange(len(self))[which]
         index = torch.as_tensor(np.atleast_1d(rows))
         weights = {name: tensor[index.to(tensor.device)] for name, tensor in self.weights.items()}
@@ -60,7 +73,14 @@ class Population:
         self,
         numbers: Iterable[int],  # of models, any number of times
     ) -> "Population":           # in this order
-        "Take models by their numbers; raises `UserError` for one that is not there."
+        """Take models by their numbers; raises `UserError` for one that is not there.
+
+        Args:
+            numbers: of models, any number of times
+
+        Returns:
+            'Population': in this order
+        """
         places = {number: place for place, number in enumerate(self.models["model"])}
         missing = [number for number in numbers if number not in places]
         if missing:
@@ -72,7 +92,14 @@ class Population:
         self,
         i: int,          # position in the population
     ) -> nn.Module:      # an ordinary module with the model's weights, activation and dropout
-        "Give one model as a module."
+        """Give one model as a module.
+
+        Args:
+            i: position in the population
+
+        Returns:
+            nn.Module: an ordinary module with the model's weights, activation and dropout
+        """
         factors = self.models.iloc[i]
         module = build(self.architecture, factors["activation"], float(factors["dropout"]))
         counts = {name: tensor for name, tensor in module.state_dict().items() if name.endswith(COUNT)}
@@ -89,7 +116,12 @@ def check_norm(
     path: str,         # of a layer
     layer: nn.Module,  # one of NORMS
 ) -> None:
-    "Raise `UserError` for a normalisation whose results would depend on how images are grouped, or that has several numbers a channel."
+    """Raise `UserError` for a normalisation whose results would depend on how images are grouped, or that has several numbers a channel.
+
+    Args:
+        path: of a layer
+        layer: one of NORMS
+    """
     batch = isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d))
     if batch and (layer.running_mean is None or layer.momentum is None):
         raise UserError(f"The layer {path} has no running statistics with a fixed momentum: what it gives would depend on "
@@ -101,7 +133,15 @@ def check_norm(
 def parameter_shapes(
     architecture: str,            # a name in ARCHITECTURES
 ) -> dict[str, tuple[int, ...]]:  # of one model, by state-dict name; running statistics of batch normalisations among them
-    "Names and shapes of an architecture's parameters; raises `UserError` if some are not those of layers and normalisations."
+    """Names and shapes of an architecture's parameters; raises `UserError` if some are not those of layers and normalisations.
+
+    Args:
+        architecture: a name in ARCHITECTURES
+
+    Returns:
+        dict[str, tuple[int, ...]]: of one model, by state-dict name; running statistics of batch normalisations among
+            them
+    """
     module = build(architecture)
     for path, layer in module.named_modules():
         held = [name for name, _ in (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False))]
@@ -131,7 +171,17 @@ def initial_weight(
     keys: Tensor,              # int64 [models, 2]
     site: int,                 # number of the parameter, from 1
 ) -> Tensor:                   # float32 [models, *shape]
-    "Draw one layer's weights for every model; raises `UserError` for an unknown init."
+    """Draw one layer's weights for every model; raises `UserError` for an unknown init.
+
+    Args:
+        init: one of INITS
+        shape: of one model's weight, outputs first
+        keys: int64 [models, 2]
+        site: number of the parameter, from 1
+
+    Returns:
+        Tensor: float32 [models, *shape]
+    """
     n, fan_in = math.prod(shape), math.prod(shape[1:])
     if init in ("uniform", "kaiming_uniform"):
         flat = to_uniform(random_words(n, keys, site))
@@ -149,7 +199,17 @@ def initial_population(
     zoo: str,              # names the random streams
     run_seed: int = 0,     # for independent repetitions of a whole zoo
 ) -> Population:           # untrained models
-    "Draw the initial weights of some models; they do not depend on which others are drawn beside them."
+    """Draw the initial weights of some models; they do not depend on which others are drawn beside them.
+
+    Args:
+        models: generating factors, one row each
+        architecture: a name in ARCHITECTURES
+        zoo: names the random streams
+        run_seed: for independent repetitions of a whole zoo
+
+    Returns:
+        Population: untrained models
+    """
     models = models.reset_index(drop=True)
     keys = stream_keys(zoo, "init", models["seed"], run_seed)
     module, shapes = build(architecture), parameter_shapes(architecture)
@@ -171,7 +231,16 @@ def sample_population(
     n_models: int | None = None,  # how many; none: the zoo's own number
     run_seed: int = 0,            # for independent repetitions of a whole zoo
 ) -> Population:                  # untrained models
-    "Draw the initial weights of a zoo's models; raises `UserError` for a number of models that it cannot have."
+    """Draw the initial weights of a zoo's models; raises `UserError` for a number of models that it cannot have.
+
+    Args:
+        zoo: the registry's entry
+        n_models: how many; none: the zoo's own number
+        run_seed: for independent repetitions of a whole zoo
+
+    Returns:
+        Population: untrained models
+    """
     return initial_population(model_table(zoo, n_models), zoo.architecture, zoo.name, run_seed)
 
 # %% ../nbs/05_population.ipynb #449a2f83
@@ -179,7 +248,15 @@ def plain_weights(
     saved: object,                         # a state dict, or a dictionary with one
     expected: dict[str, tuple[int, ...]],  # from parameter_shapes
 ) -> dict[str, Tensor]:                    # float32 on the CPU, in that order
-    "Take one model's weights; raises `ValueError` that says what does not fit."
+    """Take one model's weights; raises `ValueError` that says what does not fit.
+
+    Args:
+        saved: a state dict, or a dictionary with one
+        expected: from parameter_shapes
+
+    Returns:
+        dict[str, Tensor]: float32 on the CPU, in that order
+    """
     state = {name: tensor for name, tensor in merge_masks(find_state(saved)).items() if not name.endswith(f".{COUNT}")}
     common = {name.removesuffix(ours) for name in state for ours in expected if name.endswith(f".{ours}")
               and name != ours}
@@ -194,7 +271,12 @@ def check_weights(
     state: Mapping[str, Tensor],           # of one model
     expected: dict[str, tuple[int, ...]],  # from parameter_shapes
 ) -> None:
-    "Raise `ValueError` for names, shapes, types and numbers that do not fit."
+    """Raise `ValueError` for names, shapes, types and numbers that do not fit.
+
+    Args:
+        state: of one model
+        expected: from parameter_shapes
+    """
     missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if parted := [name for name in extra if re.search(r"weight_[guv]$|parametrizations\.", name)]:
         raise ValueError(f"{parted[0]} belongs to a parametrisation such as weight_norm: remove it before saving")
@@ -216,7 +298,16 @@ def from_state_dicts(
     architecture: str,                            # a name in ARCHITECTURES that builds such modules
     models: pd.DataFrame | None = None,           # generating factors, one row each; none: as `plain_models` gives them
 ) -> Population:                                  # on the CPU
-    "Stack state dicts into a population; raises `UserError` if there are none or they do not fit the architecture."
+    """Stack state dicts into a population; raises `UserError` if there are none or they do not fit the architecture.
+
+    Args:
+        state_dicts: of modules alike in structure
+        architecture: a name in ARCHITECTURES that builds such modules
+        models: generating factors, one row each; none: as `plain_models` gives them
+
+    Returns:
+        Population: on the CPU
+    """
     expected, taken = parameter_shapes(architecture), []
     if not len(state_dicts):
         raise UserError("A population needs at least one model: there are none.")
@@ -234,7 +325,16 @@ def from_modules(
     architecture: str,                    # a name in ARCHITECTURES that builds such modules
     models: pd.DataFrame | None = None,   # generating factors, one row each; none: as `plain_models` gives them
 ) -> Population:                          # on the CPU
-    "Stack modules into a population; raises `UserError` if they do not fit the architecture."
+    """Stack modules into a population; raises `UserError` if they do not fit the architecture.
+
+    Args:
+        modules: alike in structure
+        architecture: a name in ARCHITECTURES that builds such modules
+        models: generating factors, one row each; none: as `plain_models` gives them
+
+    Returns:
+        Population: on the CPU
+    """
     return from_state_dicts([module.state_dict() for module in modules], architecture, models)
 
 # %% ../nbs/05_population.ipynb #bd206f9c
@@ -242,7 +342,15 @@ def plain_models(
     n: int,          # how many
     **factors,       # factors that differ from the defaults, such as activation="relu"
 ) -> pd.DataFrame:   # one row per model
-    "A table of generating factors for models that come without one."
+    """A table of generating factors for models that come without one.
+
+    Args:
+        n: how many
+        **factors: factors that differ from the defaults, such as activation="relu"
+
+    Returns:
+        pd.DataFrame: one row per model
+    """
     defaults = {"activation": "tanh", "init": "", "optimizer": "adam", "lr": 1e-3, "wd": 0.0, "dropout": 0.0,
                 "parent": ""}
     return pd.DataFrame({"model": range(n), "seed": range(1, n + 1), **defaults, **factors})
@@ -252,7 +360,15 @@ def complete_models(
     models: pd.DataFrame | None,  # generating factors, some columns perhaps missing; none: nothing is known
     n: int,                       # how many there are to be
 ) -> pd.DataFrame:                # with all columns of `plain_models`, and those of one's own
-    "Check and complete a table of factors; warns of columns that were missing, raises `UserError` for values that cannot be."
+    """Check and complete a table of factors; warns of columns that were missing, raises `UserError` for values that cannot be.
+
+    Args:
+        models: generating factors, some columns perhaps missing; none: nothing is known
+        n: how many there are to be
+
+    Returns:
+        pd.DataFrame: with all columns of `plain_models`, and those of one's own
+    """
     if models is None:
         return plain_models(n)
     if not isinstance(models, pd.DataFrame) or len(models) != n:
@@ -274,7 +390,11 @@ RANGES = {"lr": "at least 0", "wd": "at least 0", "dropout": "from 0 to below 1"
 def check_factors(
     models: pd.DataFrame,  # generating factors
 ) -> None:
-    "Raise `UserError` for models of the same number and for factors that cannot be; a missing number may be NaN."
+    """Raise `UserError` for models of the same number and for factors that cannot be; a missing number may be NaN.
+
+    Args:
+        models: generating factors
+    """
     if "model" in models and models["model"].duplicated().any():
         raise UserError(f"The table of factors has the model "
                         f"{models['model'][models['model'].duplicated()].iloc[0]} twice: number the models.")
@@ -290,7 +410,14 @@ def check_factors(
 def concatenate(
     populations: Sequence[Population],  # of one architecture
 ) -> Population:                        # all their models, in that order
-    "Join populations; raises `UserError` if their architectures differ."
+    """Join populations; raises `UserError` if their architectures differ.
+
+    Args:
+        populations: of one architecture
+
+    Returns:
+        Population: all their models, in that order
+    """
     names = {p.architecture for p in populations}
     if len(names) != 1:
         raise UserError(f"Only populations of one architecture can be joined, not {sorted(names)}.")
@@ -302,7 +429,14 @@ def concatenate(
 def flatten(
     weights: Mapping[str, Tensor],  # stacked plain parameters
 ) -> Tensor:                        # float32 [models, parameters]
-    "Write models as vectors."
+    """Write models as vectors.
+
+    Args:
+        weights: stacked plain parameters
+
+    Returns:
+        Tensor: float32 [models, parameters]
+    """
     return torch.cat([tensor.flatten(1) for tensor in weights.values()], 1)
 
 
@@ -310,7 +444,15 @@ def unflatten(
     vectors: Tensor,      # [models, parameters]
     architecture: str,    # a name in architectures.ARCHITECTURES
 ) -> dict[str, Tensor]:   # stacked parameters
-    "Read models from vectors; raises `UserError` if they have another length."
+    """Read models from vectors; raises `UserError` if they have another length.
+
+    Args:
+        vectors: [models, parameters]
+        architecture: a name in architectures.ARCHITECTURES
+
+    Returns:
+        dict[str, Tensor]: stacked parameters
+    """
     shapes = parameter_shapes(architecture)
     sizes = [math.prod(shape) for shape in shapes.values()]
     if vectors.ndim != 2 or vectors.shape[1] != sum(sizes):
@@ -321,7 +463,14 @@ def unflatten(
 def noise_shapes(
     architecture: str,            # a name in ARCHITECTURES
 ) -> dict[str, tuple[int, ...]]:  # of one model, by name
-    "What variational dropout adds: a log variance for every weight, and for the biases of convolutions."
+    """What variational dropout adds: a log variance for every weight, and for the biases of convolutions.
+
+    Args:
+        architecture: a name in ARCHITECTURES
+
+    Returns:
+        dict[str, tuple[int, ...]]: of one model, by name
+    """
     plain, shapes = parameter_shapes(architecture), {}
     for layer in layer_names(build(architecture)).values():
         shapes[f"{layer}.log_sigma2"] = plain[f"{layer}.weight"]
@@ -337,7 +486,15 @@ def in_order(
     weights: dict[str, Tensor],  # by state-dict name
     architecture: str,           # a name in ARCHITECTURES
 ) -> dict[str, Tensor]:          # the same, layer by layer
-    "Sort parameters as the module has them; safetensors has them by name, so that layer 11 would come before layer 3."
+    """Sort parameters as the module has them; safetensors has them by name, so that layer 11 would come before layer 3.
+
+    Args:
+        weights: by state-dict name
+        architecture: a name in ARCHITECTURES
+
+    Returns:
+        dict[str, Tensor]: the same, layer by layer
+    """
     paths = [path for path, _ in build(architecture).named_modules()]
     place = lambda name: (paths.index(name.rpartition(".")[0]), PARAMETERS.index(name.rpartition(".")[2]))
     return {name: weights[name] for name in sorted(weights, key=place)}
@@ -348,7 +505,16 @@ def checked_population(
     models: pd.DataFrame,           # generating factors, from the same file or one beside it
     architecture: str,              # likewise
 ) -> Population:                    # with the parameters in order
-    "Raise `UserError` unless these are the float32 weights, with all log variances or none, of that architecture and table."
+    """Raise `UserError` unless these are the float32 weights, with all log variances or none, of that architecture and table.
+
+    Args:
+        weights: by name, from a file
+        models: generating factors, from the same file or one beside it
+        architecture: likewise
+
+    Returns:
+        Population: with the parameters in order
+    """
     if architecture not in ARCHITECTURES:
         raise UserError(f"Models of the architecture {one_line(architecture)!r} are not known here: "
                         "add it to zootwins.architectures.ARCHITECTURES first.")
@@ -368,7 +534,14 @@ def checked_population(
 def weights_digest(
     weights: Mapping[str, Tensor],  # stacked
 ) -> str:                           # 32 hexadecimal digits
-    "The checksum of names, types, shapes and bits of some weights."
+    """The checksum of names, types, shapes and bits of some weights.
+
+    Args:
+        weights: stacked
+
+    Returns:
+        str: 32 hexadecimal digits
+    """
     parts = []
     for name, tensor in sorted(weights.items()):
         parts += [f"{name} {tensor.dtype} {list(tensor.shape)} ".encode(), tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data]
@@ -379,7 +552,12 @@ def save_population(
     population: Population,  # what to save
     path: Path | str,        # such as "published/digits/original"; the two suffixes are added
 ) -> None:
-    "Save a population as safetensors and parquet, each whole or not at all; raises `UserError` if they cannot be written."
+    """Save a population as safetensors and parquet, each whole or not at all; raises `UserError` if they cannot be written.
+
+    Args:
+        population: what to save
+        path: such as "published/digits/original"; the two suffixes are added
+    """
     path, table = Path(path), io.BytesIO()
     population.models.to_parquet(table)
     told = {"architecture": population.architecture, "weights": weights_digest(population.weights), "models": digest(table.getvalue())}
@@ -392,7 +570,14 @@ def save_population(
 def load_population(
     path: Path | str,  # as given to save_population
 ) -> Population:       # on the CPU
-    "Load a population; raises `UserError` if a file is missing or damaged or its architecture is not known."
+    """Load a population; raises `UserError` if a file is missing or damaged or its architecture is not known.
+
+    Args:
+        path: as given to save_population
+
+    Returns:
+        Population: on the CPU
+    """
     path = Path(path)
     weights_file, table_file = (path.with_name(f"{path.name}.{suffix}") for suffix in ("safetensors", "parquet"))
     try:
@@ -409,7 +594,14 @@ def load_population(
 def read_stacked(
     path: Path,  # of a safetensors file
 ) -> tuple[dict[str, str], dict[str, Tensor]]:  # what it says of itself, and stacked parameters by name
-    "Read weights; raises `SafetensorError`, `OSError` or `ValueError` if there are none."
+    """Read weights; raises `SafetensorError`, `OSError` or `ValueError` if there are none.
+
+    Args:
+        path: of a safetensors file
+
+    Returns:
+        tuple[dict[str, str], dict[str, Tensor]]: what it says of itself, and stacked parameters by name
+    """
     ordinary_size(path)
     with safe_open(path, framework="pt") as file:
         return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}

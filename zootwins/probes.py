@@ -41,7 +41,15 @@ def embed(
     model: HyperAutoEncoder,  # trained
     states: States,           # any
 ) -> np.ndarray:              # [states, latent]
-    "Hyper-representations of states."
+    """Hyper-representations of states.
+
+    Args:
+        model: trained
+        states: any
+
+    Returns:
+        np.ndarray: [states, latent]
+    """
     model.eval()
     return in_batches(model.encode, states.weights, model.scale.device)[0].numpy()
 
@@ -50,7 +58,15 @@ def weight_statistics(
     weights: Tensor,  # [states, parameters]
     layout: Layout,   # from hyperreps.token_layout
 ) -> np.ndarray:      # [states, 14 for each layer]
-    "Mean, variance and percentiles of every layer's weights and of its biases."
+    """Mean, variance and percentiles of every layer's weights and of its biases.
+
+    Args:
+        weights: [states, parameters]
+        layout: from hyperreps.token_layout
+
+    Returns:
+        np.ndarray: [states, 14 for each layer]
+    """
     parts = [part.flatten(1) for token in split_tokens(weights, layout) for part in (token[:, :, :-1], token[:, :, -1])]
     at = torch.tensor(PERCENTILES)
     return np.concatenate([np.column_stack([part.mean(1), part.var(1), *part.quantile(at, dim=1)]) for part in parts], 1)
@@ -60,7 +76,15 @@ def describe(
     model: HyperAutoEncoder,     # trained
     states: States,              # any
 ) -> dict[str, np.ndarray]:      # [states, features] by name
-    "All descriptions that are compared."
+    """All descriptions that are compared.
+
+    Args:
+        model: trained
+        states: any
+
+    Returns:
+        dict[str, np.ndarray]: [states, features] by name
+    """
     statistics = weight_statistics(states.weights, model.layout)
     return {"hyper-representation": embed(model, states), "layer statistics": statistics, "raw weights": states.weights.numpy()}
 
@@ -74,7 +98,16 @@ def probe(
     targets: pd.DataFrame,   # one column for each property, one row for each state
     split: pd.Series,        # "train", "val" or "test" of each state
 ) -> pd.DataFrame:           # predicted properties of the test states; the index is the state
-    "Predict properties by ridge regression, with the penalty that does best on the validation states."
+    """Predict properties by ridge regression, with the penalty that does best on the validation states.
+
+    Args:
+        features: [states, features]
+        targets: one column for each property, one row for each state
+        split: "train", "val" or "test" of each state
+
+    Returns:
+        pd.DataFrame: predicted properties of the test states; the index is the state
+    """
     train, val, test = ((split == part).to_numpy() for part in ("train", "val", "test"))
     rotate = make_pipeline(StandardScaler(), PCA()).fit(features[train].astype(float))
     squares, mean, truth = rotate[-1].singular_values_ ** 2, targets[train].mean().to_numpy(), targets.to_numpy(float)
@@ -95,7 +128,17 @@ def explained_share(
     models: pd.Series,        # the model of each test state
     draws: int = 1000,        # of the bootstrap over models
 ) -> pd.DataFrame:            # property, r2, low, high (95 %)
-    "R^2 of predicted properties, with its interval over resampled models."
+    """R^2 of predicted properties, with its interval over resampled models.
+
+    Args:
+        truth: properties of the test states
+        predicted: same shape, from probe
+        models: the model of each test state
+        draws: of the bootstrap over models
+
+    Returns:
+        pd.DataFrame: property, r2, low, high (95 %)
+    """
     names, truth, predicted = truth.columns, truth.to_numpy(float), predicted.to_numpy(float)
     member = (models.to_numpy() == models.unique()[:, None]).astype(float)
     n, errors, values, squares = member.sum(1), member @ (truth - predicted) ** 2, member @ truth, member @ truth**2
@@ -111,7 +154,16 @@ def compare_probes(
     targets: pd.DataFrame,                   # one column for each property
     rows: pd.DataFrame,                      # model and split of each state
 ) -> pd.DataFrame:                           # features, property, r2, low, high
-    "Probe several descriptions of the same states for the same properties."
+    """Probe several descriptions of the same states for the same properties.
+
+    Args:
+        descriptions: [states, features] by name
+        targets: one column for each property
+        rows: model and split of each state
+
+    Returns:
+        pd.DataFrame: features, property, r2, low, high
+    """
     parts = []
     for name, features in descriptions.items():
         predicted = probe(features, targets, rows["split"])
@@ -124,7 +176,15 @@ def probe_states(
     model: HyperAutoEncoder,  # trained
     states: States,           # all epochs of all models
 ) -> pd.DataFrame:            # features, property, r2, low, high
-    "What can be read of a state: the right half of Table 3, with baselines."
+    """What can be read of a state: the right half of Table 3, with baselines.
+
+    Args:
+        model: trained
+        states: all epochs of all models
+
+    Returns:
+        pd.DataFrame: features, property, r2, low, high
+    """
     return compare_probes(describe(model, states), states.rows[list(PROPERTIES)], states.rows)
 
 # %% ../nbs/61_probes.ipynb #0f8d7258
@@ -132,7 +192,15 @@ def probe_twins(
     model: HyperAutoEncoder,  # trained
     states: States,           # all epochs of all models
 ) -> pd.DataFrame:            # features, property, r2, low, high
-    "What can be read of an original about its twin: accuracy and sparsity at the last epoch."
+    """What can be read of an original about its twin: accuracy and sparsity at the last epoch.
+
+    Args:
+        model: trained
+        states: all epochs of all models
+
+    Returns:
+        pd.DataFrame: features, property, r2, low, high
+    """
     first, last = states[states.rows["epoch"] == 0], states.rows[states.rows["epoch"] == states.rows["epoch"].max()]
     targets = first.rows[["model"]].merge(last[["model", "test_acc", "sparsity"]], validate="one_to_one").drop(columns="model")
     descriptions = describe(model, first) | {"the original's accuracy": first.rows[["test_acc"]].to_numpy()}
@@ -144,7 +212,16 @@ def move_latents(
     states: States,           # all epochs of all models
     epoch: int,               # of variational dropout
 ) -> pd.DataFrame:            # latent vectors of the test models as expected at that epoch; the index is the model
-    "Predict where variational dropout would move the latent vectors of test models."
+    """Predict where variational dropout would move the latent vectors of test models.
+
+    Args:
+        model: trained
+        states: all epochs of all models
+        epoch: of variational dropout
+
+    Returns:
+        pd.DataFrame: latent vectors of the test models as expected at that epoch; the index is the model
+    """
     first, later = (states[states.rows["epoch"] == e] for e in (0, epoch))
     if not first.rows["model"].equals(later.rows["model"]):
         raise UserError(f"Epochs 0 and {epoch} do not hold the same models: gather the states again.")
@@ -156,7 +233,14 @@ def move_latents(
 def weight_places(
     layout: Layout,  # from hyperreps.token_layout
 ) -> Tensor:         # bool [parameters], False at biases
-    "Which places of a vector are weights."
+    """Which places of a vector are weights.
+
+    Args:
+        layout: from hyperreps.token_layout
+
+    Returns:
+        Tensor: bool [parameters], False at biases
+    """
     return torch.cat([(torch.arange(layer.width) < layer.width - 1).repeat(layer.neurons) for layer in layout])
 
 
@@ -165,7 +249,16 @@ def keep_by(
     level: float,     # fraction of weights to prune
     layout: Layout,   # from hyperreps.token_layout
 ) -> Tensor:          # bool [models, parameters], True at biases and at weights that stay
-    "The mask that prunes the weights with the lowest scores."
+    """The mask that prunes the weights with the lowest scores.
+
+    Args:
+        scores: [models, parameters], high for what stays
+        level: fraction of weights to prune
+        layout: from hyperreps.token_layout
+
+    Returns:
+        Tensor: bool [models, parameters], True at biases and at weights that stay
+    """
     places = weight_places(layout)
     kept = torch.ones_like(scores, dtype=torch.bool)
     kept[:, places] = keep_highest(scores[:, places], count_kept(int(places.sum()), level))
@@ -179,7 +272,18 @@ def vector_accuracy(
     images: Images,          # tested on its test images
     engine: Engine,          # who judges
 ) -> np.ndarray:             # [models], fractions
-    "Test accuracy of models given as vectors."
+    """Test accuracy of models given as vectors.
+
+    Args:
+        vectors: [models, parameters]
+        activations: of each model, in the same order
+        architecture: of all of them
+        images: tested on its test images
+        engine: who judges
+
+    Returns:
+        np.ndarray: [models], fractions
+    """
     weights = to_weights(vectors, token_layout(architecture))
     predictions = engine.evaluate(weights, architecture, activations, images.x_test, images.y_test)[1]
     return accuracy(predictions, images.y_test).numpy()
@@ -193,7 +297,20 @@ def zero_shot(
     images: Images,           # tested on its test images, on the CPU
     engine: Engine,           # who judges
 ) -> pd.DataFrame:            # method, model, epoch, sparsity, test_acc, overlap (share of weights on which a mask and the twin's agree)
-    "Prune the test models' originals by several rankings, at the mean sparsity of the training models."
+    """Prune the test models' originals by several rankings, at the mean sparsity of the training models.
+
+    Args:
+        model: trained
+        states: all epochs of all models
+        epoch: of variational dropout
+        activations: of each model; the index is the model
+        images: tested on its test images, on the CPU
+        engine: who judges
+
+    Returns:
+        pd.DataFrame: method, model, epoch, sparsity, test_acc, overlap (share of weights on which a mask and the twin's
+            agree)
+    """
     later, moved = states[states.rows["epoch"] == epoch], move_latents(model, states, epoch)
     train, test = (later[later.rows["split"] == part] for part in ("train", "test"))
     originals = states[(states.rows["epoch"] == 0) & (states.rows["split"] == "test")].weights
@@ -217,7 +334,16 @@ def qualities(
     model: HyperAutoEncoder,  # trained
     states: States,           # all epochs of all models
 ) -> pd.DataFrame:            # zoo, models (for testing), features, property, r2, low, high: the cells of Table 3, with 95 % intervals of the probes
-    "How well the test models are reconstructed, and what can be read of them."
+    """How well the test models are reconstructed, and what can be read of them.
+
+    Args:
+        model: trained
+        states: all epochs of all models
+
+    Returns:
+        pd.DataFrame: zoo, models (for testing), features, property, r2, low, high: the cells of Table 3, with 95 %
+            intervals of the probes
+    """
     train, test = (states[states.rows["split"] == part] for part in ("train", "test"))
     reconstruction = reconstruction_quality(model, train, test)
     rows = [{"features": "hyper-representation", "property": name.removeprefix("r2_"), "r2": value} for name, value in reconstruction.items()]
@@ -230,7 +356,14 @@ def qualities(
 def table_3(
     numbers: pd.DataFrame,  # from `qualities`, of one zoo or several
 ) -> Table:                 # rows: zoo and what was read; columns as printed
-    "Table 3, with baselines, above the printed numbers; R^2 in %."
+    """Table 3, with baselines, above the printed numbers; R^2 in %.
+
+    Args:
+        numbers: from `qualities`, of one zoo or several
+
+    Returns:
+        Table: rows: zoo and what was read; columns as printed
+    """
     rows = {}
     for (zoo, features), found in numbers.groupby(["zoo", "features"], sort=False):
         rows[zoo_title(zoo), features] = 100 * found.set_index(found["property"].map(COLUMNS))["r2"]
@@ -246,7 +379,12 @@ def save_frame(
     frame: pd.DataFrame,  # numbers
     path: Path,           # such as "figures/usps_seed/table_3.csv"
 ) -> None:
-    "Write a frame as CSV, whole or not at all."
+    """Write a frame as CSV, whole or not at all.
+
+    Args:
+        frame: numbers
+        path: such as "figures/usps_seed/table_3.csv"
+    """
     with atomic_path(path) as temporary:
         frame.to_csv(temporary, float_format="%.6g", lineterminator="\n")
 
@@ -255,7 +393,11 @@ def save_frame(
 def figure_losses(
     history: pd.DataFrame,  # from hyperreps.train_autoencoder
 ) -> Figure:
-    "Losses on the training states and reconstruction of the validation states, over the epochs of the auto-encoder."
+    """Losses on the training states and reconstruction of the validation states, over the epochs of the auto-encoder.
+
+    Args:
+        history: from hyperreps.train_autoencoder
+    """
     fig, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, HEIGHT), layout="constrained")
     looks = {"contrastive": (GREEN, ":"), "weights": (BLUE, "-"), "alphas": (ORANGE, "--")}
     for name, (colour, dash) in looks.items():
@@ -277,7 +419,13 @@ def figure_latent(
     rows: pd.DataFrame,   # epoch, sparsity, test_acc of each state
     zoo: str,             # name
 ) -> Figure:
-    "The two principal components of the latent space, coloured by three properties."
+    """The two principal components of the latent space, coloured by three properties.
+
+    Args:
+        latents: [states, latent]
+        rows: epoch, sparsity, test_acc of each state
+        zoo: name
+    """
     reduced = PCA(2).fit(latents)
     x, y = reduced.transform(latents).T
     fig, axes = plt.subplots(1, 3, figsize=(WIDTH, HEIGHT), layout="constrained", sharex=True, sharey=True)
@@ -298,7 +446,13 @@ def figure_zero_shot(
     zoo: str,                 # name
     methods: Sequence[str] = ("variational dropout", "mask of the twin", "zero-shot", "magnitude pruning", "average mask"),  # in the legend's order
 ) -> Figure:
-    "Mean accuracy over mean sparsity of test models pruned without training, and of their twins."
+    """Mean accuracy over mean sparsity of test models pruned without training, and of their twins.
+
+    Args:
+        found: from zero_shot, for several epochs
+        zoo: name
+        methods: in the legend's order
+    """
     fig, ax = plt.subplots(figsize=(0.72 * WIDTH, 1.1 * HEIGHT), layout="constrained")
     looks = dict(zip(methods, ((ORANGE, "--", "s"), ("#888888", ":", "D"), (GREEN, "-", "^"), (BLUE, "-", "o"), ("#bbbbbb", "-.", "v"))))
     for method, (colour, dash, marker) in looks.items():

@@ -17,7 +17,7 @@ __all__ = ['WANTED', 'PACKED', 'Passed', 'FACTOR_NAMES', 'ORIGIN', 'SETTINGS', '
            'first_state_fit', 'open_saved', 'label_numbering', 'read_states', 'places_of', 'read_state', 'read_zoo',
            'write_zoo', 'ZenodoRecord', 'Resuming', 'record_files', 'download']
 
-# %% ../nbs/06_published.ipynb #c6fcf02e
+# %% ../nbs/06_published.ipynb #245be6b1
 import errno
 import json
 import math
@@ -43,7 +43,7 @@ from tqdm import tqdm
 from .architectures import ARCHITECTURES, build, layer_names
 from .core import UserError, atomic_path, check_name, data_folder, one_line
 from .datasets import quiet_pooch
-from .population import Population
+from .population import NORMS, Population
 from .untrusted import (LIMITS, OLD, Layout, Member, Record, Stored, check_lengths, checked, find_state,
                                 item_size,
                                 merge_masks, open_zip, ordinary_size, read_file, read_member, read_tensors, unpickle,
@@ -52,7 +52,11 @@ from .untrusted import (LIMITS, OLD, Layout, Member, Record, Stored, check_lengt
 # %% ../nbs/06_published.ipynb #09787469
 @dataclass(frozen=True)
 class Fit:
-    "How a state dict becomes a row of numbers of a population."
+    """How a state dict becomes a row of numbers of a population.
+
+    Attributes:
+        columns: name in the file, name in the population, shape
+    """
 
     architecture: str
     columns: tuple[tuple[str, str, tuple[int, ...]], ...]  # name in the file, name in the population, shape
@@ -71,7 +75,14 @@ class Fit:
 def stored_layers(
     names: Iterable[str],  # of a state dict
 ) -> list[dict[str, str]]:  # "weight" -> its name in the file, and so on, layer by layer
-    "Put the names of a state dict in the order of their numbers."
+    """Put the names of a state dict in the order of their numbers.
+
+    Args:
+        names: of a state dict
+
+    Returns:
+        list[dict[str, str]]: "weight" -> its name in the file, and so on, layer by layer
+    """
     found: dict[tuple[str, int], dict[str, str]] = {}
     for name in names:
         match = re.fullmatch(r"(.*?)(\d{1,6})\.(weight|bias|log_sigma2|log_sigma2_bias)", name)
@@ -79,13 +90,23 @@ def stored_layers(
             found.setdefault((match[1], int(match[2])), {})[match[3]] = name
     return [found[at] for at in sorted(found) if "weight" in found[at]]
 
-# %% ../nbs/06_published.ipynb #51d60731
+# %% ../nbs/06_published.ipynb #1c06aa95
 def own_columns(
     architecture: str,             # a name in ARCHITECTURES
     layers: list[dict[str, str]],  # from stored_layers
 ) -> list[tuple[str | None, str, tuple[int, ...]]]:  # names in the file and here, shape; empty: does not fit
-    "Pair the layers of a file with those of an architecture."
+    """Pair the layers of a file with those of an architecture.
+
+    Args:
+        architecture: a name in ARCHITECTURES
+        layers: from stored_layers
+
+    Returns:
+        list[tuple[str | None, str, tuple[int, ...]]]: names in the file and here, shape; empty: does not fit
+    """
     module = build(architecture)
+    if any(isinstance(layer, NORMS) for layer in module.modules()):
+        return []  # the layout has no place for running statistics
     own = {path: module.get_submodule(path) for path in layer_names(module).values()}
     kinds = {"weight": "weight", "bias": "bias"}
     if layers and "log_sigma2" in layers[0]:
@@ -101,7 +122,11 @@ def own_columns(
 def fit(
     stored: tuple[tuple[str, tuple[int, ...]], ...],  # name and shape of every tensor of a state dict
 ) -> Fit:
-    "Recognise an architecture; raises `ValueError` if none fits."
+    """Recognise an architecture; raises `ValueError` if none fits.
+
+    Args:
+        stored: name and shape of every tensor of a state dict
+    """
     shapes = dict(stored)
     layers = stored_layers(shapes)
     for architecture in ARCHITECTURES:
@@ -115,7 +140,14 @@ def fit(
 def shapes_of(
     tensors: dict[str, np.ndarray | Stored],  # a state dict
 ) -> tuple[tuple[str, tuple[int, ...]], ...]:  # for `fit`
-    "Names and shapes of a state dict."
+    """Names and shapes of a state dict.
+
+    Args:
+        tensors: a state dict
+
+    Returns:
+        tuple[tuple[str, tuple[int, ...]], ...]: for `fit`
+    """
     return tuple((name, tuple(tensor.shape)) for name, tensor in tensors.items())
 
 # %% ../nbs/06_published.ipynb #88f5524e
@@ -124,7 +156,16 @@ def row_of(
     fitted: Fit,                     # of the zoo
     limit: float | None,             # of absolute weights and biases
 ) -> np.ndarray:                     # float32, all parameters in the population's order
-    "Lay a state dict out as one row; raises `ValueError` if the zoo's shapes or limits are not kept."
+    """Lay a state dict out as one row; raises `ValueError` if the zoo's shapes or limits are not kept.
+
+    Args:
+        tensors: of a state dict
+        fitted: of the zoo
+        limit: of absolute weights and biases
+
+    Returns:
+        np.ndarray: float32, all parameters in the population's order
+    """
     own = fit(shapes_of(tensors))
     if own.kind != fitted.kind:
         raise ValueError(f"it is not {fitted.architecture} with the same parameters as the other models")
@@ -142,7 +183,13 @@ def check_row(
     bounded: np.ndarray,  # bool, which of them are weights and biases
     limit: float | None,  # of their absolute values; none: there is none
 ) -> None:
-    "Raise `ValueError` for numbers that are not finite or too large."
+    """Raise `ValueError` for numbers that are not finite or too large.
+
+    Args:
+        row: float32, the parameters of a model
+        bounded: bool, which of them are weights and biases
+        limit: of their absolute values; none: there is none
+    """
     if not np.isfinite(row).all():
         raise ValueError("it has weights that are not finite")
     largest = np.abs(row[bounded]).max()
@@ -156,7 +203,12 @@ PACKED = (".zip", ".tar", ".gz", ".tgz", ".7z", ".bz2", ".xz")
 
 @dataclass
 class ModelFiles:
-    "The files of one model."
+    """The files of one model.
+
+    Attributes:
+        checkpoints: number -> name
+        markers: number -> name of what Ray noted beside it
+    """
 
     params: str | None = None
     result: str | None = None
@@ -168,7 +220,14 @@ class ModelFiles:
 def open_zoo(
     path: Path,  # a folder or a zip
 ) -> Iterator[tuple[list[str], Callable[[str, int], bytes]]]:  # file names, and a function of name and limit that reads
-    "Open a raw zoo; raises `UserError` if there is none."
+    """Open a raw zoo; raises `UserError` if there is none.
+
+    Args:
+        path: a folder or a zip
+
+    Returns:
+        Iterator[tuple[list[str], Callable[[str, int], bytes]]]: file names, and a function of name and limit that reads
+    """
     if path.is_dir():
         names = [PurePath(folder, file).relative_to(path).as_posix() for folder, _, files in os.walk(path)
                  for file in files]
@@ -183,7 +242,15 @@ def refuse_packed(
     path: Path,        # a folder or a zip
     names: list[str],  # of the files in it
 ) -> list[str]:        # those that a zoo is made of
-    "Raise `UserError` for a zip, or a folder, of zips."
+    """Raise `UserError` for a zip, or a folder, of zips.
+
+    Args:
+        path: a folder or a zip
+        names: of the files in it
+
+    Returns:
+        list[str]: those that a zoo is made of
+    """
     wanted = [name for name in names if name.rpartition("/")[2] in WANTED and not name.startswith("__MACOSX/")]
     packed = [PurePosixPath(name).name for name in names if name.endswith(PACKED)]
     if packed and not wanted:
@@ -196,7 +263,14 @@ def refuse_packed(
 def find_models(
     names: Iterable[str],  # of all files of a zoo
 ) -> dict[str, ModelFiles]:  # folder -> its files, sorted by folder
-    "Find the models of a raw zoo."
+    """Find the models of a raw zoo.
+
+    Args:
+        names: of all files of a zoo
+
+    Returns:
+        dict[str, ModelFiles]: folder -> its files, sorted by folder
+    """
     found: dict[str, ModelFiles] = {}
     for name in names:
         folder, _, file = name.rpartition("/")
@@ -217,7 +291,14 @@ Passed = Counter[tuple[str, str, str]]  # kind, name and reason -> how often
 def passed_table(
     counts: Iterable[Passed],  # one for each model
 ) -> pd.DataFrame:             # kind, name, reason, times, models
-    "Sum up what was passed over, the most frequent first."
+    """Sum up what was passed over, the most frequent first.
+
+    Args:
+        counts: one for each model
+
+    Returns:
+        pd.DataFrame: kind, name, reason, times, models
+    """
     times, models = Counter(), Counter()
     for count in counts:
         times.update(+count)
@@ -243,7 +324,14 @@ IDLE = ("model::", "training::", "dataset::", "testloader::", "wandb", "cuda")  
 def flattened(
     params: dict[str, object],  # from JSON
 ) -> dict[str, object]:         # {"optim": {"lr": 1}} -> {"optim::lr": 1}
-    "Take one level out of nested parameters."
+    """Take one level out of nested parameters.
+
+    Args:
+        params: from JSON
+
+    Returns:
+        dict[str, object]: {"optim": {"lr": 1}} -> {"optim::lr": 1}
+    """
     nested = {f"{key}::{name}": value for key, part in params.items() if isinstance(part, dict) for name,
               value in part.items()}
     return {key: value for key, value in params.items() if not isinstance(value, dict)} | nested
@@ -253,7 +341,15 @@ def read_number(
     name: str,       # of a factor
     value: object,   # as it was written; none: not told
 ) -> float:          # NaN if it was not told
-    "Read a factor that is a number; raises `ValueError` for one that cannot be."
+    """Read a factor that is a number; raises `ValueError` for one that cannot be.
+
+    Args:
+        name: of a factor
+        value: as it was written; none: not told
+
+    Returns:
+        float: NaN if it was not told
+    """
     if value is None:
         return float("nan")
     number = float(value)
@@ -266,7 +362,15 @@ def read_text(
     name: str,       # of a factor
     value: object,   # as it was written; none: not told
 ) -> str:            # empty if it was not told
-    "Read a factor that is a name; raises `ValueError` for anything else."
+    """Read a factor that is a name; raises `ValueError` for anything else.
+
+    Args:
+        name: of a factor
+        value: as it was written; none: not told
+
+    Returns:
+        str: empty if it was not told
+    """
     if not isinstance(value, str | None) or len(value or "") > 1_000:
         raise ValueError(f"its {name} is not a name")
     return one_line(value, 1_000) if value else ""
@@ -275,7 +379,14 @@ def read_text(
 def read_factors(
     text: bytes,  # of params.json
 ) -> tuple[dict[str, object], Passed]:  # the columns of Population.models, apart from model; what was passed over
-    "Read a model's generating factors; raises `ValueError` if they cannot be read."
+    """Read a model's generating factors; raises `ValueError` if they cannot be read.
+
+    Args:
+        text: of params.json
+
+    Returns:
+        tuple[dict[str, object], Passed]: the columns of Population.models, apart from model; what was passed over
+    """
     try:
         params = flattened(json.loads(text))
         used = {ours: next((name for name in names if params.get(name) is not None), None) for ours,
@@ -294,7 +405,12 @@ def passed_factors(
     params: dict[str, object],      # flattened
     used: dict[str, str | None],    # factor -> name under which it was found
 ) -> Passed:
-    "Count what a params.json does not tell, or tells in vain."
+    """Count what a params.json does not tell, or tells in vain.
+
+    Args:
+        params: flattened
+        used: factor -> name under which it was found
+    """
     passed = Counter({("factor", ours, "not told"): 1 for ours, name in used.items() if name is None})
     for name, value in list(params.items())[:1_000]:
         idle = "not needed here" if name.startswith(IDLE) else "not known here"
@@ -319,7 +435,12 @@ NOT_MEASURED = -999
 # %% ../nbs/06_published.ipynb #ae8e788b
 @dataclass
 class Recorded:
-    "What a result.json tells of a model."
+    """What a result.json tells of a model.
+
+    Attributes:
+        values: epoch -> RESULT_KEYS, in rising order
+        offsets: epoch minus the number of a checkpoint
+    """
 
     values: dict[int, tuple[float, ...]] = field(default_factory=dict)  # epoch -> RESULT_KEYS, in rising order
     offsets: Counter[int] = field(default_factory=Counter)  # epoch minus the number of a checkpoint
@@ -331,7 +452,16 @@ def recorded_value(
     key: str,                   # one of RESULT_KEYS
     passed: Passed,             # to count in
 ) -> float:                     # NaN if it is missing
-    "Find a value in a record."
+    """Find a value in a record.
+
+    Args:
+        record: a line of result.json
+        key: one of RESULT_KEYS
+        passed: to count in
+
+    Returns:
+        float: NaN if it is missing
+    """
     value = record[key] if key in record else next((record[name] for name in RESULT_NAMES[key] if name in record), None)
     number = float(value) if isinstance(value, int | float) and abs(value) < 1e300 else math.nan
     if isinstance(value, float) and not math.isfinite(value):
@@ -350,7 +480,11 @@ class Unusable(ValueError):
 def recorded_epoch(
     record: object,   # a line of result.json
 ) -> int:
-    "Find the epoch of a record; raises `Unusable` that says why there is none."
+    """Find the epoch of a record; raises `Unusable` that says why there is none.
+
+    Args:
+        record: a line of result.json
+    """
     if not isinstance(record, dict):
         raise Unusable("not a record")
     value = next((record[name] for name in EPOCH_NAMES if name in record), None)
@@ -364,7 +498,11 @@ def recorded_epoch(
 def read_result(
     text: bytes,  # of result.json
 ) -> Recorded:
-    "Read what was recorded of a model; lines that cannot be read are counted."
+    """Read what was recorded of a model; lines that cannot be read are counted.
+
+    Args:
+        text: of result.json
+    """
     found, fields = Recorded(), Counter()
     for line in filter(bytes.strip, text.splitlines()):
         try:
@@ -382,7 +520,13 @@ def add_record(
     found: Recorded,       # to add to
     fields: Counter[str],  # to count in
 ) -> None:
-    "Enter a record; raises `Unusable` if nothing can be read of it."
+    """Enter a record; raises `Unusable` if nothing can be read of it.
+
+    Args:
+        record: a line of result.json
+        found: to add to
+        fields: to count in
+    """
     epoch = recorded_epoch(record)
     fields.update(list(record)[:1_000])
     if named := re.fullmatch(r"checkpoint_(\d{1,9})", str(record.get("checkpoint_dir_name") or "")[:30]):
@@ -397,7 +541,11 @@ def add_record(
 def passed_fields(
     fields: Counter[str],  # of all records of a model
 ) -> Passed:
-    "Count the fields of records that are not read."
+    """Count the fields of records that are not read.
+
+    Args:
+        fields: of all records of a model
+    """
     known = {name for names in RESULT_NAMES.values() for name in names} | {*EPOCH_NAMES, "checkpoint_dir_name"}
     return Counter({("field", one_line(name, 60), "not needed here"): n for name, n in fields.items()
                     if name not in known})
@@ -407,7 +555,15 @@ def in_fractions(
     records: pd.DataFrame,  # model, and a column of accuracies or sparsities
     column: str,            # which
 ) -> tuple[pd.Series, list[Passed]]:  # as fractions; what was changed, model by model
-    "Recognise the unit of recorded values, and refuse those in another one."
+    """Recognise the unit of recorded values, and refuse those in another one.
+
+    Args:
+        records: model, and a column of accuracies or sparsities
+        column: which
+
+    Returns:
+        tuple[pd.Series, list[Passed]]: as fractions; what was changed, model by model
+    """
     values, by_model = records[column], records.groupby("model")[column]
     top, bottom = by_model.transform("max"), by_model.transform("min")
     unit = pd.Series(np.select([top <= 1, top <= 100], [1.0, 100.0], np.nan), values.index).where(bottom >= 0)
@@ -423,7 +579,11 @@ def in_fractions(
 # %% ../nbs/06_published.ipynb #b47151b5
 @dataclass(frozen=True)
 class Numbering:
-    "How the numbers of checkpoints became epochs."
+    """How the numbers of checkpoints became epochs.
+
+    Attributes:
+        offset: epoch minus number
+    """
 
     offset: int     # epoch minus number
     evidence: str
@@ -434,7 +594,15 @@ def by_counts(
     numbers: set[int],  # of a model's checkpoints
     epochs: set[int],   # of its records
 ) -> tuple[int | None, bool]:  # offset, none if nothing can be told; whether it is the only one possible
-    "Find the offset that fits the records of a model."
+    """Find the offset that fits the records of a model.
+
+    Args:
+        numbers: of a model's checkpoints
+        epochs: of its records
+
+    Returns:
+        tuple[int | None, bool]: offset, none if nothing can be told; whether it is the only one possible
+    """
     fits = [offset for offset in (0, 1) if numbers and {number + offset for number in numbers} <= epochs]
     ends = [offset for offset in fits if max(numbers) + offset == max(epochs) and min(epochs) >= offset]
     return (fits[0], True) if len(fits) == 1 else (ends[0] if len(ends) == 1 else None, False)
@@ -444,7 +612,12 @@ def find_numbering(
     told: Counter[int],                            # offsets that records or markers tell
     counts: Iterable[tuple[set[int], set[int]]],   # numbers of checkpoints and recorded epochs, model by model
 ) -> Numbering:
-    "Decide how checkpoints are numbered."
+    """Decide how checkpoints are numbered.
+
+    Args:
+        told: offsets that records or markers tell
+        counts: numbers of checkpoints and recorded epochs, model by model
+    """
     if told:
         (offset, votes), total = told.most_common(1)[0], told.total()
         return Numbering(offset, f"{votes} of {total} notes beside checkpoints or in records say so", votes == total)
@@ -463,7 +636,15 @@ def noted_offset(
     marker: bytes,  # a .tune_metadata
     number: int,    # of its checkpoint
 ) -> int | None:    # epoch minus number; none: not noted
-    "Read the iteration that Ray noted beside a checkpoint."
+    """Read the iteration that Ray noted beside a checkpoint.
+
+    Args:
+        marker: a .tune_metadata
+        number: of its checkpoint
+
+    Returns:
+        int | None: epoch minus number; none: not noted
+    """
     try:
         noted = unpickle(marker).value
     except ValueError:
@@ -474,7 +655,16 @@ def noted_offset(
 # %% ../nbs/06_published.ipynb #58825929
 @dataclass(frozen=True)
 class PublishedZoo:
-    "What was read of a published zoo."
+    """What was read of a published zoo.
+
+    Attributes:
+        method: "original", or "vd" for variational twins
+        populations: by epoch; column `model` tells which models an epoch has
+        metrics: tidy, as in zootwins.metrics: what the authors recorded, for every epoch
+        left_out: model (its folder), epoch (missing: all), reason
+        passed_over: kind, name, reason, times, models: what else was not used, or is missing
+        numbering: how the numbers of checkpoints became epochs
+    """
 
     method: str                          # "original", or "vd" for variational twins
     populations: dict[int, Population]   # by epoch; column `model` tells which models an epoch has
@@ -489,7 +679,13 @@ LIMIT = 5.0  # of absolute weights, as in the authors' preprocessing
 
 @dataclass
 class Found:
-    "What is known of one model after reading it."
+    """What is known of one model after reading it.
+
+    Attributes:
+        factors: columns of Population.models
+        reasons: epoch -> why the model is left out there
+        reason: why it is left out altogether
+    """
 
     factors: dict[str, object] = field(default_factory=dict)  # columns of Population.models
     recorded: Recorded = field(default_factory=Recorded)
@@ -502,7 +698,12 @@ def read_records(
     files: ModelFiles,                  # of a model
     read: Callable[[str, int], bytes],  # reads a file
 ) -> Found:
-    "Read the factors and records of a model; any error becomes a reason."
+    """Read the factors and records of a model; any error becomes a reason.
+
+    Args:
+        files: of a model
+        read: reads a file
+    """
     if not files.params:
         return Found(reason="params.json is missing")
     try:
@@ -522,7 +723,13 @@ def noted_offsets(
     read: Callable[[str, int], bytes],  # reads a file
     most: int = 20,                     # models to look at
 ) -> Counter[int]:
-    "What Ray noted beside the first and the last checkpoint of some models."
+    """What Ray noted beside the first and the last checkpoint of some models.
+
+    Args:
+        models: of the zoo
+        read: reads a file
+        most: models to look at
+    """
     told: Counter[int] = Counter()
     for files in [files for files in models if files.markers][:most]:
         for number in {min(files.markers), max(files.markers)}:
@@ -536,7 +743,13 @@ def noted_offsets(
 # %% ../nbs/06_published.ipynb #8bf916e4
 @dataclass
 class Reading:
-    "What all workers share while the weights of a zoo are read."
+    """What all workers share while the weights of a zoo are read.
+
+    Attributes:
+        limit: of absolute weights
+        place: epoch -> model -> row
+        rows: epoch -> float32 [models that have it, parameters]
+    """
 
     fitted: Fit
     limit: float | None              # of absolute weights
@@ -550,7 +763,13 @@ def begin_reading(
     limit: float | None,           # of absolute weights
     present: dict[int, set[int]],  # epoch -> models that have it
 ) -> Reading:
-    "Make room for the weights that there are, and no more."
+    """Make room for the weights that there are, and no more.
+
+    Args:
+        fitted: of the zoo
+        limit: of absolute weights
+        present: epoch -> models that have it
+    """
     place = {epoch: {model: i for i, model in enumerate(sorted(models))} for epoch, models in present.items()}
     width = len(fitted.bounded)
     rows = {epoch: np.empty((len(models), width), np.float32) for epoch, models in place.items()}
@@ -565,7 +784,16 @@ def put_weights(
     load: Callable[..., dict[str, np.ndarray]],  # gives its state dict
     *arguments: object,                          # for `load`
 ) -> None:
-    "Read the weights of one model at one epoch; any error becomes a reason."
+    """Read the weights of one model at one epoch; any error becomes a reason.
+
+    Args:
+        reading: where to put them
+        model: whose
+        found: what is known of it
+        epoch: when
+        load: gives its state dict
+        *arguments: for `load`
+    """
     try:
         reading.rows[epoch][reading.place[epoch][model]] = row_of(load(*arguments), reading.fitted, reading.limit)
         found.reasons.pop(epoch, None)
@@ -577,7 +805,12 @@ def first_fit(
     models: dict[str, ModelFiles],      # of the zoo
     read: Callable[[str, int], bytes],  # reads a file
 ) -> Fit:
-    "Recognise the architecture of a raw zoo; raises `UserError` if no checkpoint can be read."
+    """Recognise the architecture of a raw zoo; raises `UserError` if no checkpoint can be read.
+
+    Args:
+        models: of the zoo
+        read: reads a file
+    """
     reason = "there are no checkpoints in it"
     all_files = [files.checkpoints for files in models.values() if files.checkpoints]
     for name in [*(files[max(files)] for files in all_files), *(files[min(files)] for files in all_files)]:
@@ -594,7 +827,15 @@ def wanted_epochs(
     epochs: Sequence[int] | str | None,  # as given to read_zoo
     present: Iterable[int],              # that there are
 ) -> list[int]:                          # in rising order
-    "Which epochs to read; raises `UserError` for an epoch that no model has."
+    """Which epochs to read; raises `UserError` for an epoch that no model has.
+
+    Args:
+        epochs: as given to read_zoo
+        present: that there are
+
+    Returns:
+        list[int]: in rising order
+    """
     present = sorted(set(present))
     if epochs is None:
         return present[-1:]
@@ -614,7 +855,15 @@ def read_raw(
     progress: bool,                      # show a bar
     workers: int,                        # threads
 ) -> PublishedZoo:
-    "Read a raw zoo."
+    """Read a raw zoo.
+
+    Args:
+        path: a folder or a zip
+        epochs: which
+        limit: of absolute weights
+        progress: show a bar
+        workers: threads
+    """
     with open_zoo(path) as (names, read), ThreadPoolExecutor(workers) as pool:
         models = find_models(names)
         fitted = first_fit(models, read)
@@ -634,7 +883,13 @@ def number_checkpoints(
     found: list[Found],                 # their records
     read: Callable[[str, int], bytes],  # reads a file
 ) -> Numbering:
-    "Find out how the checkpoints of a raw zoo are numbered."
+    """Find out how the checkpoints of a raw zoo are numbered.
+
+    Args:
+        models: of the zoo
+        found: their records
+        read: reads a file
+    """
     told = sum((one.recorded.offsets for one in found), Counter()) or noted_offsets(models.values(), read)
     pairs = [(set(files.checkpoints), set(one.recorded.values)) for files, one in zip(models.values(), found)]
     return find_numbering(told, pairs)
@@ -645,7 +900,16 @@ def present_models(
     found: list[Found],                  # what is known of every model
     epochs: Sequence[int] | str | None,  # which are wanted
 ) -> dict[int, set[int]]:                # epoch -> models that have it
-    "Which models have which epoch; raises `UserError` for an epoch that none has."
+    """Which models have which epoch; raises `UserError` for an epoch that none has.
+
+    Args:
+        files: of every model: epoch -> name of the checkpoint
+        found: what is known of every model
+        epochs: which are wanted
+
+    Returns:
+        dict[int, set[int]]: epoch -> models that have it
+    """
     chosen = wanted_epochs(epochs, (epoch for own in files for epoch in own))
     return {epoch: {i for i, own in enumerate(files) if epoch in own and not found[i].reason} for epoch in chosen}
 
@@ -657,7 +921,15 @@ def read_weights(
     read: Callable[[str, int], bytes],  # reads a file
     progress: Callable,                 # maps a function over the models
 ) -> None:
-    "Read the weights of a raw zoo."
+    """Read the weights of a raw zoo.
+
+    Args:
+        reading: where to put them
+        files: of every model: epoch -> name of the checkpoint
+        found: what is known of every model
+        read: reads a file
+        progress: maps a function over the models
+    """
     def load(name: str) -> dict[str, np.ndarray]:
         return read_tensors(read(name, LIMITS.checkpoint), reading.layouts)
 
@@ -674,7 +946,11 @@ def read_weights(
 def no_checkpoint(
     files: dict[int, str],  # of a model, by epoch
 ) -> str:
-    "Why there is no checkpoint of an epoch."
+    """Why there is no checkpoint of an epoch.
+
+    Args:
+        files: of a model, by epoch
+    """
     return f"no checkpoint of this epoch; the last one is of epoch {max(files)}" if files else "no checkpoint at all"
 
 # %% ../nbs/06_published.ipynb #092bf91b
@@ -686,7 +962,16 @@ def collect(
     numbering: Numbering,    # of checkpoints
     passed: Passed | None = None,  # what is not of one model
 ) -> PublishedZoo:
-    "Make populations, metrics and tables of what was not used; raises `UserError` if nothing is left."
+    """Make populations, metrics and tables of what was not used; raises `UserError` if nothing is left.
+
+    Args:
+        name: of the zoo
+        reading: its weights; they are taken out on the way, to spare memory
+        folders: of all models
+        found: every model
+        numbering: of checkpoints
+        passed: what is not of one model
+    """
     name, folders = one_line(name), [one_line(folder, 1_000) for folder in folders]  # they may not even be Unicode
     left_out = left_out_table(folders, found)
     good = [i for i, model in enumerate(found) if not model.reason and len(model.reasons) < len(reading.rows)]
@@ -709,7 +994,15 @@ def left_out_table(
     folders: Sequence[str],  # of all models
     found: Sequence[Found],  # every model
 ) -> pd.DataFrame:           # model, epoch (missing: all), reason
-    "List what is left out."
+    """List what is left out.
+
+    Args:
+        folders: of all models
+        found: every model
+
+    Returns:
+        pd.DataFrame: model, epoch (missing: all), reason
+    """
     rows = [(folder, None, model.reason) for folder, model in zip(folders, found) if model.reason]
     rows += [(folder, epoch, reason) for folder, model in zip(folders, found) for epoch,
              reason in sorted(model.reasons.items())]
@@ -722,7 +1015,17 @@ def take_populations(
     found: Sequence[Found],  # every model
     number: dict[int, int],  # position of a model -> its row in the table
 ) -> dict[int, Population]:  # by epoch
-    "Make a population for every epoch that has one."
+    """Make a population for every epoch that has one.
+
+    Args:
+        reading: the weights
+        table: factors of the models that are kept
+        found: every model
+        number: position of a model -> its row in the table
+
+    Returns:
+        dict[int, Population]: by epoch
+    """
     populations = {}
     for epoch in list(reading.rows):
         rows, place = reading.rows.pop(epoch), reading.place[epoch]
@@ -740,7 +1043,13 @@ def cut_rows(
     fitted: Fit,            # what the columns are
     models: pd.DataFrame,   # generating factors
 ) -> Population:
-    "Cut rows into parameters."
+    """Cut rows into parameters.
+
+    Args:
+        rows: float32 [models, parameters]
+        fitted: what the columns are
+        models: generating factors
+    """
     ends = np.cumsum([math.prod(shape) for _, _, shape in fitted.columns])
     parts = np.split(rows, ends[:-1], axis=1)
     weights = {ours: torch.from_numpy(np.ascontiguousarray(part)).reshape(-1, *shape) for (_, ours, shape),
@@ -751,7 +1060,14 @@ def cut_rows(
 def method_of(
     fitted: Fit,  # of a zoo
 ) -> str:         # "original" or "vd"
-    "Tell twins from originals."
+    """Tell twins from originals.
+
+    Args:
+        fitted: of a zoo
+
+    Returns:
+        str: "original" or "vd"
+    """
     return "vd" if any("log_sigma2" in ours for _, ours, _ in fitted.columns) else "original"
 
 # %% ../nbs/06_published.ipynb #40050460
@@ -760,7 +1076,16 @@ def collect_records(
     fitted: Fit,                                   # its architecture
     values: dict[int, dict[int, tuple[float, ...]]],  # model -> epoch -> RESULT_KEYS
 ) -> tuple[pd.DataFrame, list[Passed]]:            # tidy; what was changed, model by model
-    "Put the records of all models into one frame, as fractions."
+    """Put the records of all models into one frame, as fractions.
+
+    Args:
+        zoo: name of the zoo
+        fitted: its architecture
+        values: model -> epoch -> RESULT_KEYS
+
+    Returns:
+        tuple[pd.DataFrame, list[Passed]]: tidy; what was changed, model by model
+    """
     rows = [(model, epoch, *row) for model, records in values.items() for epoch, row in records.items()]
     records, changed = pd.DataFrame(rows, columns=["model", "epoch", *RESULT_KEYS]).astype(dict.fromkeys(RESULT_KEYS,
                                                                                                          float)), []
@@ -776,7 +1101,17 @@ def recorded_metrics(
     records: pd.DataFrame,   # model, epoch, RESULT_KEYS
     layers: Sequence[str],   # such as conv1, ...
 ) -> pd.DataFrame:           # tidy
-    "What the authors recorded, in the columns of zootwins.metrics; sparsity by layer and agreement were not."
+    """What the authors recorded, in the columns of zootwins.metrics; sparsity by layer and agreement were not.
+
+    Args:
+        zoo: name of the zoo
+        method: "original" or "vd"
+        records: model, epoch, RESULT_KEYS
+        layers: such as conv1, ...
+
+    Returns:
+        pd.DataFrame: tidy
+    """
     dense = method == "original"
     by_layer = {f"sparsity_{layer}": 0.0 if dense else np.nan for layer in layers}
     frame = records.assign(zoo=zoo, method=method, selector="", level=np.nan, ggap=records["train_acc"] - records["test_acc"],
@@ -793,7 +1128,14 @@ EXPECTED = {"checkpoints_to_datasets.dataset_base.ModelDatasetBase", "pathlib.Po
 
 @dataclass
 class State:
-    "A model at an epoch, in a preprocessed file."
+    """A model at an epoch, in a preprocessed file.
+
+    Attributes:
+        path: of the model
+        epoch: as its label says
+        state: its state dict, or whatever is there
+        properties: of the authors' names
+    """
 
     path: str                     # of the model
     epoch: int                    # as its label says
@@ -805,7 +1147,15 @@ def find_parts(
     saved: object,   # what the file describes
     passed: Passed,  # to count in
 ) -> list[dict[str, object]]:  # attributes of the parts
-    "Find training, validation and test part; raises `ValueError` that says what is there instead."
+    """Find training, validation and test part; raises `ValueError` that says what is there instead.
+
+    Args:
+        saved: what the file describes
+        passed: to count in
+
+    Returns:
+        list[dict[str, object]]: attributes of the parts
+    """
     found = {}  # by their lists, of which a small file could name one a million times
     for name, part in saved.items() if isinstance(saved, dict) else ():
         states = part.state.get("data_in") if isinstance(part, Record) else None
@@ -821,7 +1171,11 @@ def find_parts(
 def refuse_other(
     saved: object,  # that is no preprocessed zoo
 ) -> None:
-    "Raise `ValueError` that says what was saved instead."
+    """Raise `ValueError` that says what was saved instead.
+
+    Args:
+        saved: that is no preprocessed zoo
+    """
     try:
         find_state(saved)
     except ValueError as error:
@@ -834,7 +1188,12 @@ def part_states(
     part: dict[str, object],  # attributes of a part
     passed: Passed,           # to count in
 ) -> Iterator[State]:
-    "The states of a part; raises `ValueError` if it has another form."
+    """The states of a part; raises `ValueError` if it has another form.
+
+    Args:
+        part: attributes of a part
+        passed: to count in
+    """
     labels, states = part.get("labels_in"), part["data_in"]
     if not isinstance(labels, list) or len(labels) != len(states):
         raise ValueError("its labels_in is no list with a label for each state")
@@ -853,7 +1212,16 @@ def usable_properties(
     n: int,              # states of it
     passed: Passed,      # to count in
 ) -> dict[str, list]:    # lists of n values
-    "Which properties of a part can be read."
+    """Which properties of a part can be read.
+
+    Args:
+        properties: of a part
+        n: states of it
+        passed: to count in
+
+    Returns:
+        dict[str, list]: lists of n values
+    """
     if not isinstance(properties, dict):
         passed["property", "properties", "there are none"] += 1
         return {}
@@ -865,12 +1233,20 @@ def usable_properties(
     known = {name: properties.get(name) for name in (*PROPERTY_NAMES.values(), "test_acc", "ggap", "training_iteration")}
     return {name: values for name, values in known.items() if isinstance(values, list) and len(values) == n}
 
-# %% ../nbs/06_published.ipynb #70e0470a
+# %% ../nbs/06_published.ipynb #58ec5f59
 def property_factors(
     state: State,    # any of a model
     passed: Passed,  # to count in
 ) -> dict[str, object]:  # generating factors
-    "What a preprocessed file tells of a model; raises `ValueError` for a factor that cannot be."
+    """What a preprocessed file tells of a model; raises `ValueError` for a factor that cannot be.
+
+    Args:
+        state: any of a model
+        passed: to count in
+
+    Returns:
+        dict[str, object]: generating factors
+    """
     given = {ours: state.properties.get(theirs) for ours, theirs in PROPERTY_NAMES.items()}
     passed.update(("factor", name, "not told") for name in ("seed", *given) if given.get(name) is None)
     if wrong := [name for name in ("lr", "wd", "dropout") if not isinstance(given[name], int | float | None)]:
@@ -884,7 +1260,15 @@ def property_record(
     state: State,    # of a model
     passed: Passed,  # to count in
 ) -> tuple[float, ...]:  # RESULT_KEYS
-    "The accuracies that a preprocessed file tells of a state."
+    """The accuracies that a preprocessed file tells of a state.
+
+    Args:
+        state: of a model
+        passed: to count in
+
+    Returns:
+        tuple[float, ...]: RESULT_KEYS
+    """
     test, gap = (recorded_value({"test_acc": state.properties.get(name)}, "test_acc", Counter())
                  for name in ("test_acc", "ggap"))
     passed.update(("value", name, "not recorded") for name, value in (("test_acc", test), ("ggap", gap))
@@ -899,7 +1283,18 @@ def mapped_tensors(
     whole: set[str],             # storages whose checksums have been compared
     seen: set[int],              # identities of the states before; a small file could name one a million times
 ) -> dict[str, np.ndarray]:      # copies
-    "Copy one state dict out of a mapped file; raises `ValueError` if it is damaged or none, or was there before."
+    """Copy one state dict out of a mapped file; raises `ValueError` if it is damaged or none, or was there before.
+
+    Args:
+        data: the file
+        members: where its storages are
+        saved: a state dict
+        whole: storages whose checksums have been compared
+        seen: identities of the states before; a small file could name one a million times
+
+    Returns:
+        dict[str, np.ndarray]: copies
+    """
     if id(saved) in seen:
         raise ValueError("the same state stands in the file twice")
     seen.add(id(saved))
@@ -922,7 +1317,14 @@ def read_preprocessed(
     limit: float | None,                 # of absolute weights
     progress: bool,                      # show a bar
 ) -> PublishedZoo:
-    "Read a preprocessed zoo; raises `UserError` if the file is damaged or is something else."
+    """Read a preprocessed zoo; raises `UserError` if the file is damaged or is something else.
+
+    Args:
+        path: dataset_<zoo>.pt
+        epochs: which
+        limit: of absolute weights
+        progress: show a bar
+    """
     passed: Passed = Counter()
     with open_saved(path) as (archive, data):
         try:
@@ -946,7 +1348,16 @@ def find_states(
     data: mmap.mmap,           # all of it
     passed: Passed,            # to count in
 ) -> tuple[dict[str, Member], list[State]]:  # where the numbers are, and all states
-    "Read the description of a preprocessed file; raises `ValueError` if it is that of something else."
+    """Read the description of a preprocessed file; raises `ValueError` if it is that of something else.
+
+    Args:
+        archive: a preprocessed file
+        data: all of it
+        passed: to count in
+
+    Returns:
+        tuple[dict[str, Member], list[State]]: where the numbers are, and all states
+    """
     members = zip_members(archive, data)
     value, unknown = unpickle(checked(data, members["data.pkl"]))
     why = "only its attributes were read, if any"
@@ -959,7 +1370,13 @@ def first_state_fit(
     data: mmap.mmap,             # the file
     members: dict[str, Member],  # where its storages are
 ) -> Fit:
-    "Recognise the architecture of a preprocessed zoo; raises `ValueError` if no state can be read."
+    """Recognise the architecture of a preprocessed zoo; raises `ValueError` if no state can be read.
+
+    Args:
+        states: of a preprocessed file
+        data: the file
+        members: where its storages are
+    """
     reason, whole, seen = "it holds no states", set(), set()
     for state in states:
         try:
@@ -973,7 +1390,14 @@ def first_state_fit(
 def open_saved(
     path: Path,  # a .pt file
 ) -> Iterator[tuple]:  # as open_zip
-    "Open a file saved by PyTorch; raises `UserError` for one that was saved before 1.6, or is none."
+    """Open a file saved by PyTorch; raises `UserError` for one that was saved before 1.6, or is none.
+
+    Args:
+        path: a .pt file
+
+    Returns:
+        Iterator[tuple]: as open_zip
+    """
     try:
         ordinary_size(path)
         with open(path, "rb") as file:
@@ -990,7 +1414,11 @@ def open_saved(
 def label_numbering(
     told: Counter[int],  # recorded iteration minus epoch of the label, over all states
 ) -> Numbering:
-    "Whether the epochs in the labels are those of the records."
+    """Whether the epochs in the labels are those of the records.
+
+    Args:
+        told: recorded iteration minus epoch of the label, over all states
+    """
     right = told[0] == told.total()
     evidence = f"as the labels say; {told[0]} of {told.total()} recorded iterations are the same"
     return Numbering(0, evidence, right and bool(told))
@@ -1003,7 +1431,18 @@ def read_states(
     opened: tuple[mmap.mmap, dict[str, Member]],  # the file, and where its storages are
     title: str,                          # of the bar; empty: none
 ) -> list[Found]:                        # what is known of every model
-    "Read the states of a preprocessed file."
+    """Read the states of a preprocessed file.
+
+    Args:
+        states: of the whole file
+        reading: where to put their weights
+        place: path of a model -> its position
+        opened: the file, and where its storages are
+        title: of the bar; empty: none
+
+    Returns:
+        list[Found]: what is known of every model
+    """
     found = [Found(reasons={epoch: "not in the file" for epoch, has in reading.place.items() if i not in has})
              for i in place.values()]
     seen, whole, labels = set(), set(), set()
@@ -1023,7 +1462,15 @@ def places_of(
     states: list[State],                 # of a preprocessed file
     epochs: Sequence[int] | str | None,  # which are wanted
 ) -> tuple[dict[str, int], dict[int, set[int]]]:  # path of a model -> position; epoch -> positions
-    "Number the models of a preprocessed file; raises `UserError` for an epoch that none has."
+    """Number the models of a preprocessed file; raises `UserError` for an epoch that none has.
+
+    Args:
+        states: of a preprocessed file
+        epochs: which are wanted
+
+    Returns:
+        tuple[dict[str, int], dict[int, set[int]]]: path of a model -> position; epoch -> positions
+    """
     place = {path: i for i, path in enumerate(sorted({state.path for state in states}))}
     present: dict[int, set[int]] = {epoch: set() for epoch in wanted_epochs(epochs, (state.epoch for state in states))}
     for state in states:
@@ -1036,7 +1483,12 @@ def read_state(
     state: State,  # of a model
     found: Found,  # what is known of the model
 ) -> None:
-    "Enter what a state tells beside its weights."
+    """Enter what a state tells beside its weights.
+
+    Args:
+        state: of a model
+        found: what is known of the model
+    """
     if not found.factors and not found.reason:
         try:
             found.factors = property_factors(state, found.passed)
@@ -1054,7 +1506,18 @@ def read_zoo(
     progress: bool = True,                      # show a bar
     workers: int = 2,                           # threads that read
 ) -> PublishedZoo:                              # populations by epoch, recorded metrics, and what was left out
-    "Read a published zoo; raises `UserError` if there is no model in it that can be used."
+    """Read a published zoo; raises `UserError` if there is no model in it that can be used.
+
+    Args:
+        path: folder or zip of a raw zoo, or a preprocessed dataset_*.pt
+        epochs: which; "all"; none: the last that any model has
+        limit: leave models out that have a larger weight; none: keep them
+        progress: show a bar
+        workers: threads that read
+
+    Returns:
+        PublishedZoo: populations by epoch, recorded metrics, and what was left out
+    """
     path = Path(path).expanduser()
     if not path.exists():
         raise UserError(f"There is no zoo at {path}: give the folder or the zip file of a published zoo, or one "
@@ -1063,15 +1526,23 @@ def read_zoo(
         return read_preprocessed(path, epochs, limit, progress)
     return read_raw(path, epochs, limit, progress, workers)
 
-# %% ../nbs/06_published.ipynb #fe8579dd
+# %% ../nbs/06_published.ipynb #49d3f4a8
 def _state_dict(
     population: Population,  # one or more models
     i: int,                  # which
 ) -> dict[str, torch.Tensor]:  # with the published keys
-    "A model's state dict."
+    """A model's state dict.
+
+    Args:
+        population: one or more models
+        i: which
+
+    Returns:
+        dict[str, torch.Tensor]: with the published keys
+    """
     state = {name: tensor[i].clone() for name, tensor in population.weights.items()}
     for name in list(state):
-        if name.endswith(".log_sigma2") and f"{name}_bias" not in state:
+        if name.endswith(".log_sigma2") and f"{name}_bias" not in state and name.replace("log_sigma2", "bias") in state:
             state[f"{name}_bias"] = torch.full_like(state[name.replace("log_sigma2", "bias")], -10.0)
     return state
 
@@ -1083,7 +1554,18 @@ def _params(
     variational: bool,   # whether it is a twin
     epochs: int,         # of its training
 ) -> dict[str, object]:  # params.json
-    "A model's generating factors under their published names."
+    """A model's generating factors under their published names.
+
+    Args:
+        model: generating factors
+        architecture: of the zoo
+        channels: of its images
+        variational: whether it is a twin
+        epochs: of its training
+
+    Returns:
+        dict[str, object]: params.json
+    """
     kind = "CNN_ARD" if variational else "CNN3" if architecture == "cnn_large" else "CNN"
     factors = {names[0]: model[ours] for ours, names in FACTOR_NAMES.items()}
     momentum = {"optim::momentum": 0.9} if model["optimizer"] == "sgd" else {}
@@ -1099,7 +1581,16 @@ def write_zoo(
     metrics: pd.DataFrame,               # tidy, of one method and level
     folder: Path | str,                  # to write; must not exist
 ) -> Path:                               # the same folder
-    "Write a zoo in the authors' layout, whole or not at all; raises `UserError` if the folder exists."
+    """Write a zoo in the authors' layout, whole or not at all; raises `UserError` if the folder exists.
+
+    Args:
+        populations: by epoch; models have a column `model`
+        metrics: tidy, of one method and level
+        folder: to write; must not exist
+
+    Returns:
+        Path: the same folder
+    """
     folder = Path(folder)
     if folder.exists():
         raise UserError(f"{folder} exists already: choose another folder, or delete it first.")
@@ -1123,14 +1614,28 @@ def write_zoo(
 def _folder_name(
     model: pd.Series,  # with model and seed
 ) -> str:              # as Ray named a trial, without its date
-    "Name a model's folder."
+    """Name a model's folder.
+
+    Args:
+        model: with model and seed
+
+    Returns:
+        str: as Ray named a trial, without its date
+    """
     return f"NN_tune_trainable_zootwins_{model['model']:05d}_{model['model']}_seed={model['seed']}"
 
 # %% ../nbs/06_published.ipynb #bc8b0a44
 def _all_models(
     populations: dict[int, Population],  # by epoch
 ) -> pd.DataFrame:                       # every model once
-    "The models of all epochs."
+    """The models of all epochs.
+
+    Args:
+        populations: by epoch
+
+    Returns:
+        pd.DataFrame: every model once
+    """
     return pd.concat([population.models
                       for population in populations.values()]).drop_duplicates("model").sort_values("model")
 
@@ -1141,7 +1646,14 @@ def _write_records(
     population: Population,  # any of the zoo's
     metrics: pd.DataFrame,   # of this model
 ) -> None:
-    "Write params.json and result.json."
+    """Write params.json and result.json.
+
+    Args:
+        folder: of the model
+        model: generating factors
+        population: any of the zoo's
+        metrics: of this model
+    """
     variational = any("log_sigma2" in name for name in population.weights)
     channels, last = next(iter(population.weights.values())).shape[2], metrics["epoch"].max() if len(metrics) else None
     (folder / "params.json").write_text(json.dumps(_params(model, population.architecture, channels, variational, last),
@@ -1157,13 +1669,27 @@ def _write_records(
 def _plain(
     value: object,  # a number of numpy's
 ) -> object:        # Python's own
-    "For JSON."
+    """For JSON.
+
+    Args:
+        value: a number of numpy's
+
+    Returns:
+        object: Python's own
+    """
     return value.item()
 
 # %% ../nbs/06_published.ipynb #7aa78da7
 @dataclass(frozen=True)
 class ZenodoRecord:
-    "A record of published zoos."
+    """A record of published zoos.
+
+    Attributes:
+        concept: https://doi.org/10.5281/zenodo.<concept> leads to the newest version; none: not known
+        record: the version with the files; none: not known
+        seen: whether the version is certain
+        files: name -> name in zootwins.zoos.ZOOS; empty: none of them
+    """
 
     title: str
     concept: int | None           # https://doi.org/10.5281/zenodo.<concept> leads to the newest version; none: not known
@@ -1214,7 +1740,13 @@ class Resuming:
         output_file: str,  # where pooch wants it
         _: object,         # pooch itself, unused
     ) -> None:
-        "Fetch what is missing; raises `OSError` if the connection fails."
+        """Fetch what is missing; raises `OSError` if the connection fails.
+
+        Args:
+            url: what to fetch
+            output_file: where pooch wants it
+            _: pooch itself, unused
+        """
         self.part.parent.mkdir(parents=True, exist_ok=True)
         had = self.part.stat().st_size if self.part.exists() else 0
         with requests.get(url, headers={"Range": f"bytes={had}-"} if had else {}, stream=True, timeout=60) as response:
@@ -1236,7 +1768,15 @@ def record_files(
     record: int,        # number of a version
     site: str = SITE,   # that has it
 ) -> dict[str, str]:    # name -> "md5:..."
-    "Ask Zenodo for the files of a record; raises `OSError` if it cannot be reached."
+    """Ask Zenodo for the files of a record; raises `OSError` if it cannot be reached.
+
+    Args:
+        record: number of a version
+        site: that has it
+
+    Returns:
+        dict[str, str]: name -> "md5:..."
+    """
     response = requests.get(f"{site}/api/records/{record}", timeout=60)
     response.raise_for_status()
     return {file["key"]: file["checksum"] for file in response.json()["files"]}
@@ -1249,7 +1789,18 @@ def download(
     site: str = SITE,            # that has the records
     progress: bool = True,       # show a bar
 ) -> Path:                       # the file, for read_zoo
-    "Fetch a published file if it is not there yet; raises `UserError` with its address if that fails."
+    """Fetch a published file if it is not there yet; raises `UserError` with its address if that fails.
+
+    Args:
+        name: a key of ZENODO
+        file: of its files
+        folder: where to; none: published/<name> in the folder of data
+        site: that has the records
+        progress: show a bar
+
+    Returns:
+        Path: the file, for read_zoo
+    """
     record = ZENODO[check_name(name, ZENODO, "record")]
     if record.record is None:
         raise UserError(f"It is not known which version of {name} has the files: look at "

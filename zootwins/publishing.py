@@ -37,7 +37,15 @@ def stages_of(
     folder: Path,                     # of a zoo in a store, such as zoos/digits_seed
     wanted: list[str] | None = None,  # some of plans.STAGES; none: all that are there
 ) -> list[str]:                       # original first
-    "Which stages of a store to publish; raises `UserError` if there are none or one that is wanted is missing."
+    """Which stages of a store to publish; raises `UserError` if there are none or one that is wanted is missing.
+
+    Args:
+        folder: of a zoo in a store, such as zoos/digits_seed
+        wanted: some of plans.STAGES; none: all that are there
+
+    Returns:
+        list[str]: original first
+    """
     there = [stage for stage in STAGES if read_manifest(folder, stage)["files"]]
     if not there or not (folder / "store.json").exists():
         raise UserError(f"{folder} holds no finished stage of a zoo: give the folder of a zoo in a store, such as "
@@ -51,7 +59,16 @@ def populations_of(
     stages: list[str],  # from stages_of
     trajectory: bool,   # every epoch of variational dropout as well
 ) -> Iterator[tuple[str, Population]]:  # name in the publication, such as "vd" or "trajectory/vd_epoch_05"
-    "The populations of some stages, one after the other."
+    """The populations of some stages, one after the other.
+
+    Args:
+        folder: of a zoo in a store
+        stages: from stages_of
+        trajectory: every epoch of variational dropout as well
+
+    Returns:
+        Iterator[tuple[str, Population]]: name in the publication, such as "vd" or "trajectory/vd_epoch_05"
+    """
     for stage in stages:
         yield stage, read_stage(folder, stage)
         for epoch in kept_epochs(folder, stage) if trajectory else ():
@@ -62,7 +79,15 @@ def kept_epochs(
     folder: Path,  # of a zoo in a store
     stage: str,    # its name
 ) -> list[int]:    # empty if only the last one is kept
-    "The epochs whose weights a stage keeps, if it keeps more than the last."
+    """The epochs whose weights a stage keeps, if it keeps more than the last.
+
+    Args:
+        folder: of a zoo in a store
+        stage: its name
+
+    Returns:
+        list[int]: empty if only the last one is kept
+    """
     with opened(listed(folder, stage)[0]) as file:
         epochs = epochs_in(file)
     return epochs if len(epochs) > 1 else []
@@ -79,7 +104,17 @@ def header(
     n_models: int,             # of all stages together
     licence: str,              # the hub's name for it
 ) -> str:                      # with the lines of three dashes
-    "The card's header."
+    """The card's header.
+
+    Args:
+        store: from store.json
+        stages: from stages_of
+        n_models: of all stages together
+        licence: the hub's name for it
+
+    Returns:
+        str: with the lines of three dashes
+    """
     configs = [{"config_name": "metrics", "data_files": "metrics.parquet", "default": True}]
     configs += [{"config_name": f"{stage}_models", "data_files": f"{stage}.parquet"} for stage in stages]
     configs += [{"config_name": f"{stage}_weights", "data_files": f"weights/{stage}.parquet"} for stage in stages]
@@ -101,7 +136,14 @@ STAGE_TITLES = {"original": "original models", "mp": "magnitude-pruned twins", "
 def stage_title(
     stage: str,  # one of plans.STAGES
 ) -> str:        # such as "magnitude-pruned twins (lamp)"
-    "Name what a stage holds; only a selector that is not the zoo's own is named."
+    """Name what a stage holds; only a selector that is not the zoo's own is named.
+
+    Args:
+        stage: one of plans.STAGES
+
+    Returns:
+        str: such as "magnitude-pruned twins (lamp)"
+    """
     method, _, selector = stage.partition("_")
     return STAGE_TITLES[method] + (f" ({selector})" if selector else "")
 
@@ -109,14 +151,28 @@ def stage_title(
 def title_of(
     store: dict[str, object],  # from store.json
 ) -> str:                      # such as "A zoo of digits models (digits_seed)"
-    "Name what a store holds."
+    """Name what a store holds.
+
+    Args:
+        store: from store.json
+
+    Returns:
+        str: such as "A zoo of digits models (digits_seed)"
+    """
     return f"A zoo of {store['images']['name']} models ({store['zoo']['name']})"
 
 # %% ../nbs/41_publishing.ipynb #926078d8
 def summary(
     metrics: pd.DataFrame,  # tidy, of the stages that are published
 ) -> pd.DataFrame:          # text, one row per method, selector and level
-    "What the card says of the models."
+    """What the card says of the models.
+
+    Args:
+        metrics: tidy, of the stages that are published
+
+    Returns:
+        pd.DataFrame: text, one row per method, selector and level
+    """
     last = metrics[last_epoch(metrics)]
     last = last.sort_values("method", key=lambda column: column.map([*STAGE_TITLES].index), kind="stable")
     rows = {}
@@ -133,7 +189,14 @@ def summary(
 def content(
     populations: Mapping[str, Population],  # by name in the publication
 ) -> pd.DataFrame:                          # text, one row per population
-    "What the files of a publication hold."
+    """What the files of a publication hold.
+
+    Args:
+        populations: by name in the publication
+
+    Returns:
+        pd.DataFrame: text, one row per population
+    """
     rows = {}
     for name, population in populations.items():
         noisy = any(".log_sigma2" in parameter for parameter in population.weights)
@@ -150,7 +213,16 @@ def provenance(
     history: list[dict[str, object]],  # from read_history
     stages: list[str],                 # that are published
 ) -> str:                              # Markdown
-    "How the models of a store were made."
+    """How the models of a store were made.
+
+    Args:
+        store: from store.json
+        history: from read_history
+        stages: that are published
+
+    Returns:
+        str: Markdown
+    """
     zoo, data = store["zoo"], store["images"]
     rate = lambda value: "each model's own learning rate" if value is None else f"learning rate {value:g}"
     given = next((record["source"] for record in history if record["stage"] == "original" and record.get("source",
@@ -207,7 +279,20 @@ def card(
     stages: list[str],                 # from stages_of
     licence: str,                      # the hub's name for it
 ) -> str:                              # the text of README.md
-    "Write the card of a publication."
+    """Write the card of a publication.
+
+    Args:
+        store: from store.json
+        history: from twins.read_history
+        name: of the publication
+        files: from content
+        metrics: of the stages that are published
+        stages: from stages_of
+        licence: the hub's name for it
+
+    Returns:
+        str: the text of README.md
+    """
     n_models = int(files.loc[[f"`{stage}`" for stage in stages], "models"].sum())
     told = ", ".join(map(stage_title, stages))
     parts = [
@@ -222,7 +307,14 @@ def card(
 def weights_table(
     population: Population,  # of a stage
 ) -> pa.Table:               # model, level, copy where there are copies, and weights: lists of one length, float32
-    "Models as rows of a table, as they are judged."
+    """Models as rows of a table, as they are judged.
+
+    Args:
+        population: of a stage
+
+    Returns:
+        pa.Table: model, level, copy where there are copies, and weights: lists of one length, float32
+    """
     keys = population.models[[name for name in ("model", "level", "copy") if name in population.models]]
     vectors = flatten(deterministic(population.weights)).numpy()
     column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
@@ -232,7 +324,14 @@ def weights_table(
 def hashes(
     folder: Path,  # a publication
 ) -> str:          # one line per file, as sha256sum writes them
-    "The hashes of all files but the list itself."
+    """The hashes of all files but the list itself.
+
+    Args:
+        folder: a publication
+
+    Returns:
+        str: one line per file, as sha256sum writes them
+    """
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
                    and path.name != HASHES)
     return "".join(f"{file_hash(folder / name)}  {name}\n" for name in files)
@@ -242,7 +341,14 @@ def hashes(
 def new_folder(
     to: Path,  # where the folder shall be in the end
 ) -> Iterator[Path]:  # a temporary folder beside it
-    "Give a folder that is moved to its place when the block ends well; raises `UserError` if the place is taken."
+    """Give a folder that is moved to its place when the block ends well; raises `UserError` if the place is taken.
+
+    Args:
+        to: where the folder shall be in the end
+
+    Returns:
+        Iterator[Path]: a temporary folder beside it
+    """
     if to.exists():
         raise UserError(f"{to} exists already: choose a new folder, or delete that one.")
     temporary = to.with_name(f".{to.name}-{secrets.token_hex(4)}")
@@ -261,7 +367,18 @@ def publish(
     trajectory: bool = False,          # also every epoch of variational dropout
     licence: str = "cc-by-4.0",        # as the hub calls it; that of the published zoos
 ) -> Path:                             # the folder made
-    "Make a publishable folder of a zoo; raises `UserError` if there is nothing to publish or no free place for it."
+    """Make a publishable folder of a zoo; raises `UserError` if there is nothing to publish or no free place for it.
+
+    Args:
+        folder: of a zoo in a store, such as zoos/digits_seed
+        to: the folder to make; its name is the publication's
+        stages: some of plans.STAGES; none: all that are there
+        trajectory: also every epoch of variational dropout
+        licence: as the hub calls it; that of the published zoos
+
+    Returns:
+        Path: the folder made
+    """
     folder, to = Path(folder), Path(to)
     stages = stages_of(folder, stages)
     metrics = pd.concat([read_stage_metrics(folder, stage) for stage in stages], ignore_index=True)
@@ -288,7 +405,17 @@ def parts_of(
     stage: str,         # one of plans.STAGES
     trajectory: bool,   # all epochs of variational dropout
 ) -> Iterator[tuple[str, dict[int, Population], pd.DataFrame]]:  # name such as "mp_90", populations by epoch, tidy metrics
-    "Cut a stage of a store into zoos in the published sense."
+    """Cut a stage of a store into zoos in the published sense.
+
+    Args:
+        folder: of a zoo in a store
+        stage: one of plans.STAGES
+        trajectory: all epochs of variational dropout
+
+    Returns:
+        Iterator[tuple[str, dict[int, Population], pd.DataFrame]]: name such as "mp_90", populations by epoch, tidy
+            metrics
+    """
     metrics, population = read_stage_metrics(folder, stage), read_stage(folder, stage)
     epochs = kept_epochs(folder, stage) if trajectory else []
     for level in population.models["level"].unique():
@@ -305,7 +432,17 @@ def export_zoo(
     stages: list[str] | None = None,   # some of plans.STAGES; none: all that are there
     trajectory: bool = True,           # every epoch of variational dropout, where the store has it
 ) -> Path:                             # the folder made, with original/, mp_50/, ..., vd/ in it
-    "Write a zoo and its twins in the layout of the published zoos; raises `UserError` as `publish` does."
+    """Write a zoo and its twins in the layout of the published zoos; raises `UserError` as `publish` does.
+
+    Args:
+        folder: of a zoo in a store, such as zoos/digits_seed
+        to: the folder to make
+        stages: some of plans.STAGES; none: all that are there
+        trajectory: every epoch of variational dropout, where the store has it
+
+    Returns:
+        Path: the folder made, with original/, mp_50/, ..., vd/ in it
+    """
     folder, to = Path(folder), Path(to)
     with new_folder(to) as temporary:
         parents = {}

@@ -30,7 +30,12 @@ TEXT_COLUMNS = ["row", "zoo", "method", "layer", "metric", "doubtful"]
 
 
 def read_reported() -> pd.DataFrame:  # table, row, zoo, method, level, epoch, layer, metric, mean, std, doubtful; in %, levels are fractions
-    "The numbers that the paper printed, one row per cell; texts are empty, numbers missing, where there is none."
+    """The numbers that the paper printed, one row per cell; texts are empty, numbers missing, where there is none.
+
+    Returns:
+        pd.DataFrame: table, row, zoo, method, level, epoch, layer, metric, mean, std, doubtful; in %, levels are
+            fractions
+    """
     with files("zootwins").joinpath("reported.csv").open(encoding="utf-8") as file:
         cells = pd.read_csv(file, dtype={"epoch": "Int64", **dict.fromkeys(TEXT_COLUMNS, str)})
     return cells.fillna(dict.fromkeys(TEXT_COLUMNS, ""))
@@ -48,7 +53,20 @@ def reported(
     layer: str | None = None,    # such as "conv1"; none: the whole model
     table: int | None = None,    # look only there; none: in all
 ) -> tuple[float, float] | None:  # mean and std in %; std is NaN where none was printed; None if there is no such cell
-    "Look up what the paper printed; raises `UserError` for a zoo, metric, method or layer that the tables do not know."
+    """Look up what the paper printed; raises `UserError` for a zoo, metric, method or layer that the tables do not know.
+
+    Args:
+        zoo: such as "usps_seed"
+        metric: "test_acc", "ggap", "sparsity", "agreement", "pearson", "kendall", "r2_weights", ...
+        method: "mp" or "vd"; none: Table 3
+        level: of magnitude pruning, a fraction
+        epoch: none: in a table that names no epoch
+        layer: such as "conv1"; none: the whole model
+        table: look only there; none: in all
+
+    Returns:
+        tuple[float, float] | None: mean and std in %; std is NaN where none was printed; None if there is no such cell
+    """
     cells, found = _cells(), _cells()
     for column, value in (("zoo", zoo), ("metric", metric), ("method", method), ("layer", layer)):
         if value is not None:
@@ -72,7 +90,18 @@ def verdicts(
     on: Sequence[str] = tuple(STATE),  # what makes a state
     tolerance: float = 0.0,            # allowed difference of the means, in percentage points
 ) -> pd.DataFrame:         # VERDICT
-    "Compare the cells of two tables, state by state."
+    """Compare the cells of two tables, state by state.
+
+    Args:
+        check: the equation, such as "Table 1 = Table 9"
+        left: cells
+        right: cells of the same states; others are left out
+        on: what makes a state
+        tolerance: allowed difference of the means, in percentage points
+
+    Returns:
+        pd.DataFrame: VERDICT
+    """
     both = left.dropna(subset="mean").merge(right.dropna(subset="mean"), on=list(on), suffixes=("", "_right"))
     difference = both["mean"] - both["mean_right"]
     same_std = (both["std"] == both["std_right"]) | both["std"].isna() | both["std_right"].isna()
@@ -83,14 +112,28 @@ def verdicts(
 def check_table_9(
     cells: pd.DataFrame,  # from read_reported
 ) -> pd.DataFrame:        # VERDICT
-    "Table 9 repeats Table 1."
+    """Table 9 repeats Table 1.
+
+    Args:
+        cells: from read_reported
+
+    Returns:
+        pd.DataFrame: VERDICT
+    """
     return verdicts("Table 1 = Table 9", cells[cells["table"] == 1], cells[cells["table"] == 9])
 
 # %% ../nbs/32_reported.ipynb #377a1c7b
 def check_table_8_measures(
     cells: pd.DataFrame,  # from read_reported
 ) -> pd.DataFrame:        # VERDICT
-    "Accuracy and gap of Table 8 are those of Table 5 after 15 epochs of fine-tuning."
+    """Accuracy and gap of Table 8 are those of Table 5 after 15 epochs of fine-tuning.
+
+    Args:
+        cells: from read_reported
+
+    Returns:
+        pd.DataFrame: VERDICT
+    """
     eight = cells[(cells["table"] == 8) & (cells["layer"] == "")]
     return verdicts("Table 8 = Table 5", eight.assign(epoch=15).astype({"epoch": "Int64"}), cells[cells["table"] == 5])
 
@@ -98,14 +141,28 @@ def check_table_8_measures(
 def check_table_7_measures(
     cells: pd.DataFrame,  # from read_reported
 ) -> pd.DataFrame:        # VERDICT
-    "Accuracy and gap of Table 7 are those of Table 6 at the epochs that both show."
+    """Accuracy and gap of Table 7 are those of Table 6 at the epochs that both show.
+
+    Args:
+        cells: from read_reported
+
+    Returns:
+        pd.DataFrame: VERDICT
+    """
     return verdicts("Table 7 = Table 6", cells[(cells["table"] == 7) & (cells["layer"] == "")], cells[cells["table"] == 6])
 
 # %% ../nbs/32_reported.ipynb #243c271d
 def check_originals(
     cells: pd.DataFrame,  # from read_reported
 ) -> pd.DataFrame:        # VERDICT
-    "Both methods start from the same models: Table 5 at level 0 and epoch 0 equals Table 6 at epoch 0."
+    """Both methods start from the same models: Table 5 at level 0 and epoch 0 equals Table 6 at epoch 0.
+
+    Args:
+        cells: from read_reported
+
+    Returns:
+        pd.DataFrame: VERDICT
+    """
     start = cells[(cells["epoch"] == 0) & (cells["zoo"] != "")].assign(method="original")
     five = start[(start["table"] == 5) & (start["level"] == 0)].assign(level=np.nan)
     return verdicts("Table 5, level 0 = Table 6, epoch 0", five, start[start["table"] == 6])
@@ -118,7 +175,15 @@ def layer_average(
     cells: pd.DataFrame,  # from read_reported
     table: int,           # 7 or 8
 ) -> pd.DataFrame:        # STATE, mean, std (missing); one row per zoo and epoch or level
-    "Sparsity of the whole model from the layers' sparsities in Table 7 or 8, by weight count."
+    """Sparsity of the whole model from the layers' sparsities in Table 7 or 8, by weight count.
+
+    Args:
+        cells: from read_reported
+        table: 7 or 8
+
+    Returns:
+        pd.DataFrame: STATE, mean, std (missing); one row per zoo and epoch or level
+    """
     layers = cells[(cells["table"] == table) & (cells["layer"] != "")]
     sizes = {zoo: layer_sizes(get_zoo(zoo).architecture) for zoo in layers["zoo"].unique()}
     average = whole_sparsity(layers.assign(size=[sizes[zoo][layer] for zoo, layer in zip(layers["zoo"], layers["layer"])]), STATE[:4])
@@ -128,7 +193,14 @@ def layer_average(
 def check_table_7_layers(
     cells: pd.DataFrame,  # from read_reported
 ) -> pd.DataFrame:        # VERDICT
-    "The layers of Table 7 average to the sparsities of Table 6."
+    """The layers of Table 7 average to the sparsities of Table 6.
+
+    Args:
+        cells: from read_reported
+
+    Returns:
+        pd.DataFrame: VERDICT
+    """
     return verdicts("Table 7, average of layers = Table 6", layer_average(cells, 7), cells[cells["table"] == 6], tolerance=2 * ROUNDING)
 
 # %% ../nbs/32_reported.ipynb #e26ac109
@@ -138,7 +210,17 @@ def between(
     neighbours: Sequence[float],  # two printed means
     tolerance: float = 0.0,       # percentage points
 ) -> dict[str, object]:   # a row of VERDICT
-    "Whether a mean lies between two others."
+    """Whether a mean lies between two others.
+
+    Args:
+        check: the statement
+        cell: with STATE, mean, std
+        neighbours: two printed means
+        tolerance: percentage points
+
+    Returns:
+        dict[str, object]: a row of VERDICT
+    """
     low, high = sorted(neighbours)
     outside = cell["mean"] - min(max(cell["mean"], low), high)
     sides = {"left": mean_std(cell["mean"], cell["std"]), "right": f"{low:.1f} to {high:.1f}"}
@@ -148,7 +230,14 @@ def between(
 def check_table_7_between(
     cells: pd.DataFrame,  # from read_reported
 ) -> pd.DataFrame:        # VERDICT
-    "The average of Table 7's layers at epochs 5, 15 and 20 lies between the neighbouring epochs of Table 6."
+    """The average of Table 7's layers at epochs 5, 15 and 20 lies between the neighbouring epochs of Table 6.
+
+    Args:
+        cells: from read_reported
+
+    Returns:
+        pd.DataFrame: VERDICT
+    """
     six = cells[(cells["table"] == 6) & (cells["metric"] == "sparsity")]
     rows = []
     for _, cell in layer_average(cells, 7).iterrows():
@@ -162,7 +251,14 @@ def check_table_7_between(
 def check_table_8_layers(
     cells: pd.DataFrame,  # from read_reported
 ) -> pd.DataFrame:        # VERDICT
-    "The layers of Table 8 average to the level that the models were pruned to."
+    """The layers of Table 8 average to the level that the models were pruned to.
+
+    Args:
+        cells: from read_reported
+
+    Returns:
+        pd.DataFrame: VERDICT
+    """
     average = layer_average(cells, 8)
     totals = average["zoo"].map({zoo: sum(layer_sizes(get_zoo(zoo).architecture).values()) for zoo in average["zoo"].unique()})
     target = average.assign(mean=100 * (average["level"] * totals).round() / totals)
@@ -176,7 +272,14 @@ SHIFTED = [zoo.name for zoo in ZOOS.values() if zoo.mp_in_paper and zoo.architec
 def shifted_windows(
     architecture: str,  # name in architectures.ARCHITECTURES
 ) -> dict[str, tuple[int, int]]:  # layer as printed -> first and last + 1 of the flat weights in its window
-    "Windows of the flat weight vector whose first is `SHIFT` weights too short."
+    """Windows of the flat weight vector whose first is `SHIFT` weights too short.
+
+    Args:
+        architecture: name in architectures.ARCHITECTURES
+
+    Returns:
+        dict[str, tuple[int, int]]: layer as printed -> first and last + 1 of the flat weights in its window
+    """
     ends = np.cumsum([*layer_sizes(architecture).values()]) - SHIFT
     return {layer: (int(first), int(last)) for layer, first, last in zip(layer_sizes(architecture), [0, *ends[:-1]], ends)}
 
@@ -185,7 +288,15 @@ def check_table_8_windows(
     cells: pd.DataFrame,                 # from read_reported
     zoos: Sequence[str] = tuple(SHIFTED),  # of the small architectures
 ) -> pd.DataFrame:                       # VERDICT
-    "The printed Conv 2 of shifted windows is a mixture of the printed Conv 1 and Conv 3, within two standard errors and rounding."
+    """The printed Conv 2 of shifted windows is a mixture of the printed Conv 1 and Conv 3, within two standard errors and rounding.
+
+    Args:
+        cells: from read_reported
+        zoos: of the small architectures
+
+    Returns:
+        pd.DataFrame: VERDICT
+    """
     found = []
     for zoo in zoos:
         wide = cells[(cells["table"] == 8) & (cells["zoo"] == zoo) & (cells["layer"] != "")].pivot(index="level", columns="layer", values=["mean", "std"])
@@ -202,7 +313,14 @@ def check_table_8_windows(
 def check_whole_weights(
     cells: pd.DataFrame,  # from read_reported
 ) -> pd.DataFrame:        # VERDICT
-    "A layer's sparsity without spread in Table 8 is a whole number of weights divided by their total."
+    """A layer's sparsity without spread in Table 8 is a whole number of weights divided by their total.
+
+    Args:
+        cells: from read_reported
+
+    Returns:
+        pd.DataFrame: VERDICT
+    """
     equal = cells[(cells["table"] == 8) & (cells["layer"] != "") & (cells["std"] == 0)]
     sizes = np.array([layer_sizes(get_zoo(zoo).architecture)[layer] for zoo, layer in zip(equal["zoo"], equal["layer"])])
     possible = equal.assign(mean=100 * (equal["mean"] / 100 * sizes).round() / sizes)
@@ -212,7 +330,14 @@ def check_whole_weights(
 def layer_spread(
     cells: pd.DataFrame,  # from read_reported
 ) -> pd.DataFrame:        # zoo, layer, mean, std (as printed), over_models, over_weights; in %
-    "Both readings of a layer's standard deviation in Table 7 at epoch 0, from the printed mean."
+    """Both readings of a layer's standard deviation in Table 7 at epoch 0, from the printed mean.
+
+    Args:
+        cells: from read_reported
+
+    Returns:
+        pd.DataFrame: zoo, layer, mean, std (as printed), over_models, over_weights; in %
+    """
     start = cells[(cells["table"] == 7) & (cells["layer"] != "") & (cells["epoch"] == 0)].reset_index(drop=True)
     variance = start["mean"] / 100 * (1 - start["mean"] / 100)
     weights = [layer_sizes(get_zoo(zoo).architecture)[layer] for zoo, layer in zip(start["zoo"], start["layer"])]
@@ -223,7 +348,14 @@ def layer_spread(
 def check_table_1_pruning(
     cells: pd.DataFrame,  # from read_reported
 ) -> pd.DataFrame:        # VERDICT
-    "Accuracies of pruned models in Table 1 are those of Table 5 after 15 epochs of fine-tuning."
+    """Accuracies of pruned models in Table 1 are those of Table 5 after 15 epochs of fine-tuning.
+
+    Args:
+        cells: from read_reported
+
+    Returns:
+        pd.DataFrame: VERDICT
+    """
     one = cells[(cells["table"] == 1) & (cells["method"] == "mp")].assign(epoch=15).astype({"epoch": "Int64"})
     return verdicts("Table 1 = Table 5", one, cells[cells["table"] == 5])
 
@@ -231,7 +363,14 @@ def check_table_1_pruning(
 def dropout_states(
     cells: pd.DataFrame,  # from read_reported
 ) -> pd.DataFrame:        # zoo, epoch, sparsity, test_acc, sorted by epoch
-    "Sparsity and accuracy at all epochs of Table 6, and at those that only Table 7 has."
+    """Sparsity and accuracy at all epochs of Table 6, and at those that only Table 7 has.
+
+    Args:
+        cells: from read_reported
+
+    Returns:
+        pd.DataFrame: zoo, epoch, sparsity, test_acc, sorted by epoch
+    """
     six, seven = (cells[(cells["table"] == table) & (cells["layer"] == "")] for table in (6, 7))
     seven = pd.concat([seven, layer_average(cells, 7)])
     both = pd.concat([six, seven]).drop_duplicates(["zoo", "epoch", "metric"])
@@ -242,7 +381,15 @@ def dropout_states(
 def locate_states(
     cells: pd.DataFrame,  # from read_reported
 ) -> pd.DataFrame:        # table, zoo, sparsity, epoch_before, epoch_after; the epochs are equal where the state itself is shown
-    "Find the epochs of variational dropout that Tables 1 and 2 show, by their mean sparsities."
+    """Find the epochs of variational dropout that Tables 1 and 2 show, by their mean sparsities.
+
+    Args:
+        cells: from read_reported
+
+    Returns:
+        pd.DataFrame: table, zoo, sparsity, epoch_before, epoch_after; the epochs are equal where the state itself is
+            shown
+    """
     states, rows = dropout_states(cells), []
     for cell in cells[cells["table"].isin([1, 2]) & (cells["method"] == "vd") & (cells["metric"] == "sparsity")].itertuples():
         steps = states[states["zoo"] == cell.zoo]
@@ -257,7 +404,14 @@ def locate_states(
 def check_table_1_dropout(
     cells: pd.DataFrame,  # from read_reported
 ) -> pd.DataFrame:        # VERDICT
-    "Sparsity and accuracy of Table 1 are those of Table 6, or of Table 7, at the same epoch."
+    """Sparsity and accuracy of Table 1 are those of Table 6, or of Table 7, at the same epoch.
+
+    Args:
+        cells: from read_reported
+
+    Returns:
+        pd.DataFrame: VERDICT
+    """
     located = locate_states(cells)
     shown = located[(located["table"] == 1) & (located["epoch_before"] == located["epoch_after"])].set_index("zoo")["epoch_before"]
     one = cells[(cells["table"] == 1) & (cells["method"] == "vd") & cells["zoo"].isin(shown.index)]
@@ -269,7 +423,14 @@ def check_table_1_dropout(
 def check_table_1_between(
     cells: pd.DataFrame,  # from read_reported
 ) -> pd.DataFrame:        # VERDICT
-    "Where Tables 6 and 7 do not show Table 1's state, its accuracy lies between its neighbours'."
+    """Where Tables 6 and 7 do not show Table 1's state, its accuracy lies between its neighbours'.
+
+    Args:
+        cells: from read_reported
+
+    Returns:
+        pd.DataFrame: VERDICT
+    """
     states, located, rows = dropout_states(cells).set_index(["zoo", "epoch"])["test_acc"], locate_states(cells), []
     for state in located[(located["table"] == 1) & (located["epoch_before"] != located["epoch_after"])].itertuples():
         of_state = (cells["table"] == 1) & (cells["zoo"] == state.zoo) & (cells["method"] == "vd") & (cells["metric"] == "test_acc")
@@ -289,7 +450,14 @@ STATED = (
 def check_counts(
     cells: pd.DataFrame,  # from read_reported
 ) -> pd.DataFrame:        # place, quantity, stated, counted, agrees
-    "The numbers of zoos, models and states in the text are those of the registered zoos."
+    """The numbers of zoos, models and states in the text are those of the registered zoos.
+
+    Args:
+        cells: from read_reported
+
+    Returns:
+        pd.DataFrame: place, quantity, stated, counted, agrees
+    """
     pruned, dropped = ([zoo_size(zoo) for zoo in ZOOS.values() if member(zoo)] for member in (lambda zoo: zoo.mp_in_paper, lambda zoo: zoo.in_paper))
     levels = cells.loc[cells["table"] == 5, "level"].nunique()
     counted = {
@@ -306,7 +474,14 @@ def check_counts(
 def check_statements(
     cells: pd.DataFrame,  # from read_reported
 ) -> pd.DataFrame:        # statement, cells, allowed, exceptions (how many), which, agrees
-    "Section 4.3's sentences about Tables 1 and 2, with their exceptions there."
+    """Section 4.3's sentences about Tables 1 and 2, with their exceptions there.
+
+    Args:
+        cells: from read_reported
+
+    Returns:
+        pd.DataFrame: statement, cells, allowed, exceptions (how many), which, agrees
+    """
     two = cells[(cells["table"] == 2) & cells["metric"].isin(["pearson", "kendall"])].pivot(index=["row", "metric"], columns="method", values="mean")
     pearson = two.xs("pearson", level="metric")["mp"]
     agreement = cells[(cells["table"] == 1) & (cells["metric"] == "agreement")].set_index(["row", "method"])["mean"]
@@ -330,13 +505,24 @@ CHECKS = (
 def check_all(
     cells: pd.DataFrame,  # from read_reported
 ) -> pd.DataFrame:        # VERDICT
-    "All checks between the tables."
+    """All checks between the tables.
+
+    Args:
+        cells: from read_reported
+
+    Returns:
+        pd.DataFrame: VERDICT
+    """
     parts = [check(cells).astype({"level": float, "epoch": "Int64"}) for check in CHECKS]
     return pd.concat(parts, ignore_index=True).astype({"agrees": bool})
 
 # %% ../nbs/32_reported.ipynb #a1c0de11
 def read_recorded() -> pd.DataFrame:  # zoo, trial (from 0), test_acc (a fraction, cut to three decimals)
-    "The recorded test accuracy of every model of the real MNIST zoos, at epoch 49."
+    """The recorded test accuracy of every model of the real MNIST zoos, at epoch 49.
+
+    Returns:
+        pd.DataFrame: zoo, trial (from 0), test_acc (a fraction, cut to three decimals)
+    """
     with files("zootwins").joinpath("recorded.csv").open(encoding="utf-8") as file:
         wide = pd.read_csv(file, comment="#", dtype={"zoo": str}).set_index(["zoo", "first"])
     long = wide.rename_axis(columns="place").stack().rename("test_acc").reset_index()
@@ -344,7 +530,11 @@ def read_recorded() -> pd.DataFrame:  # zoo, trial (from 0), test_acc (a fractio
 
 
 def read_recorded_curves() -> pd.DataFrame:  # zoo, model (a number, without meaning), epoch, test_acc (a fraction)
-    "The recorded test accuracies of fifty models of each real MNIST zoo at epochs 10, 20, 30, 40 and 50."
+    """The recorded test accuracies of fifty models of each real MNIST zoo at epochs 10, 20, 30, 40 and 50.
+
+    Returns:
+        pd.DataFrame: zoo, model (a number, without meaning), epoch, test_acc (a fraction)
+    """
     with files("zootwins").joinpath("recorded_curves.csv").open(encoding="utf-8") as file:
         wide = pd.read_csv(file, comment="#")
     return wide.melt(id_vars=["zoo", "model"], var_name="epoch", value_name="test_acc").astype({"epoch": int})
@@ -353,7 +543,14 @@ def read_recorded_curves() -> pd.DataFrame:  # zoo, model (a number, without mea
 def recorded_factors(
     zoo: str,  # a grid's name
 ) -> pd.DataFrame:  # one row per trial, in their order: the generating factors and the seed's place (from 0)
-    "The generating factors of a real grid's trials."
+    """The generating factors of a real grid's trials.
+
+    Args:
+        zoo: a grid's name
+
+    Returns:
+        pd.DataFrame: one row per trial, in their order: the generating factors and the seed's place (from 0)
+    """
     entry = get_zoo(zoo)
     order = ["dropout", "init", "activation", "lr", "optimizer", "wd"]
     combinations = list(product(range(entry.seeds), *(getattr(entry, factor) for factor in reversed(order))))
@@ -369,7 +566,12 @@ def printed_models(
     table: int,  # of the paper
     zoo: str,    # name in the registry; empty: all zoos with magnitude pruning
 ) -> int:
-    "Number of models behind a printed cell: those of Table 4's grids, in Table 6 the twins that exist."
+    """Number of models behind a printed cell: those of Table 4's grids, in Table 6 the twins that exist.
+
+    Args:
+        table: of the paper
+        zoo: name in the registry; empty: all zoos with magnitude pruning
+    """
     whole = zoo_size(get_zoo(zoo)) if zoo else sum(zoo_size(entry) for entry in ZOOS.values() if entry.mp_in_paper)
     return EXISTING.get(zoo, whole) if table == 6 else whole
 
@@ -377,7 +579,14 @@ def printed_models(
 def missing_originals(
     cells: pd.DataFrame,  # from read_reported
 ) -> pd.DataFrame:        # zoo, table_5, table_6 (means in %), missing (models), needed (their mean accuracy), possible
-    "The least mean accuracy of the originals without twins that would explain Table 5 and Table 6, rounding given away."
+    """The least mean accuracy of the originals without twins that would explain Table 5 and Table 6, rounding given away.
+
+    Args:
+        cells: from read_reported
+
+    Returns:
+        pd.DataFrame: zoo, table_5, table_6 (means in %), missing (models), needed (their mean accuracy), possible
+    """
     start, found = cells[(cells["epoch"] == 0) & (cells["metric"] == "test_acc")], []
     for zoo in EXISTING:
         of_zoo = start[start["zoo"] == zoo].set_index("table")

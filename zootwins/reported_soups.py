@@ -35,7 +35,11 @@ def _cells() -> pd.DataFrame:
 
 
 def read_reported_soups() -> pd.DataFrame:  # one row per cell, columns as above; texts are empty where there is none
-    "The numbers that the paper printed."
+    """The numbers that the paper printed.
+
+    Returns:
+        pd.DataFrame: one row per cell, columns as above; texts are empty where there is none
+    """
     return _cells().copy()
 
 # %% ../nbs/36_reported_soups.ipynb #e02fff8b
@@ -52,7 +56,17 @@ def soup_table(
     setting: str,         # network and data set
     level: float | None = None,  # goal sparsity, where a table has several halves
 ) -> Table:               # mean ± std; bold: the best of a column
-    "Table 1 and its relatives by phase and number of copies; raises `UserError` if there is no such table."
+    """Table 1 and its relatives by phase and number of copies; raises `UserError` if there is no such table.
+
+    Args:
+        cells: as from read_reported_soups, or measured ones in its form
+        table: 1 or 4 to 14
+        setting: network and data set
+        level: goal sparsity, where a table has several halves
+
+    Returns:
+        Table: mean ± std; bold: the best of a column
+    """
     found = cells[(cells["table"] == table) & (cells["setting"] == setting)]
     found = found if level is None else found[np.isclose(found["level"], level)]
     if found.empty or not found["row"].isin([row for row, _ in ROWS]).any():
@@ -61,7 +75,8 @@ def soup_table(
         )
     columns = found[["sparsity", "phase", "m"]].dropna().drop_duplicates().sort_values(["sparsity", "m"])
     text, number = {}, {}
-    for row, merge in ROWS:
+    there = list(found[["row", "merge"]].drop_duplicates().itertuples(index=False, name=None))
+    for row, merge in [*ROWS, *[pair for pair in there if pair not in ROWS]]:
         here = found[(found["row"] == row) & (found["merge"] == merge)]
         for sparsity, phase, m in columns.itertuples(index=False):
             at = here[(here["sparsity"] == sparsity) & ((here["m"] == m) | here["m"].isna()).fillna(True)]
@@ -90,7 +105,19 @@ def _compare(
     tolerance: float = 0,  # in the unit of the cells
     at_least: bool = False,  # the statement is left >= right, not equality
 ) -> pd.DataFrame:         # CHECK
-    "Compare cells pair by pair."
+    """Compare cells pair by pair.
+
+    Args:
+        check: the equation
+        left: cells
+        right: cells
+        on: what makes a pair
+        tolerance: in the unit of the cells
+        at_least: the statement is left >= right, not equality
+
+    Returns:
+        pd.DataFrame: CHECK
+    """
     both = left.merge(right[[*on, "mean"]], on=list(on), suffixes=("", "_right"))
     difference = (both["mean"] - both["mean_right"]).round(6)
     agrees = difference >= -tolerance if at_least else difference.abs() <= tolerance
@@ -102,7 +129,14 @@ def _compare(
 def check_repeated(
     cells: pd.DataFrame,  # from read_reported_soups
 ) -> pd.DataFrame:        # CHECK
-    "Numbers that stand in two places are the same."
+    """Numbers that stand in two places are the same.
+
+    Args:
+        cells: from read_reported_soups
+
+    Returns:
+        pd.DataFrame: CHECK
+    """
     one, four, five = (cells[cells["table"] == table] for table in (1, 4, 15))
     last = one[(one["setting"] == "ResNet-50, ImageNet") & (one["phase"] == 3)]
     longer, plain = last[last["row"] == "IMP_mx"], last[last["row"] == "IMP"]
@@ -119,7 +153,14 @@ def check_repeated(
 def check_candidates(
     cells: pd.DataFrame,  # from read_reported_soups
 ) -> pd.DataFrame:        # CHECK
-    "The best candidate is not below the mean, and the first phase does not know how it will be merged."
+    """The best candidate is not below the mean, and the first phase does not know how it will be merged.
+
+    Args:
+        cells: from read_reported_soups
+
+    Returns:
+        pd.DataFrame: CHECK
+    """
     best, mean = (cells[cells["row"] == row] for row in ("best candidate", "mean candidate"))
     both = pd.concat([best, mean])
     first = both[both["phase"] == 1]
@@ -133,7 +174,14 @@ def check_candidates(
 def check_arithmetic(
     cells: pd.DataFrame,  # from read_reported_soups
 ) -> pd.DataFrame:        # CHECK
-    "Balanced accuracy is the mean of the recalls, and sparsities are those of equal steps."
+    """Balanced accuracy is the mean of the recalls, and sparsities are those of equal steps.
+
+    Args:
+        cells: from read_reported_soups
+
+    Returns:
+        pd.DataFrame: CHECK
+    """
     fair, on = cells[cells["table"] == 15], ["setting", "level", "row"]
     recalls = fair[fair["metric"].str.startswith("recall")].groupby(on, as_index=False)["mean"].mean()
     phases = cells[cells["phase"].notna() & cells["sparsity"].notna()].drop_duplicates(
@@ -160,7 +208,14 @@ def check_arithmetic(
 def check_all_soups(
     cells: pd.DataFrame,  # from read_reported_soups
 ) -> pd.DataFrame:        # CHECK
-    "All checks of the paper's tables against each other."
+    """All checks of the paper's tables against each other.
+
+    Args:
+        cells: from read_reported_soups
+
+    Returns:
+        pd.DataFrame: CHECK
+    """
     parts = [check(cells) for check in (check_repeated, check_candidates, check_arithmetic)]
     return pd.concat(parts, ignore_index=True).astype({"agrees": bool})
 
@@ -214,7 +269,14 @@ ALWAYS, MOSTLY, ONCE = "always", "mostly", "once"
 
 @dataclass(frozen=True)
 class Verdict:
-    "A claim on some pairs of cells."
+    """A claim on some pairs of cells.
+
+    Attributes:
+        favourable: pairs for the claim
+        clearly_for: of them, by more than both standard deviations
+        mean: difference, in the unit of the cells
+        verdict: HOLDS, FAILS or OPEN
+    """
 
     pairs: int
     favourable: int    # pairs for the claim
@@ -230,7 +292,14 @@ def judge_pairs(
     quantifier: str,        # ALWAYS, MOSTLY or ONCE
     margin: float = 0.0,    # from which on a pair is for the claim; at 0 a tie is not against it
 ) -> Verdict:
-    "Apply the rule."
+    """Apply the rule.
+
+    Args:
+        difference: left minus right
+        spread: joint standard deviation
+        quantifier: ALWAYS, MOSTLY or ONCE
+        margin: from which on a pair is for the claim; at 0 a tie is not against it
+    """
     difference = difference.round(6)
     good = difference >= margin if margin or quantifier == ALWAYS else difference > 0
     clearly_for, against = (good & (difference - margin > spread)).sum(), (~good & (margin - difference > spread)).sum()
@@ -255,7 +324,17 @@ def pairs(
     right: Row,           # what it is compared with
     where: Callable[[pd.DataFrame], pd.Series] | None = None,  # which cells; none: all
 ) -> pd.DataFrame:        # STATE, schedule, metric, mean, mean_right, difference, spread
-    "Pairs of cells of one table that differ in their row alone; a right cell without m goes with every m."
+    """Pairs of cells of one table that differ in their row alone; a right cell without m goes with every m.
+
+    Args:
+        cells: from read_reported_soups, or measured ones in its form
+        left: what the claim favours
+        right: what it is compared with
+        where: which cells; none: all
+
+    Returns:
+        pd.DataFrame: STATE, schedule, metric, mean, mean_right, difference, spread
+    """
     cells = cells if where is None else cells[where(cells)]
     chosen = [
         cells[(cells["row"] == row) & (cells["merge"].eq(merge) if merge else True)] for row, merge in (left, right)
@@ -269,7 +348,11 @@ def pairs(
 # %% ../nbs/36_reported_soups.ipynb #0e68c531
 @dataclass(frozen=True)
 class SoupClaim:
-    "A statement of the paper about rows of its tables."
+    """A statement of the paper about rows of its tables.
+
+    Attributes:
+        where: which cells of the tables
+    """
 
     name: str
     place: str
@@ -469,7 +552,14 @@ SOUP_CLAIMS = (
 def judge_soups(
     cells: pd.DataFrame,  # from read_reported_soups, or measured ones in its form
 ) -> pd.DataFrame:        # one row per claim: claim, place, quote, and the fields of Verdict
-    "Try every claim on all tables that it is about."
+    """Try every claim on all tables that it is about.
+
+    Args:
+        cells: from read_reported_soups, or measured ones in its form
+
+    Returns:
+        pd.DataFrame: one row per claim: claim, place, quote, and the fields of Verdict
+    """
     cells, rows = cells[~((cells["table"] == 4) & (cells["level"] == 0.98))], []  # repeats Table 1
     for claim in SOUP_CLAIMS:
         found = pairs(cells[cells["table"].isin(claim.tables)], claim.left, claim.right, claim.where)
@@ -482,7 +572,15 @@ def distances_part(
     cells: pd.DataFrame,  # from read_reported_soups
     change: float = 0.05,  # relative; what counts as a change
 ) -> pd.DataFrame:        # one row per metric: growth up to 98 %, growth beyond, verdict
-    "Appendix C.4: distances of candidates are stable from 90 to 98 % sparsity and larger beyond."
+    """Appendix C.4: distances of candidates are stable from 90 to 98 % sparsity and larger beyond.
+
+    Args:
+        cells: from read_reported_soups
+        change: relative; what counts as a change
+
+    Returns:
+        pd.DataFrame: one row per metric: growth up to 98 %, growth beyond, verdict
+    """
     rows = []
     for metric, found in cells[cells["table"] == 18].groupby("metric"):
         low, high = (found.loc[where, "mean"] for where in (found["level"] < 0.985, found["level"] > 0.985))

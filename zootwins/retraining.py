@@ -28,7 +28,17 @@ from .streams import epoch_order, random_words, stream_keys
 # %% ../nbs/72_retraining.ipynb #143c59ef
 @dataclass(frozen=True)
 class Rates:
-    "The learning rate of one training, as a function of how much of it is done."
+    """The learning rate of one training, as a function of how much of it is done.
+
+    Attributes:
+        lr: highest rate
+        epochs: of this training, T_rt
+        schedule: one of schedules.SCHEDULES
+        history: rates of the original training, for FT, LRW, SLR and CLR
+        original_epochs: T, for LRW and ALLR; none: as many as the history has entries
+        warm_up: share of the epochs; none: as schedules.WARM_UP has it
+        first: ALLR's d, between 0 and 1
+    """
 
     lr: float = 0.1              # highest rate
     epochs: int = 10             # of this training, T_rt
@@ -47,7 +57,11 @@ class Rates:
         self,
         progress: float,  # share that is done, at least 0 and below 1
     ) -> float:
-        "The rate there."
+        """The rate there.
+
+        Args:
+            progress: share that is done, at least 0 and below 1
+        """
         shape = factor_at(progress, self.schedule, self.epochs, self.history, self.original_epochs, self.warm_up)
         return self.lr * self.first * shape
 
@@ -57,7 +71,16 @@ def augmented(
     words: Tensor,   # int64 [N, 3], random, below 2**32
     flip: bool = True,  # mirror every other image
 ) -> Tensor:         # of the same shape
-    "Pad by an eighth of the height, cut out at a random place, and mirror."
+    """Pad by an eighth of the height, cut out at a random place, and mirror.
+
+    Args:
+        x: float [N, C, H, W]
+        words: int64 [N, 3], random, below 2**32
+        flip: mirror every other image
+
+    Returns:
+        Tensor: of the same shape
+    """
     n, _, height, width = x.shape
     pad = height // 8
     place = words.to(x.device) % (2 * pad + 1)
@@ -72,7 +95,15 @@ def augmented(
 # %% ../nbs/72_retraining.ipynb #71369a05
 @dataclass(frozen=True)
 class TrainSettings:
-    "How the plain trainer works; the values of the paper's Table 3 for ResNet-18."
+    """How the plain trainer works; the values of the paper's Table 3 for ResNet-18.
+
+    Attributes:
+        augment: random crops
+        flip: and mirrored images, where they are augmented
+        amp: the forward pass in bfloat16, which needs no scaled loss
+        channels_last: the layout that GPUs with tensor cores prefer
+        device: or "cuda", "mps", ...
+    """
 
     batch_size: int = 128
     momentum: float = 0.9
@@ -120,7 +151,12 @@ def _momenta(
     module: nn.Module,                 # being trained
     optimizer: torch.optim.Optimizer,  # of all its parameters, by name
 ) -> dict[str, Tensor]:
-    "SGD's momentum by name of the parameter."
+    """SGD's momentum by name of the parameter.
+
+    Args:
+        module: being trained
+        optimizer: of all its parameters, by name
+    """
     found = {name: optimizer.state.get(weight, {}).get("momentum_buffer") for name, weight in module.named_parameters()}
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 
@@ -132,7 +168,15 @@ def save_progress(
     rule: Rule,         # whose state is kept too
     told: Mapping[str, object],  # JSON types
 ) -> None:
-    "Keep the state of a training in place of an earlier one."
+    """Keep the state of a training in place of an earlier one.
+
+    Args:
+        path: of the file
+        module: being trained
+        optimizer: SGD
+        rule: whose state is kept too
+        told: JSON types
+    """
     groups = {"module": module.state_dict(), "momentum": _momenta(module, optimizer), "rule": rule.state()}
     tensors = {f"{group}/{name}": tensor.detach().cpu().clone().contiguous()
                for group, state in groups.items() for name, tensor in state.items()}
@@ -147,7 +191,18 @@ def load_progress(
     rule: Rule,         # takes up its state
     training: str,      # what it has to be a training of
 ) -> int:               # epochs done
-    "Take up the state of a training; raises `UserError` for a damaged file and for one of another training."
+    """Take up the state of a training; raises `UserError` for a damaged file and for one of another training.
+
+    Args:
+        path: of the file
+        module: takes up weights and statistics
+        optimizer: takes up momentum
+        rule: takes up its state
+        training: what it has to be a training of
+
+    Returns:
+        int: epochs done
+    """
     try:
         with safe_open(path, framework="pt") as file:
             told = json.loads(file.metadata()["told"])
@@ -180,7 +235,18 @@ def train_epoch(
     epoch: int,         # from 1
     rule: Rule,
 ) -> float:             # mean loss
-    "Train for one epoch."
+    """Train for one epoch.
+
+    Args:
+        module: in train mode, on its device
+        x: float32 [N, C, H, W], on the device
+        y: int64 [N], likewise
+        key: int64 [2], the random stream
+        epoch: from 1
+
+    Returns:
+        float: mean loss
+    """
     n, size, total = len(x), min(settings.batch_size, len(x)), 0.0
     steps, order = n // size, epoch_order(n, key, epoch)
     words = random_words(3, key, site=1, position=torch.arange(n), epoch=epoch)
@@ -206,7 +272,11 @@ def train_epoch(
 def state_digest(
     state: Mapping[str, Tensor],  # of a module, or masks
 ) -> str:
-    "Name tensors by the hash of their names, types, shapes and bits."
+    """Name tensors by the hash of their names, types, shapes and bits.
+
+    Args:
+        state: of a module, or masks
+    """
     parts = []
     for name, tensor in state.items():
         tensor = tensor.detach().cpu().contiguous()
@@ -219,7 +289,12 @@ def _stop_if_diverged(
     epoch: int,   # which
     rates: Rates,
 ) -> None:
-    "Raise `UserError` for a loss that is no number."
+    """Raise `UserError` for a loss that is no number.
+
+    Args:
+        loss: of an epoch
+        epoch: which
+    """
     if not abs(loss) < float("inf"):
         raise UserError(f"Training has diverged in epoch {epoch} of {rates.epochs}, at rates up to {rates(0):.3g}: "
                         "train with a lower rate.")
@@ -236,7 +311,22 @@ def train_network(
     checkpoint: Path | str | None = None,  # a file to go on from, and to leave behind after every epoch
     until: int | None = None,  # stop after this epoch and leave the rest to another call; none: go to the end
 ) -> nn.Module:              # the same, on the CPU
-    "Train a module, the same bits for one seed; raises `UserError` if it diverges."
+    """Train a module, the same bits for one seed; raises `UserError` if it diverges.
+
+    Args:
+        module: where it begins; trained in place
+        x: float32 [N, C, H, W]
+        y: int64 [N]
+        rates: and how many epochs
+        settings: batch size, momentum, device, ...
+        seed: of order, crops and whatever the module draws
+        rule: of a method that prunes during training
+        checkpoint: a file to go on from, and to leave behind after every epoch
+        until: stop after this epoch and leave the rest to another call; none: go to the end
+
+    Returns:
+        nn.Module: the same, on the CPU
+    """
     device, rule = torch.device(settings.device), rule or Rule()
     layout = torch.channels_last if settings.channels_last else torch.preserve_format
     start, module = state_digest(module.state_dict()), module.to(device, memory_format=layout).train()
@@ -263,7 +353,11 @@ _loaded: dict[bytes, Images] = {}  # by what loads them; the last alone
 def images_of(
     source: Images | Callable[[], Images],  # images, or what loads them, such as functools.partial(load_images, "usps")
 ) -> Images:
-    "The images, loaded once per process."
+    """The images, loaded once per process.
+
+    Args:
+        source: images, or what loads them, such as functools.partial(load_images, "usps")
+    """
     if isinstance(source, Images):
         return source
     name = pickle.dumps(source)
@@ -276,7 +370,13 @@ def images_of(
 
 @dataclass(frozen=True)
 class Trainer:
-    "Retrains a module on the training images: `trainer(model, seed, rates) -> model`."
+    """Retrains a module on the training images: `trainer(model, seed, rates) -> model`.
+
+    Attributes:
+        source: images, or what loads them
+        settings: batch size, momentum, device, ...
+        checkpoint: a file to go on from; none: begin anew
+    """
 
     source: Images | Callable[[], Images]   # images, or what loads them
     settings: TrainSettings = SETTINGS      # batch size, momentum, device, ...
@@ -288,6 +388,10 @@ class Trainer:
         return train_network(module, images.x_train, images.y_train, rates, self.settings, seed, checkpoint=self.checkpoint)
 
     def told(self) -> dict[str, object]:  # JSON types
-        "All that its results depend on, but for model, seed and rates."
+        """All that its results depend on, but for model, seed and rates.
+
+        Returns:
+            dict[str, object]: JSON types
+        """
         images = images_of(self.source)
         return {"trainer": "plain", **asdict(self.settings), "images": state_digest({"x": images.x_train, "y": images.y_train})}

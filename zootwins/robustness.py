@@ -50,7 +50,12 @@ from .untrusted import ordinary_size, read_file
 # %% ../nbs/76_robustness.ipynb #60391a27
 @dataclass(frozen=True)
 class Grain:
-    "The random numbers of some images: each has its own, whoever stands beside it."
+    """The random numbers of some images: each has its own, whoever stands beside it.
+
+    Attributes:
+        key: int64 [2], of the corruption
+        numbers: int64 [images], their places in the data set
+    """
 
     key: Tensor      # int64 [2], of the corruption
     numbers: Tensor  # int64 [images], their places in the data set
@@ -69,16 +74,34 @@ def gaussian_noise(
     strength: float,  # standard deviation
     grain: Grain,     # random numbers
 ) -> np.ndarray:      # the same shape; values beyond [0, 1] are cut by `corrupt`
-    "Add normal noise."
+    """Add normal noise.
+
+    Args:
+        x: float32 [images, height, width, channels], in [0, 1]
+        strength: standard deviation
+        grain: random numbers
+
+    Returns:
+        np.ndarray: the same shape; values beyond [0, 1] are cut by `corrupt`
+    """
     return x + strength * grain.normal(*x.shape[1:])
 
 
 def shot_noise(
-    x: np.ndarray,    # as above
+    x: np.ndarray,    # float32 [images, height, width, channels], in [0, 1]
     strength: float,  # photons of a white pixel
     grain: Grain,     # random numbers
-) -> np.ndarray:
-    "Count photons."
+) -> np.ndarray:      # of the same shape, before it is cut to [0, 1]
+    """Count photons.
+
+    Args:
+        x: float32 [images, height, width, channels], in [0, 1]
+        strength: photons of a white pixel
+        grain: random numbers
+
+    Returns:
+        np.ndarray: of the same shape, before it is cut to [0, 1]
+    """
     draws, values, out = grain.uniform(*x.shape[1:]), np.rint(255 * x).astype(int), np.empty_like(x)
     for value in np.unique(values):
         mean, at = strength * value / 255, values == value
@@ -86,13 +109,22 @@ def shot_noise(
         out[at] = np.searchsorted(table, draws[at]) / strength
     return out
 
-# %% ../nbs/76_robustness.ipynb #9cde2db9
+# %% ../nbs/76_robustness.ipynb #7c61c8a1
 def impulse_noise(
-    x: np.ndarray,    # as above
+    x: np.ndarray,    # float32 [images, height, width, channels], in [0, 1]
     strength: float,  # share of the values that are lost
     grain: Grain,     # random numbers
-) -> np.ndarray:
-    "Set values to black or white (salt and pepper)."
+) -> np.ndarray:      # of the same shape, before it is cut to [0, 1]
+    """Set values to black or white (salt and pepper).
+
+    Args:
+        x: float32 [images, height, width, channels], in [0, 1]
+        strength: share of the values that are lost
+        grain: random numbers
+
+    Returns:
+        np.ndarray: of the same shape, before it is cut to [0, 1]
+    """
     draws = grain.uniform(*x.shape[1:])
     return np.where(draws <= strength / 2, 0, np.where(draws <= strength, 1, x)).astype(np.float32)
 
@@ -102,7 +134,16 @@ def sample(
     rows: np.ndarray,     # [images or 1, h, w], where to read, in pixels; beyond an edge the edge goes on
     columns: np.ndarray,  # likewise
 ) -> np.ndarray:          # [images, h, w, channels]
-    "Read images at places between their pixels (bilinear)."
+    """Read images at places between their pixels (bilinear).
+
+    Args:
+        x: [images, height, width, channels]
+        rows: [images or 1, h, w], where to read, in pixels; beyond an edge the edge goes on
+        columns: likewise
+
+    Returns:
+        np.ndarray: [images, h, w, channels]
+    """
     height, width = x.shape[1:3]
     rows, columns = (np.clip(p, 0, n - 1).astype(np.float32) for p, n in ((rows, height), (columns, width)))
     top, left = (np.floor(p).astype(int) for p in (rows, columns))
@@ -117,7 +158,14 @@ def sample(
 def places(
     x: np.ndarray,  # [images, height, width, channels]
 ) -> tuple[np.ndarray, np.ndarray]:  # float32 [1, height, width] each: rows and columns
-    "Where the pixels of an image are."
+    """Where the pixels of an image are.
+
+    Args:
+        x: [images, height, width, channels]
+
+    Returns:
+        tuple[np.ndarray, np.ndarray]: float32 [1, height, width] each: rows and columns
+    """
     rows, columns = np.mgrid[: x.shape[1], : x.shape[2]].astype(np.float32)
     return rows[None], columns[None]
 
@@ -125,7 +173,14 @@ def places(
 def per_pixel(
     x: np.ndarray,  # [images, height, width, channels]
 ) -> float:         # pixels here for one pixel of an image of 32
-    "By how much lengths are scaled."
+    """By how much lengths are scaled.
+
+    Args:
+        x: [images, height, width, channels]
+
+    Returns:
+        float: pixels here for one pixel of an image of 32
+    """
     return min(x.shape[1:3]) / 32
 
 
@@ -133,16 +188,30 @@ def smooth(
     x: np.ndarray,  # [images, height, width, channels]
     sigma: float,   # in pixels
 ) -> np.ndarray:
-    "Gaussian blur."
+    """Gaussian blur.
+
+    Args:
+        x: [images, height, width, channels]
+        sigma: in pixels
+    """
     return ndimage.gaussian_filter(x, (0, sigma, sigma, 0), mode="nearest")
 
-# %% ../nbs/76_robustness.ipynb #5b349835
+# %% ../nbs/76_robustness.ipynb #92cd80c5
 def defocus_blur(
-    x: np.ndarray,                 # as above
+    x: np.ndarray,                 # float32 [images, height, width, channels], in [0, 1]
     strength: tuple[float, float],  # radius of the disc, and how soft its edge is; in pixels
     grain: Grain,                  # not used
-) -> np.ndarray:
-    "Convolve with a disc."
+) -> np.ndarray:      # of the same shape, before it is cut to [0, 1]
+    """Convolve with a disc.
+
+    Args:
+        x: float32 [images, height, width, channels], in [0, 1]
+        strength: radius of the disc, and how soft its edge is; in pixels
+        grain: not used
+
+    Returns:
+        np.ndarray: of the same shape, before it is cut to [0, 1]
+    """
     radius, soft = (length * per_pixel(x) for length in strength)
     reach, parts = math.ceil(radius + 4 * soft), 9  # a pixel is looked at in 9 by 9 places
     at = (np.arange(parts * (2 * reach + 1)) - (parts * (2 * reach + 1) - 1) / 2) / parts
@@ -153,11 +222,20 @@ def defocus_blur(
 
 
 def glass_blur(
-    x: np.ndarray,                      # as above
+    x: np.ndarray,                      # float32 [images, height, width, channels], in [0, 1]
     strength: tuple[float, int, int],   # blur before and after, longest exchange, how often; in pixels
     grain: Grain,                       # random numbers
-) -> np.ndarray:
-    "Exchange every pixel with a neighbour."
+) -> np.ndarray:      # of the same shape, before it is cut to [0, 1]
+    """Exchange every pixel with a neighbour.
+
+    Args:
+        x: float32 [images, height, width, channels], in [0, 1]
+        strength: blur before and after, longest exchange, how often; in pixels
+        grain: random numbers
+
+    Returns:
+        np.ndarray: of the same shape, before it is cut to [0, 1]
+    """
     sigma, reach, rounds = strength
     x, image = smooth(x, sigma * per_pixel(x)), np.arange(len(x))
     height, width = x.shape[1:3]
@@ -175,7 +253,14 @@ def drag(
     sigma: float,       # how fast it fades, in pixels
     angle: np.ndarray,  # [images], in radians
 ) -> np.ndarray:
-    "Smear images in one direction each."
+    """Smear images in one direction each.
+
+    Args:
+        x: [images, height, width, channels]
+        length: how far, in pixels
+        sigma: how fast it fades, in pixels
+        angle: [images], in radians
+    """
     steps = np.arange(math.floor(length) + 1)
     weights = np.exp(-(steps**2) / (2 * sigma**2)).astype(np.float32)
     rows, columns = places(x)
@@ -185,11 +270,20 @@ def drag(
 
 
 def motion_blur(
-    x: np.ndarray,                  # as above
+    x: np.ndarray,                  # float32 [images, height, width, channels], in [0, 1]
     strength: tuple[float, float],  # length and fading, in pixels
     grain: Grain,                   # random numbers
-) -> np.ndarray:
-    "Move the camera in a direction of up to 45 degrees."
+) -> np.ndarray:      # of the same shape, before it is cut to [0, 1]
+    """Move the camera in a direction of up to 45 degrees.
+
+    Args:
+        x: float32 [images, height, width, channels], in [0, 1]
+        strength: length and fading, in pixels
+        grain: random numbers
+
+    Returns:
+        np.ndarray: of the same shape, before it is cut to [0, 1]
+    """
     length, sigma = (value * per_pixel(x) for value in strength)
     return drag(x, length, sigma, (grain.uniform(1)[:, 0] - 0.5) * np.pi / 2)
 
@@ -198,17 +292,34 @@ def magnify(
     x: np.ndarray,  # [images, height, width, channels]
     factor: float,  # at least 1
 ) -> np.ndarray:    # the same shape
-    "Zoom into the centre."
+    """Zoom into the centre.
+
+    Args:
+        x: [images, height, width, channels]
+        factor: at least 1
+
+    Returns:
+        np.ndarray: the same shape
+    """
     at = [(p - (n - 1) / 2) / factor + (n - 1) / 2 for p, n in zip(places(x), x.shape[1:3])]
     return sample(x, *at)
 
 
 def zoom_blur(
-    x: np.ndarray,    # as above
+    x: np.ndarray,    # float32 [images, height, width, channels], in [0, 1]
     strength: float,  # the largest factor
     grain: Grain,     # not used
-) -> np.ndarray:
-    "Average an image with its magnifications, 1 % apart."
+) -> np.ndarray:      # of the same shape, before it is cut to [0, 1]
+    """Average an image with its magnifications, 1 % apart.
+
+    Args:
+        x: float32 [images, height, width, channels], in [0, 1]
+        strength: the largest factor
+        grain: not used
+
+    Returns:
+        np.ndarray: of the same shape, before it is cut to [0, 1]
+    """
     factors = np.arange(1, strength, 0.01)
     return (x + sum(magnify(x, factor) for factor in factors)) / (len(factors) + 1)
 
@@ -219,7 +330,14 @@ GREY_WEIGHTS = np.array([0.299, 0.587, 0.114], np.float32)  # of red, green and 
 def luminance(
     x: np.ndarray,  # [images, height, width, channels]
 ) -> np.ndarray:    # [images, height, width, 1]
-    "How bright a pixel is."
+    """How bright a pixel is.
+
+    Args:
+        x: [images, height, width, channels]
+
+    Returns:
+        np.ndarray: [images, height, width, 1]
+    """
     return x if x.shape[3] == 1 else sum(w * x[..., i : i + 1] for i, w in enumerate(GREY_WEIGHTS))
 
 
@@ -228,7 +346,16 @@ def fractal(
     decay: float,   # an octave is decay**2 times weaker than the one before
     grain: Grain,   # random numbers
 ) -> np.ndarray:    # [images, height, width, 1], from 0 to 1 in every image
-    "Fractal noise."
+    """Fractal noise.
+
+    Args:
+        x: gives the size
+        decay: an octave is decay**2 times weaker than the one before
+        grain: random numbers
+
+    Returns:
+        np.ndarray: [images, height, width, 1], from 0 to 1 in every image
+    """
     height, width = x.shape[1:3]
     total = np.zeros((len(x), height, width, 1), np.float32)
     for octave in range(1, 1 + math.ceil(math.log2(max(height, width)))):
@@ -239,13 +366,22 @@ def fractal(
     low, high = total.min((1, 2, 3), keepdims=True), total.max((1, 2, 3), keepdims=True)
     return (total - low) / (high - low)
 
-# %% ../nbs/76_robustness.ipynb #6b0ca7bc
+# %% ../nbs/76_robustness.ipynb #c74add1d
 def snow(
-    x: np.ndarray,                  # as above
+    x: np.ndarray,                  # float32 [images, height, width, channels], in [0, 1]
     strength: tuple[float, ...],    # mean and deviation of the flakes, magnification, cut, length, fading, share of x
     grain: Grain,                   # random numbers
-) -> np.ndarray:
-    "Let it snow."
+) -> np.ndarray:      # of the same shape, before it is cut to [0, 1]
+    """Let it snow.
+
+    Args:
+        x: float32 [images, height, width, channels], in [0, 1]
+        strength: mean and deviation of the flakes, magnification, cut, length, fading, share of x
+        grain: random numbers
+
+    Returns:
+        np.ndarray: of the same shape, before it is cut to [0, 1]
+    """
     mean, deviation, factor, cut, length, sigma, share = strength
     flakes = magnify(mean + deviation * grain.normal(*x.shape[1:3], 1), factor)
     flakes = np.clip(np.where(flakes < cut, 0, flakes), 0, 1)
@@ -259,55 +395,100 @@ FROST_COLOUR = np.array([0.85, 0.92, 1.0], np.float32)
 
 
 def frost(
-    x: np.ndarray,                  # as above
+    x: np.ndarray,                  # float32 [images, height, width, channels], in [0, 1]
     strength: tuple[float, float],  # share of the image, and of the frost
     grain: Grain,                   # random numbers
-) -> np.ndarray:
-    "Lay ridged fractal ice over the image (ours; the benchmark has photographs)."
+) -> np.ndarray:      # of the same shape, before it is cut to [0, 1]
+    """Lay ridged fractal ice over the image (ours; the benchmark has photographs).
+
+    Args:
+        x: float32 [images, height, width, channels], in [0, 1]
+        strength: share of the image, and of the frost
+        grain: random numbers
+
+    Returns:
+        np.ndarray: of the same shape, before it is cut to [0, 1]
+    """
     share, ice = strength
     ridges = 1 - np.abs(2 * fractal(x, 1.3, grain) - 1)
     return share * x + ice * ridges * (FROST_COLOUR if x.shape[3] == 3 else 1)
 
-# %% ../nbs/76_robustness.ipynb #96b1a753
+# %% ../nbs/76_robustness.ipynb #a678695e
 def fog(
-    x: np.ndarray,                  # as above
+    x: np.ndarray,                  # float32 [images, height, width, channels], in [0, 1]
     strength: tuple[float, float],  # how thick, and how its octaves decay
     grain: Grain,                   # random numbers
-) -> np.ndarray:
-    "Add fractal fog, and keep the brightest value."
+) -> np.ndarray:      # of the same shape, before it is cut to [0, 1]
+    """Add fractal fog, and keep the brightest value.
+
+    Args:
+        x: float32 [images, height, width, channels], in [0, 1]
+        strength: how thick, and how its octaves decay
+        grain: random numbers
+
+    Returns:
+        np.ndarray: of the same shape, before it is cut to [0, 1]
+    """
     thick, decay = strength
     top = x.max((1, 2, 3), keepdims=True)
     return (x + thick * fractal(x, decay, grain)) * top / (top + thick)
 
 
 def brightness(
-    x: np.ndarray,    # as above
+    x: np.ndarray,    # float32 [images, height, width, channels], in [0, 1]
     strength: float,  # added to the value of hue, saturation, value
     grain: Grain,     # not used
-) -> np.ndarray:
-    "Raise the largest channel, and the others in proportion."
+) -> np.ndarray:      # of the same shape, before it is cut to [0, 1]
+    """Raise the largest channel, and the others in proportion.
+
+    Args:
+        x: float32 [images, height, width, channels], in [0, 1]
+        strength: added to the value of hue, saturation, value
+        grain: not used
+
+    Returns:
+        np.ndarray: of the same shape, before it is cut to [0, 1]
+    """
     value = x.max(3, keepdims=True)
     raised = np.minimum(value + strength, 1)
     return np.where(value > 0, x * raised / np.maximum(value, 1e-6), raised).astype(np.float32)
 
-# %% ../nbs/76_robustness.ipynb #084bcfaf
+# %% ../nbs/76_robustness.ipynb #12f4272f
 def contrast(
-    x: np.ndarray,    # as above
+    x: np.ndarray,    # float32 [images, height, width, channels], in [0, 1]
     strength: float,  # what is left of it
     grain: Grain,     # not used
-) -> np.ndarray:
-    "Shrink towards the mean."
+) -> np.ndarray:      # of the same shape, before it is cut to [0, 1]
+    """Shrink towards the mean.
+
+    Args:
+        x: float32 [images, height, width, channels], in [0, 1]
+        strength: what is left of it
+        grain: not used
+
+    Returns:
+        np.ndarray: of the same shape, before it is cut to [0, 1]
+    """
     total = np.rint(255 * x).astype(np.int64).sum((1, 2), keepdims=True)  # whole numbers: exact in any order
     mean = (total / (255 * x.shape[1] * x.shape[2])).astype(np.float32)
     return (x - mean) * strength + mean
 
 
 def elastic_transform(
-    x: np.ndarray,                         # as above
+    x: np.ndarray,                         # float32 [images, height, width, channels], in [0, 1]
     strength: tuple[float, float, float],  # size and smoothness of the field, shift of the corners; shares of a side
     grain: Grain,                          # random numbers
-) -> np.ndarray:
-    "Deform an image as if it were on rubber."
+) -> np.ndarray:      # of the same shape, before it is cut to [0, 1]
+    """Deform an image as if it were on rubber.
+
+    Args:
+        x: float32 [images, height, width, channels], in [0, 1]
+        strength: size and smoothness of the field, shift of the corners; shares of a side
+        grain: random numbers
+
+    Returns:
+        np.ndarray: of the same shape, before it is cut to [0, 1]
+    """
     field, sigma, corner = (share * min(x.shape[1:3]) for share in strength)
     third, shifts = min(x.shape[1:3]) // 3 or 1, (2 * grain.uniform(3, 2) - 1) * corner
     along, across = (shifts[:, 1] - shifts[:, 0]) / (2 * third), (shifts[:, 2] - shifts[:, 1]) / (2 * third)
@@ -322,29 +503,55 @@ def _through_pil(
     x: np.ndarray,                            # [images, height, width, channels], in [0, 1]
     change: Callable[[Image.Image], Image.Image],  # of one image
 ) -> np.ndarray:                              # likewise
-    "Change images one after the other as PIL has them."
+    """Change images one after the other as PIL has them.
+
+    Args:
+        x: [images, height, width, channels], in [0, 1]
+        change: of one image
+
+    Returns:
+        np.ndarray: likewise
+    """
     eight = np.rint(255 * x).astype(np.uint8)
     changed = [np.asarray(change(Image.fromarray(one.squeeze(2) if one.shape[2] == 1 else one))) for one in eight]
     return np.stack(changed).reshape(x.shape).astype(np.float32) / 255
 
 
 def pixelate(
-    x: np.ndarray,    # as above
+    x: np.ndarray,    # float32 [images, height, width, channels], in [0, 1]
     strength: float,  # resolution that is left
     grain: Grain,     # not used
-) -> np.ndarray:
-    "Lower the resolution."
+) -> np.ndarray:      # of the same shape, before it is cut to [0, 1]
+    """Lower the resolution.
+
+    Args:
+        x: float32 [images, height, width, channels], in [0, 1]
+        strength: resolution that is left
+        grain: not used
+
+    Returns:
+        np.ndarray: of the same shape, before it is cut to [0, 1]
+    """
     height, width = x.shape[1:3]
     small, box = (max(1, int(width * strength)), max(1, int(height * strength))), Image.Resampling.BOX
     return _through_pil(x, lambda one: one.resize(small, box).resize((width, height), box))
 
 
 def jpeg_compression(
-    x: np.ndarray,    # as above
+    x: np.ndarray,    # float32 [images, height, width, channels], in [0, 1]
     strength: int,    # quality, as PIL counts it
     grain: Grain,     # not used
-) -> np.ndarray:
-    "Compress and decompress."
+) -> np.ndarray:      # of the same shape, before it is cut to [0, 1]
+    """Compress and decompress.
+
+    Args:
+        x: float32 [images, height, width, channels], in [0, 1]
+        strength: quality, as PIL counts it
+        grain: not used
+
+    Returns:
+        np.ndarray: of the same shape, before it is cut to [0, 1]
+    """
     def change(one: Image.Image) -> Image.Image:
         one.save(content := io.BytesIO(), "JPEG", quality=strength)
         return Image.open(content)
@@ -353,7 +560,14 @@ def jpeg_compression(
 # %% ../nbs/76_robustness.ipynb #af806122
 @dataclass(frozen=True)
 class Corruption:
-    "One way in which images go bad."
+    """One way in which images go bad.
+
+    Attributes:
+        name: as the files of CIFAR-10-C are called
+        kind: noise, blur, weather or digital
+        change: (pixels in [0, 1], strength, random numbers)
+        strengths: one for each severity, 1 to 5
+    """
 
     name: str                 # as the files of CIFAR-10-C are called
     kind: str                 # noise, blur, weather or digital
@@ -393,7 +607,12 @@ def _check(
     name: str,      # of a corruption
     severity: int,  # 1 to 5
 ) -> Corruption:
-    "Look up a corruption; raises `UserError` for one that does not exist, and for such a severity."
+    """Look up a corruption; raises `UserError` for one that does not exist, and for such a severity.
+
+    Args:
+        name: of a corruption
+        severity: 1 to 5
+    """
     check_name(name, CORRUPTIONS, "corruption")
     if severity not in SEVERITIES:
         raise UserError(f"A severity is a whole number from 1 to 5, and not {severity!r}.")
@@ -407,7 +626,18 @@ def corrupt(
     first: int = 0,      # number of the first image in its data set: names the random numbers
     seed: int = 0,       # for independent repetitions
 ) -> np.ndarray:         # uint8, the same shape
-    "Corrupt images; raises `UserError` for an unknown corruption or severity and for arrays that are no images."
+    """Corrupt images; raises `UserError` for an unknown corruption or severity and for arrays that are no images.
+
+    Args:
+        pixels: uint8 [N, height, width] or [N, height, width, 3]
+        name: one of CORRUPTIONS
+        severity: 1 to 5
+        first: number of the first image in its data set: names the random numbers
+        seed: for independent repetitions
+
+    Returns:
+        np.ndarray: uint8, the same shape
+    """
     corruption, key = _check(name, severity), stream_keys("corruptions", name, [seed])[0]
     if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4) or (pixels.ndim == 4 and pixels.shape[3] not in (1, 3)):
         raise UserError(f"Images to corrupt are bytes of shape [N, height, width] or [N, height, width, 3], "
@@ -429,7 +659,15 @@ def _mapped(
     path: Path,        # of an .npy file
     ndim: int,         # axes that it has to have
 ) -> np.ndarray:       # uint8, mapped into memory
-    "Map an array of bytes; raises `UserError` for anything else."
+    """Map an array of bytes; raises `UserError` for anything else.
+
+    Args:
+        path: of an .npy file
+        ndim: axes that it has to have
+
+    Returns:
+        np.ndarray: uint8, mapped into memory
+    """
     try:
         ordinary_size(path)
         array = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -446,7 +684,16 @@ def read_corrupted(
     name: str,           # one of CORRUPTIONS
     severity: int,       # 1 to 5
 ) -> tuple[np.ndarray, np.ndarray]:  # images uint8 [n, height, width, 3], labels int64 [n]
-    "Read one severity of one corruption from files; raises `UserError` for files that are missing or do not fit."
+    """Read one severity of one corruption from files; raises `UserError` for files that are missing or do not fit.
+
+    Args:
+        folder: with <corruption>.npy and labels.npy
+        name: one of CORRUPTIONS
+        severity: 1 to 5
+
+    Returns:
+        tuple[np.ndarray, np.ndarray]: images uint8 [n, height, width, 3], labels int64 [n]
+    """
     _check(name, severity)
     pixels, labels = _mapped(Path(folder) / f"{name}.npy", 4), _mapped(Path(folder) / "labels.npy", 1)
     if len(pixels) != len(labels) or pixels.shape[3] != 3 or max(pixels.shape[1:3]) > 512:
@@ -463,7 +710,14 @@ Key = tuple[str, int]  # corruption and severity
 def _pixels(
     images: Images,  # of a data set in DATA_SETS
 ) -> np.ndarray:     # uint8, its test images before they were normalised
-    "Undo `normalise`."
+    """Undo `normalise`.
+
+    Args:
+        images: of a data set in DATA_SETS
+
+    Returns:
+        np.ndarray: uint8, its test images before they were normalised
+    """
     entry = DATA_SETS[check_name(images.name, DATA_SETS, "data set whose pixels can be corrupted")]
     scaled = (images.x_test * entry.std + entry.mean).mul_(255).round_().clamp_(0, 255).to(torch.uint8)
     pixels = scaled.permute(0, 2, 3, 1).numpy()
@@ -477,7 +731,18 @@ def corrupted_sets(
     folder: Path | str | None = None,          # with the benchmark's files; none: ours
     seed: int = 0,                             # for independent repetitions
 ) -> Iterator[tuple[Key, Images]]:             # one data set after the other; dict(...) keeps them all
-    "Corrupted test images, one corruption and severity after the other; raises `UserError` as `corrupt` does."
+    """Corrupted test images, one corruption and severity after the other; raises `UserError` as `corrupt` does.
+
+    Args:
+        images: whose test images go bad; the rest stays
+        names: which corruptions
+        severities: how strong
+        folder: with the benchmark's files; none: ours
+        seed: for independent repetitions
+
+    Returns:
+        Iterator[tuple[Key, Images]]: one data set after the other; dict(...) keeps them all
+    """
     entry = DATA_SETS[check_name(images.name, DATA_SETS, "data set whose pixels can be corrupted")]
     for name, severity in product(names, severities):
         if folder is None:
@@ -496,7 +761,15 @@ def probabilities(
     models: Models,  # a population, a module, or several modules
     images: Images,  # whose test images are judged
 ) -> Tensor:         # float64 [models, N, classes]
-    "What models of any kind make of the test images."
+    """What models of any kind make of the test images.
+
+    Args:
+        models: a population, a module, or several modules
+        images: whose test images are judged
+
+    Returns:
+        Tensor: float64 [models, N, classes]
+    """
     if isinstance(models, Population):
         return class_logits(models, images.x_test).double().softmax(-1)
     modules = [models] if isinstance(models, nn.Module) else list(models)
@@ -508,7 +781,16 @@ def judge(
     images: Images,          # whose test images are judged
     engine: Engine = TORCH,  # who judges a population
 ) -> tuple[Tensor, Tensor]:  # mean cross-entropy float64 [models], predicted classes [models, N]
-    "Loss and predictions of models of any kind."
+    """Loss and predictions of models of any kind.
+
+    Args:
+        models: a population, a module, or several modules
+        images: whose test images are judged
+        engine: who judges a population
+
+    Returns:
+        tuple[Tensor, Tensor]: mean cross-entropy float64 [models], predicted classes [models, N]
+    """
     x, y = images.x_test, images.y_test
     if isinstance(models, Population):
         return engine.evaluate(models.weights, models.architecture, models.models["activation"], x, y)
@@ -522,7 +804,16 @@ def corrupted_accuracy(
     sets: Iterable[tuple[Key, Images]],    # from corrupted_sets, or the items of a dictionary of them
     engine: Engine = TORCH,                # who judges a population
 ) -> pd.DataFrame:                         # one row per model, corruption and severity: accuracy and loss
-    "How every model does on every corruption at every severity."
+    """How every model does on every corruption at every severity.
+
+    Args:
+        models: a population, a module, or several modules
+        sets: from corrupted_sets, or the items of a dictionary of them
+        engine: who judges a population
+
+    Returns:
+        pd.DataFrame: one row per model, corruption and severity: accuracy and loss
+    """
     frames = []
     for (name, severity), bad in sets:
         loss, predictions = judge(models, bad, engine)
@@ -535,7 +826,14 @@ def corrupted_accuracy(
 def ood_accuracy(
     table: pd.DataFrame,  # from corrupted_accuracy
 ) -> pd.Series:           # by the place of the model, fractions
-    "The mean over all corruptions and severities (Tables 13 and 14)."
+    """The mean over all corruptions and severities (Tables 13 and 14).
+
+    Args:
+        table: from corrupted_accuracy
+
+    Returns:
+        pd.Series: by the place of the model, fractions
+    """
     return table.groupby("place")["accuracy"].mean()
 
 # %% ../nbs/76_robustness.ipynb #4910caa8
@@ -544,7 +842,12 @@ def figure_robustness(
     found: Mapping[str, pd.DataFrame],  # group -> from corrupted_accuracy
     clean: Mapping[str, float],         # group -> mean accuracy on clean images, drawn at severity 0
 ) -> Figure:
-    "Mean accuracy over severity, a panel for every corruption."
+    """Mean accuracy over severity, a panel for every corruption.
+
+    Args:
+        found: group -> from corrupted_accuracy
+        clean: group -> mean accuracy on clean images, drawn at severity 0
+    """
     names = list(dict.fromkeys(name for table in found.values() for name in table["corruption"]))
     rows = -(-len(names) // 5)
     size = {"figsize": (WIDTH, 0.4 + 1.45 * rows), "sharex": True, "sharey": True, "squeeze": False}
@@ -573,7 +876,16 @@ def reliability(
     y: Tensor,              # int64 [N]
     bins: int = BINS,       # of equal width; bin b holds confidences in ((b - 1) / bins, b / bins]
 ) -> pd.DataFrame:          # one row per bin with images: images, confidence, accuracy
-    "How often a model is right, by how sure it is."
+    """How often a model is right, by how sure it is.
+
+    Args:
+        confident: [N, classes], probabilities of one model
+        y: int64 [N]
+        bins: of equal width; bin b holds confidences in ((b - 1) / bins, b / bins]
+
+    Returns:
+        pd.DataFrame: one row per bin with images: images, confidence, accuracy
+    """
     confidence, guess = confident.double().max(-1)
     place = (confidence * bins).ceil().long().clamp(1, bins)
     frame = pd.DataFrame({"bin": place, "confidence": confidence, "accuracy": (guess == y).double()})
@@ -586,7 +898,16 @@ def calibration_error(
     y: Tensor,              # int64 [N]
     bins: int = BINS,       # of equal width
 ) -> pd.DataFrame:          # one row per model: ECE and MCE, fractions
-    "Expected and maximum calibration error of every model."
+    """Expected and maximum calibration error of every model.
+
+    Args:
+        confident: [models, N, classes], from `probabilities`
+        y: int64 [N]
+        bins: of equal width
+
+    Returns:
+        pd.DataFrame: one row per model: ECE and MCE, fractions
+    """
     rows = []
     for one in confident:
         table = reliability(one, y, bins)
@@ -600,7 +921,16 @@ def class_recall(
     groups: Tensor,       # int64 [N], the group of every image: its class, or any other division
     right: Tensor,        # int64 [N], the class of every image
 ) -> Tensor:              # float64 [models, groups]; NaN for a group without images
-    "The share of right answers in every group."
+    """The share of right answers in every group.
+
+    Args:
+        predictions: [models, N]
+        groups: int64 [N], the group of every image: its class, or any other division
+        right: int64 [N], the class of every image
+
+    Returns:
+        Tensor: float64 [models, groups]; NaN for a group without images
+    """
     hits = (predictions == right).double()
     members = F.one_hot(groups.long()).double()
     return hits @ members / members.sum(0)
@@ -611,7 +941,16 @@ def fairness(
     y: Tensor,            # int64 [N]
     groups: Tensor | None = None,  # int64 [N]; none: the classes
 ) -> pd.DataFrame:        # one row per model: accuracy, balanced, worst, disparity; fractions
-    "Accuracy, mean recall, the smallest recall, and how far it is behind the largest."
+    """Accuracy, mean recall, the smallest recall, and how far it is behind the largest.
+
+    Args:
+        predictions: [models, N]
+        y: int64 [N]
+        groups: int64 [N]; none: the classes
+
+    Returns:
+        pd.DataFrame: one row per model: accuracy, balanced, worst, disparity; fractions
+    """
     recall = class_recall(predictions, y if groups is None else groups, y).numpy()
     columns = {"balanced": np.nanmean(recall, 1), "worst": np.nanmin(recall, 1)}
     spread = np.nanmax(recall, 1) - np.nanmin(recall, 1)
@@ -626,14 +965,28 @@ LARGEST_TEXT = 64 << 20  # bytes; the true files have 26 MB and 4 MB
 def _words(
     path: Path,  # a text file
 ) -> list[list[str]]:  # words of every line
-    "Read a table of words; raises `ValueError` or `OSError`."
+    """Read a table of words; raises `ValueError` or `OSError`.
+
+    Args:
+        path: a text file
+
+    Returns:
+        list[list[str]]: words of every line
+    """
     return [line.split() for line in read_file(path, LARGEST_TEXT).decode("ascii").splitlines() if line.strip()]
 
 
 def celeba_groups(
     folder: Path | str,  # with list_attr_celeba.txt and list_eval_partition.txt
 ) -> pd.DataFrame:       # one row per image, in the order of the files: image, split, blonde, male, group
-    "Read Celeb-A's groups; raises `UserError` for files that are missing or do not fit."
+    """Read Celeb-A's groups; raises `UserError` for files that are missing or do not fit.
+
+    Args:
+        folder: with list_attr_celeba.txt and list_eval_partition.txt
+
+    Returns:
+        pd.DataFrame: one row per image, in the order of the files: image, split, blonde, male, group
+    """
     folder = Path(folder)
     try:
         (count, *_), names, *rows = _words(folder / "list_attr_celeba.txt")
@@ -660,7 +1013,18 @@ def table_15(
     names: Sequence[str] = GROUPS,  # the groups, in the order of the columns
     data: str = "Celeb-A",    # what was judged
 ) -> Table:                   # mean ± std over the repetitions, in %
-    "Accuracy, balanced accuracy and recall of every group (Table 15)."
+    """Accuracy, balanced accuracy and recall of every group (Table 15).
+
+    Args:
+        predictions: (setting, sparsity) -> classes [repetitions, N]
+        y: int64 [N]
+        groups: the group of every image
+        names: the groups, in the order of the columns
+        data: what was judged
+
+    Returns:
+        Table: mean ± std over the repetitions, in %
+    """
     codes = torch.tensor([list(names).index(group) for group in groups])
     numbers, layout = [], {}
     for (setting, level), guessed in predictions.items():
@@ -683,7 +1047,20 @@ def soup_populations(
     m: int = 3,              # copies of every model
     engine: Engine = TORCH,  # who trains
 ) -> dict[tuple[str, int], Population]:  # (row of the table, phase) -> N models, or N * m candidates
-    "Soups, their candidates, and what the same training buys otherwise (the rows of Tables 1, 13 and 14)."
+    """Soups, their candidates, and what the same training buys otherwise (the rows of Tables 1, 13 and 14).
+
+    Args:
+        population: N trained models
+        images: to train on
+        level: sparsity after the last phase
+        recipe: of one phase
+        phases: how many
+        m: copies of every model
+        engine: who trains
+
+    Returns:
+        dict[tuple[str, int], Population]: (row of the table, phase) -> N models, or N * m candidates
+    """
     cook = lambda **changes: sparse_soup(population, images, level, replace(recipe, **changes), phases, engine=engine)
     found: dict[tuple[str, int], Population] = {}
     for phase in sparse_soup(population, images, level, recipe, phases, m, engine=engine):
@@ -707,7 +1084,18 @@ def ood_cells(
     setting: str,            # network and data set
     table: int = 13,         # 13 or 14
 ) -> pd.DataFrame:           # cells in the form of reported_soups; mean and standard deviation over the models, in %
-    "Judge everybody in Tables 13 and 14."
+    """Judge everybody in Tables 13 and 14.
+
+    Args:
+        found: from soup_populations
+        level: sparsity after the last phase
+        score: accuracy of every model, such as its ood_accuracy
+        setting: network and data set
+        table: 13 or 14
+
+    Returns:
+        pd.DataFrame: cells in the form of reported_soups; mean and standard deviation over the models, in %
+    """
     levels = sparsity_per_phase(level, max(phase for _, phase in found))
     m, rows = number_of_copies(found["candidates", 1]), []
     for (row, phase), models in found.items():
@@ -727,7 +1115,15 @@ def pair_averages(
     population: Population,  # copies, those of a model beside each other
     score: Callable[[Population], np.ndarray],  # accuracy of every model, such as its ood_accuracy
 ) -> pd.DataFrame:           # one row per pair: model, first, second, best, average
-    "The average of every two copies of a model, beside the better of the two."
+    """The average of every two copies of a model, beside the better of the two.
+
+    Args:
+        population: copies, those of a model beside each other
+        score: accuracy of every model, such as its ood_accuracy
+
+    Returns:
+        pd.DataFrame: one row per pair: model, first, second, best, average
+    """
     m = number_of_copies(population)
     alone, frames = np.asarray(score(population)).reshape(-1, m), []
     models = population.models["model"].to_numpy()[::m]
@@ -745,7 +1141,12 @@ def figure_pairs(
     pairs: Mapping[str, pd.DataFrame],  # what was varied -> from pair_averages
     measure: str = "OOD accuracy",      # what the score is
 ) -> Figure:
-    "Accuracy of the average of two models against the better of the two (Figures 3, 5, 7 and 8)."
+    """Accuracy of the average of two models against the better of the two (Figures 3, 5, 7 and 8).
+
+    Args:
+        pairs: what was varied -> from pair_averages
+        measure: what the score is
+    """
     fig, ax = plt.subplots(figsize=(0.6 * WIDTH, 1.3 * HEIGHT))
     for place, (varied, found) in enumerate(pairs.items()):
         look = {"color": COLOURS[place], "marker": MARKERS[place], "alpha": 0.7}
@@ -768,7 +1169,20 @@ def instability(
     m: int = 3,              # copies of every model
     engine: Engine = TORCH,  # who trains and judges
 ) -> pd.DataFrame:           # one row per level and rate: mean and largest distance, relative, barrier, gain in points
-    "Distance and barrier of copies over sparsity and rate (Table 18 and Figure 4a)."
+    """Distance and barrier of copies over sparsity and rate (Table 18 and Figure 4a).
+
+    Args:
+        population: N trained models
+        images: to train on and to judge by
+        levels: one-shot sparsities
+        rates: learning rates
+        recipe: of retraining; its rate is replaced
+        m: copies of every model
+        engine: who trains and judges
+
+    Returns:
+        pd.DataFrame: one row per level and rate: mean and largest distance, relative, barrier, gain in points
+    """
     rows = []
     for level, rate in product(levels, rates):
         pruned, masks = prune(population, level)
@@ -789,7 +1203,11 @@ def instability(
 def figure_instability(
     found: pd.DataFrame,  # from instability
 ) -> Figure:
-    "Distance, barrier and gain over sparsity, a line for every rate."
+    """Distance, barrier and gain over sparsity, a line for every rate.
+
+    Args:
+        found: from instability
+    """
     fig, axes = plt.subplots(1, 3, figsize=(WIDTH, HEIGHT))
     titles = {"relative": "distance over norm", "barrier": "barrier of the loss", "gain": "soup minus best, points"}
     for ax, (name, title) in zip(axes, titles.items()):

@@ -24,7 +24,14 @@ FROM_HISTORY = ("FT", "LRW", "SLR")
 def relative_history(
     history: Sequence[float],  # learning rates of the original training, evenly spaced: one per epoch, or per step
 ) -> list[float]:              # divided by the largest; its own warm-up is replaced by 1
-    "Divide the rates of the original training by their largest; raises `UserError` if they are no rates."
+    """Divide the rates of the original training by their largest; raises `UserError` if they are no rates.
+
+    Args:
+        history: learning rates of the original training, evenly spaced: one per epoch, or per step
+
+    Returns:
+        list[float]: divided by the largest; its own warm-up is replaced by 1
+    """
     if not history or min(history) < 0 or not 0 < max(history) < math.inf:
         raise UserError(
             "The history of learning rates has to hold at least one positive number and no negative one, "
@@ -41,7 +48,15 @@ def check_schedule(
     original_epochs: int | None = None,  # T; none: as many as the history has entries
     warm_up: float | None = None,   # share of the phase; none: as in the paper
 ) -> None:
-    "Raise `UserError` for an unknown schedule, for one that lacks what it needs, and for an impossible warm-up."
+    """Raise `UserError` for an unknown schedule, for one that lacks what it needs, and for an impossible warm-up.
+
+    Args:
+        schedule: one of SCHEDULES
+        epochs: of the phase, T_rt
+        history: rates of the original training
+        original_epochs: T; none: as many as the history has entries
+        warm_up: share of the phase; none: as in the paper
+    """
     check_name(schedule, SCHEDULES, "schedule of learning rates")
     if schedule in FROM_HISTORY and not history:
         raise UserError(
@@ -67,7 +82,15 @@ def _read(
     history: list[float],  # from relative_history
     place: float,          # 0: its beginning, 1: its end
 ) -> float:                # the factor there
-    "Read a history at a place."
+    """Read a history at a place.
+
+    Args:
+        history: from relative_history
+        place: 0: its beginning, 1: its end
+
+    Returns:
+        float: the factor there
+    """
     return history[min(max(int(place * len(history) + 1e-9), 0), len(history) - 1)]
 
 
@@ -79,7 +102,19 @@ def factor_at(
     original_epochs: int | None = None,  # T; none: as many as the history has entries
     warm_up: float | None = None,   # share of the phase; none: as in the paper
 ) -> float:                         # factor of a model's own rate
-    "The shape of a schedule (Appendix A.2); for ALLR without its `initial_factors`."
+    """The shape of a schedule (Appendix A.2); for ALLR without its `initial_factors`.
+
+    Args:
+        progress: share of the phase that is done, 0 <= progress < 1
+        schedule: one of SCHEDULES
+        epochs: of the phase, T_rt
+        history: rates of the original training
+        original_epochs: T; none: as many as the history has entries
+        warm_up: share of the phase; none: as in the paper
+
+    Returns:
+        float: factor of a model's own rate
+    """
     warm_up = WARM_UP.get(schedule, 0.0) if warm_up is None else warm_up
     if progress < warm_up:
         return (1 - math.cos(math.pi * progress / warm_up)) / 2
@@ -105,7 +140,21 @@ def epoch_factors(
     warm_up: float | None = None,        # share of the phase; none: as in the paper
     per_step: bool = True,               # a value per step; otherwise an epoch has the value at its middle
 ) -> Tensor:            # float64 [steps], what multiplies every model's rate
-    "The factors of the learning rate in one epoch; raises `UserError` as `check_schedule` does."
+    """The factors of the learning rate in one epoch; raises `UserError` as `check_schedule` does.
+
+    Args:
+        schedule: one of SCHEDULES
+        epoch: which, from 1
+        epochs: of the phase, T_rt
+        steps: of one epoch
+        history: rates of the original training
+        original_epochs: T; none: as many as the history has entries
+        warm_up: share of the phase; none: as in the paper
+        per_step: a value per step; otherwise an epoch has the value at its middle
+
+    Returns:
+        Tensor: float64 [steps], what multiplies every model's rate
+    """
     check_schedule(schedule, epochs, history, original_epochs, warm_up)
     places = (
         [(epoch - 1 + step / steps) / epochs for step in range(steps)] if per_step else [(epoch - 0.5) / epochs] * steps
@@ -121,7 +170,17 @@ def pruning_damage(
     earlier: Mapping[str, Tensor] | None = None,  # masks before it; none: nothing was pruned
     everything: bool = False,       # norms of all parameters, as in the authors' code, not of prunable weights
 ) -> Tensor:                        # float64 [models], d_1; 0 where nothing was removed
-    "How much of a model's norm a pruning step removes, relative to the most that it could (Zimmer et al. 2023)."
+    """How much of a model's norm a pruning step removes, relative to the most that it could (Zimmer et al. 2023).
+
+    Args:
+        weights: stacked parameters [models, ...] before this pruning step
+        masks: weight name -> bool [models, ...] after it, True where a weight stays
+        earlier: masks before it; none: nothing was pruned
+        everything: norms of all parameters, as in the authors' code, not of prunable weights
+
+    Returns:
+        Tensor: float64 [models], d_1; 0 where nothing was removed
+    """
     count = lambda kept: sum(mask.flatten(1).sum(1).double() for mask in kept.values())
     square = lambda tensor: tensor.double().square().flatten(1).sum(1)
     left = count(earlier) if earlier else sum(mask[0].numel() for mask in masks.values())
@@ -136,5 +195,14 @@ def initial_factors(
     epochs: int,           # of the phase, T_rt
     original_epochs: int,  # T
 ) -> Tensor:               # float64 [models], d
-    "By how much ALLR lowers every model's first rate."
+    """By how much ALLR lowers every model's first rate.
+
+    Args:
+        damage: float64 [models], d_1 from pruning_damage
+        epochs: of the phase, T_rt
+        original_epochs: T
+
+    Returns:
+        Tensor: float64 [models], d
+    """
     return damage.clamp(min=min(epochs / original_epochs, 1.0), max=1.0)

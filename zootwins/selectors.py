@@ -31,7 +31,14 @@ from .streams import random_words, stream_keys, to_uniform
 def prunable(
     weights: Mapping[str, Tensor],  # stacked parameters
 ) -> dict[str, Tensor]:             # those named "...weight" that read inputs
-    "The parameters that may be pruned; biases and normalisations never are."
+    """The parameters that may be pruned; biases and normalisations never are.
+
+    Args:
+        weights: stacked parameters
+
+    Returns:
+        dict[str, Tensor]: those named "...weight" that read inputs
+    """
     return {name: tensor for name, tensor in weights.items() if name.endswith("weight") and tensor.ndim > 2}
 
 
@@ -39,14 +46,29 @@ def magnitude_scores(
     population: Population,        # trained models
     images: Images | None = None,  # not used
 ) -> dict[str, Tensor]:            # weight name -> float [models, ...]
-    "The absolute values of the weights (Han et al. 2015)."
+    """The absolute values of the weights (Han et al. 2015).
+
+    Args:
+        population: trained models
+        images: not used
+
+    Returns:
+        dict[str, Tensor]: weight name -> float [models, ...]
+    """
     return {name: tensor.abs() for name, tensor in prunable(population.weights).items()}
 
 # %% ../nbs/15_selectors.ipynb #c334c473
 def _lamp(
     weights: Tensor,  # [models, n], of one layer
 ) -> Tensor:          # float64 [models, n]
-    "The scores of one layer."
+    """The scores of one layer.
+
+    Args:
+        weights: [models, n], of one layer
+
+    Returns:
+        Tensor: float64 [models, n]
+    """
     order = torch.argsort(weights.abs(), dim=1, descending=True, stable=True)
     squares = weights.double().square().gather(1, order)
     ranked = squares / squares.cumsum(1).clamp_min(torch.finfo(torch.float64).tiny)
@@ -57,7 +79,15 @@ def lamp_scores(
     population: Population,        # trained models
     images: Images | None = None,  # not used
 ) -> dict[str, Tensor]:            # weight name -> float64 [models, ...], between 0 and 1
-    "Layer-adaptive magnitudes (LAMP, Lee et al. 2020)."
+    """Layer-adaptive magnitudes (LAMP, Lee et al. 2020).
+
+    Args:
+        population: trained models
+        images: not used
+
+    Returns:
+        dict[str, Tensor]: weight name -> float64 [models, ...], between 0 and 1
+    """
     return {
         name: _lamp(tensor.flatten(1)).reshape(tensor.shape) for name, tensor in prunable(population.weights).items()
     }
@@ -68,7 +98,16 @@ def random_scores(
     images: Images | None = None,  # not used
     run_seed: int = 0,             # for independent repetitions
 ) -> dict[str, Tensor]:            # weight name -> float32 [models, ...], uniform in (0, 1]
-    "Random numbers from every model's stream."
+    """Random numbers from every model's stream.
+
+    Args:
+        population: models with seeds
+        images: not used
+        run_seed: for independent repetitions
+
+    Returns:
+        dict[str, Tensor]: weight name -> float32 [models, ...], uniform in (0, 1]
+    """
     keys = stream_keys(population.architecture, "random pruning", population.models["seed"], run_seed)
     found = {}
     for site, (name, tensor) in enumerate(prunable(population.weights).items(), start=1):
@@ -80,7 +119,15 @@ def filter_scores(
     population: Population,        # trained models
     images: Images | None = None,  # not used
 ) -> dict[str, Tensor]:            # name of a convolution's weight -> float [models, filters]
-    "The Euclidean norm of every filter (paper, Appendix A.2)."
+    """The Euclidean norm of every filter (paper, Appendix A.2).
+
+    Args:
+        population: trained models
+        images: not used
+
+    Returns:
+        dict[str, Tensor]: name of a convolution's weight -> float [models, filters]
+    """
     return {
         name: tensor.flatten(2).norm(dim=2) for name, tensor in prunable(population.weights).items() if tensor.ndim == 5
     }
@@ -93,7 +140,15 @@ def snip_scores(
     population: Population,  # models
     images: Images | None,   # the first SNIP_IMAGES training images are looked at
 ) -> dict[str, Tensor]:      # weight name -> float64 [models, ...]
-    "Sensitivity of the loss to every weight (SNIP, Lee et al. 2019); raises `UserError` without images."
+    """Sensitivity of the loss to every weight (SNIP, Lee et al. 2019); raises `UserError` without images.
+
+    Args:
+        population: models
+        images: the first SNIP_IMAGES training images are looked at
+
+    Returns:
+        dict[str, Tensor]: weight name -> float64 [models, ...]
+    """
     if images is None:
         raise UserError(
             "SNIP scores weights by the loss on training images: give images=, from datasets.load_images, "
@@ -118,7 +173,17 @@ def deal(
     at_most: Sequence[int],        # weights that it has
     total: int,                    # to be kept
 ) -> list[int]:                    # by layer; they sum to `total`
-    "Divide a number of weights among layers in proportion, within bounds."
+    """Divide a number of weights among layers in proportion, within bounds.
+
+    Args:
+        proportions: of the layers
+        at_least: weights that a layer keeps in any case
+        at_most: weights that it has
+        total: to be kept
+
+    Returns:
+        list[int]: by layer; they sum to `total`
+    """
     kept, seats = list(at_least), []
     for layer, (share, low, high) in enumerate(zip(proportions, at_least, at_most)):
         seats += [(-share / (count + 0.5), layer) for count in range(low, high)]
@@ -131,7 +196,15 @@ def layerwise_counts(
     shapes: Mapping[str, tuple[int, ...]],  # of one model's prunable weights, in the order of the layers
     level: float,                           # fraction to prune
 ) -> dict[str, int]:                        # how many weights each layer keeps
-    "The same share of every layer, rounded."
+    """The same share of every layer, rounded.
+
+    Args:
+        shapes: of one model's prunable weights, in the order of the layers
+        level: fraction to prune
+
+    Returns:
+        dict[str, int]: how many weights each layer keeps
+    """
     return {name: count_kept(math.prod(shape), level) for name, shape in shapes.items()}
 
 # %% ../nbs/15_selectors.ipynb #6f9adaa3
@@ -142,7 +215,15 @@ def erk_counts(
     shapes: Mapping[str, tuple[int, ...]],  # of one model's prunable weights, in the order of the layers
     level: float,                           # fraction to prune
 ) -> dict[str, int]:                        # how many weights each layer keeps
-    "Survivors in proportion to the sum of a layer's dimensions (Erdős-Rényi kernel, Evci et al. 2020)."
+    """Survivors in proportion to the sum of a layer's dimensions (Erdős-Rényi kernel, Evci et al. 2020).
+
+    Args:
+        shapes: of one model's prunable weights, in the order of the layers
+        level: fraction to prune
+
+    Returns:
+        dict[str, int]: how many weights each layer keeps
+    """
     sizes = [math.prod(shape) for shape in shapes.values()]
     total = count_kept(sum(sizes), level)
     return dict(zip(shapes, deal([sum(shape) for shape in shapes.values()], [0] * len(sizes), sizes, total)))
@@ -152,7 +233,15 @@ def uniform_plus_counts(
     shapes: Mapping[str, tuple[int, ...]],  # of one model's prunable weights, in the order of the layers
     level: float,                           # fraction to prune
 ) -> dict[str, int]:                        # how many weights each layer keeps
-    "First layer dense, last at most 80 % sparse (uniform+, Gale et al. 2019); raises `UserError` where impossible."
+    """First layer dense, last at most 80 % sparse (uniform+, Gale et al. 2019); raises `UserError` where impossible.
+
+    Args:
+        shapes: of one model's prunable weights, in the order of the layers
+        level: fraction to prune
+
+    Returns:
+        dict[str, int]: how many weights each layer keeps
+    """
     sizes = [math.prod(shape) for shape in shapes.values()]
     total = count_kept(sum(sizes), level)
     bound = [sizes[0], *[0] * (len(sizes) - 2), sizes[-1] - round(LAST_LAYER * sizes[-1])]
@@ -171,7 +260,13 @@ Rule = Callable[[Mapping[str, tuple[int, ...]], float], dict[str, int]]
 
 @dataclass(frozen=True)
 class Selector:
-    "How weights are chosen."
+    """How weights are chosen.
+
+    Attributes:
+        scores: (population, images or none) -> name -> [models, ...] or [models, filters]; high stays
+        counts: (shapes of one model's scores, level) -> how many stay; none: one threshold
+        title: in words
+    """
 
     name: str
     scores: Scores            # (population, images or none) -> name -> [models, ...] or [models, filters]; high stays
@@ -194,7 +289,14 @@ SELECTORS = {selector.name: selector for selector in (
 def get_selector(
     selector: str | Selector | Scores,  # a name, a selector, or a function that scores
 ) -> Selector:                          # how to choose
-    "Look up a selector, or make one of a function; raises `UserError` with the valid names."
+    """Look up a selector, or make one of a function; raises `UserError` with the valid names.
+
+    Args:
+        selector: a name, a selector, or a function that scores
+
+    Returns:
+        Selector: how to choose
+    """
     if isinstance(selector, Selector):
         return selector
     if callable(selector):
@@ -208,7 +310,13 @@ def check_target(
     architecture: str,  # a key of ARCHITECTURES
     level: float,       # fraction to prune
 ) -> None:
-    "Raise `UserError` where a selector's rule cannot prune an architecture by so much."
+    """Raise `UserError` where a selector's rule cannot prune an architecture by so much.
+
+    Args:
+        selector: a name in SELECTORS
+        architecture: a key of ARCHITECTURES
+        level: fraction to prune
+    """
     rule, module = get_selector(selector).counts, build(architecture)
     if rule:
         shapes = {name: tuple(of.shape) for name, of in module.named_parameters()}
@@ -219,7 +327,15 @@ def sparsity_per_phase(
     level: float,  # sparsity after the last phase, a fraction
     phases: int,   # how many, at least one
 ) -> tuple[float, ...]:  # cumulative sparsity after each
-    "The levels of iterative magnitude pruning: every phase removes the same share of what is left."
+    """The levels of iterative magnitude pruning: every phase removes the same share of what is left.
+
+    Args:
+        level: sparsity after the last phase, a fraction
+        phases: how many, at least one
+
+    Returns:
+        tuple[float, ...]: cumulative sparsity after each
+    """
     check_level(level)
     if phases < 1:
         raise UserError(f"Pruning takes at least one phase, not {phases}.")
@@ -232,7 +348,17 @@ def _score(
     earlier: Mapping[str, Tensor] | None,  # masks of the phase before
     images: Images | None,                 # for selectors that look at data
 ) -> dict[str, Tensor]:                    # name -> float [models, units]; -inf where a unit is gone
-    "Score the units of pruning, weights or filters; raises `UserError` for scores that do not fit the weights."
+    """Score the units of pruning, weights or filters; raises `UserError` for scores that do not fit the weights.
+
+    Args:
+        population: models
+        selector: how to choose
+        earlier: masks of the phase before
+        images: for selectors that look at data
+
+    Returns:
+        dict[str, Tensor]: name -> float [models, units]; -inf where a unit is gone
+    """
     found = {}
     for name, scores in selector.scores(population, images).items():
         weight = population.weights.get(name)
@@ -254,7 +380,17 @@ def _choose(
     selector: Selector,         # how to choose
     level: float,               # fraction to prune
 ) -> dict[str, Tensor]:         # name -> bool [models, units]
-    "Let scores compete, together or layer by layer; raises `UserError` where less is left than shall stay."
+    """Let scores compete, together or layer by layer; raises `UserError` where less is left than shall stay.
+
+    Args:
+        scores: from _score
+        shapes: of one model's scores
+        selector: how to choose
+        level: fraction to prune
+
+    Returns:
+        dict[str, Tensor]: name -> bool [models, units]
+    """
     if selector.counts is None:
         scores = {"": torch.cat([each.double() for each in scores.values()], 1)}
         counts = {"": count_kept(scores[""].shape[1], level)}
@@ -283,7 +419,18 @@ def prune(
     earlier: Mapping[str, Tensor] | None = None,   # masks of the phase before, within which the new ones lie
     images: Images | None = None,          # for selectors that look at data
 ) -> tuple[Population, dict[str, Tensor]]:  # the pruned models, and bool masks [models, ...] for all prunable weights
-    "Prune every model of a population; raises `UserError` for impossible levels, unknown selectors and unfit scores."
+    """Prune every model of a population; raises `UserError` for impossible levels, unknown selectors and unfit scores.
+
+    Args:
+        population: trained models
+        level: fraction of prunable weights to be gone, for all models or each
+        selector: a name in SELECTORS, a selector, or a function that scores
+        earlier: masks of the phase before, within which the new ones lie
+        images: for selectors that look at data
+
+    Returns:
+        tuple[Population, dict[str, Tensor]]: the pruned models, and bool masks [models, ...] for all prunable weights
+    """
     levels = np.broadcast_to(np.asarray(level, dtype=float), len(population))
     how, weights = get_selector(selector), prunable(population.weights)
     masks = {
@@ -308,7 +455,15 @@ def kept_weights(
     masks: Mapping[str, Tensor],  # weight name -> bool [models, ...], or pruned weights
     architecture: str,            # a key of ARCHITECTURES
 ) -> pd.DataFrame:                # one row per model, one column per layer, "conv1" and so on
-    "How many weights every layer of every model keeps."
+    """How many weights every layer of every model keeps.
+
+    Args:
+        masks: weight name -> bool [models, ...], or pruned weights
+        architecture: a key of ARCHITECTURES
+
+    Returns:
+        pd.DataFrame: one row per model, one column per layer, "conv1" and so on
+    """
     layers = layer_names(build(architecture))
     return pd.DataFrame(
         {layer: (masks[f"{path}.weight"] != 0).flatten(1).sum(1).numpy() for layer, path in layers.items()}
@@ -319,5 +474,13 @@ def empty_layers(
     masks: Mapping[str, Tensor],  # weight name -> bool [models, ...], or pruned weights
     architecture: str,            # a key of ARCHITECTURES
 ) -> pd.DataFrame:                # bool; one row per model, one column per layer
-    "Which layers have lost all their weights, so that the model's output no longer depends on the image."
+    """Which layers have lost all their weights, so that the model's output no longer depends on the image.
+
+    Args:
+        masks: weight name -> bool [models, ...], or pruned weights
+        architecture: a key of ARCHITECTURES
+
+    Returns:
+        pd.DataFrame: bool; one row per model, one column per layer
+    """
     return kept_weights(masks, architecture) == 0

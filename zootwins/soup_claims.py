@@ -32,7 +32,18 @@ def judge_cells(
     margin: float = 0.0,                   # in points
     of: str = "",                          # in a word, where a statement has several numbers
 ) -> list[Finding]:                        # one; none where no cell has two models
-    "Apply the rule."
+    """Apply the rule.
+
+    Args:
+        differences: cell -> points, by model
+        quantifier: reported_soups.ALWAYS, MOSTLY or ONCE
+        what: what was measured
+        margin: in points
+        of: in a word, where a statement has several numbers
+
+    Returns:
+        list[Finding]: one; none where no cell has two models
+    """
     known = {cell: values.dropna() for cell, values in differences.items() if values.notna().sum() > 1}
     if not known:
         return []
@@ -53,7 +64,15 @@ def row_differences(
     results: pd.DataFrame,  # of one setting, from soups.story_table
     claim: SoupClaim,       # with the two rows
 ) -> dict[str, pd.Series]:  # cell -> points, by model
-    "Differences of two rows, cell by cell; a row without copies goes with every number of copies."
+    """Differences of two rows, cell by cell; a row without copies goes with every number of copies.
+
+    Args:
+        results: of one setting, from soups.story_table
+        claim: with the two rows
+
+    Returns:
+        dict[str, pd.Series]: cell -> points, by model
+    """
     kept = results.assign(metric="test_acc")
     kept = kept if claim.where is None else kept[claim.where(kept)]
     sides = []
@@ -73,7 +92,14 @@ OTHER_IMAGES = {13, 14, 15}  # tables of corrupted images and of subgroups, whic
 def judge_story(
     results: pd.DataFrame,  # of one setting, from soups.story_table
 ) -> pd.DataFrame:          # one row per claim that it has the rows for: claim, place, quote, and the fields of Finding
-    "Try every claim about rows on a population."
+    """Try every claim about rows on a population.
+
+    Args:
+        results: of one setting, from soups.story_table
+
+    Returns:
+        pd.DataFrame: one row per claim that it has the rows for: claim, place, quote, and the fields of Finding
+    """
     rows = []
     for claim in (claim for claim in SOUP_CLAIMS if not set(claim.tables) & OTHER_IMAGES):
         what = f"{' '.join(filter(None, claim.left))} minus {' '.join(filter(None, claim.right))}"
@@ -92,7 +118,17 @@ def by_cell(
     right: str,                 # another
     keys: tuple[str, ...] = ("level",),  # what makes a cell
 ) -> dict[str, pd.Series]:      # cell -> points, by model
-    "Differences of two columns of a sweep, where the candidates do better than guessing."
+    """Differences of two columns of a sweep, where the candidates do better than guessing.
+
+    Args:
+        table: from soup_questions.sweep
+        left: a column
+        right: another
+        keys: what makes a cell
+
+    Returns:
+        dict[str, pd.Series]: cell -> points, by model
+    """
     found = {}
     for names, part in table.groupby(list(keys), sort=True):
         if part["mean candidate"].mean() > GUESSING:
@@ -106,7 +142,14 @@ def by_cell(
 def change(
     cells: dict[str, pd.Series],  # in their order
 ) -> pd.Series:                   # by model
-    "The last cell minus the first."
+    """The last cell minus the first.
+
+    Args:
+        cells: in their order
+
+    Returns:
+        pd.Series: by model
+    """
     first, *_, last = cells.values()
     return (last - first).dropna()
 
@@ -212,7 +255,14 @@ def one_epoch_is_enough(table: pd.DataFrame) -> list[Finding]:
 def pair_gains(
     pairs: pd.DataFrame,        # from soup_questions.varied_pairs
 ) -> dict[str, pd.DataFrame]:   # what was varied -> points [model, pair]
-    "What the average of two gains over the better of them."
+    """What the average of two gains over the better of them.
+
+    Args:
+        pairs: from soup_questions.varied_pairs
+
+    Returns:
+        dict[str, pd.DataFrame]: what was varied -> points [model, pair]
+    """
     gain = pairs.assign(gain=(100 * (pairs["soup"] - pairs["better"])).round(9))
     return {
         name: part.pivot(index="model", columns=["first", "second"], values="gain")
@@ -238,7 +288,11 @@ def seeds_gain_most(pairs: pd.DataFrame) -> list[Finding]:
 # %% ../nbs/38_soup_claims.ipynb #b35a72c5
 @dataclass(frozen=True)
 class SweepClaim:
-    "A statement that is tried on a sweep."
+    """A statement that is tried on a sweep.
+
+    Attributes:
+        experiment: in soup_questions.EXPERIMENTS
+    """
 
     name: str
     place: str
@@ -309,7 +363,15 @@ def judge_sweep(
     table: pd.DataFrame,  # of one selector and schedule; of `schedules`, of one selector
     experiment: str,      # of which
 ) -> pd.DataFrame:        # one row per claim that it can tell of: claim, place, quote, and the fields of Finding
-    "Try the claims about an experiment."
+    """Try the claims about an experiment.
+
+    Args:
+        table: of one selector and schedule; of `schedules`, of one selector
+        experiment: of which
+
+    Returns:
+        pd.DataFrame: one row per claim that it can tell of: claim, place, quote, and the fields of Finding
+    """
     rows = [
         {"claim": claim.name, "place": claim.place, "quote": claim.quote, **asdict(found)}
         for claim in SWEEP_CLAIMS
@@ -320,14 +382,25 @@ def judge_sweep(
 
 # %% ../nbs/38_soup_claims.ipynb #90f94ceb
 def printed_verdicts() -> pd.Series:  # by claim
-    "What the paper's own tables say of its claims."
+    """What the paper's own tables say of its claims.
+
+    Returns:
+        pd.Series: by claim
+    """
     return judge_soups(read_reported_soups()).set_index("claim")["verdict"]
 
 
 def story_verdicts(
     stories: pd.DataFrame,  # from soup_figures.read_stories
 ) -> pd.DataFrame:          # setting (its title), and the columns of `judge_story`
-    "Try the claims on every story."
+    """Try the claims on every story.
+
+    Args:
+        stories: from soup_figures.read_stories
+
+    Returns:
+        pd.DataFrame: setting (its title), and the columns of `judge_story`
+    """
     parts = [
         judge_story(rows).assign(setting=setting_title(rows.iloc[0]))
         for _, rows in stories.groupby(STORY, dropna=False, sort=False)
@@ -338,7 +411,14 @@ def story_verdicts(
 def verdict_matrix(
     verdicts: pd.DataFrame,  # from story_verdicts
 ) -> pd.DataFrame:           # one row per claim: place, printed tables, and a column per setting
-    "Verdicts at a glance."
+    """Verdicts at a glance.
+
+    Args:
+        verdicts: from story_verdicts
+
+    Returns:
+        pd.DataFrame: one row per claim: place, printed tables, and a column per setting
+    """
     printed = printed_verdicts()
     wide = verdicts.pivot(index="claim", columns="setting", values="verdict")
     wide = wide.reindex(
@@ -359,7 +439,15 @@ def verdict_text(
     verdicts: pd.DataFrame,  # from story_verdicts or sweep_verdicts
     *claims: str,            # names
 ) -> str:                    # Markdown
-    "Verdicts in running text: the printed tables first, then each setting with its number."
+    """Verdicts in running text: the printed tables first, then each setting with its number.
+
+    Args:
+        verdicts: from story_verdicts or sweep_verdicts
+        *claims: names
+
+    Returns:
+        str: Markdown
+    """
     lines, printed = [], printed_verdicts()
     for claim in claims:
         told = f", on the paper's printed tables: **{printed[claim]}**" if claim in printed else ""
@@ -379,7 +467,15 @@ def sweep_verdicts(
     folder: Path | str,  # such as "figures/soups"
     zoo: str,            # its name
 ) -> pd.DataFrame:       # setting, and the columns of `judge_sweep`
-    "Try the claims about figures on a zoo's sweeps, with LAMP and the largest number of copies."
+    """Try the claims about figures on a zoo's sweeps, with LAMP and the largest number of copies.
+
+    Args:
+        folder: such as "figures/soups"
+        zoo: its name
+
+    Returns:
+        pd.DataFrame: setting, and the columns of `judge_sweep`
+    """
     one_shot = read_sweep(folder, zoo, "one_shot").query("selector == 'lamp'")
     most = one_shot[one_shot["m"] == one_shot["m"].max()]
     parts = [

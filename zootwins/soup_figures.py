@@ -47,7 +47,14 @@ ROW = ["row", "merge", "m", "phase", "model"]
 def read_stories(
     folder: Path | str,  # such as "figures/soups", with a folder per zoo and one per story in it
 ) -> pd.DataFrame:       # STORY, row, merge, m, phase, sparsity, model, test_acc; rate NaN: each model's own
-    "Read all stories; raises `UserError` if there are none, and for a damaged file."
+    """Read all stories; raises `UserError` if there are none, and for a damaged file.
+
+    Args:
+        folder: such as "figures/soups", with a folder per zoo and one per story in it
+
+    Returns:
+        pd.DataFrame: STORY, row, merge, m, phase, sparsity, model, test_acc; rate NaN: each model's own
+    """
     frames = []
     for path in sorted(Path(folder).glob("*/*/run.json")):
         record = read_json(path)
@@ -73,7 +80,16 @@ def read_sweep(
     zoo: str,            # its name
     name: str,           # one of soup_questions.EXPERIMENTS
 ) -> pd.DataFrame:       # one row per model and setting
-    "Read an experiment; raises `UserError` if it is not there."
+    """Read an experiment; raises `UserError` if it is not there.
+
+    Args:
+        folder: such as "figures/soups"
+        zoo: its name
+        name: one of soup_questions.EXPERIMENTS
+
+    Returns:
+        pd.DataFrame: one row per model and setting
+    """
     return read_table(Path(folder) / zoo / name / "results.parquet")
 
 
@@ -83,7 +99,14 @@ SELECTORS = {"global": "global pruning", "layerwise": "layerwise pruning", "lamp
 def setting_title(
     setting: pd.Series | dict,  # with the columns of SETTING, perhaps of STORY
 ) -> str:                       # such as "USPS (s) Seed, LAMP to 90%, constant 0.005"
-    "Name a setting."
+    """Name a setting.
+
+    Args:
+        setting: with the columns of SETTING, perhaps of STORY
+
+    Returns:
+        str: such as "USPS (s) Seed, LAMP to 90%, constant 0.005"
+    """
     rate = "the zoo's rate" if pd.isna(setting["rate"]) else f"{setting['rate']:g}"
     selector = SELECTORS.get(setting["selector"], setting["selector"])
     varied = setting.get("varied", "seed")
@@ -95,7 +118,15 @@ def one_story(
     stories: pd.DataFrame,  # from read_stories
     **setting: object,      # columns of STORY and their values; rate=None: each model's own
 ) -> pd.DataFrame:          # the rows of one setting
-    "Choose a story; raises `UserError` unless it is exactly one."
+    """Choose a story; raises `UserError` unless it is exactly one.
+
+    Args:
+        stories: from read_stories
+        **setting: columns of STORY and their values; rate=None: each model's own
+
+    Returns:
+        pd.DataFrame: the rows of one setting
+    """
     keep = np.ones(len(stories), dtype=bool)
     for name, value in setting.items():
         keep &= (stories[name].isna() if value is None else stories[name] == value).to_numpy()
@@ -111,7 +142,14 @@ def one_story(
 def list_stories(
     stories: pd.DataFrame,  # from read_stories
 ) -> pd.DataFrame:          # one row per setting: STORY, models, m, merges
-    "Which stories there are."
+    """Which stories there are.
+
+    Args:
+        stories: from read_stories
+
+    Returns:
+        pd.DataFrame: one row per setting: STORY, models, m, merges
+    """
     listed = lambda values: ", ".join(map(str, sorted(set(values) - {""})))
     told = {"models": ("model", "nunique"), "m": ("m", listed), "merges": ("merge", listed)}
     rows = stories.groupby(STORY, dropna=False, sort=False).agg(**told).reset_index()
@@ -121,7 +159,14 @@ def list_stories(
 def provenance(
     folder: Path | str,  # such as "figures/soups"
 ) -> pd.DataFrame:       # one row per table that is kept: models, engine, seed, commit
-    "What made the tables that are kept."
+    """What made the tables that are kept.
+
+    Args:
+        folder: such as "figures/soups"
+
+    Returns:
+        pd.DataFrame: one row per table that is kept: models, engine, seed, commit
+    """
     rows = {}
     for path in sorted(Path(folder).glob("*/*/run.json")):
         record = read_json(path)
@@ -133,7 +178,14 @@ def provenance(
 def table_1(
     results: pd.DataFrame,      # one story
 ) -> Table:                 # mean ± standard deviation over models; bold: the best of a column
-    "Table 1 (and 4, 5) of a population."
+    """Table 1 (and 4, 5) of a population.
+
+    Args:
+        results: one story
+
+    Returns:
+        Table: mean ± standard deviation over models; bold: the best of a column
+    """
     return soup_table(soup_cells(results, setting_title(results.iloc[0])), 1, setting_title(results.iloc[0]))
 
 
@@ -141,7 +193,15 @@ def difference_cell(
     gain: pd.Series,  # gain, error, wins, ties, from averaging.gains
     n: int,           # models
 ) -> str:             # such as "+0.52 [+0.40, +0.64], 81 % win, 6 % tie"
-    "A paired difference with its 95 % interval."
+    """A paired difference with its 95 % interval.
+
+    Args:
+        gain: gain, error, wins, ties, from averaging.gains
+        n: models
+
+    Returns:
+        str: such as "+0.52 [+0.40, +0.64], 81 % win, 6 % tie"
+    """
     half = stats.t.ppf(0.975, n - 1) * gain["error"] if n > 1 else np.nan
     low, high = gain["gain"] - half, gain["gain"] + half
     return f"{gain['gain']:+.2f} [{low:+.2f}, {high:+.2f}], {gain['wins']:.0%} win, {gain['ties']:.0%} tie"
@@ -151,7 +211,15 @@ def paired_table(
     results: pd.DataFrame,      # one story
     merged: str = "uniform",    # whose soups are compared
 ) -> Table:                     # rows: compared with; columns: phase and m
-    "What a soup gains over everything else, in points, over the models."
+    """What a soup gains over everything else, in points, over the models.
+
+    Args:
+        results: one story
+        merged: whose soups are compared
+
+    Returns:
+        Table: rows: compared with; columns: phase and m
+    """
     wide = results.pivot_table("test_acc", ["phase", "m", "model"], ["row", "merge"])
     sparsity, rows, text = results.groupby("phase")["sparsity"].first(), [], {}
     for (phase, m), here in wide.groupby(level=["phase", "m"]):
@@ -174,7 +242,14 @@ def paired_table(
 def shot_story(
     sweep: pd.DataFrame,  # from soup_questions.sweep, of one selector, schedule, rate and length
 ) -> pd.DataFrame:        # as a story of one phase per sparsity
-    "Lay a sweep out as the rows of a story."
+    """Lay a sweep out as the rows of a story.
+
+    Args:
+        sweep: from soup_questions.sweep, of one selector, schedule, rate and length
+
+    Returns:
+        pd.DataFrame: as a story of one phase per sparsity
+    """
     kept = {
         ("SMS", "uniform"): "uniform",
         ("best candidate", "uniform"): "best candidate",
@@ -194,7 +269,14 @@ def shot_story(
 def table_6(
     sweep: pd.DataFrame,  # from soup_questions.sweep, of one selector, schedule, rate and length
 ) -> Table:               # mean ± standard deviation over models
-    "Table 6 of a population: one shot at several sparsities."
+    """Table 6 of a population: one shot at several sparsities.
+
+    Args:
+        sweep: from soup_questions.sweep, of one selector, schedule, rate and length
+
+    Returns:
+        Table: mean ± standard deviation over models
+    """
     title = setting_title(sweep.iloc[0].to_dict()).replace(f" to {sweep['level'].iloc[0]:.0%}", "")
     return soup_table(soup_cells(shot_story(sweep), title).assign(table=6), 6, title)
 
@@ -202,7 +284,14 @@ def table_6(
 def table_16(
     results: pd.DataFrame,  # one story with both baselines
 ) -> Table:               # mean ± standard deviation, and the paired difference
-    "Table 16 of a population; raises `UserError` if the story lacks the baseline of more phases."
+    """Table 16 of a population; raises `UserError` if the story lacks the baseline of more phases.
+
+    Args:
+        results: one story with both baselines
+
+    Returns:
+        Table: mean ± standard deviation, and the paired difference
+    """
     last = results[(results["phase"] == results["phase"].max()) & results["row"].isin(["IMP_mx", "IMP with m phases"])]
     if last["row"].nunique() < 2:
         raise UserError("This story has no IMP with m times the phases: make it with the baseline phases.")
@@ -224,7 +313,15 @@ def table_17(
     sweep: pd.DataFrame,  # from soup_questions.sweep, of one selector, with `IMP + SWA`
     level: float,         # sparsity
 ) -> Table:               # mean ± standard deviation, and the paired difference
-    "Table 17 of a population: one run, and the average of its epochs, by schedule."
+    """Table 17 of a population: one run, and the average of its epochs, by schedule.
+
+    Args:
+        sweep: from soup_questions.sweep, of one selector, with `IMP + SWA`
+        level: sparsity
+
+    Returns:
+        Table: mean ± standard deviation, and the paired difference
+    """
     rows = sweep[np.isclose(sweep["level"], level) & sweep["IMP + SWA"].notna()].drop_duplicates(["schedule", "model"])
     text = {}
     for schedule, here in rows.groupby("schedule", sort=False):
@@ -240,7 +337,14 @@ def table_17(
 def table_18(
     sweep: pd.DataFrame,  # from soup_questions.sweep, of one selector, schedule and m
 ) -> Table:               # means over models
-    "Table 18 of a population: distances of the copies by sparsity."
+    """Table 18 of a population: distances of the copies by sparsity.
+
+    Args:
+        sweep: from soup_questions.sweep, of one selector, schedule and m
+
+    Returns:
+        Table: means over models
+    """
     numbers = sweep.groupby("level").agg(
         mean=("distance", "mean"), largest=("farthest", "mean"), relative=("relative", "mean")
     )
@@ -259,7 +363,11 @@ def table_18(
 def figure_pairs(
     pairs: pd.DataFrame,  # from soup_questions.varied_pairs: varied, level, schedule, better, soup
 ) -> Figure:
-    "Figures 3 and 5: average of two copies against the better of them, by what was varied; a panel per setting."
+    """Figures 3 and 5: average of two copies against the better of them, by what was varied; a panel per setting.
+
+    Args:
+        pairs: from soup_questions.varied_pairs: varied, level, schedule, better, soup
+    """
     settings = list(pairs[["level", "schedule"]].drop_duplicates().itertuples(index=False))
     fig, axes = plt.subplots(1, len(settings), figsize=(WIDTH, 4.2), layout="constrained", squeeze=False)
     for ax, (level, schedule) in zip(axes[0], settings):
@@ -296,7 +404,14 @@ def draw_mean(
     label: str,           # for the legend
     **look,               # color, marker, ...
 ) -> None:
-    "Draw means with 95 % intervals over the models."
+    """Draw means with 95 % intervals over the models.
+
+    Args:
+        ax: where
+        rows: x, y, one row per model
+        label: for the legend
+        **look: color, marker, ...
+    """
     estimates = pd.DataFrame(
         {x: mean_interval(part["y"]) for x, part in rows.groupby("x")}, index=["mean", "low", "high"]
     ).T
@@ -308,7 +423,12 @@ def zero_line(
     ax: Axes,      # where
     over: str,     # compared with what
 ) -> None:
-    "Draw the line of no gain and name the axis."
+    """Draw the line of no gain and name the axis.
+
+    Args:
+        ax: where
+        over: compared with what
+    """
     ax.axhline(0, color=GREY, linewidth=0.9)
     ax.set_ylabel(f"points over {over}")
 
@@ -318,7 +438,12 @@ def figure_4(
     sweep: pd.DataFrame,    # from soup_questions.sweep over sparsity: one selector, schedule and m
     lengths: pd.DataFrame,  # over sparsity and length, with IMP_mx
 ) -> Figure:
-    "Figures 4 and 6: gain over sparsity with collapse, and gain over longer training by length."
+    """Figures 4 and 6: gain over sparsity with collapse, and gain over longer training by length.
+
+    Args:
+        sweep: from soup_questions.sweep over sparsity: one selector, schedule and m
+        lengths: over sparsity and length, with IMP_mx
+    """
     fig, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, HEIGHT), layout="constrained")
     n = sweep["model"].nunique()
     for colour, marker, name in zip(COLOURS, MARKERS, ("uniform", "greedy")):
@@ -354,7 +479,12 @@ def figure_9(
     sweep: pd.DataFrame,  # from soup_questions.sweep over sparsity and schedule: one selector, several m
     over: str = "best candidate",  # a column
 ) -> Figure:
-    "Figure 9: gain over the best candidate by schedule; a panel for each number of copies."
+    """Figure 9: gain over the best candidate by schedule; a panel for each number of copies.
+
+    Args:
+        sweep: from soup_questions.sweep over sparsity and schedule: one selector, several m
+        over: a column
+    """
     numbers = sorted(sweep["m"].unique())
     fig, axes = plt.subplots(1, len(numbers), figsize=(WIDTH, HEIGHT), sharey=True, layout="constrained", squeeze=False)
     for ax, m in zip(axes[0], numbers):
@@ -386,7 +516,12 @@ def figure_10(
     lengths: pd.DataFrame,  # from soup_questions.sweep over sparsity and length
     over: str = "best candidate",  # a column
 ) -> Figure:
-    "Figure 10: gain over the best candidate by length of retraining."
+    """Figure 10: gain over the best candidate by length of retraining.
+
+    Args:
+        lengths: from soup_questions.sweep over sparsity and length
+        over: a column
+    """
     fig, ax = plt.subplots(figsize=(WIDTH / 1.6, HEIGHT), layout="constrained")
     for place, (epochs, rows) in enumerate(lengths.groupby("epochs")):
         moved = rows["level"].rank(method="dense") + 0.08 * (place - 2)
@@ -424,7 +559,16 @@ def last_gains(
     m: int,                 # copies
     merged: str = "uniform",  # whose soups
 ) -> pd.DataFrame:          # one row per setting and comparison: title, over, gain, low, high, wins, n
-    "What soups gain after the last phase, setting by setting."
+    """What soups gain after the last phase, setting by setting.
+
+    Args:
+        stories: from read_stories
+        m: copies
+        merged: whose soups
+
+    Returns:
+        pd.DataFrame: one row per setting and comparison: title, over, gain, low, high, wins, n
+    """
     rows = []
     for _, results in stories[(stories["m"] == m)].groupby(STORY, dropna=False, sort=False):
         last = results[results["phase"] == results["phase"].max()]
@@ -443,7 +587,12 @@ def figure_when(
     stories: pd.DataFrame,  # from read_stories
     m: int = 3,             # copies
 ) -> Figure:
-    "When a soup is worth it: its gains after the last phase, one line per setting."
+    """When a soup is worth it: its gains after the last phase, one line per setting.
+
+    Args:
+        stories: from read_stories
+        m: copies
+    """
     table = last_gains(stories, m)
     titles = list(dict.fromkeys(table["title"]))
     fig, ax = plt.subplots(figsize=(WIDTH, 1.3 + 0.45 * len(titles)), layout="constrained")

@@ -49,7 +49,17 @@ from .zoos import Zoo
 # %% ../nbs/46_soup_questions.ipynb #134c13c9
 @dataclass(frozen=True)
 class Shot:
-    "One phase of pruning and retraining."
+    """One phase of pruning and retraining.
+
+    Attributes:
+        level: sparsity, a fraction
+        selector: one of selectors.SELECTORS
+        schedule: one of schedules.SCHEDULES
+        rate: the largest learning rate
+        numbers: of copies
+        longer: train one copy m times as long, too
+        swa: average the epochs of one run, too
+    """
 
     level: float                 # sparsity, a fraction
     selector: str = "lamp"       # one of selectors.SELECTORS
@@ -65,7 +75,12 @@ def shot_recipe(
     zoo: Zoo,    # names the random streams
     shot: Shot,  # what is asked
 ) -> Recipe:
-    "How the copies are trained; the original training had a constant rate, save that CLR ends at zero."
+    """How the copies are trained; the original training had a constant rate, save that CLR ends at zero.
+
+    Args:
+        zoo: names the random streams
+        shot: what is asked
+    """
     history = (1.0,) * zoo.epochs if shot.schedule in ("FT", "LRW", "SLR") else ()
     return Recipe(zoo.name, "imp, phase 1", shot.epochs, shot.rate, zoo.batch_size, schedule=shot.schedule,
                   history=history, original_epochs=zoo.epochs if shot.schedule in ("LRW", "ALLR") else None)
@@ -76,7 +91,16 @@ def judge(
     images: Images,          # test images judge
     engine: Engine,          # who judges
 ) -> tuple[np.ndarray, np.ndarray]:  # loss and accuracy, float64 [N]
-    "Test a population."
+    """Test a population.
+
+    Args:
+        population: N models
+        images: test images judge
+        engine: who judges
+
+    Returns:
+        tuple[np.ndarray, np.ndarray]: loss and accuracy, float64 [N]
+    """
     weights, models = population.weights, population.models["activation"]
     loss, predictions = engine.evaluate(weights, population.architecture, models, images.x_test, images.y_test)
     return loss.numpy(), accuracy(predictions, images.y_test).numpy()
@@ -86,7 +110,15 @@ def first_copies(
     candidates: Population,  # copies
     m: int,                  # how many of each model
 ) -> Population:             # the first m copies
-    "Take fewer copies."
+    """Take fewer copies.
+
+    Args:
+        candidates: copies
+        m: how many of each model
+
+    Returns:
+        Population: the first m copies
+    """
     return candidates[candidates.models["copy"].to_numpy() < m]
 
 
@@ -96,7 +128,17 @@ def compare_copies(
     images: Images,             # validation images choose, test images judge
     engine: Engine,             # who judges
 ) -> pd.DataFrame:              # one row per model
-    "Accuracies, losses and distances of candidates and their soups."
+    """Accuracies, losses and distances of candidates and their soups.
+
+    Args:
+        candidates: N * m copies
+        masks: bool [N, ...]
+        images: validation images choose, test images judge
+        engine: who judges
+
+    Returns:
+        pd.DataFrame: one row per model
+    """
     m, many = number_of_copies(candidates), copy_masks(masks, number_of_copies(candidates))
     soup, (greedy, kept) = uniform_soup(candidates, many), greedy_soup(candidates, images, engine, many)
     table = compare_candidates(candidates, {"uniform": soup, "greedy": greedy}, images, engine)
@@ -114,7 +156,18 @@ def one_shot(
     shot: Shot,             # what is asked
     engine: Engine,         # who trains
 ) -> pd.DataFrame:          # one row per model and number of copies: settings, then measures; accuracies as fractions
-    "Prune, retrain copies and average them, one phase."
+    """Prune, retrain copies and average them, one phase.
+
+    Args:
+        zoo: the registry's entry
+        originals: N trained models
+        images: to train on, choose by, and judge by
+        shot: what is asked
+        engine: who trains
+
+    Returns:
+        pd.DataFrame: one row per model and number of copies: settings, then measures; accuracies as fractions
+    """
     pruned, masks = prune(originals, shot.level, shot.selector, None, images)
     pruned.models = pruned.models.assign(damage=pruning_damage(originals.weights, masks).numpy())
     recipe, most = shot_recipe(zoo, shot), max(shot.numbers)
@@ -144,7 +197,18 @@ def sweep(
     shots: Iterable[Shot],  # what is asked
     engine: Engine,         # who trains
 ) -> pd.DataFrame:          # the rows of `one_shot` for all of them
-    "Many settings, one after the other."
+    """Many settings, one after the other.
+
+    Args:
+        zoo: the registry's entry
+        originals: N trained models
+        images: to train on, choose by, and judge by
+        shots: what is asked
+        engine: who trains
+
+    Returns:
+        pd.DataFrame: the rows of `one_shot` for all of them
+    """
     return pd.concat([one_shot(zoo, originals, images, shot, engine) for shot in shots], ignore_index=True)
 
 # %% ../nbs/46_soup_questions.ipynb #1ef29693
@@ -181,7 +245,16 @@ def pair_table(
     images: Images,          # test images judge
     engine: Engine,          # who judges
 ) -> pd.DataFrame:           # model, first, second, and accuracies better (of the two) and soup
-    "Average every two copies of a model (Figures 3 and 5)."
+    """Average every two copies of a model (Figures 3 and 5).
+
+    Args:
+        candidates: N * m copies
+        images: test images judge
+        engine: who judges
+
+    Returns:
+        pd.DataFrame: model, first, second, and accuracies better (of the two) and soup
+    """
     m, frames = number_of_copies(candidates), []
     of_copies = judge(candidates, images, engine)[1].reshape(-1, m)
     for first, second in combinations(range(m), 2):
@@ -200,7 +273,18 @@ def varied_pairs(
     shot: Shot,             # the settings around which copies vary
     engine: Engine,         # who trains
 ) -> pd.DataFrame:          # as `pair_table`, with varied and level
-    "Pairs of copies that differ in one thing, for each of VARIED."
+    """Pairs of copies that differ in one thing, for each of VARIED.
+
+    Args:
+        zoo: the registry's entry
+        originals: N trained models
+        images: to train on and judge by
+        shot: the settings around which copies vary
+        engine: who trains
+
+    Returns:
+        pd.DataFrame: as `pair_table`, with varied and level
+    """
     pruned, masks = prune(originals, shot.level, shot.selector, None, images)
     frames = []
     for name, factors in VARIED.items():
@@ -216,7 +300,17 @@ def all_pairs(
     images: Images,         # to train on and judge by
     engine: Engine,         # who trains
 ) -> pd.DataFrame:          # as `varied_pairs`
-    "Pairs at 70 and 90 % with a constant rate, and at 70 % with one that decays."
+    """Pairs at 70 and 90 % with a constant rate, and at 70 % with one that decays.
+
+    Args:
+        zoo: the registry's entry
+        originals: N trained models
+        images: to train on and judge by
+        engine: who trains
+
+    Returns:
+        pd.DataFrame: as `varied_pairs`
+    """
     shots = [Shot(0.7), Shot(0.9), Shot(0.7, schedule="LLR")]
     return pd.concat([varied_pairs(zoo, originals, images, shot, engine) for shot in shots], ignore_index=True)
 
@@ -231,7 +325,14 @@ ALIGNMENTS: dict[str, Callable[[Population, Population], Population]] = {
 def zeros(
     population: Population,  # N models
 ) -> np.ndarray:             # fractions of the prunable weights [N]
-    "How sparse models are."
+    """How sparse models are.
+
+    Args:
+        population: N models
+
+    Returns:
+        np.ndarray: fractions of the prunable weights [N]
+    """
     tensors = prunable(population.weights).values()
     pruned = sum((tensor == 0).flatten(1).sum(1) for tensor in tensors)
     return (pruned / sum(tensor[0].numel() for tensor in tensors)).numpy()
@@ -244,7 +345,18 @@ def line_table(
     engine: Engine,      # who judges
     points: int = 11,    # on the line, both ends among them
 ) -> pd.DataFrame:       # place, model, loss, test_acc, sparsity
-    "Judge the models on the straight lines between two populations."
+    """Judge the models on the straight lines between two populations.
+
+    Args:
+        first: N models
+        second: N models, in the same order
+        images: test images judge
+        engine: who judges
+        points: on the line, both ends among them
+
+    Returns:
+        pd.DataFrame: place, model, loss, test_acc, sparsity
+    """
     frames = []
     for place in np.linspace(0, 1, points):
         there = between(first, second, float(place))
@@ -257,7 +369,14 @@ def line_table(
 def shifted(
     population: Population,  # N models
 ) -> Population:             # the same, each in the place of the one before
-    "Pair every model with the next."
+    """Pair every model with the next.
+
+    Args:
+        population: N models
+
+    Returns:
+        Population: the same, each in the place of the one before
+    """
     return population[[*range(1, len(population)), 0]]
 
 # %% ../nbs/46_soup_questions.ipynb #ea897d5b
@@ -267,7 +386,17 @@ def line_tables(
     images: Images,         # to train on and judge by
     engine: Engine,         # who trains
 ) -> pd.DataFrame:          # as `line_table`, with ends and alignment
-    "Lines between originals, twins of one original, and twins of different originals (80 %, LAMP)."
+    """Lines between originals, twins of one original, and twins of different originals (80 %, LAMP).
+
+    Args:
+        zoo: the registry's entry
+        originals: N trained models
+        images: to train on and judge by
+        engine: who trains
+
+    Returns:
+        pd.DataFrame: as `line_table`, with ends and alignment
+    """
     pruned, masks = prune(originals, 0.8, "lamp")
     recipe = shot_recipe(zoo, Shot(0.8))
     ends = train_copies(copies(pruned, 2), images, recipe, copy_masks(masks, 2), engine).population
@@ -291,7 +420,17 @@ def zoo_soups(
     engine: Engine,         # who judges
     numbers: Sequence[int] = (1, 2, 4, 8, 16, 32),  # how many models go into a soup
 ) -> pd.DataFrame:          # n, reference, alignment, test_acc
-    "Average the first n models of a zoo, each brought into the order of one of them."
+    """Average the first n models of a zoo, each brought into the order of one of them.
+
+    Args:
+        originals: N trained models of different seeds
+        images: test images judge
+        engine: who judges
+        numbers: how many models go into a soup
+
+    Returns:
+        pd.DataFrame: n, reference, alignment, test_acc
+    """
     numbers, frames = [n for n in numbers if n <= len(originals)], []
     for how, align in ALIGNMENTS.items():
         for reference in range(min(8, len(originals))):
@@ -313,7 +452,19 @@ def variational_soups(
     m: int = 3,             # runs of every model
     epochs: Sequence[int] = (1, 3, 5, 8, 10, 15, 20, 25),  # after which to look
 ) -> pd.DataFrame:          # epoch, row (VD, VD soup), model, sparsity, test_acc; VD: means over the runs
-    "Soups of variational runs over their epochs."
+    """Soups of variational runs over their epochs.
+
+    Args:
+        zoo: the registry's entry
+        originals: N trained models
+        images: to train on and judge by
+        engine: who trains
+        m: runs of every model
+        epochs: after which to look
+
+    Returns:
+        pd.DataFrame: epoch, row (VD, VD soup), model, sparsity, test_acc; VD: means over the runs
+    """
     recipe = Recipe(zoo.name, "vd", max(epochs), zoo.vd_learning_rate, zoo.batch_size, variational=True)
     run = train(copies(begin_variational(originals), m), images, recipe, None, tuple(epochs), engine, progress=False)
     frames = []
@@ -332,7 +483,17 @@ def activation_table(
     images: Images,    # to train on, choose by, and judge by
     engine: Engine,    # who trains
 ) -> pd.DataFrame:     # as `one_shot`, with activation
-    "One shot at 70 % by activation, with and without decay."
+    """One shot at 70 % by activation, with and without decay.
+
+    Args:
+        zoo: the registry's entry
+        n: models of each activation
+        images: to train on, choose by, and judge by
+        engine: who trains
+
+    Returns:
+        pd.DataFrame: as `one_shot`, with activation
+    """
     frames = []
     for activation in ("tanh", "relu", "sigmoid", "gelu"):
         start = sample_population(replace(zoo, activation=(activation,)), n)
@@ -349,7 +510,17 @@ def gaining_models(
     m: int,                 # copies
     friendly_at: float = 0.8,  # level of pruning
 ) -> pd.DataFrame:          # by model: gain in points; original, friendliness, spread (best minus mean), fractions
-    "What each model gains after the last phase, and what is known of it."
+    """What each model gains after the last phase, and what is known of it.
+
+    Args:
+        story: one setting, from soup_figures.read_stories
+        metrics: tidy metrics of the zoo's twins
+        m: copies
+        friendly_at: level of pruning
+
+    Returns:
+        pd.DataFrame: by model: gain in points; original, friendliness, spread (best minus mean), fractions
+    """
     last = story[(story["phase"] == story["phase"].max()) & (story["m"] == m)]
     wide = last.pivot_table("test_acc", "model", ["row", "merge"])
     soup, mean, best = (wide[(row, "uniform")] for row in ("SMS", "mean candidate", "best candidate"))
@@ -363,7 +534,16 @@ def pearson_table(
     of: str,                 # a column
     others: Sequence[str],   # columns to correlate it with
 ) -> pd.DataFrame:           # by column: r, low, high (95 %, bootstrap over models), n
-    "Pearson's r of one column with others."
+    """Pearson's r of one column with others.
+
+    Args:
+        table: one row per model
+        of: a column
+        others: columns to correlate it with
+
+    Returns:
+        pd.DataFrame: by column: r, low, high (95 %, bootstrap over models), n
+    """
     rows = {name: correlate(table[name], table[of]).set_index("coefficient").loc["pearson"] for name in others}
     return pd.DataFrame(rows).T.rename(columns={"value": "r"})[["r", "low", "high", "n"]]
 
@@ -373,7 +553,12 @@ def figure_gaining(
     table: pd.DataFrame,  # from gaining_models
     title: str,           # of the setting
 ) -> Figure:
-    "Gain of every model against its original's accuracy and its friendliness."
+    """Gain of every model against its original's accuracy and its friendliness.
+
+    Args:
+        table: from gaining_models
+        title: of the setting
+    """
     fig, axes = plt.subplots(1, 2, figsize=(WIDTH, HEIGHT), sharey=True, layout="constrained")
     found = pearson_table(table, "gain", ["original", "friendliness"])
     for ax, (name, r) in zip(axes, found.iterrows()):
@@ -393,7 +578,11 @@ def figure_gaining(
 def figure_distance(
     rates: pd.DataFrame,  # from soup_questions.sweep over rates and lengths
 ) -> Figure:
-    "Mean gain and mean distance of the copies, by rate and length."
+    """Mean gain and mean distance of the copies, by rate and length.
+
+    Args:
+        rates: from soup_questions.sweep over rates and lengths
+    """
     fig, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, HEIGHT), sharey=True, layout="constrained")
     gained = rates.assign(gain=100 * (rates["uniform"] - rates["mean candidate"]))
     for colour, marker, (epochs, rows) in zip(COLOURS, MARKERS, gained.groupby("epochs")):
@@ -418,7 +607,15 @@ def distance_correlations(
     sweep: pd.DataFrame,  # from soup_questions.sweep
     keys: Sequence[str] = ("rate", "epochs"),  # what makes a setting
 ) -> pd.DataFrame:        # one row per setting: mean gain, distance; r of gain (and in loss) with distance over models
-    "How gains follow distances, between settings and between models of one setting."
+    """How gains follow distances, between settings and between models of one setting.
+
+    Args:
+        sweep: from soup_questions.sweep
+        keys: what makes a setting
+
+    Returns:
+        pd.DataFrame: one row per setting: mean gain, distance; r of gain (and in loss) with distance over models
+    """
     of_loss = sweep["candidate_loss"] - sweep["soup_loss"]
     told, rows = sweep.assign(gain=100 * (sweep["uniform"] - sweep["mean candidate"]), of_loss=of_loss), []
     for names, here in told.groupby(list(keys)):
@@ -431,7 +628,14 @@ def distance_correlations(
 def activation_gains(
     table: pd.DataFrame,  # from activation_table
 ) -> pd.DataFrame:        # by schedule and activation: originals, soup, gains with errors, distance, share of wins
-    "What soups gain by activation."
+    """What soups gain by activation.
+
+    Args:
+        table: from activation_table
+
+    Returns:
+        pd.DataFrame: by schedule and activation: originals, soup, gains with errors, distance, share of wins
+    """
     rows = {}
     for names, here in table.groupby(["schedule", "activation"], sort=False):
         over = gains(here.set_index("model"), "uniform", ["mean candidate", "best candidate"])
@@ -453,7 +657,15 @@ def collapse_table(
     sweep: pd.DataFrame,  # from sweep
     keys: Sequence[str] = ("selector", "schedule", "level"),  # what makes a setting
 ) -> pd.DataFrame:        # by setting: models, blind (an empty layer), means, collapsed soups, copies that greedy kept
-    "Count the soups that end far below their candidates."
+    """Count the soups that end far below their candidates.
+
+    Args:
+        sweep: from sweep
+        keys: what makes a setting
+
+    Returns:
+        pd.DataFrame: by setting: models, blind (an empty layer), means, collapsed soups, copies that greedy kept
+    """
     fallen = lambda merge: sweep["mean candidate"] - sweep[merge] >= COLLAPSE
     told = sweep.assign(blind=sweep["empty"] > 0, uniform_fell=fallen("uniform"), greedy_fell=fallen("greedy"))
     names = {
@@ -474,7 +686,11 @@ def collapse_table(
 def figure_collapse(
     sweep: pd.DataFrame,  # of one selector, schedule and m
 ) -> Figure:
-    "Uniform and greedy soups of every model against its mean candidate, by sparsity."
+    """Uniform and greedy soups of every model against its mean candidate, by sparsity.
+
+    Args:
+        sweep: of one selector, schedule and m
+    """
     fig, axes = plt.subplots(1, 2, figsize=(WIDTH, HEIGHT), sharey=True, layout="constrained")
     for ax, name in zip(axes, ("uniform", "greedy")):
         for place, (_, rows) in enumerate(sweep.groupby("level")):
@@ -495,7 +711,11 @@ def figure_collapse(
 def figure_lines(
     lines: pd.DataFrame,  # from line_tables
 ) -> Figure:
-    "Accuracy along the lines, mean over the models."
+    """Accuracy along the lines, mean over the models.
+
+    Args:
+        lines: from line_tables
+    """
     fig, axes = plt.subplots(1, 3, figsize=(WIDTH, HEIGHT), sharey=True, layout="constrained")
     apart = ("originals of other seeds", "twins of other originals")
     for place, (name, rows) in enumerate(lines[~lines["ends"].isin(apart)].groupby("ends", sort=False)):
@@ -516,7 +736,14 @@ def figure_lines(
 def middles(
     lines: pd.DataFrame,  # from line_tables
 ) -> pd.DataFrame:        # by ends and alignment: accuracies of ends and middle, barrier of the loss, sparsity
-    "Barriers, and what the model halfway is worth."
+    """Barriers, and what the model halfway is worth.
+
+    Args:
+        lines: from line_tables
+
+    Returns:
+        pd.DataFrame: by ends and alignment: accuracies of ends and middle, barrier of the loss, sparsity
+    """
     rows = {}
     for names, here in lines.groupby(["ends", "alignment"], sort=False):
         loss, found = (here.pivot(index="model", columns="place", values=name) for name in ("loss", "test_acc"))
@@ -540,7 +767,11 @@ def middles(
 def figure_zoo_soups(
     table: pd.DataFrame,  # from zoo_soups
 ) -> Figure:
-    "Accuracy of an average over n models of different seeds."
+    """Accuracy of an average over n models of different seeds.
+
+    Args:
+        table: from zoo_soups
+    """
     fig, ax = plt.subplots(figsize=(WIDTH / 1.6, HEIGHT), layout="constrained")
     for place, (how, rows) in enumerate(table.groupby("alignment", sort=False)):
         draw_mean(
@@ -566,7 +797,14 @@ def figure_zoo_soups(
 def variational_gains(
     table: pd.DataFrame,  # from variational_soups
 ) -> pd.DataFrame:        # by epoch: means of both, paired differences, standard errors; in %
-    "What the average of several runs gains over their mean, in accuracy and in sparsity."
+    """What the average of several runs gains over their mean, in accuracy and in sparsity.
+
+    Args:
+        table: from variational_soups
+
+    Returns:
+        pd.DataFrame: by epoch: means of both, paired differences, standard errors; in %
+    """
     rows = {}
     for epoch, here in table.groupby("epoch"):
         wide = 100 * here.pivot(index="model", columns="row", values=["test_acc", "sparsity"])
@@ -586,7 +824,11 @@ def variational_gains(
 def figure_variational(
     table: pd.DataFrame,  # from variational_soups
 ) -> Figure:
-    "Accuracy over sparsity along the epochs, of single runs and of their soup."
+    """Accuracy over sparsity along the epochs, of single runs and of their soup.
+
+    Args:
+        table: from variational_soups
+    """
     fig, ax = plt.subplots(figsize=(WIDTH / 1.4, HEIGHT), layout="constrained")
     means = table.groupby(["row", "epoch"])[["sparsity", "test_acc"]].mean()
     for place, name in enumerate(("VD", "VD soup")):
@@ -656,7 +898,15 @@ def make_experiments(
     plan: Plan,              # the zoo, its store, and where the tables go
     names: Iterable[str] = EXPERIMENTS,  # which
 ) -> list[Path]:             # the folders that were written
-    "Make and keep experiments; raises `UserError` for an unknown one."
+    """Make and keep experiments; raises `UserError` for an unknown one.
+
+    Args:
+        plan: the zoo, its store, and where the tables go
+        names: which
+
+    Returns:
+        list[Path]: the folders that were written
+    """
     names = [check_name(name, EXPERIMENTS, "experiment") for name in names]
     images = load_images(plan.zoo.dataset, plan.zoo.image_size)
     reports = make_twins(plan, images, progress=False, only=["original"])

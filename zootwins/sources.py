@@ -27,7 +27,17 @@ NOTES = ["kind", "name", "reason", "times", "models"]  # of what was passed over
 
 @dataclass(frozen=True)
 class Source:
-    "Original models that were not trained here."
+    """Original models that were not trained here.
+
+    Attributes:
+        name: of the folder or zip from which they were read
+        population: all of them, numbered from 0
+        epoch: of their training; none: as the zoo's entry has it
+        recorded: tidy metrics that came with them; empty if there are none
+        left_out: model, epoch and reason of what could not be taken
+        notes: what else was passed over, or replaced
+        numbering: how its epochs were told; empty: it has none
+    """
 
     name: str                # of the folder or zip from which they were read
     population: Population   # all of them, numbered from 0
@@ -45,7 +55,15 @@ def missing_factor(
     models: pd.DataFrame,  # generating factors
     factor: str,           # one of COMPLETED
 ) -> pd.Series:            # bool, for each model
-    "Which models do not say a factor."
+    """Which models do not say a factor.
+
+    Args:
+        models: generating factors
+        factor: one of COMPLETED
+
+    Returns:
+        pd.Series: bool, for each model
+    """
     given = models.get(factor, pd.Series(np.nan, models.index))
     return given.isna() | (given == "")
 
@@ -54,7 +72,15 @@ def with_factors(
     models: pd.DataFrame,  # generating factors, some of them perhaps missing
     zoo: Zoo,              # whose models they are
 ) -> pd.DataFrame:         # complete, in names that are known here
-    "Complete generating factors; raises `UserError` for one that is neither known nor the same in the whole zoo."
+    """Complete generating factors; raises `UserError` for one that is neither known nor the same in the whole zoo.
+
+    Args:
+        models: generating factors, some of them perhaps missing
+        zoo: whose models they are
+
+    Returns:
+        pd.DataFrame: complete, in names that are known here
+    """
     models = models.reset_index(drop=True)
     for factor in COMPLETED:
         values, missing = getattr(zoo, factor), missing_factor(models, factor)
@@ -73,7 +99,15 @@ def factor_notes(
     models: pd.DataFrame,  # generating factors as they were read
     zoo: Zoo,              # whose models they are
 ) -> pd.DataFrame:         # NOTES
-    "Say which factors were taken from the zoo's entry, for how many models."
+    """Say which factors were taken from the zoo's entry, for how many models.
+
+    Args:
+        models: generating factors as they were read
+        zoo: whose models they are
+
+    Returns:
+        pd.DataFrame: NOTES
+    """
     models = models.reset_index(drop=True)
     missing = {factor: int(missing_factor(models, factor).sum()) for factor in COMPLETED}
     rows = [("factor", f"{factor} {getattr(zoo, factor)[0]}", f"not told, so taken from {zoo.name}", n, n) for factor, n in missing.items() if n]
@@ -83,7 +117,14 @@ def factor_notes(
 def with_seeds(
     models: pd.DataFrame,  # from `with_factors`; a missing seed may be NaN or negative
 ) -> pd.DataFrame:         # with seeds that tell models apart
-    "Give models seeds that can name their random streams."
+    """Give models seeds that can name their random streams.
+
+    Args:
+        models: from `with_factors`; a missing seed may be NaN or negative
+
+    Returns:
+        pd.DataFrame: with seeds that tell models apart
+    """
     seeds = models["seed"]
     useless = seeds.isna().any() or (seeds < 0).any() or models.duplicated(["seed", *FACTORS]).any()
     return models.assign(seed=(models["model"] + 1 if useless else seeds).astype(np.int64))
@@ -92,7 +133,14 @@ def with_seeds(
 def find_source(
     source: str | Path,  # a folder or file, or a file of a record on Zenodo, such as "mnist/dataset_mnist_seed.pt"
 ) -> Path:               # which may not exist
-    "Find a published zoo; a file of a record in `zootwins.published.ZENODO` is downloaded if it is not there yet."
+    """Find a published zoo; a file of a record in `zootwins.published.ZENODO` is downloaded if it is not there yet.
+
+    Args:
+        source: a folder or file, or a file of a record on Zenodo, such as "mnist/dataset_mnist_seed.pt"
+
+    Returns:
+        Path: which may not exist
+    """
     path = Path(source).expanduser()
     record, _, file = str(source).partition("/")
     return download(record, file) if record in ZENODO and file and not path.exists() else path
@@ -101,7 +149,14 @@ def find_source(
 def read_source(
     path: Path,  # a folder or a zip
 ) -> Source:     # not yet numbered
-    "Read published originals at their last epoch: a publication of ours, or a zoo in the layout of its authors."
+    """Read published originals at their last epoch: a publication of ours, or a zoo in the layout of its authors.
+
+    Args:
+        path: a folder or a zip
+
+    Returns:
+        Source: not yet numbered
+    """
     if (path / "original.safetensors").exists():
         return read_publication(path)
     published = read_zoo(path, limit=None)
@@ -115,7 +170,14 @@ def read_source(
 def read_publication(
     path: Path,  # a folder that `zootwins.publishing` made, perhaps with files that a hub's client added
 ) -> Source:     # not yet numbered
-    "Read the originals of a publication; raises `UserError` if a listed file is damaged, or no original was measured."
+    """Read the originals of a publication; raises `UserError` if a listed file is damaged, or no original was measured.
+
+    Args:
+        path: a folder that `zootwins.publishing` made, perhaps with files that a hub's client added
+
+    Returns:
+        Source: not yet numbered
+    """
     extra = check_hashes(path) if (path / HASHES).exists() else []
     metrics = read_metrics(path / "metrics.parquet")
     recorded = metrics[metrics["method"] == "original"]
@@ -130,7 +192,15 @@ def with_numbers(
     source: Source,  # as it was read
     zoo: Zoo,        # whose models they are
 ) -> Source:         # the same, its models numbered from 0
-    "Complete and number the models of a source, in their table and in what was recorded."
+    """Complete and number the models of a source, in their table and in what was recorded.
+
+    Args:
+        source: as it was read
+        zoo: whose models they are
+
+    Returns:
+        Source: the same, its models numbered from 0
+    """
     population, recorded = source.population, source.recorded
     number = {model: i for i, model in enumerate(population.models["model"])}
     if len(recorded):
@@ -146,7 +216,15 @@ def open_source(
     source: str | Path | Population,  # "train", a published zoo, as `find_source` takes it, or models of one's own
     zoo: Zoo,                         # whose twins they shall have
 ) -> Source | None:                   # none: the originals are to be trained
-    "Read the originals that a plan starts from; raises `UserError` if they cannot be read or do not fit the zoo."
+    """Read the originals that a plan starts from; raises `UserError` if they cannot be read or do not fit the zoo.
+
+    Args:
+        source: "train", a published zoo, as `find_source` takes it, or models of one's own
+        zoo: whose twins they shall have
+
+    Returns:
+        Source | None: none: the originals are to be trained
+    """
     if isinstance(source, str) and source == "train":
         return None
     if isinstance(source, Population):
@@ -165,7 +243,14 @@ def open_source(
 def source_fingerprint(
     source: Source,  # of the originals
 ) -> dict[str, object]:  # JSON types
-    "What tells one source from another."
+    """What tells one source from another.
+
+    Args:
+        source: of the originals
+
+    Returns:
+        dict[str, object]: JSON types
+    """
     population = source.population
     frames = population.models[["seed", *FACTORS]], source.recorded
     factors, recorded = (frame.to_csv(index=False).encode() for frame in frames)

@@ -38,7 +38,14 @@ from .untrusted import ordinary_size
 # %% ../nbs/27_store.ipynb #832dbc3e
 @dataclass(frozen=True)
 class Piece:
-    "Rows of a stage that are finished."
+    """Rows of a stage that are finished.
+
+    Attributes:
+        populations: by epoch: the last one, or a whole trajectory; the same rows in all
+        metrics: tidy, of these rows
+        first_epoch: metrics are complete from here to the last epoch of `populations`
+        predictions: uint8 [rows, test images], after the last epoch
+    """
 
     populations: dict[int, Population]  # by epoch: the last one, or a whole trajectory; the same rows in all
     metrics: pd.DataFrame               # tidy, of these rows
@@ -49,7 +56,14 @@ class Piece:
 def row_names(
     rows: pd.DataFrame,  # with columns model and level, and copy where there are copies
 ) -> list[str]:          # such as "17", "17 at 0.8" and "17, copy 2 at 0.8"
-    "The names by which rows are known."
+    """The names by which rows are known.
+
+    Args:
+        rows: with columns model and level, and copy where there are copies
+
+    Returns:
+        list[str]: such as "17", "17 at 0.8" and "17, copy 2 at 0.8"
+    """
     levels = rows["level"].to_numpy(dtype=float)
     who = [f"{model}, copy {copy}" for model, copy in zip(rows["model"], rows["copy"])] if "copy" in rows else rows["model"]
     return [f"{name}" if np.isnan(level) else f"{name} at {level:.9g}" for name, level in zip(who, levels)]
@@ -61,7 +75,14 @@ def check_rows(
     epochs: tuple[int, int],  # the first and the last that are needed; a source may tell of earlier ones
     predicted: int | None,    # how many rows predictions are there for; none: no predictions belong to them
 ) -> None:
-    "Raise `UserError` unless the metrics have each row at every epoch, and the predictions are as many."
+    """Raise `UserError` unless the metrics have each row at every epoch, and the predictions are as many.
+
+    Args:
+        rows: of a piece, from row_names
+        metrics: tidy
+        epochs: the first and the last that are needed; a source may tell of earlier ones
+        predicted: how many rows predictions are there for; none: no predictions belong to them
+    """
     needed = metrics[metrics["epoch"] >= epochs[0]]
     told = pd.DataFrame({"row": row_names(needed), "epoch": needed["epoch"].to_numpy()})
     wanted = pd.MultiIndex.from_product([rows, range(epochs[0], epochs[1] + 1)])
@@ -74,7 +95,11 @@ def check_rows(
 def check_piece(
     piece: Piece,  # about to be written
 ) -> None:
-    "Raise `UserError` unless weights of all epochs, metrics and predictions agree on their rows."
+    """Raise `UserError` unless weights of all epochs, metrics and predictions agree on their rows.
+
+    Args:
+        piece: about to be written
+    """
     last, predicted = max(piece.populations), None if piece.predictions is None else len(piece.predictions)
     rows = [row_names(population.models) for population in piece.populations.values()]
     if any(names != rows[0] for names in rows):
@@ -85,7 +110,14 @@ def check_piece(
 def _table_bytes(
     frame: pd.DataFrame,  # any
 ) -> Tensor:              # uint8 [bytes]
-    "A table as bytes of parquet."
+    """A table as bytes of parquet.
+
+    Args:
+        frame: any
+
+    Returns:
+        Tensor: uint8 [bytes]
+    """
     buffer = io.BytesIO()
     frame.to_parquet(buffer, index=False, compression="zstd")
     return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
@@ -94,7 +126,14 @@ def _table_bytes(
 def pack(
     piece: Piece,  # to write
 ) -> bytes:        # content of a file
-    "Put a piece into one safetensors archive."
+    """Put a piece into one safetensors archive.
+
+    Args:
+        piece: to write
+
+    Returns:
+        bytes: content of a file
+    """
     check_piece(piece)
     last = piece.populations[max(piece.populations)]
     tensors = {f"{epoch}/{name}": tensor.cpu().contiguous()
@@ -108,7 +147,14 @@ def pack(
 def packed_metrics(
     content: bytes,  # from `pack`
 ) -> pd.DataFrame:   # tidy
-    "The metrics of a piece that is not on disk yet."
+    """The metrics of a piece that is not on disk yet.
+
+    Args:
+        content: from `pack`
+
+    Returns:
+        pd.DataFrame: tidy
+    """
     return parquet.ParquetFile(BufferReader(safetensors.torch.load(content)["metrics"].numpy())).read(use_threads=False).to_pandas()
 
 
@@ -116,7 +162,15 @@ def archive(
     tensors: Mapping[str, Tensor],  # on the CPU, contiguous
     told: Mapping[str, object],     # JSON types
 ) -> bytes:                         # the same bytes for the same content
-    "Write a safetensors archive that says something of itself."
+    """Write a safetensors archive that says something of itself.
+
+    Args:
+        tensors: on the CPU, contiguous
+        told: JSON types
+
+    Returns:
+        bytes: the same bytes for the same content
+    """
     return safetensors.torch.save(dict(tensors), {"told": json.dumps(told, sort_keys=True)})  # several entries would come in any order
 
 # %% ../nbs/27_store.ipynb #071fdec7
@@ -128,7 +182,16 @@ def add_file(
     stem: str,       # what it is, such as "mp-1f0c9a2b"
     content: bytes,  # from `pack`
 ) -> Path:           # "<stem>-<hash>.safetensors", whole on disk
-    "Write a file under a name that ends in its hash; one that is there already is left alone."
+    """Write a file under a name that ends in its hash; one that is there already is left alone.
+
+    Args:
+        folder: of a stage, or of unfinished work
+        stem: what it is, such as "mp-1f0c9a2b"
+        content: from `pack`
+
+    Returns:
+        Path: "<stem>-<hash>.safetensors", whole on disk
+    """
     path = folder / f"{stem}-{digest(content)}{SUFFIX}"
     if not (path.is_file() and path.stat().st_size == len(content)):
         with atomic_path(path) as temporary:
@@ -139,7 +202,11 @@ def add_file(
 def remove(
     path: Path,  # of a file that is nobody's
 ) -> None:
-    "Remove a file, or a folder in its place; raises `UserError` if that cannot be."
+    """Remove a file, or a folder in its place; raises `UserError` if that cannot be.
+
+    Args:
+        path: of a file that is nobody's
+    """
     try:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -157,7 +224,12 @@ def _is_whole(
     path: Path,                   # of a file from `add_file`
     state: tuple[int, int, int],  # size, time and number; changes when the file does
 ) -> bool:
-    "Whether a file's content has the hash in its name; looked at once per process as long as the file stays the same."
+    """Whether a file's content has the hash in its name; looked at once per process as long as the file stays the same.
+
+    Args:
+        path: of a file from `add_file`
+        state: size, time and number; changes when the file does
+    """
     with path.open("rb") as file:
         found = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))  # that of `core.digest`
     return found.hexdigest() == path.stem.rpartition("-")[2]
@@ -166,7 +238,14 @@ def _is_whole(
 def check_file(
     path: Path,  # of a file from `add_file`
 ) -> Path:       # the same
-    "Raise `UserError` for a file that is missing, damaged, or not an ordinary one."
+    """Raise `UserError` for a file that is missing, damaged, or not an ordinary one.
+
+    Args:
+        path: of a file from `add_file`
+
+    Returns:
+        Path: the same
+    """
     try:
         if ordinary_size(path) > LARGEST:
             raise ValueError("no block is as large")
@@ -189,7 +268,11 @@ class OutOfMemory(UserError):
 def opened(
     path: Path,  # of a file from `add_file`
 ) -> Iterator[safe_open]:
-    "Open a file whose hash is right; raises `UserError` if it is damaged or something else, and `OutOfMemory`."
+    """Open a file whose hash is right; raises `UserError` if it is damaged or something else, and `OutOfMemory`.
+
+    Args:
+        path: of a file from `add_file`
+    """
     try:
         with safe_open(check_file(path), framework="pt") as file:
             yield file
@@ -206,28 +289,54 @@ def table_in(
     file: safe_open,  # from `opened`
     name: str,        # "models" or "metrics"
 ) -> pd.DataFrame:
-    "Read one of a file's tables."
+    """Read one of a file's tables.
+
+    Args:
+        file: from `opened`
+        name: "models" or "metrics"
+    """
     return parquet.ParquetFile(BufferReader(file.get_tensor(name).numpy())).read(use_threads=False).to_pandas()
 
 
 def told_by(
     file: safe_open,       # from `opened`
 ) -> dict[str, object]:    # as given to `archive`
-    "What a file says of itself."
+    """What a file says of itself.
+
+    Args:
+        file: from `opened`
+
+    Returns:
+        dict[str, object]: as given to `archive`
+    """
     return json.loads(file.metadata()["told"])
 
 
 def epochs_in(
     file: safe_open,  # from `opened`
 ) -> list[int]:       # rising
-    "The epochs whose weights a file holds."
+    """The epochs whose weights a file holds.
+
+    Args:
+        file: from `opened`
+
+    Returns:
+        list[int]: rising
+    """
     return [int(epoch) for epoch in told_by(file)["epochs"]]
 
 # %% ../nbs/27_store.ipynb #f8970347
 def rows_in(
     file: safe_open,  # from `opened`
 ) -> list[str]:       # names
-    "The finished rows that a file holds; raises `UserError` if its parts do not agree."
+    """The finished rows that a file holds; raises `UserError` if its parts do not agree.
+
+    Args:
+        file: from `opened`
+
+    Returns:
+        list[str]: names
+    """
     told, names = told_by(file), row_names(table_in(file, "models"))
     predicted = file.get_slice("predictions").get_shape()[0] if "predictions" in file.keys() else None
     check_rows(names, table_in(file, "metrics"), (int(told["first_epoch"]), int(told["epochs"][-1])), predicted)
@@ -238,7 +347,15 @@ def models_in(
     file: safe_open,           # from `opened`
     epoch: int | None = None,  # of a file whose every epoch is kept; none: the last
 ) -> Population:               # not yet checked
-    "Read the models of a file; raises `UserError` if it has no such epoch."
+    """Read the models of a file; raises `UserError` if it has no such epoch.
+
+    Args:
+        file: from `opened`
+        epoch: of a file whose every epoch is kept; none: the last
+
+    Returns:
+        Population: not yet checked
+    """
     there = epochs_in(file)
     wanted = there[-1] if epoch is None else epoch
     if wanted not in there:
@@ -252,7 +369,15 @@ def read_manifest(
     folder: Path,  # of a zoo in a store
     stage: str,    # its name
 ) -> dict[str, list]:  # files, and history; both empty if there is none yet
-    "Read what a stage consists of; raises `UserError` if the manifest is damaged."
+    """Read what a stage consists of; raises `UserError` if the manifest is damaged.
+
+    Args:
+        folder: of a zoo in a store
+        stage: its name
+
+    Returns:
+        dict[str, list]: files, and history; both empty if there is none yet
+    """
     path = folder / f"{stage}.json"
     if not os.path.lexists(path):
         return {"files": [], "history": []}
@@ -268,7 +393,12 @@ def _manifest_digest(
     names: list[str],       # of the files
     history: list[object],  # records
 ) -> str:
-    "The hash of a manifest's content."
+    """The hash of a manifest's content.
+
+    Args:
+        names: of the files
+        history: records
+    """
     return digest(repr((names, history)).encode())
 
 # %% ../nbs/27_store.ipynb #a5df25be
@@ -276,7 +406,15 @@ def finished_files(
     folder: Path,  # of a zoo in a store
     stage: str,    # its name
 ) -> list[Path]:   # sorted by name
-    "All files of finished rows, whether the manifest lists them yet or not."
+    """All files of finished rows, whether the manifest lists them yet or not.
+
+    Args:
+        folder: of a zoo in a store
+        stage: its name
+
+    Returns:
+        list[Path]: sorted by name
+    """
     return sorted(path for path in (folder / stage).glob(f"*{SUFFIX}") if not path.name.startswith("."))
 
 
@@ -285,7 +423,13 @@ def write_manifest(
     stage: str,                    # its name
     record: Mapping[str, object],  # of what was made now, in JSON types
 ) -> None:
-    "List all finished files of a stage, and add to its history."
+    """List all finished files of a stage, and add to its history.
+
+    Args:
+        folder: of a zoo in a store
+        stage: its name
+        record: of what was made now, in JSON types
+    """
     history = [*read_manifest(folder, stage)["history"], dict(record)]
     names = [path.name for path in finished_files(folder, stage)]
     record = {"files": names, "history": history, "digest": _manifest_digest(names, history)}
@@ -296,7 +440,15 @@ def listed(
     folder: Path,  # of a zoo in a store
     stage: str,    # its name
 ) -> list[Path]:   # at least one
-    "The files of a stage as its manifest lists them; raises `UserError` if there is no finished stage."
+    """The files of a stage as its manifest lists them; raises `UserError` if there is no finished stage.
+
+    Args:
+        folder: of a zoo in a store
+        stage: its name
+
+    Returns:
+        list[Path]: at least one
+    """
     names = read_manifest(folder, stage)["files"]
     if not names:
         raise UserError(f"{folder} holds no finished stage {stage}: run the zoo to make it.")
@@ -308,7 +460,16 @@ def read_stage(
     stage: str,                # its name
     epoch: int | None = None,  # of a stage whose every epoch is kept; none: the last
 ) -> Population:               # all its rows, sorted by level and model
-    "Read the models of a stage; raises `UserError` if it is not there, not whole, or has no such epoch."
+    """Read the models of a stage; raises `UserError` if it is not there, not whole, or has no such epoch.
+
+    Args:
+        folder: of a zoo in a store
+        stage: its name
+        epoch: of a stage whose every epoch is kept; none: the last
+
+    Returns:
+        Population: all its rows, sorted by level and model
+    """
     parts = []
     for path in listed(folder, stage):
         with opened(path) as file:
@@ -328,7 +489,15 @@ def read_stage_metrics(
     folder: Path,  # of a zoo in a store
     stage: str,    # its name
 ) -> pd.DataFrame:  # tidy, sorted by KEYS
-    "Read the metrics of a stage; raises `UserError` as `read_stage` does."
+    """Read the metrics of a stage; raises `UserError` as `read_stage` does.
+
+    Args:
+        folder: of a zoo in a store
+        stage: its name
+
+    Returns:
+        pd.DataFrame: tidy, sorted by KEYS
+    """
     frames = []
     for path in listed(folder, stage):
         with opened(path) as file:
@@ -342,7 +511,15 @@ def read_predictions(
     folder: Path,          # of a zoo in a store
     stage: str,            # one that keeps them
 ) -> dict[int, Tensor]:    # model -> uint8 [test images]
-    "What the models of a stage predict after its last epoch; raises `UserError` as `read_stage` does."
+    """What the models of a stage predict after its last epoch; raises `UserError` as `read_stage` does.
+
+    Args:
+        folder: of a zoo in a store
+        stage: one that keeps them
+
+    Returns:
+        dict[int, Tensor]: model -> uint8 [test images]
+    """
     found: dict[int, Tensor] = {}
     for path in listed(folder, stage):
         with opened(path) as file:
@@ -354,7 +531,15 @@ def finished_rows(
     folder: Path,  # of a zoo in a store
     stage: str,    # its name
 ) -> set[str]:     # names
-    "The rows that are there with all that belongs to them; raises `UserError` for a file that is damaged."
+    """The rows that are there with all that belongs to them; raises `UserError` for a file that is damaged.
+
+    Args:
+        folder: of a zoo in a store
+        stage: its name
+
+    Returns:
+        set[str]: names
+    """
     there: set[str] = set()
     for path in finished_files(folder, stage):
         with opened(path) as file:
@@ -367,7 +552,12 @@ def locked(
     folder: Path,  # of a zoo in a store
     name: str,     # of a stage, or "store"
 ) -> Iterator[None]:
-    "Hold a lock of a store; says so in one line when it has to wait."
+    """Hold a lock of a store; says so in one line when it has to wait.
+
+    Args:
+        folder: of a zoo in a store
+        name: of a stage, or "store"
+    """
     path = folder / f"{name}.lock"
     lock = FileLock(path)
     try:
@@ -391,7 +581,15 @@ def sweep(
     folder: Path,  # of a zoo in a store, whose lock of that name is held
     name: str,     # of a stage, or "store"
 ) -> int:          # how many files went
-    "Remove temporary files that killed runs have left."
+    """Remove temporary files that killed runs have left.
+
+    Args:
+        folder: of a zoo in a store, whose lock of that name is held
+        name: of a stage, or "store"
+
+    Returns:
+        int: how many files went
+    """
     places = folder, folder / name, folder / "parts"
     left = [path for place in places for path in place.glob(f".{name}-*") if path.is_file()]
     for path in left:
@@ -406,7 +604,12 @@ def open_store(
     folder: Path,                  # of a zoo in a store
     wanted: Mapping[str, object],  # from plans.fingerprint
 ) -> None:
-    "Begin or re-open a zoo's folder; raises `UserError` if it was written by other parameters."
+    """Begin or re-open a zoo's folder; raises `UserError` if it was written by other parameters.
+
+    Args:
+        folder: of a zoo in a store
+        wanted: from plans.fingerprint
+    """
     path, wanted = folder / "store.json", {"format": FORMAT, **wanted}
     with locked(folder, "store"):
         sweep(folder, "store")
@@ -428,7 +631,15 @@ def _difference(
     found: object,   # in the store
     wanted: object,  # by the plan
 ) -> str:            # such as "epochs 50, now 20"
-    "Say in a few words what differs."
+    """Say in a few words what differs.
+
+    Args:
+        found: in the store
+        wanted: by the plan
+
+    Returns:
+        str: such as "epochs 50, now 20"
+    """
     if isinstance(found, dict) and isinstance(wanted, dict):
         differ = [name for name in wanted | found if found.get(name) != wanted.get(name)]
         return "; ".join(f"{name} {found.get(name)}, now {wanted.get(name)}" for name in differ)
@@ -443,7 +654,15 @@ def save_part(
     metrics: pd.DataFrame,          # tidy rows so far
     told: Mapping[str, int],        # epoch, steps, ...
 ) -> None:
-    "Keep the state of a block in place of an earlier one."
+    """Keep the state of a block in place of an earlier one.
+
+    Args:
+        folder: for unfinished work
+        block: its name, such as "vd-1f0c9a2b"
+        tensors: its state
+        metrics: tidy rows so far
+        told: epoch, steps, ...
+    """
     content = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()} | {"metrics": _table_bytes(metrics)}
     kept = add_file(folder, block, archive(content, told))
     for path in folder.glob(f"{block}-*{SUFFIX}"):
@@ -455,7 +674,15 @@ def read_part(
     folder: Path,  # for unfinished work
     block: str,    # its name
 ) -> tuple[dict[str, Tensor], pd.DataFrame, dict[str, int]] | None:  # as given to `save_part`; none: there is nothing
-    "Read the latest state of a block; one that cannot be read is removed, and said to be."
+    """Read the latest state of a block; one that cannot be read is removed, and said to be.
+
+    Args:
+        folder: for unfinished work
+        block: its name
+
+    Returns:
+        tuple[dict[str, Tensor], pd.DataFrame, dict[str, int]] | None: as given to `save_part`; none: there is nothing
+    """
     found = []
     for path in folder.glob(f"{block}-*{SUFFIX}"):
         try:
@@ -476,7 +703,13 @@ def drop_parts(
     stage: str,        # its name
     names: set[str],   # of the rows that are finished, from row_names
 ) -> None:
-    "Remove the states of a stage's blocks whose rows are all finished, and those that cannot be read."
+    """Remove the states of a stage's blocks whose rows are all finished, and those that cannot be read.
+
+    Args:
+        folder: for unfinished work
+        stage: its name
+        names: of the rows that are finished, from row_names
+    """
     for path in folder.glob(f"{stage}-*{SUFFIX}"):
         try:
             with opened(path) as file:

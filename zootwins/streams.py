@@ -25,7 +25,15 @@ def _products(
     word: Tensor,     # int64 words below 2**32
     multiplier: int,  # a constant below 2**32
 ) -> tuple[Tensor, Tensor]:  # high and low 32 bits of the product
-    "Multiply 32-bit words into their two halves."
+    """Multiply 32-bit words into their two halves.
+
+    Args:
+        word: int64 words below 2**32
+        multiplier: a constant below 2**32
+
+    Returns:
+        tuple[Tensor, Tensor]: high and low 32 bits of the product
+    """
     product = word * multiplier
     return (product >> 32) & WORD, product & WORD
 
@@ -35,7 +43,16 @@ def philox(
     key: tuple[Tensor, Tensor],                      # two words that say whose stream; likewise
     rounds: int = ROUNDS,                            # 7 in all streams here, 10 in the authors' recommendation
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:          # four random words, int64 below 2**32, of the broadcast shape
-    "Philox4x32: four random 32-bit words as a function of counter and key."
+    """Philox4x32: four random 32-bit words as a function of counter and key.
+
+    Args:
+        counter: four words that say which number; int64 below 2**32, broadcastable
+        key: two words that say whose stream; likewise
+        rounds: 7 in all streams here, 10 in the authors' recommendation
+
+    Returns:
+        tuple[Tensor, Tensor, Tensor, Tensor]: four random words, int64 below 2**32, of the broadcast shape
+    """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(rounds):
@@ -52,7 +69,17 @@ def stream_keys(
     seeds: list[int],   # one seed per model
     run_seed: int = 0,  # seed of the whole run, for independent repetitions
 ) -> Tensor:            # int64 [models, 2], words below 2**32
-    "The key of every model's stream in one stage."
+    """The key of every model's stream in one stage.
+
+    Args:
+        zoo: name of the zoo
+        stage: what happens: "init", "original", "mp_50", "vd", ...
+        seeds: one seed per model
+        run_seed: seed of the whole run, for independent repetitions
+
+    Returns:
+        Tensor: int64 [models, 2], words below 2**32
+    """
     digests = [hashlib.blake2b(f"{zoo}|{stage}|{int(seed)}|{run_seed}".encode(), digest_size=8).digest() for seed in seeds]
     return torch.tensor([[int.from_bytes(d[:4], "little"), int.from_bytes(d[4:], "little")] for d in digests], dtype=torch.int64)
 
@@ -64,7 +91,18 @@ def random_words(
     position: Tensor | int = 0,  # int64 [...] or one for all: place of the image in the epoch
     epoch: Tensor | int = 0,     # int64 [...] or one for all: training epoch, from 1
 ) -> Tensor:                   # int64 [..., n], uniform below 2**32
-    "Draw `n` random words; `key`, `position` and `epoch` broadcast against each other."
+    """Draw `n` random words; `key`, `position` and `epoch` broadcast against each other.
+
+    Args:
+        n: how many words
+        key: int64 [..., 2], one stream per leading index
+        site: which use of the stream
+        position: int64 [...] or one for all: place of the image in the epoch
+        epoch: int64 [...] or one for all: training epoch, from 1
+
+    Returns:
+        Tensor: int64 [..., n], uniform below 2**32
+    """
     block = torch.arange((n + 3) // 4, device=key.device)
     site = torch.full_like(block, site)
     position, epoch = (torch.as_tensor(w, device=key.device).unsqueeze(-1) for w in (position, epoch))
@@ -75,14 +113,28 @@ def random_words(
 def to_uniform(
     words: Tensor,  # int64 below 2**32
 ) -> Tensor:        # float32 in (0, 1]
-    "Turn random words into uniform numbers."
+    """Turn random words into uniform numbers.
+
+    Args:
+        words: int64 below 2**32
+
+    Returns:
+        Tensor: float32 in (0, 1]
+    """
     return words.float() * 2.0**-32 + 2.0**-33
 
 
 def to_normal(
     words: Tensor,  # int64 [..., n] below 2**32, n even
 ) -> Tensor:        # float32 [..., n]
-    "Turn pairs of random words into pairs of standard normal numbers (Box and Muller)."
+    """Turn pairs of random words into pairs of standard normal numbers (Box and Muller).
+
+    Args:
+        words: int64 [..., n] below 2**32, n even
+
+    Returns:
+        Tensor: float32 [..., n]
+    """
     u, v = to_uniform(words).unflatten(-1, (-1, 2)).unbind(-1)
     radius, angle = torch.sqrt(-2 * torch.log(u)), 2 * math.pi * v
     return torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), -1).flatten(-2)
@@ -95,7 +147,18 @@ def random_normal(
     position: Tensor | int = 0,  # place of the image in the epoch
     epoch: Tensor | int = 0,     # training epoch
 ) -> Tensor:                     # float32 [..., n]
-    "Draw `n` standard normal numbers."
+    """Draw `n` standard normal numbers.
+
+    Args:
+        n: how many numbers
+        key: int64 [..., 2]
+        site: which use of the stream
+        position: place of the image in the epoch
+        epoch: training epoch
+
+    Returns:
+        Tensor: float32 [..., n]
+    """
     return to_normal(random_words(n + n % 2, key, site, position, epoch))[..., :n]
 
 # %% ../nbs/01_streams.ipynb #fab825eb
@@ -104,7 +167,16 @@ def epoch_order(
     key: Tensor,  # int64 [..., 2]
     epoch: int,   # training epoch, from 1
 ) -> Tensor:      # int64 [..., n], a permutation of 0 .. n-1 per stream
-    "The order in which a model sees its images in one epoch."
+    """The order in which a model sees its images in one epoch.
+
+    Args:
+        n: how many images
+        key: int64 [..., 2]
+        epoch: training epoch, from 1
+
+    Returns:
+        Tensor: int64 [..., n], a permutation of 0 .. n-1 per stream
+    """
     return torch.argsort(random_words(n, key, site=0, epoch=epoch), dim=-1, stable=True)
 
 
@@ -116,13 +188,31 @@ def dropout_keep(
     position: Tensor | int = 0,  # place of the image in the epoch
     epoch: Tensor | int = 0,     # training epoch
 ) -> Tensor:                     # bool [..., n], True where an element stays
-    "Which elements dropout keeps."
+    """Which elements dropout keeps.
+
+    Args:
+        n: how many elements
+        probability: share of elements to drop
+        key: int64 [..., 2]
+        site: which dropout layer, from 1
+        position: place of the image in the epoch
+        epoch: training epoch
+
+    Returns:
+        Tensor: bool [..., n], True where an element stays
+    """
     return random_words(n, key, site, position, epoch) >= math.floor(probability * 2**32)
 
 # %% ../nbs/01_streams.ipynb #f3a34f73
 @dataclass(frozen=True)
 class Draws:
-    "The stream of one model, and where it stands for the images of one batch."
+    """The stream of one model, and where it stands for the images of one batch.
+
+    Attributes:
+        key: int64 [2] or [images, 2]
+        position: int64 [images], place of each image in the epoch
+        epoch: int64 scalar, training epoch from 1
+    """
 
     key: Tensor       # int64 [2] or [images, 2]
     position: Tensor  # int64 [images], place of each image in the epoch

@@ -32,7 +32,15 @@ def mean_std(
     mean: float,  # in %
     std: float,   # in %; NaN where there is none, as for a single model
 ) -> str:         # such as "87.0 (1.7)"; empty where the mean is missing
-    "Format a cell as the paper does."
+    """Format a cell as the paper does.
+
+    Args:
+        mean: in %
+        std: in %; NaN where there is none, as for a single model
+
+    Returns:
+        str: such as "87.0 (1.7)"; empty where the mean is missing
+    """
     if np.isnan(mean):
         return ""
     return f"{mean:z.1f} ({'-' if np.isnan(std) else format(std, '.1f')})"
@@ -42,7 +50,15 @@ def heading(
     column: object,         # text, a number, or a tuple of them
     names: Sequence[str],   # what the parts are, such as ["Sparsity", "Epoch"]
 ) -> str:                   # such as "50%, Epoch 15"
-    "One line for a heading of one or more lines; a number is given its name."
+    """One line for a heading of one or more lines; a number is given its name.
+
+    Args:
+        column: text, a number, or a tuple of them
+        names: what the parts are, such as ["Sparsity", "Epoch"]
+
+    Returns:
+        str: such as "50%, Epoch 15"
+    """
     parts = column if isinstance(column, tuple) else (column,)
     return ", ".join(part if isinstance(part, str) else f"{name} {part}" for name, part in zip(names, parts))
 
@@ -50,7 +66,14 @@ def heading(
 def markdown_table(
     layout: pd.DataFrame,  # text, with a named index
 ) -> str:                  # lines of a pipe table
-    "Write a frame in Markdown."
+    """Write a frame in Markdown.
+
+    Args:
+        layout: text, with a named index
+
+    Returns:
+        str: lines of a pipe table
+    """
     labels = layout.index.to_frame(index=False).astype(str)
     repeated = np.logical_and.accumulate((labels == labels.shift()).to_numpy(), axis=1)
     repeated[:, -1] = False
@@ -69,7 +92,14 @@ LATEX = str.maketrans({
 def latex_text(
     text: object,  # shown as it is
 ) -> str:          # such as r"50\%"
-    "Escape a text for LaTeX."
+    r"""Escape a text for LaTeX.
+
+    Args:
+        text: shown as it is
+
+    Returns:
+        str: such as r"50\%"
+    """
     return str(text).translate(LATEX)
 
 # %% ../nbs/30_tables.ipynb #0744467c
@@ -81,7 +111,14 @@ LINE = 80  # characters of a line in the small print of longer tables
 def column_widths(
     layout: pd.DataFrame,  # text, with a named index
 ) -> tuple[list[int], list[int]]:  # of the longest word, and of the longest cell, of the labels and then of the columns
-    "Count the characters that every column needs, and would like."
+    """Count the characters that every column needs, and would like.
+
+    Args:
+        layout: text, with a named index
+
+    Returns:
+        tuple[list[int], list[int]]: of the longest word, and of the longest cell, of the labels and then of the columns
+    """
     frame = layout.set_axis([column[-1] if isinstance(column, tuple) else column for column in layout.columns], axis=1)
     titles = [*(name or "" for name in layout.index.names), *frame.columns]
     columns = [layout.index.get_level_values(level) for level in range(layout.index.nlevels)]
@@ -97,7 +134,15 @@ def long_latex(
     caption: str,          # escaped
     label: str,            # such as "tab:comparison"
 ) -> str:
-    "Write a table that runs over pages; every column has room for its words, and a share of what is left of a line."
+    """Write a table that runs over pages; every column has room for its words, and a share of what is left of a line.
+
+    Args:
+        styled: the table's texts
+        words: characters of the longest word of every column
+        cells: and of the longest cell
+        caption: escaped
+        label: such as "tab:comparison"
+    """
     left = max(LINE - sum(words), 0) / max(sum(cells) - sum(words), 1)
     widths = [word + left * (cell - word) for word, cell in zip(words, cells)]
     room = (1 - 0.02 * len(widths)) / sum(widths)  # of a line, without the gaps of three points, per character
@@ -112,7 +157,16 @@ def latex_table(
     caption: str,          # of the table
     label: str,            # to refer to it, such as "tab:table-5"
 ) -> str:                  # a floating table, or one that runs over pages
-    "Write a frame in LaTeX."
+    """Write a frame in LaTeX.
+
+    Args:
+        layout: text, with a named index
+        caption: of the table
+        label: to refer to it, such as "tab:table-5"
+
+    Returns:
+        str: a floating table, or one that runs over pages
+    """
     caption, (words, cells) = latex_text(caption), column_widths(layout)
     index, columns = ([latex_text(name or "") for name in axis.names] for axis in (layout.index, layout.columns))
     styled = layout.rename_axis(index=index, columns=columns).style.format(latex_text)
@@ -127,7 +181,14 @@ def latex_table(
 # %% ../nbs/30_tables.ipynb #5cc8cd90
 @dataclass(frozen=True, repr=False)
 class Table:
-    "A table in two forms."
+    """A table in two forms.
+
+    Attributes:
+        name: such as "table_5"
+        caption: what it shows, and for how many models
+        numbers: long form: one row per cell, in %
+        layout: the paper's form: text
+    """
 
     name: str              # such as "table_5"
     caption: str           # what it shows, and for how many models
@@ -156,7 +217,14 @@ NAMES = {"test_acc": "Acc", "sparsity": "Spar", "ggap": "GGap", "agreement": "Ag
 def zoo_title(
     zoo: str,  # name of a zoo
 ) -> str:      # as in the paper, such as "USPS (s) Seed"; the name itself if it is not registered
-    "Title of a zoo."
+    """Title of a zoo.
+
+    Args:
+        zoo: name of a zoo
+
+    Returns:
+        str: as in the paper, such as "USPS (s) Seed"; the name itself if it is not registered
+    """
     return ZOOS[zoo].title if zoo in ZOOS else zoo
 
 # %% ../nbs/30_tables.ipynb #56f7eeae
@@ -165,7 +233,16 @@ def cell_numbers(
     by: Sequence[str],        # what makes a cell, "zoo" first
     measures: Sequence[str],  # what is shown, in order
 ) -> pd.DataFrame:            # by, metric, mean, std, n; in %, zoos and selectors in their order in `metrics`
-    "Mean and spread of every cell, sorted as in the table."
+    """Mean and spread of every cell, sorted as in the table.
+
+    Args:
+        metrics: tidy metrics of the models and epochs that the table shows
+        by: what makes a cell, "zoo" first
+        measures: what is shown, in order
+
+    Returns:
+        pd.DataFrame: by, metric, mean, std, n; in %, zoos and selectors in their order in `metrics`
+    """
     numbers = summarise(metrics, by, measures)
     appearing = [name for column in by if column in ("zoo", "selector") for name in metrics[column].unique()]
     rank = {name: i for i, name in enumerate([*appearing, *measures])}
@@ -179,7 +256,16 @@ def arrange(
     rows: Sequence[str],     # columns of `cells` that make the table's rows
     columns: Sequence[str],  # and its columns
 ) -> pd.DataFrame:           # text; empty where there is no cell
-    "Lay cells out in the order of their first appearance."
+    """Lay cells out in the order of their first appearance.
+
+    Args:
+        cells: columns rows + columns + "cell"
+        rows: columns of `cells` that make the table's rows
+        columns: and its columns
+
+    Returns:
+        pd.DataFrame: text; empty where there is no cell
+    """
     index, header = (pd.MultiIndex.from_frame(cells[list(names)].drop_duplicates()) for names in (rows, columns))
     wide = cells.set_index([*rows, *columns])["cell"].unstack(list(columns))
     wide = wide.reindex(index=index if len(rows) > 1 else index.get_level_values(0))
@@ -189,7 +275,14 @@ def arrange(
 def model_counts(
     numbers: pd.DataFrame,  # with zoo and n
 ) -> str:                   # such as "USPS (s) Seed: 16 models."
-    "How many models each zoo has, for the caption."
+    """How many models each zoo has, for the caption.
+
+    Args:
+        numbers: with zoo and n
+
+    Returns:
+        str: such as "USPS (s) Seed: 16 models."
+    """
     counts = numbers.groupby("zoo", sort=False)["n"].max()
     return "; ".join(f"{zoo_title(zoo)}: {n} model{'s' if n != 1 else ''}" for zoo, n in counts.items()) + "." if len(counts) else "No models."
 
@@ -197,14 +290,28 @@ def model_counts(
 def several_selectors(
     rows: pd.DataFrame,  # with zoo and selector
 ) -> bool:               # whether a zoo has more than one
-    "Whether a table needs rows by selector."
+    """Whether a table needs rows by selector.
+
+    Args:
+        rows: with zoo and selector
+
+    Returns:
+        bool: whether a zoo has more than one
+    """
     return bool((rows[rows["selector"] != ""].groupby("zoo")["selector"].nunique() > 1).any())
 
 
 def selector_text(
     rows: pd.DataFrame,  # with zoo and selector
 ) -> str:                # a sentence; empty where nothing was pruned
-    "Say who chose the weights that were pruned."
+    """Say who chose the weights that were pruned.
+
+    Args:
+        rows: with zoo and selector
+
+    Returns:
+        str: a sentence; empty where nothing was pruned
+    """
     named = rows.loc[rows["selector"] != "", ["zoo", "selector"]].drop_duplicates().astype(str)
     if named["selector"].nunique() < 2:
         return f"Selector: {named['selector'].iloc[0]}." if len(named) else ""
@@ -217,7 +324,14 @@ def selector_text(
 def caption_end(
     numbers: pd.DataFrame,  # with zoo, selector and n
 ) -> str:                   # one or two sentences
-    "Say who chose the weights, and how many models there are."
+    """Say who chose the weights, and how many models there are.
+
+    Args:
+        numbers: with zoo, selector and n
+
+    Returns:
+        str: one or two sentences
+    """
     return f"{selector_text(numbers)} {model_counts(numbers)}".strip()
 
 # %% ../nbs/30_tables.ipynb #7bc2fbd2
@@ -227,7 +341,11 @@ TABLE_4_COLUMNS = ["W", "Activation", "Optim", "LR VD", "LR MP", "WD", "Dropout"
 def table_4(
     metrics: pd.DataFrame,  # tidy metrics of one or more zoos
 ) -> Table:
-    "Table 4: generating factors and recipes of the zoos; a zoo that is not registered has empty cells."
+    """Table 4: generating factors and recipes of the zoos; a zoo that is not registered has empty cells.
+
+    Args:
+        metrics: tidy metrics of one or more zoos
+    """
     counts = metrics.groupby("zoo", sort=False)["model"].nunique()
     numbers = counts.rename("n").reset_index().join(list_zoos()[TABLE_4_COLUMNS], on="zoo")
     sizes = [f" of {zoo_size(ZOOS[zoo]):,}" if zoo in ZOOS else "" for zoo in numbers["zoo"]]
@@ -242,7 +360,14 @@ def table_4(
 def last_epoch(
     metrics: pd.DataFrame,  # tidy metrics
 ) -> pd.Series:             # bool, one per row
-    "Whether a row is of the last epoch that its zoo has for the method."
+    """Whether a row is of the last epoch that its zoo has for the method.
+
+    Args:
+        metrics: tidy metrics
+
+    Returns:
+        pd.Series: bool, one per row
+    """
     return metrics["epoch"] == metrics.groupby(["zoo", "method"])["epoch"].transform("max")
 
 # %% ../nbs/30_tables.ipynb #1a797805
@@ -251,7 +376,16 @@ def shown_epochs(
     method: str,             # "mp" or "vd"
     epochs: Sequence[int],   # those of the paper's table
 ) -> pd.DataFrame:           # the rows to show
-    "Rows of a method at the paper's epochs, and at the last one of every zoo."
+    """Rows of a method at the paper's epochs, and at the last one of every zoo.
+
+    Args:
+        metrics: tidy metrics
+        method: "mp" or "vd"
+        epochs: those of the paper's table
+
+    Returns:
+        pd.DataFrame: the rows to show
+    """
     rows = metrics[metrics["method"] == method]
     return rows[rows["epoch"].isin(epochs) | last_epoch(rows)]
 
@@ -259,7 +393,11 @@ def shown_epochs(
 def table_5(
     metrics: pd.DataFrame,  # tidy metrics of one or more zoos
 ) -> Table:
-    "Table 5: accuracy and gap of magnitude pruning before and after fine-tuning."
+    """Table 5: accuracy and gap of magnitude pruning before and after fine-tuning.
+
+    Args:
+        metrics: tidy metrics of one or more zoos
+    """
     rows, by = shown_epochs(metrics, "mp", [0]).reset_index(drop=True), ["zoo", "selector", "level", "epoch"]
     rows = with_selectors(rows)
     zoos = cell_numbers(rows, by, ["test_acc", "ggap"])
@@ -280,7 +418,12 @@ def table_6(
     metrics: pd.DataFrame,                                              # tidy metrics of one or more zoos
     epochs: Sequence[int] = (0, 2, 4, 6, 8, 10, 13, 16, 19, 22, 25),  # the paper's
 ) -> Table:
-    "Table 6: accuracy, sparsity and gap over the epochs of variational dropout."
+    """Table 6: accuracy, sparsity and gap over the epochs of variational dropout.
+
+    Args:
+        metrics: tidy metrics of one or more zoos
+        epochs: the paper's
+    """
     numbers = cell_numbers(shown_epochs(metrics, "vd", epochs), ["zoo", "epoch"], ["test_acc", "sparsity", "ggap"])
     cells = pd.DataFrame({
         "Model Zoo": numbers["zoo"].map(zoo_title), "Metric": numbers["metric"].map(NAMES),
@@ -293,7 +436,14 @@ def table_6(
 def layer_measures(
     metrics: pd.DataFrame,  # tidy metrics
 ) -> dict[str, str]:        # column -> heading, such as "sparsity_conv1" -> "Conv 1"
-    "What Tables 7 and 8 show, in order."
+    """What Tables 7 and 8 show, in order.
+
+    Args:
+        metrics: tidy metrics
+
+    Returns:
+        dict[str, str]: column -> heading, such as "sparsity_conv1" -> "Conv 1"
+    """
     layers = [name for name in metrics.columns if name.startswith("sparsity_")]
     heading = lambda name: name.removeprefix("sparsity_").replace("conv", "Conv ").replace("fc", "FC ")
     return {name: heading(name) for name in layers} | {"test_acc": "Accuracy", "ggap": "GGAP"}
@@ -304,7 +454,16 @@ def _layer_cells(
     headings: dict[str, str],    # from layer_measures
     **row,                       # more columns that make the rows, such as Epoch
 ) -> pd.DataFrame:               # cells for `arrange`
-    "Cells of Tables 7 and 8."
+    """Cells of Tables 7 and 8.
+
+    Args:
+        numbers: from cell_numbers
+        headings: from layer_measures
+        **row: more columns that make the rows, such as Epoch
+
+    Returns:
+        pd.DataFrame: cells for `arrange`
+    """
     content = {"Metric": numbers["metric"].map(headings), "cell": list(map(mean_std, numbers["mean"], numbers["std"]))}
     return pd.DataFrame({"Model Zoo": numbers["zoo"].map(zoo_title), **row, **content})
 
@@ -313,7 +472,12 @@ def table_7(
     metrics: pd.DataFrame,                               # tidy metrics of one or more zoos
     epochs: Sequence[int] = (0, 5, 10, 15, 20, 25),    # the paper's
 ) -> Table:
-    "Table 7: sparsity by layer over the epochs of variational dropout."
+    """Table 7: sparsity by layer over the epochs of variational dropout.
+
+    Args:
+        metrics: tidy metrics of one or more zoos
+        epochs: the paper's
+    """
     headings = layer_measures(metrics)
     numbers = cell_numbers(shown_epochs(metrics, "vd", epochs), ["zoo", "epoch"], list(headings))
     cells = _layer_cells(numbers, headings, Epoch=numbers["epoch"])
@@ -324,7 +488,14 @@ def table_7(
 def emptied_layers(
     numbers: pd.DataFrame,  # of Table 8: zoo, selector, level, metric, mean; in %
 ) -> str:                   # a sentence; empty where every layer keeps more than a thousandth of its weights
-    "Name the layers that pruning has emptied, where accuracy tells of the choice of weights rather than of their number."
+    """Name the layers that pruning has emptied, where accuracy tells of the choice of weights rather than of their number.
+
+    Args:
+        numbers: of Table 8: zoo, selector, level, metric, mean; in %
+
+    Returns:
+        str: a sentence; empty where every layer keeps more than a thousandth of its weights
+    """
     empty = numbers[numbers["metric"].str.startswith("sparsity_") & (numbers["mean"] > 99.9)]
     told = lambda of: f"{zoo_title(of.zoo)}, {of.selector} at {of.level:.0%}: {of.metric.removeprefix('sparsity_')}"
     names = "; ".join(map(told, empty.itertuples()))
@@ -335,7 +506,12 @@ def table_8(
     metrics: pd.DataFrame,                             # tidy metrics of one or more zoos
     levels: Sequence[float] = (0.5, 0.7, 0.9),       # the paper's; if the run has none of them, all it has
 ) -> Table:
-    "Table 8: sparsity by layer over the levels of magnitude pruning, after fine-tuning."
+    """Table 8: sparsity by layer over the levels of magnitude pruning, after fine-tuning.
+
+    Args:
+        metrics: tidy metrics of one or more zoos
+        levels: the paper's; if the run has none of them, all it has
+    """
     headings = layer_measures(metrics)
     rows = with_selectors(shown_epochs(metrics, "mp", []))
     wanted = np.isclose(rows["level"].to_numpy()[:, None], np.asarray(levels)).any(axis=1)
@@ -350,7 +526,14 @@ def table_8(
 def empty_counts(
     rows: pd.DataFrame,  # tidy metrics, one row per model, with zoo, selector and level
 ) -> pd.DataFrame:       # zoo, selector, level, layer ("any" or a name), models (with that layer empty), n
-    "Count the models that have lost all weights of a layer, and of any."
+    """Count the models that have lost all weights of a layer, and of any.
+
+    Args:
+        rows: tidy metrics, one row per model, with zoo, selector and level
+
+    Returns:
+        pd.DataFrame: zoo, selector, level, layer ("any" or a name), models (with that layer empty), n
+    """
     layers = [name for name in rows.columns if name.startswith("sparsity_")]
     empty = (rows[layers] == 1).rename(columns=lambda name: name.removeprefix("sparsity_"))
     empty.insert(0, "any", empty.any(axis=1))
@@ -363,7 +546,11 @@ def empty_counts(
 def table_empty(
     metrics: pd.DataFrame,  # tidy metrics of one or more zoos
 ) -> Table:
-    "How many models have an empty layer, and which, at every level of magnitude pruning."
+    """How many models have an empty layer, and which, at every level of magnitude pruning.
+
+    Args:
+        metrics: tidy metrics of one or more zoos
+    """
     rows = with_selectors(shown_epochs(metrics, "mp", []))
     numbers, keys = empty_counts(rows).astype({"models": int}), ["zoo", "selector", "level"]
     found = numbers[(numbers["layer"] != "any") & (numbers["models"] > 0)]
@@ -396,7 +583,17 @@ def choose_states(
     level: float | None = None,                                            # instead, for all zoos
     target: float | None = None,                                           # of variational dropout; none: as printed, or the level
 ) -> pd.DataFrame:                                                         # zoo, method, selector, level, epoch, target: one row per state that the run has
-    "The twins that Tables 1 and 2 show."
+    """The twins that Tables 1 and 2 show.
+
+    Args:
+        metrics: tidy metrics of one or more zoos
+        states: zoo -> level, target sparsity
+        level: instead, for all zoos
+        target: of variational dropout; none: as printed, or the level
+
+    Returns:
+        pd.DataFrame: zoo, method, selector, level, epoch, target: one row per state that the run has
+    """
     chosen = []
     for zoo, rows in with_selectors(metrics).groupby("zoo", sort=False):
         printed = states.get(zoo, (OTHER_LEVEL, None)) if level is None else (level, None)
@@ -417,14 +614,29 @@ def rows_of_states(
     metrics: pd.DataFrame,  # tidy metrics
     states: pd.DataFrame,   # from choose_states
 ) -> pd.DataFrame:          # rows of the metrics, with `target`
-    "The metrics of the chosen twins."
+    """The metrics of the chosen twins.
+
+    Args:
+        metrics: tidy metrics
+        states: from choose_states
+
+    Returns:
+        pd.DataFrame: rows of the metrics, with `target`
+    """
     return with_selectors(metrics).merge(states, on=["zoo", "method", "selector", "level", "epoch"])
 
 # %% ../nbs/30_tables.ipynb #3703320d
 def states_text(
     states: pd.DataFrame,  # from choose_states, or a table's numbers; zoo, method, selector, level, epoch, target
 ) -> str:                  # sentences for a caption
-    "Say which twins a table shows."
+    """Say which twins a table shows.
+
+    Args:
+        states: from choose_states, or a table's numbers; zoo, method, selector, level, epoch, target
+
+    Returns:
+        str: sentences for a caption
+    """
     parts = {}
     for state in states.drop_duplicates(["zoo", "method", "selector"]).itertuples():
         pruned = f"pruned by {state.level:.0%} (selector {state.selector}, epoch {state.epoch})"
@@ -440,7 +652,15 @@ def method_titles(
     rows: pd.DataFrame,                         # with zoo, method and selector
     titles: Mapping[str, str] = METHOD_TITLES,  # by method
 ) -> pd.Series:                                 # such as "Magnitude pruning", or "Magnitude pruning (lamp)"
-    "Name the method of every row, and its selector where a zoo has several."
+    """Name the method of every row, and its selector where a zoo has several.
+
+    Args:
+        rows: with zoo, method and selector
+        titles: by method
+
+    Returns:
+        pd.Series: such as "Magnitude pruning", or "Magnitude pruning (lamp)"
+    """
     several, both = several_selectors(rows), zip(rows["method"], rows["selector"])
     named = [titles[method] + (f" ({name})" if name and several else "") for method, name in both]
     return pd.Series(named, index=rows.index, dtype=object)
@@ -449,7 +669,14 @@ def method_titles(
 def state_layout(
     cells: pd.DataFrame,   # zoo, method, selector, epoch, heading, cell
 ) -> pd.DataFrame:         # one row per zoo; for each method the epoch, then the headings
-    "Lay out one row per zoo with the two methods side by side."
+    """Lay out one row per zoo with the two methods side by side.
+
+    Args:
+        cells: zoo, method, selector, epoch, heading, cell
+
+    Returns:
+        pd.DataFrame: one row per zoo; for each method the epoch, then the headings
+    """
     epochs = cells.drop_duplicates(["zoo", "method", "selector"])
     epochs = epochs.assign(heading="Epoch", cell=epochs["epoch"].astype(str))
     both = pd.concat([epochs, cells], ignore_index=True)
@@ -464,7 +691,13 @@ def table_1(
     level: float | None = None,    # of magnitude pruning; none: as printed, else 80 %
     target: float | None = None,   # sparsity of variational dropout; none: as printed, else the level
 ) -> Table:
-    "Table 1: agreement between twins and their originals."
+    """Table 1: agreement between twins and their originals.
+
+    Args:
+        metrics: tidy metrics of one or more zoos
+        level: of magnitude pruning; none: as printed, else 80 %
+        target: sparsity of variational dropout; none: as printed, else the level
+    """
     states = choose_states(metrics, TABLE_1_STATES, level, target)
     rows = rows_of_states(metrics, states)
     by = ["zoo", "method", "selector", "level", "epoch", "target"]
@@ -478,7 +711,11 @@ def table_1(
 def table_partners(
     numbers: pd.DataFrame,  # from twins.partner_agreements, perhaps older than its column selector
 ) -> Table:
-    "Eq. 1 of twins with different partners, beside Table 1."
+    """Eq. 1 of twins with different partners, beside Table 1.
+
+    Args:
+        numbers: from twins.partner_agreements, perhaps older than its column selector
+    """
     numbers = with_selectors(numbers)
     titles = {"Model Zoo": numbers["zoo"].map(zoo_title), "Method": method_titles(numbers)}
     titles |= {"Agreement with": numbers["partner"]}
@@ -491,7 +728,15 @@ def state_correlations(
     metrics: pd.DataFrame,  # tidy metrics
     states: pd.DataFrame,   # from choose_states
 ) -> pd.DataFrame:          # zoo, method, selector, level, epoch, metric, value, std (of the sparsity), low, high, n; in %
-    "Mean sparsity and both coefficients of every chosen state."
+    """Mean sparsity and both coefficients of every chosen state.
+
+    Args:
+        metrics: tidy metrics
+        states: from choose_states
+
+    Returns:
+        pd.DataFrame: zoo, method, selector, level, epoch, metric, value, std (of the sparsity), low, high, n; in %
+    """
     parts, metrics = [], with_selectors(metrics)
     for state in states.itertuples():
         rows = metrics[(metrics["zoo"] == state.zoo) & metrics["selector"].isin(["", state.selector])]
@@ -510,7 +755,16 @@ def _coefficient_cell(
     low: float,    # in %; NaN for the sparsity, which has no interval
     high: float,   # in %
 ) -> str:          # such as "90.0 [85.1, 93.4]"
-    "Format a coefficient with its interval; a missing one is shown as a dash."
+    """Format a coefficient with its interval; a missing one is shown as a dash.
+
+    Args:
+        value: in %
+        low: in %; NaN for the sparsity, which has no interval
+        high: in %
+
+    Returns:
+        str: such as "90.0 [85.1, 93.4]"
+    """
     return "-" if np.isnan(value) else f"{value:z.1f}" if np.isnan(low) else f"{value:z.1f} [{low:z.1f}, {high:z.1f}]"
 
 # %% ../nbs/30_tables.ipynb #26c925ec
@@ -519,7 +773,13 @@ def table_2(
     level: float | None = None,    # of magnitude pruning; none: as printed, else 80 %
     target: float | None = None,   # sparsity of variational dropout; none: as printed, else the level
 ) -> Table:
-    "Table 2: correlation between the accuracies of originals and twins."
+    """Table 2: correlation between the accuracies of originals and twins.
+
+    Args:
+        metrics: tidy metrics of one or more zoos
+        level: of magnitude pruning; none: as printed, else 80 %
+        target: sparsity of variational dropout; none: as printed, else the level
+    """
     states = choose_states(metrics, TABLE_2_STATES, level, target)
     numbers = state_correlations(metrics, states)
     headings = {"sparsity": "Sparsity", "pearson": "Pearson's r", "kendall": "Kendall's tau"}
@@ -533,7 +793,13 @@ def table_9(
     level: float | None = None,    # as in table_1
     target: float | None = None,   # as in table_1
 ) -> Table:
-    "Table 9: accuracy, sparsity and agreement of the twins in Table 1."
+    """Table 9: accuracy, sparsity and agreement of the twins in Table 1.
+
+    Args:
+        metrics: tidy metrics of one or more zoos
+        level: as in table_1
+        target: as in table_1
+    """
     numbers = table_1(metrics, level, target).numbers
     headings = {"test_acc": "Acc", "sparsity": "Spar", "agreement": "Aggr"}
     cells = pd.DataFrame({
@@ -555,7 +821,14 @@ TABLES = {
 def all_tables(
     metrics: pd.DataFrame,  # tidy metrics of one or more zoos
 ) -> list[Table]:           # in the paper's order, then ours
-    "Make every table, with the paper's states."
+    """Make every table, with the paper's states.
+
+    Args:
+        metrics: tidy metrics of one or more zoos
+
+    Returns:
+        list[Table]: in the paper's order, then ours
+    """
     return [table(metrics) for table in TABLES.values()]
 
 # %% ../nbs/30_tables.ipynb #ba01450a
@@ -564,7 +837,13 @@ def save_table(
     path: Path | str,  # such as "figures/usps_seed/table_5.csv"
     formats: Collection[str] | None = None,  # instead of the path's own: those of csv, md and tex are written
 ) -> None:
-    "Save a table, each file whole or not at all; raises `UserError` for another file type."
+    """Save a table, each file whole or not at all; raises `UserError` for another file type.
+
+    Args:
+        table: what to save
+        path: such as "figures/usps_seed/table_5.csv"
+        formats: instead of the path's own: those of csv, md and tex are written
+    """
     numbers = partial(table.numbers.to_csv, index=False, float_format="%.6g", lineterminator="\n")
     texts = {".csv": numbers, ".md": table.to_markdown, ".tex": table.to_latex}
     for target in in_formats(path, TABLE_FORMATS, formats):

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TORCH', 'Recipe', 'State', 'begin', 'StreamDropout', 'SeenBatchNorm', 'training_module', 'loss_function',
            'rates_and_decays', 'rate_factors', 'optimizer_step', 'alike', 'check_randomness', 'train_epoch', 'evaluate',
-           'accuracy', 'check_classes', 'Engine', 'torch_arithmetic', 'groups', 'Measured', 'epochs', 'model_keys',
-           'on_device']
+           'logits', 'accuracy', 'check_classes', 'Engine', 'torch_arithmetic', 'groups', 'Measured', 'epochs',
+           'model_keys', 'on_device']
 
 # %% ../nbs/12_training.ipynb #adf53ed8
 import copy
@@ -31,7 +31,22 @@ from .variational import SparseConv2d, SparseLinear, deterministic, kl_weight, s
 # %% ../nbs/12_training.ipynb #84e727c9
 @dataclass(frozen=True)
 class Recipe:
-    "How a population is trained in one stage."
+    """How a population is trained in one stage.
+
+    Attributes:
+        zoo: names the random streams, together with the stage
+        stage: "original", "mp_50", "vd", ...
+        epochs: how many
+        lr: learning rate for all; none: each model's own
+        variational: with learned noise and the Kullback-Leibler term
+        run_seed: for independent repetitions
+        schedule: how the rates run, one of schedules.SCHEDULES
+        history: rates of the original training, evenly spaced, for FT, LRW, SLR and CLR
+        original_epochs: of the original training, for LRW and ALLR; none: as many as the history has entries
+        warm_up: share of the epochs; none: as schedules.WARM_UP has it
+        per_step: a rate for every step; otherwise one per epoch
+        nesterov: for SGD: look ahead along the momentum
+    """
 
     zoo: str                 # names the random streams, together with the stage
     stage: str               # "original", "mp_50", "vd", ...
@@ -50,7 +65,17 @@ class Recipe:
 
 @dataclass
 class State:
-    "A population on its way."
+    """A population on its way.
+
+    Attributes:
+        population: its weights are replaced from step to step
+        keys: int64 [models, 2], the models' random streams
+        masks: weight name -> bool [models, ...], False where pruned
+        first: Adam's first moment, or SGD's momentum
+        second: Adam's second moment
+        epoch: epochs done
+        steps: optimizer steps done
+    """
 
     population: Population  # its weights are replaced from step to step
     keys: Tensor            # int64 [models, 2], the models' random streams
@@ -67,7 +92,17 @@ def begin(
     masks: dict[str, Tensor] | None = None,   # of pruned models
     device: str = "cpu",                      # "cpu" or "cuda"
 ) -> State:                                   # before the first step
-    "Set up the state of a population before training, with all moments at zero."
+    """Set up the state of a population before training, with all moments at zero.
+
+    Args:
+        population: models to start from; they are not changed
+        keys: int64 [models, 2], from streams.stream_keys
+        masks: of pruned models
+        device: "cpu" or "cuda"
+
+    Returns:
+        State: before the first step
+    """
     weights = {name: tensor.detach().clone().to(device) for name, tensor in population.weights.items()}
     adam = (population.models["optimizer"] == "adam").any()
     return State(
@@ -90,7 +125,14 @@ class StreamDropout(nn.Module):
         self,
         x: Tensor,  # [N, ...]
     ) -> Tensor:    # the same shape; what stays is scaled by 1 / (1 - p)
-        "Drop elements in train mode."
+        """Drop elements in train mode.
+
+        Args:
+            x: [N, ...]
+
+        Returns:
+            Tensor: the same shape; what stays is scaled by 1 / (1 - p)
+        """
         if not self.training:
             return x
         n = math.prod(x.shape[1:])
@@ -112,7 +154,14 @@ class SeenBatchNorm(nn.Module):
         self,
         x: Tensor,  # [N, C, ...]
     ) -> Tensor:    # the same shape
-        "Normalise by the batch; `seen` has the next running statistics."
+        """Normalise by the batch; `seen` has the next running statistics.
+
+        Args:
+            x: [N, C, ...]
+
+        Returns:
+            Tensor: the same shape
+        """
         if not self.training:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
         n, axes = x.numel() // x.shape[1], [axis for axis in range(x.ndim) if axis != 1]
@@ -130,7 +179,16 @@ def training_module(
     module: nn.Module,         # one model
     variational: bool = False,  # convert to variational dropout
 ) -> tuple[nn.Module, list[nn.Module]]:  # the module to train, and its layers that draw noise, in the order of their sites
-    "Prepare a module for training with random streams."
+    """Prepare a module for training with random streams.
+
+    Args:
+        module: one model
+        variational: convert to variational dropout
+
+    Returns:
+        tuple[nn.Module, list[nn.Module]]: the module to train, and its layers that draw noise, in the order of their
+            sites
+    """
     module = sparsify(module) if variational else copy.deepcopy(module)
     for path, layer in list(module.named_modules()):
         if isinstance(layer, nn.Dropout) and layer.p > 0:
@@ -150,7 +208,15 @@ def loss_function(
     module: nn.Module,       # from training_module
     noisy: list[nn.Module],  # its layers that draw noise
 ) -> Callable:               # of weights, x [B, C, H, W], y [B], key [2], position [B], epoch, divergence weight
-    "Make the loss of one model on one batch; beside it: sum of cross-entropy, right answers, running statistics."
+    """Make the loss of one model on one batch; beside it: sum of cross-entropy, right answers, running statistics.
+
+    Args:
+        module: from training_module
+        noisy: its layers that draw noise
+
+    Returns:
+        Callable: of weights, x [B, C, H, W], y [B], key [2], position [B], epoch, divergence weight
+    """
     divergent = any(isinstance(layer, (SparseConv2d, SparseLinear)) for layer in noisy)
     norms = {path: layer for path, layer in module.named_modules() if isinstance(layer, SeenBatchNorm)}
 
@@ -186,7 +252,16 @@ def rates_and_decays(
     recipe: Recipe,        # may set the learning rate for all
     device: torch.device | str,  # where the weights are
 ) -> tuple[Tensor, Tensor]:  # float64 [models] each
-    "Every model's learning rate, before the schedule, and weight decay; raises `UserError` for ALLR without a column `damage`."
+    """Every model's learning rate, before the schedule, and weight decay; raises `UserError` for ALLR without a column `damage`.
+
+    Args:
+        models: generating factors; for ALLR with `damage`, from schedules.pruning_damage
+        recipe: may set the learning rate for all
+        device: where the weights are
+
+    Returns:
+        tuple[Tensor, Tensor]: float64 [models] each
+    """
     rates = models["lr"] if recipe.lr is None else [recipe.lr] * len(models)
     rates, decays = (torch.tensor(list(column), dtype=torch.float64) for column in (rates, models["wd"]))
     if recipe.schedule == "ALLR":
@@ -202,7 +277,16 @@ def rate_factors(
     epoch: int,      # which, from 1
     steps: int,      # of one epoch
 ) -> Tensor:         # float64 [steps]
-    "What multiplies all rates at every step of an epoch; raises `UserError` as `schedules.check_schedule` does."
+    """What multiplies all rates at every step of an epoch; raises `UserError` as `schedules.check_schedule` does.
+
+    Args:
+        recipe: names the schedule
+        epoch: which, from 1
+        steps: of one epoch
+
+    Returns:
+        Tensor: float64 [steps]
+    """
     return epoch_factors(recipe.schedule, epoch, recipe.epochs, steps, recipe.history, recipe.original_epochs, recipe.warm_up, recipe.per_step)
 
 # %% ../nbs/12_training.ipynb #9c063120
@@ -214,7 +298,16 @@ def optimizer_step(
     nesterov: bool = False,        # for SGD: look ahead along the momentum
     momentum: float = 0.9,         # of SGD; Adam's is 0.9
 ) -> None:
-    "One step of Adam or of SGD with momentum, with each model's learning rate and weight decay."
+    """One step of Adam or of SGD with momentum, with each model's learning rate and weight decay.
+
+    Args:
+        state: moved in place
+        gradients: of the loss, stacked like the weights; what has none, running statistics, stays
+        rates: float32 [models], learning rates
+        decays: float32 [models], weight decays
+        nesterov: for SGD: look ahead along the momentum
+        momentum: of SGD; Adam's is 0.9
+    """
     state.steps += 1
     correction1, correction2 = 1 - 0.9**state.steps, math.sqrt(1 - 0.999**state.steps)
     moved = {name: weight for name, weight in state.population.weights.items() if name in gradients}
@@ -235,7 +328,14 @@ def optimizer_step(
 def alike(
     models: pd.DataFrame,  # generating factors
 ) -> list[list[int]]:      # positions, group by group
-    "Group models of the same activation, dropout and optimizer; the nearest groups share what takes most time to differ in."
+    """Group models of the same activation, dropout and optimizer; the nearest groups share what takes most time to differ in.
+
+    Args:
+        models: generating factors
+
+    Returns:
+        list[list[int]]: positions, group by group
+    """
     groups = models.groupby(["activation", "dropout", "optimizer"]).indices
     return [sorted(rows.tolist()) for rows in groups.values()]
 
@@ -243,7 +343,14 @@ def alike(
 def _one_of(
     population: Population,  # alike models
 ) -> nn.Module:              # a plain module that stands for all of them
-    "Build the module of a population of alike models; raises `UserError` if they are not alike."
+    """Build the module of a population of alike models; raises `UserError` if they are not alike.
+
+    Args:
+        population: alike models
+
+    Returns:
+        nn.Module: a plain module that stands for all of them
+    """
     if len(alike(population.models)) != 1:
         raise UserError("These models differ in activation, optimizer or dropout: train them through zootwins.training.train, which groups them.")
     factors = population.models.iloc[0]
@@ -254,7 +361,12 @@ def check_randomness(
     module: nn.Module,  # as `architectures.build` gives it, in the mode in which it will be used
     x: Tensor,          # some images [N, C, H, W]
 ) -> None:
-    "Raise `UserError` for a module that draws random numbers elsewhere than in `nn.Dropout`."
+    """Raise `UserError` for a module that draws random numbers elsewhere than in `nn.Dropout`.
+
+    Args:
+        module: as `architectures.build` gives it, in the mode in which it will be used
+        x: some images [N, C, H, W]
+    """
     random_layers = (nn.modules.dropout._DropoutNd, nn.RReLU) if module.training else nn.RReLU
     for path, layer in module.named_modules():
         if isinstance(layer, random_layers) and not isinstance(layer, nn.Dropout):
@@ -273,7 +385,14 @@ def check_randomness(
 def _copy_of(
     state: State,  # of any models
 ) -> State:        # the same, with tensors of its own where an optimizer writes
-    "Copy what moves."
+    """Copy what moves.
+
+    Args:
+        state: of any models
+
+    Returns:
+        State: the same, with tensors of its own where an optimizer writes
+    """
     clone = lambda tensors: {name: tensor.clone() for name, tensor in tensors.items()}
     population = replace(state.population, weights=clone(state.population.weights))
     return replace(state, population=population, first=clone(state.first), second=clone(state.second))
@@ -285,7 +404,17 @@ def train_epoch(
     y: Tensor,       # int64 [N]
     recipe: Recipe,  # how to move
 ) -> tuple[Tensor, Tensor]:  # float64 [models] each: running mean cross-entropy and accuracy in train mode
-    "Train all models for one epoch; when it is interrupted the state is what it was before."
+    """Train all models for one epoch; when it is interrupted the state is what it was before.
+
+    Args:
+        state: alike models; moved in place by one epoch
+        x: float32 [N, C, H, W], on the state's device
+        y: int64 [N]
+        recipe: how to move
+
+    Returns:
+        tuple[Tensor, Tensor]: float64 [models] each: running mean cross-entropy and accuracy in train mode
+    """
     epoch, moving = state.epoch + 1, _copy_of(state)
     population, n, size = moving.population, len(x), recipe.batch_size
     check_randomness(_one_of(population).train(), x[:2])
@@ -318,7 +447,18 @@ def evaluate(
     x: Tensor,                   # float32 [N, C, H, W], on the weights' device
     y: Tensor,                   # int64 [N]
 ) -> tuple[Tensor, Tensor]:      # mean cross-entropy float64 [models], predicted classes uint8 [models, N]
-    "Judge all models on the same images."
+    """Judge all models on the same images.
+
+    Args:
+        weights: plain stacked parameters: pruned or `variational.deterministic` where need be
+        architecture: a key of ARCHITECTURES
+        activations: one per model
+        x: float32 [N, C, H, W], on the weights' device
+        y: int64 [N]
+
+    Returns:
+        tuple[Tensor, Tensor]: mean cross-entropy float64 [models], predicted classes uint8 [models, N]
+    """
     groups = pd.Series(list(activations)).groupby(list(activations)).indices
     entropy = torch.empty(sum(map(len, groups.values())), dtype=torch.float64, device=x.device)
     predictions = torch.empty(len(entropy), len(x), dtype=torch.uint8, device=x.device)
@@ -334,7 +474,17 @@ def _evaluate_alike(
     x: Tensor,                   # float32 [N, C, H, W]
     y: Tensor,                   # int64 [N]
 ) -> tuple[Tensor, Tensor]:      # as `evaluate`
-    "Judge models of one activation, 256 images at a time."
+    """Judge models of one activation, 256 images at a time.
+
+    Args:
+        module: stands for all of them, in eval mode
+        weights: stacked
+        x: float32 [N, C, H, W]
+        y: int64 [N]
+
+    Returns:
+        tuple[Tensor, Tensor]: as `evaluate`
+    """
     check_randomness(module, x[:2])
     forward = vmap(lambda w, images: functional_call(module, w, (images,)), in_dims=(0, None))
     entropy, predictions = 0.0, []
@@ -347,11 +497,45 @@ def _evaluate_alike(
     return entropy / len(x), torch.cat(predictions, 1)
 
 
+def logits(
+    weights: dict[str, Tensor],  # plain stacked parameters, as for `evaluate`
+    architecture: str,           # a key of ARCHITECTURES
+    activations: Iterable[str],  # one per model
+    x: Tensor,                   # float32 [N, C, H, W], on the weights' device
+) -> Tensor:                     # float32 [models, N, classes]
+    """What all models give before the softmax, one model after the other.
+
+    Args:
+        weights: plain stacked parameters, as for `evaluate`
+        architecture: a key of ARCHITECTURES
+        activations: one per model
+        x: float32 [N, C, H, W], on the weights' device
+
+    Returns:
+        Tensor: float32 [models, N, classes]
+    """
+    activations = list(activations)
+    modules = {name: build(architecture, name).eval() for name in set(activations)}
+    for module in modules.values():
+        check_randomness(module, x[:2])
+    of = lambda i: {name: tensor[i] for name, tensor in weights.items()}
+    with torch.no_grad():
+        return torch.stack([functional_call(modules[name], of(i), (x,)) for i, name in enumerate(activations)])
+
+
 def accuracy(
     predictions: Tensor,  # uint8 [models, N]
     y: Tensor,            # int64 [N]
 ) -> Tensor:              # float64 [models], fractions
-    "The share of right answers."
+    """The share of right answers.
+
+    Args:
+        predictions: uint8 [models, N]
+        y: int64 [N]
+
+    Returns:
+        Tensor: float64 [models], fractions
+    """
     return (predictions == y).double().mean(-1)
 
 # %% ../nbs/12_training.ipynb #62caa0c6
@@ -359,7 +543,12 @@ def check_classes(
     logits: Tensor,  # [models, N, classes]
     labels: Tensor,  # int64 [N]
 ) -> None:
-    "Raise `UserError` for more classes than predictions can tell, and for labels that are none of them."
+    """Raise `UserError` for more classes than predictions can tell, and for labels that are none of them.
+
+    Args:
+        logits: [models, N, classes]
+        labels: int64 [N]
+    """
     if logits.ndim != 3 or logits.shape[-1] > 256:
         raise UserError(f"A model gives {list(logits.shape[1:])} numbers for {len(labels)} images: it has to give one for each class, of which there may be 256.")
     if not 0 <= labels.min() <= labels.max() < logits.shape[-1]:
@@ -368,11 +557,21 @@ def check_classes(
 # %% ../nbs/12_training.ipynb #49753644
 @dataclass(frozen=True)
 class Engine:
-    "Two functions that move and judge a population, and how to cut it up for them."
+    """Functions that move and judge a population, and how to cut it up for them.
+
+    Attributes:
+        mixes: whether models that are not alike can be trained together
+        width: how many models to train together
+        workers: how many such blocks at a time
+        interrupt: ends what the workers are at, with an `InterruptedError`
+        schedules: whether it follows schedules and takes Nesterov's momentum
+        arithmetic: names how numbers are rounded: two that differ may give other bits
+    """
 
     name: str
     train_epoch: Callable[[State, Tensor, Tensor, Recipe], tuple[Tensor, Tensor]]
     evaluate: Callable[[dict[str, Tensor], str, Iterable[str], Tensor, Tensor], tuple[Tensor, Tensor]]
+    logits: Callable[[dict[str, Tensor], str, Iterable[str], Tensor], Tensor]
     mixes: bool = False                             # whether models that are not alike can be trained together
     width: Callable[[], int] = lambda: 256          # how many models to train together
     workers: Callable[[], int] = lambda: 1          # how many such blocks at a time
@@ -382,25 +581,45 @@ class Engine:
 
 
 def torch_arithmetic() -> str:  # such as "torch 2.13.0 AVX512"
-    "What the bits of the reference engine depend on: PyTorch's version, and the instructions that it chooses."
+    """What the bits of the reference engine depend on: PyTorch's version, and the instructions that it chooses.
+
+    Returns:
+        str: such as "torch 2.13.0 AVX512"
+    """
     return f"torch {torch.__version__} {torch.backends.cpu.get_cpu_capability()}"
 
 
-TORCH = Engine("torch", train_epoch, evaluate, schedules=True, arithmetic=torch_arithmetic)
+TORCH = Engine("torch", train_epoch, evaluate, logits, schedules=True, arithmetic=torch_arithmetic)
 
 
 def groups(
     models: pd.DataFrame,  # generating factors
     engine: Engine,        # who trains
 ) -> list[list[int]]:      # positions, like models beside each other
-    "Group models that an engine can train together."
+    """Group models that an engine can train together.
+
+    Args:
+        models: generating factors
+        engine: who trains
+
+    Returns:
+        list[list[int]]: positions, like models beside each other
+    """
     found = alike(models)
     return [sum(found, [])] if engine.mixes else found
 
 # %% ../nbs/12_training.ipynb #89e0635e
 @dataclass(frozen=True)
 class Measured:
-    "What is known of every model after one epoch."
+    """What is known of every model after one epoch.
+
+    Attributes:
+        train_loss: float64 [models], mean cross-entropy over the epoch, in train mode (epoch 0: eval mode)
+        train_accuracy: float64 [models], likewise
+        test_loss: float64 [models], in eval mode
+        test_accuracy: float64 [models]
+        predictions: uint8 [models, test images]
+    """
 
     epoch: int
     train_loss: Tensor      # float64 [models], mean cross-entropy over the epoch, in train mode (epoch 0: eval mode)
@@ -417,7 +636,18 @@ def _judge(
     recipe: Recipe,  # variational or not
     engine: Engine,  # who judges
 ) -> tuple[Tensor, Tensor, Tensor]:  # mean cross-entropy, accuracy, predictions
-    "Evaluate the state as it stands."
+    """Evaluate the state as it stands.
+
+    Args:
+        state: of models that the engine takes together
+        x: float32 [N, C, H, W]
+        y: int64 [N]
+        recipe: variational or not
+        engine: who judges
+
+    Returns:
+        tuple[Tensor, Tensor, Tensor]: mean cross-entropy, accuracy, predictions
+    """
     weights = deterministic(state.population.weights) if recipe.variational else state.population.weights
     loss, predictions = engine.evaluate(weights, state.population.architecture, state.population.models["activation"], x, y)
     return loss, accuracy(predictions, y), predictions
@@ -429,7 +659,17 @@ def epochs(
     recipe: Recipe,          # how to move
     engine: Engine = TORCH,  # who trains
 ) -> Iterator[Measured]:     # epoch 0 if nothing was done yet, then every epoch that is left
-    "Train to the end of the recipe and measure after every epoch; the state between two items can be saved and gone on from."
+    """Train to the end of the recipe and measure after every epoch; the state between two items can be saved and gone on from.
+
+    Args:
+        state: of models that the engine takes together; moved in place
+        images: training and test images, on the state's device
+        recipe: how to move
+        engine: who trains
+
+    Returns:
+        Iterator[Measured]: epoch 0 if nothing was done yet, then every epoch that is left
+    """
     if not engine.schedules and (recipe.schedule != "constant" or recipe.nesterov):
         raise UserError(
             f"The engine {engine.name} knows constant learning rates and plain momentum only: use engine='torch' "
@@ -447,7 +687,15 @@ def model_keys(
     recipe: Recipe,        # names the streams
     models: pd.DataFrame,  # seed, and copy where there are copies
 ) -> Tensor:               # int64 [models, 2]
-    "The random stream of every model and copy; that of copy 0 is the model's own."
+    """The random stream of every model and copy; that of copy 0 is the model's own.
+
+    Args:
+        recipe: names the streams
+        models: seed, and copy where there are copies
+
+    Returns:
+        Tensor: int64 [models, 2]
+    """
     copies = models["copy"] if "copy" in models else [0] * len(models)
     stages = [recipe.stage if copy == 0 else f"{recipe.stage}, copy {copy}" for copy in copies]
     return torch.cat([stream_keys(recipe.zoo, stage, [seed], recipe.run_seed) for stage, seed in zip(stages, models["seed"])])
@@ -457,6 +705,14 @@ def on_device(
     images: Images,  # a data set
     device: str,     # "cpu" or "cuda"
 ) -> Images:         # the same on that device
-    "Move a data set to a device."
+    """Move a data set to a device.
+
+    Args:
+        images: a data set
+        device: "cpu" or "cuda"
+
+    Returns:
+        Images: the same on that device
+    """
     tensors = {f.name: getattr(images, f.name) for f in fields(images) if f.name != "name"}
     return replace(images, **{name: tensor.to(device) for name, tensor in tensors.items()})

@@ -9,14 +9,14 @@ __all__ = ['MEMORY_SIGNS', 'Crew', 'terms_of', 'tell', 'stored', 'make_blocks', 
            'removal_frequencies', 'partner_agreements', 'predictions_of', 'fitting_epoch', 'table_reevaluation',
            'run_record', 'begin_figures']
 
-# %% ../nbs/40_twins.ipynb #6d846747
+# %% ../nbs/40_twins.ipynb #c996304b
 import platform
 import shutil
 import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -53,7 +53,16 @@ from .workers import Bar, Executor, Finished, Terms, cost, hand_out, me, take_tu
 # %% ../nbs/40_twins.ipynb #b9460999
 @dataclass(frozen=True)
 class Crew:
-    "Who makes the blocks of one zoo."
+    """Who makes the blocks of one zoo.
+
+    Attributes:
+        device: "cpu" or "cuda"
+        images: on that device, unless an executor has them
+        image_size: with which they were loaded
+        executor: none: the threads of this machine
+        stop: set to end the work
+        on_epoch: hears of every epoch of every block
+    """
 
     engine: Engine
     device: str                  # "cpu" or "cuda"
@@ -68,7 +77,15 @@ def terms_of(
     crew: Crew,    # with an executor
     folder: Path,  # of the zoo in the store
 ) -> Terms:        # that a worker must meet
-    "What travels with every block."
+    """What travels with every block.
+
+    Args:
+        crew: with an executor
+        folder: of the zoo in the store
+
+    Returns:
+        Terms: that a worker must meet
+    """
     return Terms(
         crew.images.name, crew.image_size, images_fingerprint(crew.images), crew.engine.name, crew.engine.arithmetic(), crew.device,
         str(folder.resolve()), (folder / "store.json").read_text(encoding="utf-8"), me(),
@@ -81,7 +98,17 @@ def tell(
     metrics: pd.DataFrame,          # tidy, perhaps with epochs that were told already
     last: int,                      # the last epoch that was told
 ) -> int:                           # the last one told now
-    "Tell of the epochs of a block that are new."
+    """Tell of the epochs of a block that are new.
+
+    Args:
+        crew: perhaps with somebody who listens
+        block: whose
+        metrics: tidy, perhaps with epochs that were told already
+        last: the last epoch that was told
+
+    Returns:
+        int: the last one told now
+    """
     new = metrics[metrics["epoch"] > last]
     if crew.on_epoch is not None and len(new):
         crew.on_epoch(block.stage.name, block.stage.rows, new)
@@ -95,7 +122,15 @@ def stored(
     bar: Bar,            # told of every epoch
     trained: list[int],  # collects the model-samples that were trained now
 ) -> Iterator[Step]:
-    "Make a block step by step and add it to the store."
+    """Make a block step by step and add it to the store.
+
+    Args:
+        block: to make
+        crew: who trains
+        folder: of the zoo in the store
+        bar: told of every epoch
+        trained: collects the model-samples that were trained now
+    """
     last = block.stage.first_epoch - 1
     with closing(train_block(block, crew.images, crew.engine, crew.device, folder / "parts")) as task:
         for step in task:
@@ -115,7 +150,17 @@ def make_blocks(
     folder: Path,             # of the zoo in the store
     bar: Bar,                 # told of what is done
 ) -> int:                     # model-samples that were trained now
-    "Have blocks made and add them to the store; raises what a block raises, and keeps what is finished."
+    """Have blocks made and add them to the store; raises what a block raises, and keeps what is finished.
+
+    Args:
+        blocks: to make, of one stage
+        crew: who makes them
+        folder: of the zoo in the store
+        bar: told of what is done
+
+    Returns:
+        int: model-samples that were trained now
+    """
     trained: list[int] = []
     if crew.executor is None:
         tasks = (stored(block, crew, folder, bar, trained) for block in blocks)
@@ -141,7 +186,15 @@ def take_stock(
     folder: Path,  # of the zoo in the store, whose lock for the stage is held
     stage: str,    # its name
 ) -> int | None:   # how many finished files the manifest does not list yet; none: it lists those that are there
-    "Compare a stage's files with its manifest, and say what has come or gone since."
+    """Compare a stage's files with its manifest, and say what has come or gone since.
+
+    Args:
+        folder: of the zoo in the store, whose lock for the stage is held
+        stage: its name
+
+    Returns:
+        int | None: how many finished files the manifest does not list yet; none: it lists those that are there
+    """
     there, known = {path.name for path in finished_files(folder, stage)}, set(read_manifest(folder, stage)["files"])
     gone, new = len(known - there), len(there - known)
     if gone:
@@ -153,7 +206,15 @@ def take_stock(
 # %% ../nbs/40_twins.ipynb #b81855ca
 @dataclass(frozen=True)
 class Report:
-    "What a stage cost."
+    """What a stage cost.
+
+    Attributes:
+        made: rows trained now
+        reused: rows found in the store
+        seconds: wall time
+        model_samples: training images seen in that time, summed over the rows made
+        diverged: rows of the stage whose last training loss is not finite
+    """
 
     stage: str
     made: int            # rows trained now
@@ -169,7 +230,14 @@ def blocks_of(
     engine: Engine,          # who will train
     source: Source | None,   # of the originals; none: they are trained
 ) -> list[Block]:
-    "Cut what is missing of a stage into blocks, with the originals that they begin from."
+    """Cut what is missing of a stage into blocks, with the originals that they begin from.
+
+    Args:
+        stage: its rows are those that are missing
+        folder: of the zoo in the store
+        engine: who will train
+        source: of the originals; none: they are trained
+    """
     if stage.begins == "drawn":
         return list(cut_blocks(stage, engine))
     if stage.begins == "taken":
@@ -178,7 +246,11 @@ def blocks_of(
 
 # %% ../nbs/40_twins.ipynb #81603f1b
 def _commit() -> str | None:  # none where zootwins does not run from a git checkout of its own
-    "The checkout's commit."
+    """The checkout's commit.
+
+    Returns:
+        str | None: none where zootwins does not run from a git checkout of its own
+    """
     root = project_root(Path(str(files("zootwins"))))
     if not (root / "settings.ini").exists() or not shutil.which("git"):
         return None
@@ -191,7 +263,16 @@ def made_by(
     crew: Crew,              # who made it
     source: Source | None,   # of the originals
 ) -> dict[str, object]:      # JSON types
-    "Describe how some rows of a stage were made."
+    """Describe how some rows of a stage were made.
+
+    Args:
+        report: of a stage
+        crew: who made it
+        source: of the originals
+
+    Returns:
+        dict[str, object]: JSON types
+    """
     taken = source.name if source and report.stage == "original" else "train"
     threads = processors() if crew.executor is None else None
     by = {"commit": _commit(), "engine": crew.engine.name, "device": crew.device, "threads": threads}
@@ -202,16 +283,26 @@ def make_stage(
     stage: Stage,            # all rows that are wanted
     folder: Path,            # of the zoo in the store, opened
     crew: Crew,              # who works
-    source: Source | None,   # of the originals; none: they are trained
+    cut: Callable[[Stage], Sequence[Block]],  # cuts the stage, with those rows alone that are missing, into blocks
     bar: Bar,                # told of what is done
+    source: Source | None = None,  # of the originals; none: they are trained
 ) -> Report:
-    "Make what is missing of a stage."
+    """Make what is missing of a stage.
+
+    Args:
+        stage: all rows that are wanted
+        folder: of the zoo in the store, opened
+        crew: who works
+        cut: cuts the stage, with those rows alone that are missing, into blocks
+        bar: told of what is done
+        source: of the originals; none: they are trained
+    """
     started = time.monotonic()
     with locked(folder, stage.name):
         sweep(folder, stage.name)
         taken_up, there = take_stock(folder, stage.name), finished_rows(folder, stage.name)
         missing = stage.rows[[name not in there for name in row_names(stage.rows)]].reset_index(drop=True)
-        blocks = blocks_of(replace(stage, rows=missing), folder, crew.engine, source) if len(missing) else []
+        blocks = cut(replace(stage, rows=missing)) if len(missing) else []
         per_row = stage.recipe.epochs * len(crew.images.x_train)
         bar.expect(len(missing) * per_row, len(blocks), weight(stage) * (len(stage.rows) - len(missing)) * per_row)
         samples = make_blocks(blocks, crew, folder, bar) if blocks else 0
@@ -226,16 +317,32 @@ def count_diverged(
     stage: Stage,           # that is done
     metrics: pd.DataFrame,  # of the whole stage
 ) -> int:                   # models, counted at every level
-    "Count the rows that ended in infinity or NaN: the grids have some, and they must not go unseen."
+    """Count the rows that ended in infinity or NaN: the grids have some, and they must not go unseen.
+
+    Args:
+        stage: that is done
+        metrics: of the whole stage
+
+    Returns:
+        int: models, counted at every level
+    """
     last = metrics[(metrics["epoch"] == stage.last_epoch) & ~np.isfinite(metrics["train_loss"])]
     return len(set(row_names(last)) & set(row_names(stage.rows)))
 
-# %% ../nbs/40_twins.ipynb #b8c9d0e1
+# %% ../nbs/40_twins.ipynb #4d0a5c85
 def read_history(
     folder: Path,  # of a zoo in a store
 ) -> list[dict[str, object]]:  # one record per stage that was made or added to, stage by stage
-    "What made the models of a store."
-    return [record for stage in STAGES for record in read_manifest(folder, stage)["history"]]
+    """What made the models of a store: originals, twins, then phases of soups and whatever else was made of them.
+
+    Args:
+        folder: of a zoo in a store
+
+    Returns:
+        list[dict[str, object]]: one record per stage that was made or added to, stage by stage
+    """
+    others = sorted(path.stem for path in folder.glob("*.json") if (folder / path.stem).is_dir() and path.stem not in STAGES)
+    return [record for stage in (*STAGES, *others) for record in read_manifest(folder, stage)["history"]]
 
 # %% ../nbs/40_twins.ipynb #a7ab635f
 class Interrupted(KeyboardInterrupt):
@@ -258,7 +365,12 @@ def interruptible(
     folder: Path,           # where work is kept
     stop: threading.Event,  # set when the user interrupts
 ) -> Iterator[None]:
-    "Turn an interruption, by the keyboard or by SIGTERM, and a lack of memory into one line."
+    """Turn an interruption, by the keyboard or by SIGTERM, and a lack of memory into one line.
+
+    Args:
+        folder: where work is kept
+        stop: set when the user interrupts
+    """
     main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, _terminated) if main else None
     try:
@@ -286,7 +398,21 @@ def make_twins(
     stop: threading.Event | None = None,  # set by another thread to end the work; none: nobody does
     on_epoch: OnEpoch | None = None,     # called with stage, rows, epoch and their metrics after every epoch of every block
 ) -> list[Report]:                       # what each stage cost
-    "Make all stages of a plan that are not in the store yet; raises `UserError`, and `Interrupted` with all work kept."
+    """Make all stages of a plan that are not in the store yet; raises `UserError`, and `Interrupted` with all work kept.
+
+    Args:
+        plan: what to make
+        images: from datasets.load_images
+        progress: show bars
+        workers: who carries out the blocks, from workers.open_workers; none: this machine
+        only: "original" and METHODS; none: all of the plan
+        bar: that stages share; none: each has its own
+        stop: set by another thread to end the work; none: nobody does
+        on_epoch: called with stage, rows, epoch and their metrics after every epoch of every block
+
+    Returns:
+        list[Report]: what each stage cost
+    """
     folder, stop, reports = plan.folder, stop or threading.Event(), []
     with interruptible(folder, stop):
         stages = make_stages(plan)
@@ -297,7 +423,9 @@ def make_twins(
         for group in _together(wanted, workers is not None):
             shown = bar or _bar_of(group, stages, plan.zoo.name, len(images.x_train), progress)
             try:
-                reports += _at_once([partial(make_stage, stage, folder, crew, plan.source, shown) for stage in group], stop)
+                cut = partial(blocks_of, folder=folder, engine=crew.engine, source=plan.source)
+                tasks = [partial(make_stage, stage, folder, crew, cut, shown, plan.source) for stage in group]
+                reports += _at_once(tasks, stop)
             finally:
                 if bar is None:
                     shown.close()
@@ -308,7 +436,15 @@ def _together(
     stages: Sequence[Stage],  # that are wanted
     shared: bool,             # whether an executor makes their blocks
 ) -> list[list[Stage]]:       # in turn
-    "Group stages that are made at once: with an executor, all kinds of twins."
+    """Group stages that are made at once: with an executor, all kinds of twins.
+
+    Args:
+        stages: that are wanted
+        shared: whether an executor makes their blocks
+
+    Returns:
+        list[list[Stage]]: in turn
+    """
     if not shared:
         return [[stage] for stage in stages]
     kinds = [stage for stage in stages if stage.name == "original"], [stage for stage in stages if stage.name != "original"]
@@ -322,7 +458,15 @@ def _bar_of(
     samples: int,             # training images
     show: bool,               # draw it
 ) -> Bar:
-    "A bar that knows how much of the whole run comes before."
+    """A bar that knows how much of the whole run comes before.
+
+    Args:
+        group: that are made at once
+        stages: all of the plan
+        zoo: its name
+        samples: training images
+        show: draw it
+    """
     costs, names = {stage.name: cost(stage, samples) for stage in stages}, [stage.name for stage in group]
     places = [list(costs).index(name) for name in names]
     numbers = " and ".join(str(place + 1) for place in places)
@@ -334,7 +478,15 @@ def _at_once(
     tasks: Sequence,        # functions without arguments
     stop: threading.Event,  # tells all to end
 ) -> list:                  # what they return, in their order
-    "Run tasks that mostly wait, side by side; the first that fails ends all. A single one runs in this thread."
+    """Run tasks that mostly wait, side by side; the first that fails ends all. A single one runs in this thread.
+
+    Args:
+        tasks: functions without arguments
+        stop: tells all to end
+
+    Returns:
+        list: what they return, in their order
+    """
     if len(tasks) == 1:
         return [tasks[0]()]
     with ThreadPoolExecutor(len(tasks)) as pool:
@@ -357,7 +509,17 @@ def make_zoos(
     progress: bool = True,            # show a bar
     workers: Executor | None = None,  # from workers.open_workers; none: the threads of this machine, one zoo after the other
 ) -> Iterator[tuple[Plan, list[Report]]]:  # each plan when it is done, and what it cost
-    "Make several zoos; raises as `make_twins` does, with everything kept that is finished."
+    """Make several zoos; raises as `make_twins` does, with everything kept that is finished.
+
+    Args:
+        plans: what to make; no zoo twice
+        images: by name of the zoo
+        progress: show a bar
+        workers: from workers.open_workers; none: the threads of this machine, one zoo after the other
+
+    Returns:
+        Iterator[tuple[Plan, list[Report]]]: each plan when it is done, and what it cost
+    """
     if workers is None:
         for plan in plans:
             yield plan, make_twins(plan, images[plan.zoo.name], progress)
@@ -384,7 +546,12 @@ def save_metrics(
     metrics: pd.DataFrame,  # tidy
     path: Path,             # such as "runs/usps_seed/metrics.parquet"
 ) -> None:
-    "Write tidy metrics, whole or not at all."
+    """Write tidy metrics, whole or not at all.
+
+    Args:
+        metrics: tidy
+        path: such as "runs/usps_seed/metrics.parquet"
+    """
     with atomic_path(path) as temporary:
         metrics.to_parquet(temporary, index=False, compression="zstd")
 
@@ -392,7 +559,14 @@ def save_metrics(
 def load_metrics(
     plan: Plan,        # whose store
 ) -> pd.DataFrame:     # tidy, the plan's models, methods and levels
-    "Read the tidy metrics of a plan; raises `UserError` if some of its rows are missing."
+    """Read the tidy metrics of a plan; raises `UserError` if some of its rows are missing.
+
+    Args:
+        plan: whose store
+
+    Returns:
+        pd.DataFrame: tidy, the plan's models, methods and levels
+    """
     parts = []
     for stage in make_stages(plan):
         metrics, wanted = read_stage_metrics(plan.folder, stage.name), row_names(stage.rows)
@@ -409,7 +583,14 @@ def _all_there(
     folder: Path,           # of the zoo in the store
     stage: str,             # its name
 ) -> None:
-    "Raise `UserError` for rows that are missing."
+    """Raise `UserError` for rows that are missing.
+
+    Args:
+        wanted: names of rows
+        there: those in the store
+        folder: of the zoo in the store
+        stage: its name
+    """
     missing = [name for name in wanted if name not in there]
     if missing:
         raise UserError(f"{folder} lacks {len(missing)} of the rows of {stage} that are asked for, such as model "
@@ -422,7 +603,17 @@ def load_stage(
     epoch: int | None = None,    # of variational dropout, 0: before any step; none: the last
     level: float | None = None,  # of magnitude pruning; none: all the plan's levels
 ) -> Population:                 # the plan's models, as they were trained: with their log_sigma2, if they have one
-    "Read the plan's models of a stage; raises `UserError` if some are missing."
+    """Read the plan's models of a stage; raises `UserError` if some are missing.
+
+    Args:
+        plan: whose store
+        stage: its name, one of plans.STAGES
+        epoch: of variational dropout, 0: before any step; none: the last
+        level: of magnitude pruning; none: all the plan's levels
+
+    Returns:
+        Population: the plan's models, as they were trained: with their log_sigma2, if they have one
+    """
     rows = next(s.rows for s in make_stages(plan) if s.name == stage)
     rows = rows if level is None else rows[np.isclose(rows["level"], level)]
     there = read_stage(plan.folder, stage, epoch)
@@ -435,14 +626,29 @@ def load_epoch(
     plan: Plan,       # whose store
     epoch: int,       # of variational dropout; 0: before any step
 ) -> Population:      # the plan's models, with their log_sigma2
-    "Read one epoch of the trajectory of variational dropout; raises `UserError` if it is not there."
+    """Read one epoch of the trajectory of variational dropout; raises `UserError` if it is not there.
+
+    Args:
+        plan: whose store
+        epoch: of variational dropout; 0: before any step
+
+    Returns:
+        Population: the plan's models, with their log_sigma2
+    """
     return load_stage(plan, "vd", epoch)
 
 # %% ../nbs/40_twins.ipynb #5a6c3305
 def load_models(
     path: Path | str,  # of a stage in a store or a publication, such as "zoos/digits_seed/vd"
 ) -> Population:       # plain weights, zero where they are pruned
-    "Load the models of a stage; raises `UserError` if they cannot be read."
+    """Load the models of a stage; raises `UserError` if they cannot be read.
+
+    Args:
+        path: of a stage in a store or a publication, such as "zoos/digits_seed/vd"
+
+    Returns:
+        Population: plain weights, zero where they are pruned
+    """
     path = Path(path)
     published = path.with_name(f"{path.name}.safetensors").exists()
     population = load_population(path) if published else read_stage(path.parent, path.name)
@@ -456,7 +662,18 @@ def load_twins(
     epoch: int,    # of variational dropout
     selector: str = "",  # who chose what is pruned; empty: the first of the plan
 ) -> Population:   # the plan's models, with plain weights
-    "Read the twins of one state."
+    """Read the twins of one state.
+
+    Args:
+        plan: whose store
+        method: "mp" or "vd"
+        level: of magnitude pruning, whose twins are kept after their last epoch; not used for variational dropout
+        epoch: of variational dropout
+        selector: who chose what is pruned; empty: the first of the plan
+
+    Returns:
+        Population: the plan's models, with plain weights
+    """
     stage = pruning_stage(plan.zoo, selector or plan.selectors[0])
     twins = load_stage(plan, stage, level=level) if method == "mp" else load_epoch(plan, epoch)
     return replace(twins, weights=deterministic(twins.weights))
@@ -465,7 +682,14 @@ def load_twins(
 def removal_frequencies(
     plan: Plan,        # whose store
 ) -> pd.DataFrame:     # zootwins.layers.FREQUENCY_COLUMNS; empty without twins
-    "Count how often every weight is removed, at every epoch of variational dropout and every level of pruning."
+    """Count how often every weight is removed, at every epoch of variational dropout and every level of pruning.
+
+    Args:
+        plan: whose store
+
+    Returns:
+        pd.DataFrame: zootwins.layers.FREQUENCY_COLUMNS; empty without twins
+    """
     zoo, layers, shares = plan.zoo, layer_names(build(plan.zoo.architecture)), {}
     for epoch in range(zoo.vd_epochs + 1 if "vd" in plan.methods else 0):
         masks = sparse_masks(load_epoch(plan, epoch).weights)
@@ -483,7 +707,17 @@ def partner_agreements(
     images: Images,        # from datasets.load_images
     states: pd.DataFrame,  # from tables.choose_states
 ) -> pd.DataFrame:         # zoo, method, selector, level, epoch, n (models), partner, mean and std in %, pairs; empty for a single model
-    "Agreement of the twins of some states with their originals, with other originals and with each other."
+    """Agreement of the twins of some states with their originals, with other originals and with each other.
+
+    Args:
+        plan: whose store
+        images: from datasets.load_images
+        states: from tables.choose_states
+
+    Returns:
+        pd.DataFrame: zoo, method, selector, level, epoch, n (models), partner, mean and std in %, pairs; empty for a
+            single model
+    """
     keys, found = ["zoo", "method", "selector", "level", "epoch"], []
     columns = [*keys, "n", "partner", "mean", "std", "pairs"]
     if plan.n_models == 1 or states.empty:
@@ -503,7 +737,16 @@ def predictions_of(
     plan: Plan,              # says who judges
     images: Images,          # from datasets.load_images
 ) -> Tensor:                 # uint8 [models, test images], on the CPU
-    "What every model predicts for the test images."
+    """What every model predicts for the test images.
+
+    Args:
+        population: of the plan's zoo
+        plan: says who judges
+        images: from datasets.load_images
+
+    Returns:
+        Tensor: uint8 [models, test images], on the CPU
+    """
     weights = {name: tensor.to(plan.device) for name, tensor in population.weights.items()}
     return predict(replace(population, weights=weights), on_device(images, plan.device), plan.engine).cpu()
 
@@ -514,7 +757,17 @@ def fitting_epoch(
     epoch: int,              # that the weights are taken for
     n_images: int,           # of the test set
 ) -> tuple[int, int]:        # the epoch near it whose records most weights agree with, and how many
-    "Find which records the weights belong to: those of their own epoch, of the one before or of the one after."
+    """Find which records the weights belong to: those of their own epoch, of the one before or of the one after.
+
+    Args:
+        recorded: model, epoch, test_acc
+        found: [models], accuracies of the weights here
+        epoch: that the weights are taken for
+        n_images: of the test set
+
+    Returns:
+        tuple[int, int]: the epoch near it whose records most weights agree with, and how many
+    """
     matches = {}
     for near in (epoch, epoch - 1, epoch + 1):
         values = recorded[recorded["epoch"] == near].set_index("model")["test_acc"].reindex(range(len(found)))
@@ -527,7 +780,12 @@ def table_reevaluation(
     plan: Plan,              # has a source that came with records
     images: Images,          # from datasets.load_images
 ) -> Table:
-    "The test accuracies that a source recorded beside those of its weights here, and the epoch whose records fit."
+    """The test accuracies that a source recorded beside those of its weights here, and the epoch whose records fit.
+
+    Args:
+        plan: has a source that came with records
+        images: from datasets.load_images
+    """
     recorded = plan.source.recorded.reindex(columns=["model", "epoch", "test_acc"])
     last = recorded[recorded["epoch"] == plan.epochs].set_index("model")["test_acc"].reindex(range(plan.n_models))
     predicted = read_predictions(plan.folder, "original")
@@ -560,7 +818,16 @@ def run_record(
     reports: list[Report],   # what it cost
     images: Images,          # what it was made from
 ) -> dict[str, object]:      # JSON types
-    "Describe a run."
+    """Describe a run.
+
+    Args:
+        plan: what was asked
+        reports: what it cost
+        images: what it was made from
+
+    Returns:
+        dict[str, object]: JSON types
+    """
     rate = lambda r: {"model_samples_per_second": round(r.model_samples / r.seconds) if r.model_samples else None}
     stages, source = [asdict(report) | rate(report) for report in reports], "train"
     if plan.source:
@@ -580,5 +847,9 @@ def run_record(
 def begin_figures(
     plan: Plan,  # whose folder of figures
 ) -> None:
-    "Take an earlier record away, so that an unfinished run cannot be mistaken for a finished one."
+    """Take an earlier record away, so that an unfinished run cannot be mistaken for a finished one.
+
+    Args:
+        plan: whose folder of figures
+    """
     (plan.figures / "run.json").unlink(missing_ok=True)

@@ -40,7 +40,16 @@ from .core import UserError, one_line
 # %% ../nbs/01_untrusted.ipynb #31cd2e79
 @dataclass
 class Limits:
-    "What is read of a file from elsewhere; sizes in bytes."
+    """What is read of a file from elsewhere; sizes in bytes.
+
+    Attributes:
+        json: a params.json or result.json
+        checkpoint: a saved state dict
+        pickle: the description of its tensors, unless the numbers themselves are twice as large
+        tensors: in a state dict
+        unpacked: times the size of a zip
+        cells: rows times columns of a table
+    """
 
     json: int = 8 << 20           # a params.json or result.json
     checkpoint: int = 64 << 20    # a saved state dict
@@ -57,7 +66,15 @@ def read_file(
     path: Path | str,  # of an ordinary file
     limit: int,        # of its size, in bytes
 ) -> bytes:            # its content
-    "Read a whole file; raises `ValueError` if it is no ordinary file or too large."
+    """Read a whole file; raises `ValueError` if it is no ordinary file or too large.
+
+    Args:
+        path: of an ordinary file
+        limit: of its size, in bytes
+
+    Returns:
+        bytes: its content
+    """
     quick = lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))  # a pipe must not make us wait
     with open(path, "rb", buffering=0, opener=quick) as file:
         size = ordinary_size(path, os.fstat(file.fileno()))
@@ -69,7 +86,15 @@ def ordinary_size(
     path: Path | str,                     # of a file
     status: os.stat_result | None = None,  # of the open file; none: it is asked for
 ) -> int:                                 # its size in bytes
-    "Raise `ValueError` for what is not an ordinary file, and `OSError` for what is not there."
+    """Raise `ValueError` for what is not an ordinary file, and `OSError` for what is not there.
+
+    Args:
+        path: of a file
+        status: of the open file; none: it is asked for
+
+    Returns:
+        int: its size in bytes
+    """
     status = status or os.stat(path)
     if not stat.S_ISREG(status.st_mode):
         raise ValueError(f"{Path(path).name} is not an ordinary file")
@@ -81,14 +106,28 @@ def check_size(
     size: int,         # in bytes
     limit: int,        # that is allowed
 ) -> None:
-    "Raise `ValueError` for a file that is too large."
+    """Raise `ValueError` for a file that is too large.
+
+    Args:
+        path: of a file, or what it is
+        size: in bytes
+        limit: that is allowed
+    """
     if size > limit:
         raise ValueError(f"{PurePosixPath(path).name} has {size:,} bytes, and no more than {limit:,} are read "
                          "(zootwins.untrusted.LIMITS)")
 
 # %% ../nbs/01_untrusted.ipynb #711f14e2
 class Stored(NamedTuple):
-    "A tensor in a file: which numbers, and in what shape."
+    """A tensor in a file: which numbers, and in what shape.
+
+    Attributes:
+        key: name of the storage
+        dtype: as numpy writes it, such as "<f4"; "bf16" for bfloat16
+        count: of numbers in the storage
+        offset: of the first number
+        stride: in numbers
+    """
 
     key: str                  # name of the storage
     dtype: str                # as numpy writes it, such as "<f4"; "bf16" for bfloat16
@@ -108,7 +147,11 @@ class Record:
 
 # %% ../nbs/01_untrusted.ipynb #0d5b27cc
 class Asked(NamedTuple):
-    "A name that a pickle asks for, and what stands in for it."
+    """A name that a pickle asks for, and what stands in for it.
+
+    Attributes:
+        make: none: a Record
+    """
 
     name: str
     make: Callable | None = None  # none: a Record
@@ -126,7 +169,13 @@ def stored_tensor(
     stride: object,
     *rest: object,    # whether it needs a gradient, and hooks: not needed
 ) -> Stored:
-    "Stand in for `torch._utils._rebuild_tensor_v2`; raises `UnpicklingError` for a tensor that cannot be."
+    """Stand in for `torch._utils._rebuild_tensor_v2`; raises `UnpicklingError` for a tensor that cannot be.
+
+    Args:
+        storage: dtype, key and count, as a pickle gives them
+        offset: these three as well, so that they may be anything
+        *rest: whether it needs a gradient, and hooks: not needed
+    """
     whole = type(shape) is type(stride) is tuple and len(shape) == len(stride) <= 8
     numbers = (offset, *shape, *stride) if whole else ()
     if not whole or type(storage) is not Storage or any(type(n) is not int or not 0 <= n < 2**48 for n in numbers):
@@ -158,7 +207,12 @@ def plain_number(
     kind: object,  # a Kind
     raw: object,   # bytes
 ) -> int | float | bool:
-    "Stand in for numpy's scalars; raises `UnpicklingError` for one that cannot be."
+    """Stand in for numpy's scalars; raises `UnpicklingError` for one that cannot be.
+
+    Args:
+        kind: a Kind
+        raw: bytes
+    """
     if type(kind) is not Kind or type(raw) is not bytes or not kind.code or len(raw) != np.dtype(kind.code).itemsize:
         raise pickle.UnpicklingError("it holds a number of an unknown kind")
     return np.frombuffer(raw, kind.code)[0].item()
@@ -168,7 +222,12 @@ def plain_bytes(
     text: object,      # one character for each byte
     *rest: object,     # the encoding, which is latin1
 ) -> bytes:
-    "Stand in for `_codecs.encode`, by which old pickles write bytes; raises `UnpicklingError` if there are many."
+    """Stand in for `_codecs.encode`, by which old pickles write bytes; raises `UnpicklingError` if there are many.
+
+    Args:
+        text: one character for each byte
+        *rest: the encoding, which is latin1
+    """
     if type(text) is not str or len(text) > 64:
         raise pickle.UnpicklingError("it holds bytes of an unknown kind")
     return text.encode("latin1")
@@ -225,7 +284,15 @@ class Unpickler(pickle._Unpickler):
         module: str,  # as written in the pickle
         name: str,    # of a class or function in it
     ) -> Asked:       # never the thing itself
-        "Note a name; raises `UnpicklingError` for one that is too long to be one."
+        """Note a name; raises `UnpicklingError` for one that is too long to be one.
+
+        Args:
+            module: as written in the pickle
+            name: of a class or function in it
+
+        Returns:
+            Asked: never the thing itself
+        """
         full = f"{module[:200]}.{name[:200]}"
         if len(full) > 200:
             raise pickle.UnpicklingError("it asks for a name that is too long")
@@ -237,7 +304,11 @@ class Unpickler(pickle._Unpickler):
         self,
         pid: object,  # ("storage", dtype, key, device, count)
     ) -> Storage:
-        "Note which storage is meant; raises `UnpicklingError` for anything else."
+        """Note which storage is meant; raises `UnpicklingError` for anything else.
+
+        Args:
+            pid: ("storage", dtype, key, device, count)
+        """
         if type(pid) is not tuple or [type(part) for part in pid] != [str, Asked, str, str, int] or len(pid[2]) > 20:
             raise pickle.UnpicklingError("it describes numbers that cannot be")
         return Storage(STORAGES.get(pid[1].name.removeprefix("torch."), ""), pid[2], pid[4])
@@ -246,7 +317,11 @@ class Unpickler(pickle._Unpickler):
 def instruction(
     *codes: bytes,  # of pickle's instructions
 ) -> Callable:
-    "Make a function the method for some instructions of `Unpickler`."
+    """Make a function the method for some instructions of `Unpickler`.
+
+    Args:
+        *codes: of pickle's instructions
+    """
     def register(method):
         Unpickler.dispatch.update({code[0]: method for code in codes})
         return method
@@ -257,7 +332,11 @@ def instruction(
 def call(
     machine: Unpickler,  # with a name and arguments on its stack
 ) -> None:
-    "Let a stand-in take the arguments, or put a record where a thing of an unknown class would be."
+    """Let a stand-in take the arguments, or put a record where a thing of an unknown class would be.
+
+    Args:
+        machine: with a name and arguments on its stack
+    """
     arguments, asked = machine.stack.pop(), machine.stack[-1]
     if type(asked) not in (Asked, Record) or type(arguments) is not tuple:
         raise pickle.UnpicklingError("it calls something that has no name")
@@ -290,7 +369,12 @@ def put(
     machine: Unpickler,  # with a dictionary on its stack
     items: list,         # keys and values in turn
 ) -> None:
-    "Fill a dictionary; a key that is neither text nor a small whole number is dropped, and noted."
+    """Fill a dictionary; a key that is neither text nor a small whole number is dropped, and noted.
+
+    Args:
+        machine: with a dictionary on its stack
+        items: keys and values in turn
+    """
     target = machine.stack[-1]
     if type(target) not in (dict, Record):
         raise pickle.UnpicklingError("it fills something that is no dictionary")
@@ -318,7 +402,12 @@ def extend(
     machine: Unpickler,  # with a list on its stack
     items: list,         # for it
 ) -> None:
-    "Fill a list."
+    """Fill a list.
+
+    Args:
+        machine: with a list on its stack
+        items: for it
+    """
     target = machine.stack[-1]
     if type(target) is list:
         target.extend(items)
@@ -352,7 +441,11 @@ def frozen_set(machine: Unpickler) -> None:
 
 # %% ../nbs/01_untrusted.ipynb #f2881e30
 class Unpickled(NamedTuple):
-    "What a pickle described."
+    """What a pickle described.
+
+    Attributes:
+        unknown: names that were replaced by records, and keys that were dropped
+    """
 
     value: object
     unknown: Counter  # names that were replaced by records, and keys that were dropped
@@ -361,7 +454,11 @@ class Unpickled(NamedTuple):
 def unpickle(
     program: bytes,  # a pickle
 ) -> Unpickled:
-    "Read a pickle without running it; raises `ValueError` if it is broken."
+    """Read a pickle without running it; raises `ValueError` if it is broken.
+
+    Args:
+        program: a pickle
+    """
     machine = Unpickler(program)
     try:
         return Unpickled(machine.load(), machine.unknown)
@@ -373,7 +470,14 @@ def unpickle(
 def open_zip(
     path: Path,  # of a zip
 ) -> Iterator[tuple[zipfile.ZipFile, mmap.mmap]]:  # and all its bytes
-    "Open a zip; raises `UserError` if it is none or claims to be larger than it can be."
+    """Open a zip; raises `UserError` if it is none or claims to be larger than it can be.
+
+    Args:
+        path: of a zip
+
+    Returns:
+        Iterator[tuple[zipfile.ZipFile, mmap.mmap]]: and all its bytes
+    """
     with ExitStack() as stack:
         try:
             ordinary_size(path)
@@ -391,7 +495,12 @@ def check_claims(
     members: list[zipfile.ZipInfo],  # of a zip
     size: int,                       # of the zip
 ) -> None:
-    "Raise `ValueError` if the parts of a zip are together larger than it can hold."
+    """Raise `ValueError` if the parts of a zip are together larger than it can hold.
+
+    Args:
+        members: of a zip
+        size: of the zip
+    """
     packed, unpacked = (sum(getattr(member, field) for member in members) for field in ("compress_size", "file_size"))
     if packed > size:
         raise ValueError("its parts overlap")
@@ -404,7 +513,16 @@ def read_member(
     data: bytes | mmap.mmap,   # the whole zip
     limit: int,                # of the content, in bytes
 ) -> bytes:                    # its content
-    "Read a part of a zip, several threads at a time; raises `ValueError` if it is damaged, encrypted or too large."
+    """Read a part of a zip, several threads at a time; raises `ValueError` if it is damaged, encrypted or too large.
+
+    Args:
+        member: of a zip
+        data: the whole zip
+        limit: of the content, in bytes
+
+    Returns:
+        bytes: its content
+    """
     name = member.filename.rpartition("/")[2]
     check_size(name, member.file_size, limit)
     if member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
@@ -422,7 +540,15 @@ def inflate(
     content: bytes,  # deflated
     size: int,       # of the result
 ) -> bytes:          # one byte more at most, so that a wrong size shows
-    "Decompress; raises `ValueError` for what cannot be."
+    """Decompress; raises `ValueError` for what cannot be.
+
+    Args:
+        content: deflated
+        size: of the result
+
+    Returns:
+        bytes: one byte more at most, so that a wrong size shows
+    """
     try:
         return zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, size + 1)
     except zlib.error as error:
@@ -433,7 +559,15 @@ def content_start(
     member: zipfile.ZipInfo,  # of a zip
     data: bytes | mmap.mmap,  # the whole zip
 ) -> int:                     # offset of its content
-    "Skip a part's own header; raises `ValueError` if that is none, or has another name than the table of contents."
+    """Skip a part's own header; raises `ValueError` if that is none, or has another name than the table of contents.
+
+    Args:
+        member: of a zip
+        data: the whole zip
+
+    Returns:
+        int: offset of its content
+    """
     at = member.header_offset
     name, extra = (int.from_bytes(data[at + i : at + i + 2], "little") for i in (26, 28))
     own = data[at + 30 : at + 30 + name].decode("utf-8" if member.flag_bits & 0x800 else "cp437", "replace")
@@ -443,7 +577,13 @@ def content_start(
 
 # %% ../nbs/01_untrusted.ipynb #4daca714
 class Member(NamedTuple):
-    "A part of a zip that is not compressed."
+    """A part of a zip that is not compressed.
+
+    Attributes:
+        start: offset of its first byte in the zip
+        length: in bytes
+        checksum: CRC-32
+    """
 
     start: int     # offset of its first byte in the zip
     length: int    # in bytes
@@ -454,7 +594,15 @@ def checked(
     data: bytes | mmap.mmap,  # a zip
     member: Member,           # of it
 ) -> bytes:                   # its content
-    "Read a part; raises `ValueError` if it is damaged."
+    """Read a part; raises `ValueError` if it is damaged.
+
+    Args:
+        data: a zip
+        member: of it
+
+    Returns:
+        bytes: its content
+    """
     content = data[member.start : member.start + member.length]
     if len(content) != member.length or zlib.crc32(content) != member.checksum:
         raise ValueError("it is damaged")
@@ -465,7 +613,15 @@ def zip_members(
     archive: zipfile.ZipFile,  # saved by torch, so that nothing is compressed
     data: bytes | mmap.mmap,   # the whole file
 ) -> dict[str, Member]:        # by name without the leading folder
-    "Find the parts of a file saved by torch; raises `ValueError` for a file that torch did not save."
+    """Find the parts of a file saved by torch; raises `ValueError` for a file that torch did not save.
+
+    Args:
+        archive: saved by torch, so that nothing is compressed
+        data: the whole file
+
+    Returns:
+        dict[str, Member]: by name without the leading folder
+    """
     check_claims(archive.infolist(), len(data))
     members = {}
     for member in archive.infolist():
@@ -494,7 +650,14 @@ def is_tensor(value: object) -> bool:
 def find_state(
     saved: object,      # what was saved, in memory or as described by a file
 ) -> dict[str, object]:  # tensors by name, without prefixes
-    "Find the state dict in what was saved; raises `ValueError` that says what is there instead."
+    """Find the state dict in what was saved; raises `ValueError` that says what is there instead.
+
+    Args:
+        saved: what was saved, in memory or as described by a file
+
+    Returns:
+        dict[str, object]: tensors by name, without prefixes
+    """
     for _ in range(3):
         if not isinstance(saved, Mapping):
             raise ValueError(f"it holds {_what(saved)}, not a state dict: save module.state_dict()")
@@ -507,7 +670,14 @@ def find_state(
 def _inner_state(
     saved: Mapping[str, object],  # not a state dict itself
 ) -> Mapping[str, object]:        # perhaps one
-    "Go one level down."
+    """Go one level down.
+
+    Args:
+        saved: not a state dict itself
+
+    Returns:
+        Mapping[str, object]: perhaps one
+    """
     named = [name for name in WRAPPERS if isinstance(saved.get(name), (Mapping, Record))]
     inner = {id(value): name for name, value in saved.items() if isinstance(value, Mapping) and value}
     found = named[:1] or [name for name in inner.values() if all(map(is_tensor, saved[name].values()))]
@@ -524,7 +694,11 @@ def _inner_state(
 def _what(
     value: object,  # that is no state dict
 ) -> str:
-    "Name what was saved instead."
+    """Name what was saved instead.
+
+    Args:
+        value: that is no state dict
+    """
     if isinstance(value, Record):
         return f"an object of {value.name}"
     return "a whole module" if isinstance(value, torch.nn.Module) else f"a value of type {type(value).__name__}"
@@ -533,7 +707,11 @@ def _what(
 def _without_prefixes(
     state: Mapping[str, object],  # a state dict
 ) -> dict[str, object]:
-    "Take prefixes off that all names have; the counter of `torch.optim.swa_utils` is left out."
+    """Take prefixes off that all names have; the counter of `torch.optim.swa_utils` is left out.
+
+    Args:
+        state: a state dict
+    """
     state = {str(name): tensor for name, tensor in state.items() if name != "n_averaged"}
     if max(map(len, state), default=0) > 1_000:
         raise ValueError("the name of a tensor is too long")
@@ -545,7 +723,14 @@ def _without_prefixes(
 def merge_masks(
     state: Mapping[str, torch.Tensor | np.ndarray],  # a state dict
 ) -> dict[str, torch.Tensor | np.ndarray]:           # with one tensor for each parameter
-    "Multiply weights with their masks, where `torch.nn.utils.prune` has parted them."
+    """Multiply weights with their masks, where `torch.nn.utils.prune` has parted them.
+
+    Args:
+        state: a state dict
+
+    Returns:
+        dict[str, torch.Tensor | np.ndarray]: with one tensor for each parameter
+    """
     pairs = {name[:-5] for name in state if name.endswith("_orig") and f"{name[:-5]}_mask" in state}
     merged = {} if pairs else dict(state)
     for name, tensor in state.items() if pairs else ():
@@ -558,7 +743,14 @@ def merge_masks(
 # %% ../nbs/01_untrusted.ipynb #75aad812
 @dataclass(frozen=True, eq=False)
 class Layout:
-    "Where the tensors of a saved state dict lie."
+    """Where the tensors of a saved state dict lie.
+
+    Attributes:
+        size: of the file, in bytes
+        fixed: offset and content of what all such files share
+        storages: key -> offset, length, and offset of its checksum
+        beside: what else was saved with them, such as "epoch"
+    """
 
     size: int                                # of the file, in bytes
     fixed: tuple[tuple[int, bytes], ...]     # offset and content of what all such files share
@@ -570,7 +762,14 @@ class Layout:
 def read_layout(
     data: bytes,  # a file saved by torch
 ) -> Layout:      # that of all files like it
-    "Learn the layout of a state dict; raises `ValueError` if the file is damaged, or holds no state dict."
+    """Learn the layout of a state dict; raises `ValueError` if the file is damaged, or holds no state dict.
+
+    Args:
+        data: a file saved by torch
+
+    Returns:
+        Layout: that of all files like it
+    """
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             members, marks = zip_members(archive, data), checksum_offsets(archive, data)
@@ -594,7 +793,16 @@ def locate(
     members: dict[str, Member],  # of its file
     marks: dict[str, int],       # where the checksums are
 ) -> dict[str, tuple[int, int, int]]:  # key -> offset, length, and offset of its checksum
-    "Find the storages of a state dict; raises `ValueError` for numbers that are not there, or too many tensors."
+    """Find the storages of a state dict; raises `ValueError` for numbers that are not there, or too many tensors.
+
+    Args:
+        state: a state dict
+        members: of its file
+        marks: where the checksums are
+
+    Returns:
+        dict[str, tuple[int, int, int]]: key -> offset, length, and offset of its checksum
+    """
     if len(state) > LIMITS.tensors:
         raise ValueError(f"it has {len(state):,} tensors, and no more than {LIMITS.tensors:,} are read")
     check_lengths(state, members)
@@ -605,7 +813,12 @@ def check_lengths(
     state: dict[str, Stored],    # a state dict
     members: dict[str, Member],  # of its file
 ) -> None:
-    "Raise `ValueError` if a storage is not as long as its description says, or of numbers of an unknown kind."
+    """Raise `ValueError` if a storage is not as long as its description says, or of numbers of an unknown kind.
+
+    Args:
+        state: a state dict
+        members: of its file
+    """
     for name, tensor in state.items():
         if not tensor.dtype:
             raise ValueError(f"{one_line(name)} has numbers of a type that is not known here")
@@ -619,7 +832,14 @@ def check_lengths(
 def item_size(
     dtype: str,  # as in Stored
 ) -> int:        # bytes of a number
-    "How large a number is."
+    """How large a number is.
+
+    Args:
+        dtype: as in Stored
+
+    Returns:
+        int: bytes of a number
+    """
     return 2 if dtype == "bf16" else np.dtype(dtype).itemsize
 
 # %% ../nbs/01_untrusted.ipynb #edca99d8
@@ -627,7 +847,15 @@ def checksum_offsets(
     archive: zipfile.ZipFile,  # open
     data: bytes,               # the whole file
 ) -> dict[str, int]:           # by name without the leading folder
-    "Where the table of contents has the checksums."
+    """Where the table of contents has the checksums.
+
+    Args:
+        archive: open
+        data: the whole file
+
+    Returns:
+        dict[str, int]: by name without the leading folder
+    """
     marks, at = {}, archive.start_dir
     for member in archive.infolist():
         marks[member.filename.partition("/")[2]] = at + 16
@@ -639,7 +867,15 @@ def view(
     storage: bytes,  # numbers
     tensor: Stored,  # which of them
 ) -> np.ndarray:     # a view of the storage, or float32 of bfloat16
-    "Look at a tensor in its storage; raises `ValueError` if it would reach beyond its end."
+    """Look at a tensor in its storage; raises `ValueError` if it would reach beyond its end.
+
+    Args:
+        storage: numbers
+        tensor: which of them
+
+    Returns:
+        np.ndarray: a view of the storage, or float32 of bfloat16
+    """
     size, kind = item_size(tensor.dtype), "<u2" if tensor.dtype == "bf16" else tensor.dtype
     try:
         found = np.ndarray(tensor.shape, kind, storage, tensor.offset * size, [step * size for step in tensor.stride])
@@ -655,7 +891,15 @@ def read_tensors(
     data: bytes,            # a checkpoint
     layouts: list[Layout],  # known ones, ten at most; a new one comes first
 ) -> dict[str, np.ndarray]:  # as stored; read-only views where that is possible
-    "Read a state dict; raises `ValueError` if it is damaged, or holds no state dict."
+    """Read a state dict; raises `ValueError` if it is damaged, or holds no state dict.
+
+    Args:
+        data: a checkpoint
+        layouts: known ones, ten at most; a new one comes first
+
+    Returns:
+        dict[str, np.ndarray]: as stored; read-only views where that is possible
+    """
     if data.startswith(OLD):
         raise ValueError("it was saved by PyTorch before 1.6, without checksums: load and save it with a current one")
     known = (layout for layout in layouts if layout.size == len(data))
@@ -673,7 +917,14 @@ def read_tensors(
 def read_checkpoint(
     path: Path | str,          # saved by torch.save: a state dict, or a dictionary with one
 ) -> dict[str, torch.Tensor]:  # without prefixes and masks
-    "Read the weights in a file without running it; raises `UserError` if there are none."
+    """Read the weights in a file without running it; raises `UserError` if there are none.
+
+    Args:
+        path: saved by torch.save: a state dict, or a dictionary with one
+
+    Returns:
+        dict[str, torch.Tensor]: without prefixes and masks
+    """
     path = Path(path).expanduser()
     try:
         tensors = read_tensors(read_file(path, LIMITS.checkpoint), [])
@@ -687,7 +938,11 @@ def read_checkpoint(
 def read_table(
     path: Path | str,  # of a parquet file
 ) -> pd.DataFrame:
-    "Read a table; raises `UserError` if it is missing, damaged or too large."
+    """Read a table; raises `UserError` if it is missing, damaged or too large.
+
+    Args:
+        path: of a parquet file
+    """
     path = Path(path)
     try:
         ordinary_size(path)
@@ -707,7 +962,14 @@ CARD = "README.md"
 def listed_hashes(
     folder: Path,      # a publication
 ) -> dict[str, str]:   # SHA-256 by name
-    "Read the list of hashes; raises `UserError` if there is none, or a line of it names no file of the folder."
+    """Read the list of hashes; raises `UserError` if there is none, or a line of it names no file of the folder.
+
+    Args:
+        folder: a publication
+
+    Returns:
+        dict[str, str]: SHA-256 by name
+    """
     try:
         lines = read_file(folder / HASHES, LIMITS.json).decode().splitlines()
     except (OSError, ValueError) as error:
@@ -721,7 +983,14 @@ def listed_hashes(
 def file_hash(
     path: Path,  # of an ordinary file
 ) -> str:        # SHA-256
-    "Hash a file."
+    """Hash a file.
+
+    Args:
+        path: of an ordinary file
+
+    Returns:
+        str: SHA-256
+    """
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -729,7 +998,14 @@ def file_hash(
 def check_hashes(
     folder: Path | str,  # a publication
 ) -> list[str]:          # what came to it on the way: files that are not listed, and a card that was rewritten
-    "Raise `UserError` if listed files of a publication are damaged or missing."
+    """Raise `UserError` if listed files of a publication are damaged or missing.
+
+    Args:
+        folder: a publication
+
+    Returns:
+        list[str]: what came to it on the way: files that are not listed, and a card that was rewritten
+    """
     folder = Path(folder)
     listed = listed_hashes(folder)
     changed = [name for name, digest in listed.items()

@@ -29,14 +29,30 @@ def log_alpha(
     log_sigma2: Tensor,  # same shape
     limit: float,        # the clamp: CONV_LIMIT or LINEAR_LIMIT
 ) -> Tensor:             # same shape, within +-limit
-    "The logarithm of the noise relative to the weight."
+    """The logarithm of the noise relative to the weight.
+
+    Args:
+        weight: any shape
+        log_sigma2: same shape
+        limit: the clamp: CONV_LIMIT or LINEAR_LIMIT
+
+    Returns:
+        Tensor: same shape, within +-limit
+    """
     return torch.clamp(log_sigma2 - 2 * torch.log(weight.abs() + 1e-15), -limit, limit)
 
 # %% ../nbs/11_variational.ipynb #215f5b2c
 def kl_divergence(
     log_alpha: Tensor,  # any shape
 ) -> Tensor:            # same shape, nats per weight, at least about 0
-    "Divergence of a weight's noise from the log-uniform prior, as fitted by Molchanov et al. (2017)."
+    """Divergence of a weight's noise from the log-uniform prior, as fitted by Molchanov et al. (2017).
+
+    Args:
+        log_alpha: any shape
+
+    Returns:
+        Tensor: same shape, nats per weight, at least about 0
+    """
     k1, k2, k3 = 0.63576, 1.8732, 1.48695
     return k1 + 0.5 * F.softplus(-log_alpha) - k1 * torch.sigmoid(k2 + k3 * log_alpha)
 
@@ -44,7 +60,14 @@ def kl_divergence(
 def kl_weight(
     epoch: int,  # training epoch, from 1
 ) -> float:      # factor of the summed divergence
-    "The weight of the Kullback-Leibler term in one epoch."
+    """The weight of the Kullback-Leibler term in one epoch.
+
+    Args:
+        epoch: training epoch, from 1
+
+    Returns:
+        float: factor of the summed divergence
+    """
     return min(1.0, 0.01 * (epoch - 1) / 25)
 
 # %% ../nbs/11_variational.ipynb #d89ca146
@@ -62,7 +85,14 @@ class SparseConv2d(nn.Conv2d):
         self,
         x: Tensor,  # images [N, C, H, W]
     ) -> Tensor:    # [N, C', H', W']
-        "Noisy in train mode, pruned in eval mode."
+        """Noisy in train mode, pruned in eval mode.
+
+        Args:
+            x: images [N, C, H, W]
+
+        Returns:
+            Tensor: [N, C', H', W']
+        """
         relative = log_alpha(self.weight, self.log_sigma2, CONV_LIMIT)
         has_bias = self.bias is not None
         relative_bias = log_alpha(self.bias, self.log_sigma2_bias, CONV_LIMIT) if has_bias else None
@@ -85,7 +115,14 @@ class SparseLinear(nn.Linear):
         self,
         x: Tensor,  # [N, inputs]
     ) -> Tensor:    # [N, outputs]
-        "Noisy in train mode, pruned in eval mode."
+        """Noisy in train mode, pruned in eval mode.
+
+        Args:
+            x: [N, inputs]
+
+        Returns:
+            Tensor: [N, outputs]
+        """
         relative = log_alpha(self.weight, self.log_sigma2, LINEAR_LIMIT)
         if not self.training:
             return F.linear(x, pruned(self.weight, relative), self.bias)
@@ -96,7 +133,15 @@ def pruned(
     weight: Tensor,    # any shape
     relative: Tensor,  # its log alpha
 ) -> Tensor:           # zero where log alpha has reached the threshold
-    "Set the noisiest weights to zero."
+    """Set the noisiest weights to zero.
+
+    Args:
+        weight: any shape
+        relative: its log alpha
+
+    Returns:
+        Tensor: zero where log alpha has reached the threshold
+    """
     return torch.where(relative >= THRESHOLD, torch.zeros_like(weight), weight)
 
 
@@ -105,7 +150,16 @@ def add_noise(
     variance: Tensor,  # same shape
     layer: nn.Module,  # has `site` and `draws`
 ) -> Tensor:           # a sample, same shape
-    "Draw the layer's output."
+    """Draw the layer's output.
+
+    Args:
+        mean: [N, ...]
+        variance: same shape
+        layer: has `site` and `draws`
+
+    Returns:
+        Tensor: a sample, same shape
+    """
     if layer.draws is None:
         noise = torch.randn_like(mean)
     else:
@@ -116,7 +170,14 @@ def add_noise(
 def _sparse_layer(
     layer: nn.Module,  # any layer
 ) -> nn.Module:        # its variational counterpart with the same weights, or the layer itself
-    "Convert one Conv2d or Linear."
+    """Convert one Conv2d or Linear.
+
+    Args:
+        layer: any layer
+
+    Returns:
+        nn.Module: its variational counterpart with the same weights, or the layer itself
+    """
     shared = {"bias": layer.bias is not None} if hasattr(layer, "bias") else {}
     if type(layer) is nn.Conv2d:
         new = SparseConv2d(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation,
@@ -132,7 +193,14 @@ def _sparse_layer(
 def sparsify(
     module: nn.Module,  # any module; it is not changed
 ) -> nn.Module:         # a copy whose Conv2d and Linear layers are variational
-    "Convert a module to sparse variational dropout."
+    """Convert a module to sparse variational dropout.
+
+    Args:
+        module: any module; it is not changed
+
+    Returns:
+        nn.Module: a copy whose Conv2d and Linear layers are variational
+    """
     module = copy.deepcopy(module)
     for path, layer in list(module.named_modules()):
         new = _sparse_layer(layer)
@@ -147,7 +215,14 @@ def sparsify(
 def total_divergence(
     module: nn.Module,  # with variational layers
 ) -> Tensor:            # scalar: the divergence summed over weights, and over biases of convolutions
-    "Sum the Kullback-Leibler divergence over a module."
+    """Sum the Kullback-Leibler divergence over a module.
+
+    Args:
+        module: with variational layers
+
+    Returns:
+        Tensor: scalar: the divergence summed over weights, and over biases of convolutions
+    """
     total = torch.zeros(())
     for layer in module.modules():
         if isinstance(layer, SparseConv2d):
@@ -162,7 +237,15 @@ def total_divergence(
 def begin_variational(
     population: Population,  # trained models
 ) -> Population:             # the same with "<layer>.log_sigma2" for weights and "<layer>.log_sigma2_bias" for biases of convolutions
-    "Give every weight of a population its initial noise."
+    """Give every weight of a population its initial noise.
+
+    Args:
+        population: trained models
+
+    Returns:
+        Population: the same with "<layer>.log_sigma2" for weights and "<layer>.log_sigma2_bias" for biases of
+            convolutions
+    """
     weights = {}
     for name, tensor in population.weights.items():
         weights[name] = tensor.clone()
@@ -175,14 +258,28 @@ def begin_variational(
 def _noise_name(
     name: str,  # of a weight or bias
 ) -> str:       # of its log variance, as in the published twins
-    "Name the log variance of a parameter."
+    """Name the log variance of a parameter.
+
+    Args:
+        name: of a weight or bias
+
+    Returns:
+        str: of its log variance, as in the published twins
+    """
     return name.replace(".weight", ".log_sigma2").replace(".bias", ".log_sigma2_bias")
 
 
 def log_alphas(
     weights: dict[str, Tensor],  # stacked parameters with log variances
 ) -> dict[str, Tensor]:          # name of weight (or of a convolution's bias) -> log alpha, same shape
-    "Compute log alpha for every parameter that carries noise."
+    """Compute log alpha for every parameter that carries noise.
+
+    Args:
+        weights: stacked parameters with log variances
+
+    Returns:
+        dict[str, Tensor]: name of weight (or of a convolution's bias) -> log alpha, same shape
+    """
     noisy = {name: weights[_noise_name(name)] for name in weights if name.endswith((".weight", ".bias")) and _noise_name(name) in weights}
     return {name: log_alpha(weights[name], log_sigma2, LINEAR_LIMIT if weights[name].ndim == 3 else CONV_LIMIT) for name, log_sigma2 in noisy.items()}
 
@@ -190,14 +287,28 @@ def log_alphas(
 def sparse_masks(
     weights: dict[str, Tensor],  # stacked parameters with log variances
 ) -> dict[str, Tensor]:          # weight name -> bool, True where a weight stays; biases are not listed
-    "Which weights have not reached the threshold and stay; those of a diverged model, which are no numbers, never do."
+    """Which weights have not reached the threshold and stay; those of a diverged model, which are no numbers, never do.
+
+    Args:
+        weights: stacked parameters with log variances
+
+    Returns:
+        dict[str, Tensor]: weight name -> bool, True where a weight stays; biases are not listed
+    """
     return {name: ~(relative >= THRESHOLD) for name, relative in log_alphas(weights).items() if name.endswith("weight")}
 
 # %% ../nbs/11_variational.ipynb #6cca6012
 def deterministic(
     weights: dict[str, Tensor],  # stacked parameters with log variances
 ) -> dict[str, Tensor]:          # stacked plain parameters, pruned at the threshold
-    "What is evaluated: no noise, and zero where log alpha has reached 3."
+    """What is evaluated: no noise, and zero where log alpha has reached 3.
+
+    Args:
+        weights: stacked parameters with log variances
+
+    Returns:
+        dict[str, Tensor]: stacked plain parameters, pruned at the threshold
+    """
     relative = log_alphas(weights)
     plain = {name: tensor for name, tensor in weights.items() if ".log_sigma2" not in name}
     return {name: pruned(tensor, relative[name]) if name in relative else tensor for name, tensor in plain.items()}

@@ -47,7 +47,14 @@ VARIATIONAL_COST = 3.0  # of a model-sample, in plain ones
 def weight(
     stage: Stage,  # of a plan
 ) -> float:        # 1 for plain training
-    "What a model-sample of a stage costs."
+    """What a model-sample of a stage costs.
+
+    Args:
+        stage: of a plan
+
+    Returns:
+        float: 1 for plain training
+    """
     return VARIATIONAL_COST if stage.recipe.variational else 1.0
 
 
@@ -55,14 +62,29 @@ def cost(
     stage: Stage,  # all its rows
     samples: int,  # training images
 ) -> float:        # in model-samples of plain training
-    "What a stage costs from its first epoch to its last."
+    """What a stage costs from its first epoch to its last.
+
+    Args:
+        stage: all its rows
+        samples: training images
+
+    Returns:
+        float: in model-samples of plain training
+    """
     return weight(stage) * len(stage.rows) * stage.recipe.epochs * samples
 
 
 def who(
     workers: Iterable[str],  # their names, from `me`
 ) -> str:                    # such as "3 workers on anna, berta"
-    "Tell of workers in a few words."
+    """Tell of workers in a few words.
+
+    Args:
+        workers: their names, from `me`
+
+    Returns:
+        str: such as "3 workers on anna, berta"
+    """
     workers = set(workers)
     hosts = sorted({name.rpartition(":")[0] for name in workers})
     more = f" and {len(hosts) - 3} more" if len(hosts) > 3 else ""
@@ -88,7 +110,13 @@ class Bar:
         blocks: int,        # how many blocks
         spent: float = 0.0,  # what rows cost that are there already
     ) -> None:
-        "Add work to what is to be done."
+        """Add work to what is to be done.
+
+        Args:
+            samples: model-samples that more blocks will train
+            blocks: how many blocks
+            spent: what rows cost that are there already
+        """
         with self.lock:
             self.spent += spent
             if self.bar is None and blocks:
@@ -102,7 +130,12 @@ class Bar:
         step: Step,           # of any block
         weight: float = 1.0,  # of its stage
     ) -> None:
-        "Note an epoch of a block."
+        """Note an epoch of a block.
+
+        Args:
+            step: of any block
+            weight: of its stage
+        """
         with self.lock:
             self.spent += weight * (step.samples + step.skipped)
             self.bar.total -= step.skipped
@@ -113,7 +146,11 @@ class Bar:
         self,
         worker: str = "",  # who made the block; none: a thread of this process
     ) -> None:
-        "Note a block that is finished."
+        """Note a block that is finished.
+
+        Args:
+            worker: who made the block; none: a thread of this process
+        """
         with self.lock:
             self.done += 1
             self.crew |= {worker} - {""}
@@ -123,7 +160,11 @@ class Bar:
         self,
         refresh: bool = False,  # draw at once
     ) -> None:
-        "Say how things stand, behind the bar."
+        """Say how things stand, behind the bar.
+
+        Args:
+            refresh: draw at once
+        """
         of_run = f", {100 * self.spent / self.whole:.0f} % of the run" if self.whole else ""
         crew = f", {who(self.crew)}" if self.crew else ""
         self.bar.set_postfix_str(f"block {self.done} of {self.blocks}{crew}{of_run}", refresh=refresh)
@@ -142,7 +183,13 @@ def take_turns(
     workers: int,                                    # threads
     interrupt: Callable[[], None] = lambda: None,    # ends what they are at, with an `InterruptedError`
 ) -> None:
-    "Work through tasks step by step, on several threads; raises what a task raises, after closing all others."
+    """Work through tasks step by step, on several threads; raises what a task raises, after closing all others.
+
+    Args:
+        tasks: not yet begun
+        workers: threads
+        interrupt: ends what they are at, with an `InterruptedError`
+    """
     waiting, begun, failed = deque(), [], []
     later = (begun.append(task) or task for task in tasks)
     waiting.extend(islice(later, TOGETHER * workers))
@@ -178,7 +225,14 @@ def _in_threads(
     failed: list[BaseException],         # filled by whoever fails first
     interrupt: Callable[[], None],       # ends what they are at
 ) -> None:
-    "Run workers and wait for them; where no thread can be started, fewer do the work."
+    """Run workers and wait for them; where no thread can be started, fewer do the work.
+
+    Args:
+        work: returns when nothing is waiting, or something failed
+        workers: threads
+        failed: filled by whoever fails first
+        interrupt: ends what they are at
+    """
     inner = torch.get_num_threads()
     torch.set_num_threads(1 if workers > 1 else inner)  # threads of its own would take the processors from the others
     begun: list[threading.Event] = []  # of each thread that has begun; set when it ends
@@ -209,7 +263,19 @@ def _in_threads(
 # %% ../nbs/29_workers.ipynb #5564dd0d
 @dataclass(frozen=True)
 class Terms:
-    "What a worker must have, besides the same package."
+    """What a worker must have, besides the same package.
+
+    Attributes:
+        dataset: name for datasets.load_images
+        image_size: pixels, height and width
+        images: from datasets.images_fingerprint
+        engine: name in plans.ENGINES
+        arithmetic: of that engine
+        device: "cpu" or "cuda"
+        store: folder of the zoo in the driver's store, which a worker may or may not see
+        mark: the store.json there, to know it by
+        driver: its process, from `me`
+    """
 
     dataset: str                   # name for datasets.load_images
     image_size: int                # pixels, height and width
@@ -223,7 +289,11 @@ class Terms:
 
 
 def code_digest() -> str:  # 32 hexadecimal digits
-    "Names the version of this package by the content of its sources."
+    """Names the version of this package by the content of its sources.
+
+    Returns:
+        str: 32 hexadecimal digits
+    """
     total = hashlib.blake2b(digest_size=16)
     for path in sorted(Path(str(files("zootwins"))).iterdir()):
         if path.suffix in (".py", ".cpp", ".h", ".cu"):
@@ -235,14 +305,25 @@ CODE = code_digest()  # when this process began: files that are replaced later d
 
 
 def me() -> str:  # such as "node17:4242"
-    "Names this process among all workers."
+    """Names this process among all workers.
+
+    Returns:
+        str: such as "node17:4242"
+    """
     return f"{socket.gethostname()}:{os.getpid()}"
 
 # %% ../nbs/29_workers.ipynb #c0924e23
 def check_terms(
     terms: Terms,  # of the driver
 ) -> Engine:       # the one that they name
-    "Raise `UserError` if this process calculates otherwise than the driver."
+    """Raise `UserError` if this process calculates otherwise than the driver.
+
+    Args:
+        terms: of the driver
+
+    Returns:
+        Engine: the one that they name
+    """
     engine = ENGINES[check_name(terms.engine, ENGINES, "engine")]
     if terms.device == "cuda" and not torch.cuda.is_available():
         raise UserError("It has no CUDA device, and the driver asks for one: use workers that have one, or device cpu.")
@@ -259,7 +340,14 @@ _loading = threading.Lock()
 def images_for(
     terms: Terms,  # of the driver
 ) -> Images:       # on the device
-    "Load the images, once per process and data set; raises `UserError` if they are not there or not the driver's."
+    """Load the images, once per process and data set; raises `UserError` if they are not there or not the driver's.
+
+    Args:
+        terms: of the driver
+
+    Returns:
+        Images: on the device
+    """
     place = terms.dataset, terms.image_size, terms.device, *terms.images.values()
     with _loading:
         if place not in _loaded:
@@ -279,7 +367,16 @@ def images_for(
 # %% ../nbs/29_workers.ipynb #56d401b1
 @dataclass(frozen=True)
 class Finished:
-    "What a worker made of a block."
+    """What a worker made of a block.
+
+    Attributes:
+        block: its name
+        content: of a file, from store.pack
+        samples: model-samples that were trained now
+        skipped: and by a worker that had begun it
+        seconds: of CPU time, by this process
+        worker: who made it
+    """
 
     block: str      # its name
     content: bytes  # of a file, from store.pack
@@ -291,7 +388,12 @@ class Finished:
 
 @dataclass(frozen=True)
 class Refused:
-    "Why a worker did not make a block."
+    """Why a worker did not make a block.
+
+    Attributes:
+        worker: who it is
+        reason: in a sentence
+    """
 
     worker: str  # who it is
     reason: str  # in a sentence
@@ -300,7 +402,14 @@ class Refused:
 def shared_parts(
     terms: Terms,  # of the driver
 ) -> Path | None:  # none: this worker does not see the driver's folder
-    "The folder for unfinished work, if it is the driver's."
+    """The folder for unfinished work, if it is the driver's.
+
+    Args:
+        terms: of the driver
+
+    Returns:
+        Path | None: none: this worker does not see the driver's folder
+    """
     record = Path(terms.store) / "store.json"
     with suppress(OSError, UnicodeDecodeError):
         if terms.store and record.read_text(encoding="utf-8") == terms.mark:
@@ -312,7 +421,12 @@ def made(
     block: Block,  # to make
     terms: Terms,  # of the driver
 ) -> Finished:
-    "Make a block in this process; raises `UserError` if it does not meet the terms."
+    """Make a block in this process; raises `UserError` if it does not meet the terms.
+
+    Args:
+        block: to make
+        terms: of the driver
+    """
     engine, images = check_terms(terms), images_for(terms)
     if terms.driver != me():
         torch.set_num_threads(1)  # one worker a processor
@@ -330,7 +444,12 @@ def work_off(
     code: str,    # the driver's CODE
     task: bytes,  # a block and its terms, pickled
 ) -> Finished | Refused:
-    "Make a block, wherever this runs."
+    """Make a block, wherever this runs.
+
+    Args:
+        code: the driver's CODE
+        task: a block and its terms, pickled
+    """
     try:
         if code != CODE:
             raise UserError("It has another version of zootwins than the driver: install the same one everywhere, and start the workers anew.")
@@ -351,7 +470,14 @@ class Executor(Protocol):
 def told(
     error: Exception,  # that an executor raised
 ) -> Exception:        # a `UserError` if it is about workers, and not a fault of this package
-    "Say in a sentence what came of the workers."
+    """Say in a sentence what came of the workers.
+
+    Args:
+        error: that an executor raised
+
+    Returns:
+        Exception: a `UserError` if it is about workers, and not a fault of this package
+    """
     if isinstance(error, (ImportError, AttributeError)) and "zootwins" in str(error):
         return UserError(f"A worker cannot load this version of zootwins ({one_line(error)}): install the same one everywhere, "
                          "and start the workers anew.")
@@ -363,7 +489,11 @@ def told(
 def outcome(
     future: Future,  # that is done
 ) -> Finished:
-    "What a worker sent back; raises `UserError` if it refused, or was lost."
+    """What a worker sent back; raises `UserError` if it refused, or was lost.
+
+    Args:
+        future: that is done
+    """
     try:
         sent = future.result()
     except Exception as error:
@@ -380,7 +510,15 @@ def hand_out(
     take_in: Callable[[Finished], None],     # what to do with each, in this thread
     stop: threading.Event,                   # set by whoever wants no more
 ) -> None:
-    "Have blocks made by an executor; raises what a worker raises, and `InterruptedError`."
+    """Have blocks made by an executor; raises what a worker raises, and `InterruptedError`.
+
+    Args:
+        executor: who works
+        blocks: to make
+        terms: that a worker must meet
+        take_in: what to do with each, in this thread
+        stop: set by whoever wants no more
+    """
     done: queue.SimpleQueue[Future] = queue.SimpleQueue()
     under_way: set[Future] = set()
 
@@ -468,7 +606,14 @@ def _deaf() -> Iterator[None]:
 def dask_cluster(
     workers: str,  # "dask", "slurm:N" or the address of a scheduler
 ) -> Any:          # what a distributed.Client takes: a cluster that was begun here, or the address
-    "Begin a Dask cluster, or name the one that runs."
+    """Begin a Dask cluster, or name the one that runs.
+
+    Args:
+        workers: "dask", "slurm:N" or the address of a scheduler
+
+    Returns:
+        Any: what a distributed.Client takes: a cluster that was begun here, or the address
+    """
     if workers == "dask":
         from dask.distributed import LocalCluster
 
@@ -487,7 +632,11 @@ def dask_cluster(
 def dask_executor(
     workers: str,  # "dask", "slurm:N" or the address of a scheduler
 ) -> Iterator[Executor]:
-    "Join a Dask cluster, or begin one and end it; raises `UserError` if there is none at the address."
+    """Join a Dask cluster, or begin one and end it; raises `UserError` if there is none at the address.
+
+    Args:
+        workers: "dask", "slurm:N" or the address of a scheduler
+    """
     from dask.distributed import Client
 
     with ExitStack() as stack:
@@ -510,7 +659,14 @@ def dask_executor(
 def open_workers(
     workers: str = "",  # "", "dask", "tcp://host:8786", "slurm:100" or "ray"
 ) -> Iterator[Executor | None]:  # none: the threads of this machine
-    "Open an executor by its name; raises `UserError` for a name that is none, an extra that is missing, a scheduler that is not there."
+    """Open an executor by its name; raises `UserError` for a name that is none, an extra that is missing, a scheduler that is not there.
+
+    Args:
+        workers: "", "dask", "tcp://host:8786", "slurm:100" or "ray"
+
+    Returns:
+        Iterator[Executor | None]: none: the threads of this machine
+    """
     if not workers:
         yield None
         return

@@ -46,7 +46,13 @@ PLACE = ["file", "prefix", "row"]  # columns that say where a state's weights li
 
 @dataclass(frozen=True)
 class ZooData:
-    "The states of a zoo whose weights are on disk, and where."
+    """The states of a zoo whose weights are on disk, and where.
+
+    Attributes:
+        zoo: its name
+        architecture: of all its models
+        states: stage, method, selector, model, level, copy, epoch, factors, measures, and PLACE
+    """
 
     folder: Path
     zoo: str              # its name
@@ -71,11 +77,19 @@ def method_and_selector(
     stage: str,                  # such as "mp", "mp_lamp", "vd" or "imp1f0c9a2b0d3e4f5a"
     zoo: Mapping[str, object],   # the zoo's entry, from store.json
 ) -> tuple[str, str]:            # such as ("mp", "lamp"); no selector where nothing is pruned by one
-    "What the rows of a stage are called in the metrics."
+    """What the rows of a stage are called in the metrics.
+
+    Args:
+        stage: such as "mp", "mp_lamp", "vd" or "imp1f0c9a2b0d3e4f5a"
+        zoo: the zoo's entry, from store.json
+
+    Returns:
+        tuple[str, str]: such as ("mp", "lamp"); no selector where nothing is pruned by one
+    """
     method, _, selector = stage.partition("_")
     if method.startswith("imp"):
         return "imp", ""
-    own = zoo.get("mp_selector", zoo.get("mp_scope", "global"))
+    own = zoo.get("mp_selector", "global")
     return method, selector or (str(own) if method == "mp" else "")
 
 
@@ -85,7 +99,14 @@ def check_tensors(
     rows: int,           # how many models its table has
     architecture: str,   # that it names
 ) -> None:
-    "Raise `UserError` unless these are stacked weights of that architecture; nothing but the header is read."
+    """Raise `UserError` unless these are stacked weights of that architecture; nothing but the header is read.
+
+    Args:
+        file: of weights
+        prefix: of the names of an epoch's tensors, such as "25/"
+        rows: how many models its table has
+        architecture: that it names
+    """
     if architecture not in ARCHITECTURES:
         raise UserError(f"Models of the architecture {one_line(architecture, 60)!r} are not known here: "
                         "make it known by zootwins.architectures.register first.")
@@ -103,7 +124,14 @@ def check_tensors(
 def store_states(
     folder: Path,  # of a zoo in a store
 ) -> tuple[str, pd.DataFrame]:  # architecture, states
-    "The states of a store; raises `UserError` for files that are damaged or do not belong together."
+    """The states of a store; raises `UserError` for files that are damaged or do not belong together.
+
+    Args:
+        folder: of a zoo in a store
+
+    Returns:
+        tuple[str, pd.DataFrame]: architecture, states
+    """
     zoo, parts, architectures = read_json(folder / "store.json")["zoo"], [], set()
     stages = sorted(path.stem for path in folder.glob("*.json") if path.stem != "store" and "." not in path.stem)
     for stage in (stage for stage in stages if read_manifest(folder, stage)["files"]):
@@ -129,7 +157,15 @@ def with_measures(
     states: pd.DataFrame,   # of one stage, some perhaps twice
     metrics: pd.DataFrame,  # tidy, of that stage
 ) -> pd.DataFrame:          # each state once, with what was measured of it
-    "Put measures beside states, by model, level, copy and epoch."
+    """Put measures beside states, by model, level, copy and epoch.
+
+    Args:
+        states: of one stage, some perhaps twice
+        metrics: tidy, of that stage
+
+    Returns:
+        pd.DataFrame: each state once, with what was measured of it
+    """
     keyed = lambda frame: pd.MultiIndex.from_arrays([row_names(frame), frame["epoch"]])
     states = states[~keyed(states).duplicated()].reset_index(drop=True)
     columns = [name for name in metrics if name not in {*states, "zoo", "method", "selector"}]
@@ -141,7 +177,14 @@ def with_measures(
 def publication_states(
     folder: Path,  # from publishing.publish, perhaps downloaded
 ) -> tuple[str, pd.DataFrame]:  # architecture, states
-    "The states of a publication; raises `UserError` if a listed file differs, or files do not belong together."
+    """The states of a publication; raises `UserError` if a listed file differs, or files do not belong together.
+
+    Args:
+        folder: from publishing.publish, perhaps downloaded
+
+    Returns:
+        tuple[str, pd.DataFrame]: architecture, states
+    """
     check_hashes(folder)
     zoo, metrics = read_json(folder / "store.json")["zoo"], read_metrics(folder / "metrics.parquet")
     parts, architectures = [], set()
@@ -153,6 +196,8 @@ def publication_states(
         measured = metrics[metrics["method"] == method]
         if "selector" in measured and selector:
             measured = measured[measured["selector"] == selector]
+        if measured.empty:
+            raise UserError(f"{folder} has models of {stage} and no metrics of them: get it again.")
         models = read_table(path.with_suffix(".parquet"))
         with safe_open(path, framework="pt") as file:
             architecture = (file.metadata() or {}).get("architecture", "")
@@ -175,7 +220,14 @@ FIRST = ["stage", "method", "selector", "model", "level", "copy", "epoch"]  # co
 def load_zoo(
     source: str | Path | ZooData,  # a zoo in a store, a publication, or one on the hub such as "hf://USER/digits-twins"
 ) -> ZooData:                      # nothing of its weights is read yet
-    "Find all states of a zoo; raises `UserError` if there are none, or they are not what they say."
+    """Find all states of a zoo; raises `UserError` if there are none, or they are not what they say.
+
+    Args:
+        source: a zoo in a store, a publication, or one on the hub such as "hf://USER/digits-twins"
+
+    Returns:
+        ZooData: nothing of its weights is read yet
+    """
     if isinstance(source, ZooData):
         return source
     folder = fetch(str(source)) if str(source).startswith(HUB) else Path(source).expanduser()
@@ -206,7 +258,20 @@ def select(
     copy: int | None = None,                      # of soups' candidates; none: all
     epoch: int | str | Sequence[int] = "last",    # or "all", or numbers
 ) -> pd.DataFrame:                                # rows of zoo.states, at least one
-    "Take states by what they are; raises `UserError` for what is not there."
+    """Take states by what they are; raises `UserError` for what is not there.
+
+    Args:
+        zoo: from load_zoo
+        stage: such as "vd"; none: all
+        model: by number; none: all
+        level: fractions, of stages that have levels; none: all
+        selector: such as "lamp"; none: all
+        copy: of soups' candidates; none: all
+        epoch: or "all", or numbers
+
+    Returns:
+        pd.DataFrame: rows of zoo.states, at least one
+    """
     found = zoo.states
     wanted = {"stage": stage, "model": model, "level": level, "selector": selector, "copy": copy}
     wanted |= {} if epoch in ("last", "all") else {"epoch": epoch}
@@ -224,7 +289,14 @@ def _with(
     values: Sequence[object],  # all of which have to be there
     zoo: ZooData,              # for the message
 ) -> pd.DataFrame:
-    "Take the states that have one of some values in a column."
+    """Take the states that have one of some values in a column.
+
+    Args:
+        states: to choose from
+        name: of a column
+        values: all of which have to be there
+        zoo: for the message
+    """
     rounded = lambda column: pd.Series(column).astype(float).round(9) if name == "level" else pd.Series(column)
     there, values = rounded(states[name]), rounded(values)
     missing = values[~values.isin(there)]
@@ -253,7 +325,11 @@ class Reader:
         self,
         path: str,  # of a file that `load_zoo` has checked
     ) -> tuple[safe_open, frozenset[str]]:
-        "The open file, and the names in it."
+        """The open file, and the names in it.
+
+        Args:
+            path: of a file that `load_zoo` has checked
+        """
         if self.process != os.getpid():  # a forked worker
             self.process, self.files = os.getpid(), {}
         if path not in self.files:
@@ -271,7 +347,15 @@ class Reader:
         state: Any,             # a row of zoo.states, with PLACE
         names: Iterable[str],   # of parameters
     ) -> dict[str, Tensor]:     # float32 [1, ...]; with log variances, if the file has them
-        "Read the weights of one state."
+        """Read the weights of one state.
+
+        Args:
+            state: a row of zoo.states, with PLACE
+            names: of parameters
+
+        Returns:
+            dict[str, Tensor]: float32 [1, ...]; with log variances, if the file has them
+        """
         (file, there), row = self.opened(state.file), int(state.row)
         read = {name: f"{state.prefix}{name}" for name in names}
         return {name: file.get_slice(place)[row : row + 1] for name, place in read.items() if place in there}
@@ -282,7 +366,16 @@ def population_of(
     states: pd.DataFrame,   # rows of its table, from select
     judged: bool = True,    # zero where pruned; otherwise as trained, with log variances if all of them have such
 ) -> Population:            # in that order; its table has their stages and measures as well
-    "Read states as a population."
+    """Read states as a population.
+
+    Args:
+        zoo: from load_zoo
+        states: rows of its table, from select
+        judged: zero where pruned; otherwise as trained, with log variances if all of them have such
+
+    Returns:
+        Population: in that order; its table has their stages and measures as well
+    """
     reader, names = Reader(), zoo.names
     read = [reader.weights(state, names) for state in states.itertuples()]
     read = [deterministic(weights) for weights in read] if judged else read
@@ -300,7 +393,20 @@ def masks(
     copy: int | None = None,        # of a soup's candidates
     epoch: int | str = "last",      # of a stage that keeps every epoch
 ) -> dict[str, Tensor]:             # weight name -> bool, True where a weight stays
-    "Which weights of a twin are there; raises `UserError` if there is no such twin, or several."
+    """Which weights of a twin are there; raises `UserError` if there is no such twin, or several.
+
+    Args:
+        source: as load_zoo takes it
+        model: its number
+        level: fraction, of magnitude pruning; none: by variational dropout
+        stage: none: "mp" if there is a level, otherwise "vd"
+        selector: such as "lamp"; none: the zoo's own
+        copy: of a soup's candidates
+        epoch: of a stage that keeps every epoch
+
+    Returns:
+        dict[str, Tensor]: weight name -> bool, True where a weight stays
+    """
     zoo = load_zoo(source)
     if stage is None and selector is None:
         stage = "vd" if level is None else "mp"
@@ -318,7 +424,16 @@ def twins_of(
     model: int | Iterable[int],    # numbers
     **which: Any,                  # stage, level, selector, copy, epoch: as select takes them
 ) -> Population:                   # all twins of these models, zero where they are pruned; `models` says what each is
-    "The twins of some models; raises `UserError` if there are none."
+    """The twins of some models; raises `UserError` if there are none.
+
+    Args:
+        source: as load_zoo takes it
+        model: numbers
+        **which: stage, level, selector, copy, epoch: as select takes them
+
+    Returns:
+        Population: all twins of these models, zero where they are pruned; `models` says what each is
+    """
     zoo = load_zoo(source)
     twins = replace(zoo, states=zoo.states[zoo.states["stage"] != "original"])
     return population_of(zoo, select(twins, model=model, **which))
@@ -330,7 +445,17 @@ def best(
     by: str = "test_acc",           # a measure of the originals; the highest is best
     measure: str | None = None,     # of the twins; none: the same
 ) -> pd.DataFrame:                  # model, `by`, and a column for each kind of twin such as "mp 80 %"; best first
-    "The best originals and their twins; of equal ones the lower number comes first."
+    """The best originals and their twins; of equal ones the lower number comes first.
+
+    Args:
+        source: as load_zoo takes it
+        n: how many
+        by: a measure of the originals; the highest is best
+        measure: of the twins; none: the same
+
+    Returns:
+        pd.DataFrame: model, `by`, and a column for each kind of twin such as "mp 80 %"; best first
+    """
     zoo = load_zoo(source)
     check_name(by, [name for name in zoo.states if name not in PLACE], "measure")
     last = select(zoo)
@@ -348,7 +473,16 @@ def split_models(
     zoo: str,               # name of the zoo
     seed: int = 0,          # for another split
 ) -> pd.Series:             # model -> "train", "val" or "test"
-    "Divide models 70 : 15 : 15, in a random order; raises `UserError` if they are too few."
+    """Divide models 70 : 15 : 15, in a random order; raises `UserError` if they are too few.
+
+    Args:
+        models: the models' numbers
+        zoo: name of the zoo
+        seed: for another split
+
+    Returns:
+        pd.Series: model -> "train", "val" or "test"
+    """
     n = len(models)
     if n < 10:
         raise UserError(f"{n} models are too few to learn from and to test on: take at least 10.")
@@ -360,7 +494,13 @@ def split_models(
 # %% ../nbs/47_zoo_data.ipynb #3861f5b0
 @dataclass(frozen=True)
 class Tokens:
-    "Where in a model's vector the numbers of each token are."
+    """Where in a model's vector the numbers of each token are.
+
+    Attributes:
+        index: int64 [tokens, width], into the vector and a zero behind it
+        mask: bool [tokens, width], False where a token is padded
+        positions: int64 [tokens, 3]: in the sequence, of the layer, in the layer
+    """
 
     index: Tensor      # int64 [tokens, width], into the vector and a zero behind it
     mask: Tensor       # bool [tokens, width], False where a token is padded
@@ -371,7 +511,12 @@ def token_places(
     architecture: str,  # a name in architectures.ARCHITECTURES
     width: int = 0,     # of a token; 0: that of the widest neuron
 ) -> Tokens:
-    "Lay out a model's tokens; raises `UserError` for a width that cannot be."
+    """Lay out a model's tokens; raises `UserError` for a width that cannot be.
+
+    Args:
+        architecture: a name in architectures.ARCHITECTURES
+        width: of a token; 0: that of the widest neuron
+    """
     shapes, places, start = parameter_shapes(architecture), {}, 0
     for name, shape in shapes.items():
         places[name] = torch.arange(start, start + math.prod(shape)).reshape(shape[0], -1)
@@ -393,7 +538,15 @@ def token_places(
 # %% ../nbs/47_zoo_data.ipynb #1aec0dc6
 @dataclass(frozen=True)
 class Graph:
-    "The graph of an architecture, and where in a model's vector its numbers are."
+    """The graph of an architecture, and where in a model's vector its numbers are.
+
+    Attributes:
+        edge_index: int64 [2, edges], from and to
+        edges: int64 [edges, most weights of an edge], into the vector and a zero behind it
+        nodes: int64 [nodes], likewise: the bias
+        node_layer: int64 [nodes]: 0 for inputs, then the number of the layer
+        edge_layer: int64 [edges], from 1
+    """
 
     edge_index: Tensor  # int64 [2, edges], from and to
     edges: Tensor       # int64 [edges, most weights of an edge], into the vector and a zero behind it
@@ -405,7 +558,11 @@ class Graph:
 def graph_places(
     architecture: str,  # a name in architectures.ARCHITECTURES: a chain of layers
 ) -> Graph:
-    "Lay out a model's graph; raises `UserError` for nets that are not chains."
+    """Lay out a model's graph; raises `UserError` for nets that are not chains.
+
+    Args:
+        architecture: a name in architectures.ARCHITECTURES: a chain of layers
+    """
     hidden_layers(architecture)
     paths, shapes = list(layer_names(build(architecture)).values()), parameter_shapes(architecture)
     places, start = {}, 0
@@ -435,14 +592,28 @@ FORMS = ("flat", "layers", "tokens", "graph", "pyg")
 def random_order(
     population: Population,  # any models
 ) -> Population:             # the same functions
-    "Put hidden units in a random order, with random signs where they are free: a transform for ZooDataset."
+    """Put hidden units in a random order, with random signs where they are free: a transform for ZooDataset.
+
+    Args:
+        population: any models
+
+    Returns:
+        Population: the same functions
+    """
     return augmented(population, int(torch.randint(2**31 - 1, ())))
 
 
 def numeric(
     column: pd.Series,  # a measure or factor
 ) -> tuple[np.ndarray, list[str]]:  # float32, and the words that they number, if they are words
-    "Turn a target into numbers; raises `UserError` if it is neither numbers nor words."
+    """Turn a target into numbers; raises `UserError` if it is neither numbers nor words.
+
+    Args:
+        column: a measure or factor
+
+    Returns:
+        tuple[np.ndarray, list[str]]: float32, and the words that they number, if they are words
+    """
     if column.dtype.kind in "fiub":
         return column.to_numpy(np.float32), []
     words = sorted(column.astype(str).unique())
@@ -485,7 +656,11 @@ class ZooDataset(Dataset):
         self,
         i: int,  # place in the data set
     ) -> Population:
-        "One state as a population of one model, after the transform."
+        """One state as a population of one model, after the transform.
+
+        Args:
+            i: place in the data set
+        """
         state = self.rows.iloc[i]
         weights = self.reader.weights(state, self.names)
         weights = deterministic(weights) if self.judged else weights
@@ -497,7 +672,14 @@ class ZooDataset(Dataset):
         self,
         i: int,  # place in the data set
     ) -> Any:    # weights in their form, and targets float32 [targets]; of "pyg" one Data with both
-        "Read one state."
+        """Read one state.
+
+        Args:
+            i: place in the data set
+
+        Returns:
+            Any: weights in their form, and targets float32 [targets]; of "pyg" one Data with both
+        """
         weights, target = self.population(i).weights, self.targets[i]
         if self.form == "layers":
             return {name: tensor[0] for name, tensor in weights.items()}, target
@@ -516,7 +698,15 @@ def target_columns(
     rows: pd.DataFrame,      # of a data set
     names: Sequence[str],    # of measures and factors
 ) -> tuple[Tensor, dict[str, list[str]]]:  # float32 [rows, targets]; words of those that are words
-    "Gather targets; raises `UserError` for names that are not there."
+    """Gather targets; raises `UserError` for names that are not there.
+
+    Args:
+        rows: of a data set
+        names: of measures and factors
+
+    Returns:
+        tuple[Tensor, dict[str, list[str]]]: float32 [rows, targets]; words of those that are words
+    """
     columns = {name: numeric(rows[check_name(name, [n for n in rows if n not in PLACE], "target")]) for name in names}
     numbers = np.array([column for column, _ in columns.values()], dtype=np.float32).reshape(len(columns), len(rows))
     return torch.from_numpy(numbers.T.copy()), {name: words for name, (_, words) in columns.items() if words}
@@ -526,7 +716,15 @@ def graph_of(
     graph: Graph,    # from graph_places
     behind: Tensor,  # [parameters + 1], a model's vector and a zero
 ) -> dict[str, Tensor]:  # x [nodes, 1], edge_index, edge_attr [edges, weights], node_layer, edge_layer
-    "Put a model's numbers into its graph."
+    """Put a model's numbers into its graph.
+
+    Args:
+        graph: from graph_places
+        behind: [parameters + 1], a model's vector and a zero
+
+    Returns:
+        dict[str, Tensor]: x [nodes, 1], edge_index, edge_attr [edges, weights], node_layer, edge_layer
+    """
     numbers = {"x": behind[graph.nodes][:, None], "edge_index": graph.edge_index, "edge_attr": behind[graph.edges]}
     return numbers | {"node_layer": graph.node_layer, "edge_layer": graph.edge_layer}
 
@@ -548,7 +746,14 @@ NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 def hub_client(
     endpoint: str | None,  # none: the hub itself, or HF_ENDPOINT
 ) -> Any:                  # huggingface_hub.HfApi
-    "Open the hub; raises `UserError` if its client is not installed."
+    """Open the hub; raises `UserError` if its client is not installed.
+
+    Args:
+        endpoint: none: the hub itself, or HF_ENDPOINT
+
+    Returns:
+        Any: huggingface_hub.HfApi
+    """
     try:
         from huggingface_hub import HfApi
     except ImportError as error:
@@ -560,7 +765,14 @@ def hub_client(
 def check_repository(
     name: str,  # such as "USER/digits-twins"
 ) -> str:       # the same
-    "Raise `UserError` for what names no repository."
+    """Raise `UserError` for what names no repository.
+
+    Args:
+        name: such as "USER/digits-twins"
+
+    Returns:
+        str: the same
+    """
     if not NAME.fullmatch(name) or ".." in name:
         raise UserError(f"{one_line(name, 60)!r} names no repository of the hub: give USER/NAME.")
     return name
@@ -572,7 +784,17 @@ def push(
     private: bool = False,        # seen by its owner alone
     endpoint: str | None = None,  # of another hub; none: the hub itself, or HF_ENDPOINT
 ) -> str:                         # the address of the commit
-    "Put a publication on the hub; raises `UserError` if it is damaged, or the hub does not take it."
+    """Put a publication on the hub; raises `UserError` if it is damaged, or the hub does not take it.
+
+    Args:
+        folder: from publishing.publish
+        name: of the data set on the hub, such as "USER/digits-twins"; made if it is not there
+        private: seen by its owner alone
+        endpoint: of another hub; none: the hub itself, or HF_ENDPOINT
+
+    Returns:
+        str: the address of the commit
+    """
     folder, name = Path(folder), check_repository(name)
     check_hashes(folder)
     client = hub_client(endpoint)
@@ -591,7 +813,16 @@ def fetch(
     limit: int = 4 << 30,         # bytes of all files together
     endpoint: str | None = None,  # of another hub; none: the hub itself, or HF_ENDPOINT
 ) -> Path:                        # a folder in the cache of the hub's client
-    "Get a publication from the hub; raises `UserError` if it is not there, too large, or not what was published."
+    """Get a publication from the hub; raises `UserError` if it is not there, too large, or not what was published.
+
+    Args:
+        name: such as "hf://USER/digits-twins", or with a revision "hf://USER/digits-twins@v1"
+        limit: bytes of all files together
+        endpoint: of another hub; none: the hub itself, or HF_ENDPOINT
+
+    Returns:
+        Path: a folder in the cache of the hub's client
+    """
     repository, _, revision = name.removeprefix(HUB).partition("@")
     client, repository = hub_client(endpoint), check_repository(repository)
     try:

@@ -22,7 +22,23 @@ from .streams import random_words, stream_keys
 # %% ../nbs/04_zoos.ipynb #42c56305
 @dataclass(frozen=True)
 class Zoo:
-    "A zoo: data set, architecture, generating factors, and the recipes for the models and their twins."
+    """A zoo: data set, architecture, generating factors, and the recipes for the models and their twins.
+
+    Attributes:
+        name: such as "mnist_seed"
+        title: as in the paper's tables, such as "MNIST (s) Seed"
+        dataset: name for datasets.load_images
+        architecture: name for architectures.build
+        image_size: pixels, height and width
+        kind: "seed", "fixed" or "random"
+        seeds: seeds per combination of the other factors
+        mp_epochs: fine-tuning after magnitude pruning, per level
+        mp_selector: who chooses the weights that go, a name in selectors.SELECTORS
+        in_paper: one of the 14 zoos of the paper's Table 4
+        mp_in_paper: one of the 10 with magnitude pruning
+        printed: (column of Table 4, printed value) where the entry differs from it
+        remark: why
+    """
 
     name: str                                # such as "mnist_seed"
     title: str                               # as in the paper's tables, such as "MNIST (s) Seed"
@@ -87,7 +103,18 @@ def grid_zoos(
     architecture: str,  # name for architectures.build
     **changes,          # fields that differ from GRID
 ) -> tuple[Zoo, Zoo]:   # the fixed and the random zoo
-    "Make the two zoos of one grid."
+    """Make the two zoos of one grid.
+
+    Args:
+        name: stem of the two names, such as "mnist"
+        title: stem of the two titles, such as "MNIST (s)"
+        dataset: name for datasets.load_images
+        architecture: name for architectures.build
+        **changes: fields that differ from GRID
+
+    Returns:
+        tuple[Zoo, Zoo]: the fixed and the random zoo
+    """
     zoo = replace(GRID, dataset=dataset, architecture=architecture, **changes)
     return tuple(replace(zoo, name=f"{name}_{kind}", title=f"{title} {word}", kind=kind) for kind, word in (("fixed", "Fixed"), ("random", "Random")))
 
@@ -119,14 +146,28 @@ FACTORS = ("activation", "init", "optimizer", "lr", "wd", "dropout")
 def get_zoo(
     name: str | Zoo,  # such as "usps_seed", or a zoo of one's own
 ) -> Zoo:             # its entry
-    "Look up a zoo, or check one of one's own; raises `UserError` with the valid names, or for a recipe that cannot be."
+    """Look up a zoo, or check one of one's own; raises `UserError` with the valid names, or for a recipe that cannot be.
+
+    Args:
+        name: such as "usps_seed", or a zoo of one's own
+
+    Returns:
+        Zoo: its entry
+    """
     return check_zoo(name) if isinstance(name, Zoo) else ZOOS[check_name(name, ZOOS, "zoo")]
 
 
 def check_zoo(
     zoo: Zoo,  # any
 ) -> Zoo:      # the same
-    "Raise `UserError` for a zoo whose name, factors or numbers cannot be."
+    """Raise `UserError` for a zoo whose name, factors or numbers cannot be.
+
+    Args:
+        zoo: any
+
+    Returns:
+        Zoo: the same
+    """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", str(zoo.name)):
         raise UserError(f"{one_line(zoo.name, 40)!r} cannot name a zoo, whose folder will have its name: use letters, digits, _ and -.")
     check_name(zoo.architecture, ARCHITECTURES, "architecture")
@@ -145,7 +186,14 @@ def check_zoo(
 def zoo_size(
     zoo: Zoo,  # the entry
 ) -> int:      # number of models
-    "How many models the zoo has."
+    """How many models the zoo has.
+
+    Args:
+        zoo: the entry
+
+    Returns:
+        int: number of models
+    """
     size = zoo.seeds
     for factor in FACTORS:
         size *= len(getattr(zoo, factor))
@@ -156,7 +204,15 @@ def drawn_seeds(
     zoo: Zoo,   # a "random" zoo
     n: int,     # how many
 ) -> list[int]:  # seeds below one million
-    "The random seeds of a random zoo, the same ones every time."
+    """The random seeds of a random zoo, the same ones every time.
+
+    Args:
+        zoo: a "random" zoo
+        n: how many
+
+    Returns:
+        list[int]: seeds below one million
+    """
     words = random_words(n, stream_keys(zoo.name, "seeds", [0])[0], site=0)
     return (words % 1_000_000).tolist()
 
@@ -165,7 +221,15 @@ def check_n_models(
     zoo: Zoo,              # the entry
     n_models: int | None,  # what the user asked for; none: all
 ) -> int:                  # a number that the zoo can have
-    "Raise `UserError` for a number of models that a zoo cannot have."
+    """Raise `UserError` for a number of models that a zoo cannot have.
+
+    Args:
+        zoo: the entry
+        n_models: what the user asked for; none: all
+
+    Returns:
+        int: a number that the zoo can have
+    """
     size = zoo_size(zoo)
     if n_models is None:
         return size
@@ -178,7 +242,15 @@ def model_table(
     zoo: Zoo,                     # the entry
     n_models: int | None = None,  # how many models; none: all
 ) -> pd.DataFrame:                # one row per model: model, seed, activation, init, optimizer, lr, wd, dropout, parent
-    "The generating factors of the first `n_models` models of a zoo; raises `UserError` if the zoo has fewer."
+    """The generating factors of the first `n_models` models of a zoo; raises `UserError` if the zoo has fewer.
+
+    Args:
+        zoo: the entry
+        n_models: how many models; none: all
+
+    Returns:
+        pd.DataFrame: one row per model: model, seed, activation, init, optimizer, lr, wd, dropout, parent
+    """
     size, n_models = zoo_size(zoo), check_n_models(zoo, n_models)
     combinations = list(product(*(getattr(zoo, f) for f in FACTORS), range(1, zoo.seeds + 1)))
     table = pd.DataFrame(combinations, columns=[*FACTORS, "seed"])
@@ -203,13 +275,24 @@ TABLE_4 = (
 def short_number(
     value: float,  # such as 0.0003
 ) -> str:          # such as "3e-4"
-    "Write a number as the paper's Table 4 does."
+    """Write a number as the paper's Table 4 does.
+
+    Args:
+        value: such as 0.0003
+
+    Returns:
+        str: such as "3e-4"
+    """
     text = f"{value:.0e}".replace("e-0", "e-") if 0 < value < 0.1 else f"{value:g}"
     return text
 
 
 def _joined(values: tuple) -> str:  # such as "1e-3, 1e-4"
-    "Join the values of one factor."
+    """Join the values of one factor.
+
+    Returns:
+        str: such as "1e-3, 1e-4"
+    """
     order = [v for v in SHORT if v in values] or values
     return ", ".join(SHORT.get(v) or short_number(v) for v in order)
 
@@ -217,7 +300,14 @@ def _joined(values: tuple) -> str:  # such as "1e-3, 1e-4"
 def table_4_row(
     zoo: Zoo,          # the entry
 ) -> dict[str, object]:  # one row of Table 4
-    "Describe a zoo as the paper's Table 4 does."
+    """Describe a zoo as the paper's Table 4 does.
+
+    Args:
+        zoo: the entry
+
+    Returns:
+        dict[str, object]: one row of Table 4
+    """
     own = _joined(zoo.lr)
     rate = lambda value: own if value is None else short_number(value)
     return {
@@ -238,7 +328,14 @@ def table_4_row(
 def list_zoos(
     paper_only: bool = False,  # only the paper's 14
 ) -> pd.DataFrame:             # index: the zoo's name
-    "List the zoos: the paper's Table 4, and the rest of the registry below it."
+    """List the zoos: the paper's Table 4, and the rest of the registry below it.
+
+    Args:
+        paper_only: only the paper's 14
+
+    Returns:
+        pd.DataFrame: index: the zoo's name
+    """
     others = [] if paper_only else [name for name in ZOOS if name not in TABLE_4]
     names = [*TABLE_4, *others]
     return pd.DataFrame([table_4_row(ZOOS[name]) for name in names], index=pd.Index(names, name="zoo"))
