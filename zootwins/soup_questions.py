@@ -856,7 +856,15 @@ def gradual_accuracies(
     story: pd.DataFrame,  # one setting, from soup_figures.read_stories
     m: int,               # copies
 ) -> pd.DataFrame:        # by model, a column for each of GRADUAL; fractions
-    "Accuracies at the end, gradual and in phases; raises `UserError` if the story has no gradual pruning."
+    """Accuracies at the end, gradual and in phases; raises `UserError` if the story has no gradual pruning.
+
+    Args:
+        story: one setting, from soup_figures.read_stories
+        m: copies
+
+    Returns:
+        pd.DataFrame: by model, a column for each of GRADUAL; fractions
+    """
     last = story[(story["phase"] == story["phase"].max()) & (story["m"] == m) & story["merge"].isin(["", "uniform"])]
     wide = last.pivot_table("test_acc", "model", "row")
     if missing := [name for name in GRADUAL if name not in wide]:
@@ -869,7 +877,12 @@ def figure_gradual(
     table: pd.DataFrame,  # from gradual_accuracies
     title: str,           # of the setting
 ) -> Figure:
-    "Every model's accuracy at the end, and the means."
+    """Every model's accuracy at the end, and the means.
+
+    Args:
+        table: from gradual_accuracies
+        title: of the setting
+    """
     fig, ax = plt.subplots(figsize=(WIDTH / 1.3, HEIGHT), layout="constrained")
     for place, name in enumerate(table):
         at = place + np.linspace(-0.22, 0.22, len(table))
