@@ -8,7 +8,7 @@ __all__ = ['PERCENTILES', 'LAMBDAS', 'PROPERTIES', 'COLUMNS', 'RANKINGS', 'embed
            'keep_by', 'vector_accuracy', 'zero_shot', 'qualities', 'table_3', 'save_frame', 'figure_losses',
            'figure_latent', 'figure_zero_shot']
 
-# %% ../nbs/61_probes.ipynb #2715f0f8
+# %% ../nbs/61_probes.ipynb #283ab1cc
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -26,10 +26,10 @@ from torch import Tensor
 
 from .core import UserError, atomic_path
 from .datasets import Images
-from .figures import BLUE, GREEN, HEIGHT, ORANGE, WIDTH, percent_axis, styled
 from zootwins.hyperreps import (
     HyperAutoEncoder, Layout, States, in_batches, reconstruction_quality, split_tokens, to_weights, token_layout,
 )
+from .style import BLUE, GREEN, HEIGHT, ORANGE, WIDTH, percent_axis, styled
 from .magnitude import count_kept, keep_highest
 from .reported import read_reported
 from .tables import Table, zoo_title
