@@ -10,7 +10,6 @@ from torch import nn
 from small import IMAGES, says
 from zootwins.averaging import copies
 from zootwins.core import UserError
-from zootwins.figures import style
 from zootwins.lanes import LANES
 from zootwins.population import sample_population
 from zootwins.robustness import (
@@ -18,6 +17,7 @@ from zootwins.robustness import (
     figure_pairs, fractal, impulse_noise, instability, judge, magnify, ood_accuracy, ood_cells, pair_averages, probabilities, read_corrupted, reliability, sample,
     shot_noise, soup_populations, table_15,
 )
+from zootwins.style import style
 from zootwins.reported_soups import soup_table
 from zootwins.streams import stream_keys
 from zootwins.training import TORCH, Recipe, accuracy

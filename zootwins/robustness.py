@@ -38,7 +38,7 @@ from .batch_statistics import class_probabilities
 from .core import UserError, check_name, one_line
 from .datasets import DATA_SETS, Images, normalise, prepare
 from .distances import barrier, between, pairwise_distances
-from .figures import COLOURS, GREY, HEIGHT, MARKERS, WIDTH, percent_axis, styled
+from .style import COLOURS, GREY, HEIGHT, MARKERS, WIDTH, percent_axis, styled
 from .population import Population, concatenate
 from .selectors import prune, sparsity_per_phase
 from .soups import reprune
