@@ -634,8 +634,8 @@ def figure_twins(
         percent_axis(ax.xaxis)
         percent_axis(ax.yaxis)
     first_drawn(axes).set_ylabel("Test accuracy of the twin")
-    heading(fig, f"{zoo_title(zoo)}: {metrics['model'].nunique():,} models; r: Pearson, τ: Kendall, with 95 % intervals; "
-                 "dotted: as good as the original")
+    heading(fig, f"{zoo_title(zoo)}: {metrics['model'].nunique():,} models; r: Pearson, τ: Kendall, "
+                 "with 95 % intervals; dotted: as good as the original")
     return fig
 
 # %% ../nbs/31_figures.ipynb #a72863be
