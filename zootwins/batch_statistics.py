@@ -107,7 +107,7 @@ def batches(
         raise UserError(f"The data have no part {part!r}: training images are for statistics, validation images for "
                         "choices and test images for what is reported.")
 
-
+# %% ../nbs/72_batch_statistics.ipynb #7ef99c37
 def _to(
     value: object,         # a tensor or anything else
     device: torch.device,  # where the module is
@@ -233,7 +233,7 @@ def judge(
     loss = F.nll_loss(probabilities.clamp_min(torch.finfo(torch.float64).tiny).log(), labels)
     return {"loss": loss.item(), "accuracy": (probabilities.argmax(-1) == labels).double().mean().item()}
 
-
+# %% ../nbs/72_batch_statistics.ipynb #0d69be9f
 def evaluate(
     module: nn.Module,   # any
     data: Data,          # images, or loaders by part

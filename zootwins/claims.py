@@ -103,7 +103,7 @@ def finding(
     verdict = HOLDS if above < low and high < below else FAILS if high < above or low > below else OPEN
     return Finding(quantity, value, low, high, int(n), verdict, of)
 
-
+# %% ../nbs/34_claims.ipynb #16cff0fb
 def of_method(
     quantity: str,  # what was measured
     method: str,    # "mp" or "vd"
@@ -205,7 +205,7 @@ def pruned(
     found = rows[(rows["method"] == "mp") & last_epoch(rows)]
     return found[np.isclose(found["level"], level)].set_index("model")[measure].rename(f"{level:.0%}")
 
-
+# %% ../nbs/34_claims.ipynb #d5c64c2c
 def levels_of(
     rows: pd.DataFrame,   # tidy metrics of one zoo
     low: float = 0.0,     # more than this
@@ -314,7 +314,7 @@ def smallest_advantage(
         f"accuracy, {which}, at {at}", mean_interval(known[where], 1 - 0.05 / len(known)), len(known[where]), above=0,
     )]
 
-
+# %% ../nbs/34_claims.ipynb #9789e819
 def pruning_better_up_to_80(rows: pd.DataFrame) -> list[Finding]:
     "Magnitude pruning is more accurate at every level up to 80 %, or as far as variational dropout goes."
     levels = levels_of(rows, 0, 0.8)
@@ -362,7 +362,7 @@ def both_degrade(rows: pd.DataFrame) -> list[Finding]:
         for name in METHOD_TITLES if len(found)
     ]
 
-
+# %% ../nbs/34_claims.ipynb #14c4eaf7
 def dropout_steadier(rows: pd.DataFrame) -> list[Finding]:
     "Above 80 %, variational dropout loses less, and its models differ less."
     found = losses_above_80(rows)
@@ -413,7 +413,7 @@ def table_1_twins(
     twins = shown.pivot(index="model", columns="method", values=measure)
     return twins.join(of_originals(rows, measure), how="inner")
 
-
+# %% ../nbs/34_claims.ipynb #4c596205
 def variation_low(rows: pd.DataFrame) -> list[Finding]:
     "Accuracies of Table 1's twins vary at most twice as much as their originals'."
     both = table_1_twins(rows)
@@ -509,7 +509,7 @@ def larger_layers_sparser(rows: pd.DataFrame) -> list[Finding]:
         )
     return found
 
-
+# %% ../nbs/34_claims.ipynb #d2f08fdd
 def layers_consistent(rows: pd.DataFrame) -> list[Finding]:
     "Models differ less in a layer's sparsity than layers differ."
     def ratio(sparsities: np.ndarray) -> float:
@@ -550,7 +550,7 @@ def half_epochs(
         found[name.removeprefix("sparsity_")] = pd.Series(np.where(after > 0, moment, np.nan), index=wide.index)
     return pd.DataFrame(found).dropna()
 
-
+# %% ../nbs/34_claims.ipynb #5f1cef69
 def layers_in_phases(rows: pd.DataFrame) -> list[Finding]:
     "The half-epochs of the earliest and the latest layer lie more than an epoch apart."
     halves = half_epochs(rows)
@@ -581,7 +581,7 @@ def agreement_60_to_80(rows: pd.DataFrame) -> list[Finding]:
         for name in METHOD_TITLES if name in both
     ]
 
-
+# %% ../nbs/34_claims.ipynb #8cdd257b
 def agreement_prefers_none(rows: pd.DataFrame) -> list[Finding]:
     "In Table 1, neither method has the higher agreement in three quarters of the models."
     both = table_1_twins(rows, "agreement")
@@ -669,7 +669,7 @@ def pruning_correlates(rows: pd.DataFrame) -> list[Finding]:
         for row in correlate(both["before"], both["mp"]).itertuples() for name in [LABELS[row.coefficient]]
     ]
 
-
+# %% ../nbs/34_claims.ipynb #8f028321
 def dropout_correlates_less(rows: pd.DataFrame) -> list[Finding]:
     "Pearson's r of variational dropout is below that of magnitude pruning."
     both = table_2_pairs(rows)
@@ -737,7 +737,7 @@ def kept_beyond(
     slope = np.cov(before, after)[0, 1] / np.var(before, ddof=1) if np.ptp(before) else 0.0
     return after - after.mean() - slope * (before - before.mean())
 
-
+# %% ../nbs/34_claims.ipynb #642351e8
 def _rank_correlation(before: np.ndarray, one: np.ndarray, two: np.ndarray) -> float:
     "Spearman's correlation of what two twins of each model have kept; NaN if one does not vary."
     ranks = [stats.rankdata(kept_beyond(before, after).round(12)) for after in (one, two)]
@@ -890,7 +890,7 @@ def claims_table(
                f"{model_counts(claims[claims['n'] > 0])}")
     return Table("claims", caption, claims, layout.set_index(["Statement", "Zoo"]).rename_axis(columns=""))
 
-
+# %% ../nbs/34_claims.ipynb #7d2f35b5
 def verdict_table(
     claims: pd.DataFrame,  # from all_claims
 ) -> pd.DataFrame:         # (claim, word for the number) by zoo: number and verdict

@@ -350,7 +350,7 @@ def judge(
     }
     return pd.Series(np.select(list(conditions.values()), list(conditions), default="undecided"), index=both.index)
 
-
+# %% ../nbs/33_comparison.ipynb #bb295150
 def first_rule(
     both: pd.DataFrame,  # kind, difference, effect, p_adjusted, verdict
 ) -> pd.Series:          # "agrees", "near" or "differs" for cells that are tested, the verdict itself for others
@@ -466,7 +466,7 @@ def labelled(
         "Ours": text("ours"), "Paper": text("paper"),
     })
 
-
+# %% ../nbs/33_comparison.ipynb #0257172d
 def model_note(
     shown: pd.DataFrame,  # cells of a comparison that were regenerated
 ) -> str:                 # a sentence
@@ -502,7 +502,7 @@ def side_by_side(
         "comparison", caption, shown, rows.set_index(["Table", "Zoo", "State", "Measure"]).rename_axis(columns=""),
     )
 
-
+# %% ../nbs/33_comparison.ipynb #3d777bf8
 def beside_print(
     comparison: pd.DataFrame,  # from compare
     table: int,                # one of COMPARED
@@ -687,7 +687,7 @@ def _short(rows: pd.DataFrame) -> pd.DataFrame:
     early = rows[pruned & (rows["epoch"] == last // 3)].assign(epoch=last)
     return pd.concat([rows[~(pruned & (rows["epoch"] == last))], early], ignore_index=True)
 
-
+# %% ../nbs/33_comparison.ipynb #88eddb44
 def _swapped(rows: pd.DataFrame) -> pd.DataFrame:
     "The measures at 70 and 80 % swapped; the sparsities, which are settings, stay."
     permille = (1000 * rows["level"]).round()
@@ -701,7 +701,7 @@ def _raised(rows: pd.DataFrame) -> pd.DataFrame:
     spread = rows.groupby(["method", "level", "epoch"], dropna=False)["test_acc"].transform("std")
     return rows.assign(test_acc=rows["test_acc"] + 0.5 * spread)
 
-
+# %% ../nbs/33_comparison.ipynb #91a99902
 def _without_tanh(rows: pd.DataFrame) -> pd.DataFrame:
     "A grid without the models of its first activation; a seed zoo unchanged."
     zoo = ZOOS[rows["zoo"].iloc[0]]

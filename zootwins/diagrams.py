@@ -181,7 +181,7 @@ def picture(
     panel.imshow(image, cmap=cmap, aspect="auto", interpolation="nearest", **limits)
     panel.spines[:].set(visible=True, linewidth=0.6, color=GREY)
 
-
+# %% ../nbs/35_diagrams.ipynb #6b5fc5b4
 def layer_picture(
     population: Population,  # plain, pruned or with log variances
     i: int,                  # position in the population

@@ -290,7 +290,7 @@ class DPF(Method):
     def final(self, weights: Weights, memory: Memory) -> Weights:
         return self.seen(weights, memory)
 
-
+# %% ../nbs/77_during_training.ipynb #0991360e
 @dataclass(frozen=True)
 class DNW(Method):
     "Discovering neural wirings (Wortsman et al. 2019)."
@@ -1004,7 +1004,7 @@ def speed_up(
     kept = {name: (population.weights[name] != 0).flatten(1).double().mean(1) for name in work}
     return sum(work.values()) / sum(share * work[name] for name, share in kept.items()).clamp_min(1)
 
-
+# %% ../nbs/77_during_training.ipynb #c657c192
 def table_2(
     accuracies: Mapping[tuple[str, float], Tensor],  # (method, target sparsity) -> [repetitions or models]
     populations: Mapping[tuple[str, float], Population],  # likewise: the models

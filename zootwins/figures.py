@@ -748,7 +748,7 @@ def unstretch(
     """
     return BEYOND - 10 ** -np.asarray(place)
 
-
+# %% ../nbs/31_figures.ipynb #b8496185
 def stretched_ticks(
     low: float,    # limits
     high: float,

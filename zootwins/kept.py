@@ -171,7 +171,7 @@ def joint_pictures(
     drawn = {name: FIGURES[name](kept.metrics, printed) for name in ("figure_2", "figure_4", "figure_5")}
     return drawn | {"scorecard": figure_scorecard(compare(kept.metrics)), "recorded": figure_recorded(kept.metrics)}
 
-
+# %% ../nbs/37_kept.ipynb #28196991
 def redraw(
     kept: Kept,
 ) -> list[str]:  # files that changed
@@ -233,7 +233,7 @@ def gallery(
         "\n\n".join(f"![{path.stem} of {path.parent.name}]({link(path)})" for path in paths if path.exists())
     )
 
-
+# %% ../nbs/37_kept.ipynb #3a7c835d
 def beside(
     kept: Kept,
     zoo: str,          # a kept one
@@ -273,7 +273,7 @@ def kept_partners(
     columns = ["zoo", "method", "level", "epoch", "n", "partner", "mean", "std"]
     return table_partners(pd.concat([*(kept.table(zoo, "table_partners") for zoo in folders), printed[columns]]))
 
-
+# %% ../nbs/37_kept.ipynb #24590268
 def contradictions(
     kept: Kept,
 ) -> pd.DataFrame:  # one row per kind of equation: their number, those that fail, the largest difference in points
@@ -353,7 +353,7 @@ def _printed(kept: Kept, zoo: str, metric: str, method: str, step: str, layer: s
         raise UserError(f"The paper prints no {metric} of {zoo} by {method} at {step}.")
     return found
 
-
+# %% ../nbs/37_kept.ipynb #ef9dbe05
 def _one(rows: pd.DataFrame, column: str, key: str) -> object:
     "The value of the only row; raises `UserError` if there is not exactly one."
     if len(rows) != 1:
@@ -366,7 +366,7 @@ def _claim(kept: Kept, zoo: str, claim: str, of: str, column: str) -> object:
     rows = kept.claims[(kept.claims["zoo"] == zoo) & (kept.claims["claim"] == claim) & (kept.claims["of"] == of)]
     return _one(rows, column, f"{zoo}, {claim}, {of}")
 
-
+# %% ../nbs/37_kept.ipynb #03a195fc
 def _correlation(kept: Kept, zoo: str, method: str, metric: str, column: str = "value") -> float:
     "A coefficient of Table 2, in %."
     rows = kept.table(zoo, "table_2").query("method == @method and metric == @metric")
@@ -380,7 +380,7 @@ def _partner(kept: Kept, zoo: str, method: str, partner: str) -> float:
         f"{zoo}, {method}, {partner}",
     )
 
-
+# %% ../nbs/37_kept.ipynb #f1643433
 def _explained(kept: Kept, zoo: str, features: str, of: str, column: str = "r2") -> float:
     "R squared of Table 3, in %."
     rows = kept.table(zoo, "hyper_representations/table_3").query("features == @features and property == @of")
@@ -392,7 +392,7 @@ def _holding(kept: Kept, claim: str, of: str = "", verdict: str = "holds") -> in
     rows = kept.claims[(kept.claims["claim"] == claim) & ((kept.claims["of"] == of) | (of == ""))]
     return int(rows.groupby("zoo")["verdict"].agg(lambda found: (found == verdict).all()).sum())
 
-
+# %% ../nbs/37_kept.ipynb #d0cb8be3
 def _cell(kept: Kept, zoo: str, table: str, metric: str, method: str, step: str, column: str) -> object:
     "A column of the comparison with print; steps as above."
     rows = kept.comparison[(kept.comparison["zoo"] == zoo) & (kept.comparison["table"] == int(table)) & (
@@ -516,7 +516,7 @@ def fill(
     """
     return TOLD.sub(lambda found: f"{written(fact(kept, found['key']), found['text'])}<!-- {found['key']} -->", text)
 
-
+# %% ../nbs/37_kept.ipynb #0ae23497
 def refill(
     kept: Kept,
     path: Path | str,  # of a notebook

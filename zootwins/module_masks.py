@@ -227,7 +227,7 @@ def _selector_for(
 
     return Selector(getattr(scores, "__name__", "own"), of_one, rule)
 
-
+# %% ../nbs/71_module_masks.ipynb #77764c97
 def choose_masks(
     module: nn.Module,            # trained; not changed
     level: float,                 # fraction of all prunable weights to remove, over all phases together
@@ -320,7 +320,8 @@ class Pattern:
         for name, weight in prunable_weights(module).items():
             score, mask = weight.detach().abs().cpu().movedim(1, -1), torch.ones(weight.shape, dtype=torch.bool)
             if weight.shape[1] % self.group == 0:
-                mask = keep_highest(score.reshape(-1, self.group), self.kept).reshape(score.shape).movedim(-1, 1).contiguous()
+                mask = keep_highest(score.reshape(-1, self.group), self.kept).reshape(score.shape)
+                mask = mask.movedim(-1, 1).contiguous()
             masks[name] = mask & earlier[name] if earlier else mask
         return masks
 
@@ -449,7 +450,7 @@ def holding(
             for weight in weights.values():
                 _held.pop(id(weight), None)
 
-
+# %% ../nbs/71_module_masks.ipynb #7076c1ca
 def revived(
     module: nn.Module,            # after training
     masks: Mapping[str, Tensor],  # by plain name

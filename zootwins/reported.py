@@ -588,7 +588,7 @@ def read_recorded_curves() -> pd.DataFrame:  # zoo, model (a number, without mea
         wide = pd.read_csv(file, comment="#")
     return wide.melt(id_vars=["zoo", "model"], var_name="epoch", value_name="test_acc").astype({"epoch": int})
 
-
+# %% ../nbs/32_reported.ipynb #4aa4c456
 def recorded_factors(
     zoo: str,  # a grid's name
 ) -> pd.DataFrame:  # one row per trial, in their order: the generating factors and the seed's place (from 0)

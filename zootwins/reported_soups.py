@@ -204,7 +204,7 @@ def check_arithmetic(
         ignore_index=True,
     )
 
-
+# %% ../nbs/36_reported_soups.ipynb #04330586
 def check_all_soups(
     cells: pd.DataFrame,  # from read_reported_soups
 ) -> pd.DataFrame:        # CHECK

@@ -108,7 +108,8 @@ def shrunk(
     """
     side = images.x_train.shape[-1]
     if factor < 1 or side % factor:
-        raise UserError(f"Images of {side} pixels cannot be made smaller by {factor}: give a factor that divides {side}.")
+        raise UserError(f"Images of {side} pixels cannot be made smaller by {factor}: "
+                        f"give a factor that divides {side}.")
     parts = {name: F.avg_pool2d(getattr(images, name), factor) for name in ("x_train", "x_val", "x_test")}
     return replace(images, name=f"{images.name}, {side // factor} pixels", **parts)
 
@@ -203,7 +204,7 @@ def save_progress(
     with atomic_path(path) as temporary:
         safetensors.torch.save_file(tensors, temporary, {"told": json.dumps(dict(told), sort_keys=True)})
 
-
+# %% ../nbs/72_retraining.ipynb #11cfe48f
 def load_progress(
     path: Path,         # of the file
     module: nn.Module,  # receives weights and statistics
@@ -320,7 +321,7 @@ def _stop_if_diverged(
         raise UserError(f"Training has diverged in epoch {epoch} of {rates.epochs}, at rates up to {rates(0):.3g}: "
                         "train with a lower rate.")
 
-
+# %% ../nbs/72_retraining.ipynb #6e57534e
 def train_network(
     module: nn.Module,       # the starting point; trained in place
     x: Tensor,               # float32 [N, C, H, W]

@@ -536,7 +536,7 @@ def pixelate(
     small, box = (max(1, int(width * strength)), max(1, int(height * strength))), Image.Resampling.BOX
     return _through_pil(x, lambda one: one.resize(small, box).resize((width, height), box))
 
-
+# %% ../nbs/76_robustness.ipynb #adcb02d6
 def jpeg_compression(
     x: np.ndarray,    # float32 [images, height, width, channels], in [0, 1]
     strength: int,    # JPEG quality in PIL's units

@@ -327,7 +327,7 @@ def selector_text(
     zoos = [f"{zoo_title(zoo)}: {', '.join(own(zoo, name) for name in names)}" for zoo, names in of_zoos]
     return f"Selectors of {'; '.join(zoos)}."
 
-
+# %% ../nbs/30_tables.ipynb #1d1b479a
 def caption_end(
     numbers: pd.DataFrame,  # with zoo, selector and n
 ) -> str:                   # one or two sentences
