@@ -169,7 +169,7 @@ def filter_norms(
     module: nn.Module,     # any
     data: object = None,   # not used
 ) -> dict[str, Tensor]:    # name of a convolution's weight -> float [filters]
-    """The Euclidean norm of every filter (paper, Appendix A.2); layers that are no convolutions are left alone.
+    """The Euclidean norm of every filter (paper, Appendix A.2), for convolutions only.
 
     Args:
         module: any
@@ -249,7 +249,7 @@ def choose_masks(
     Returns:
         dict[str, Tensor]: name -> bool on the CPU, True where a weight stays
     """
-    if hasattr(selector, "masks"):  # it chooses by itself, such as filters.FilterChains
+    if hasattr(selector, "masks"):  # an object that chooses masks itself, such as filters.FilterChains
         return selector.masks(module, level, earlier)
     weights = {name: weight.detach().cpu() for name, weight in prunable_weights(module).items()}
     if broken := [name for name, weight in weights.items() if not weight.isfinite().all()]:
@@ -291,23 +291,23 @@ class Pattern:
 
     Attributes:
         kept: of every group, by magnitude
-        group: consecutive inputs; layers whose inputs cannot be divided stay dense
+        group: consecutive inputs; layers whose inputs do not divide evenly stay dense
     """
 
     kept: int = 2   # of every group, by magnitude
-    group: int = 4  # consecutive inputs; layers whose inputs cannot be divided stay dense
+    group: int = 4  # consecutive inputs; layers whose inputs do not divide evenly stay dense
 
     def masks(
         self,
         module: nn.Module,  # trained
-        level: float,       # has to be 1 - kept / group
+        level: float,       # must be 1 - kept / group
         earlier: Mapping[str, Tensor] | None = None,  # masks of the phase before
     ) -> dict[str, Tensor]:  # name -> bool, True where a weight stays
-        """Choose; raises `UserError` for another level.
+        """Choose masks; raises `UserError` for another level.
 
         Args:
             module: trained
-            level: has to be 1 - kept / group
+            level: must be 1 - kept / group
             earlier: masks of the phase before
 
         Returns:
