@@ -9,7 +9,7 @@ from setuptools.command.build_py import build_py
 config = ConfigParser(delimiters=["="])
 config.read("settings.ini", encoding="utf-8")
 settings = config["DEFAULT"]
-extras = {name: settings[f"{name}_requirements"].split() for name in ("dask", "ray", "hub", "graphs", "docs", "dev")}
+extras = {name: settings[f"{name}_requirements"].split() for name in ("dask", "ray", "hub", "graphs", "filters", "docs", "dev")}
 NOTEBOOKS = ("run_zoo.ipynb",)  # that the command line runs; in a checkout it finds them in nbs/
 
 

@@ -25,12 +25,14 @@ from matplotlib.figure import Figure
 from .claims import dropped_at, latent_space_wins, pruned
 from .comparison import beside_print, compare, figure_recorded, figure_scorecard, headline, labelled
 from .core import UserError, atomic_path, check_name, read_json
-from .figures import FIGURES, RINGED, figure_3, figure_individuals, save_figure
+from .figures import FIGURES, RINGED, figure_3, figure_individuals
+from .style import save_figure
 from .layers import read_frequencies
 from .metrics import read_metrics
 from .probes import table_3
 from .reported import check_all, check_counts, missing_originals, read_reported, reported
-from .tables import TABLE_1_STATES, Table, last_epoch, table_partners, zoo_title
+from .states import TABLE_1_STATES, last_epoch
+from .tables import Table, table_partners, zoo_title
 from .zoos import ZOOS, model_table
 
 # %% ../nbs/37_kept.ipynb #528a62fc
@@ -117,7 +119,8 @@ def provenance(
     for zoo, record in kept.records.items():
         stages = pd.DataFrame(record["history"] or record["stages"])
         total = stages.groupby("stage")[["model_samples", "seconds"]].sum()
-        speed = {f"{stage}, 1000/s": round(of["model_samples"] / of["seconds"] / 1000) for stage, of in total.iterrows()}
+        rates = (total["model_samples"] / total["seconds"] / 1000).round().astype(int)
+        speed = {f"{stage}, 1000/s": rates[stage] for stage in ("original", "mp", "vd") if stage in rates}
         commits = ", ".join(dict.fromkeys(commit[:7] for commit in stages["commit"].dropna())) if "commit" in stages else ""
         levels = ",".join(f"{100 * level:g}" for level in record["levels"])
         command = f"make run ZOO={zoo} N={record['n_models']} LEVELS={levels}"
