@@ -86,7 +86,7 @@ class Symmetry:
     orders: dict[str, Tensor]  # path of a hidden layer -> int64 [models, units]: where a unit comes from
     signs: dict[str, Tensor]   # path -> float32 [models, units], 1 or -1
 
-
+# %% ../nbs/17_alignment.ipynb #15c21ac1
 def _taken(
     tensor: Tensor,  # [models, units, ...]
     order: Tensor,   # int64 [models, units]
@@ -152,7 +152,7 @@ def flippable(
     free = {name: any(layer.path == path and layer.flips for layer in found) for name, found in layers.items()}
     return torch.tensor([free[name] for name in population.models["activation"]])
 
-
+# %% ../nbs/17_alignment.ipynb #c3d3a8cb
 def random_symmetry(
     population: Population,  # any models
     draw: int = 0,           # number of the draw
@@ -328,7 +328,7 @@ def inner_product(
     product = lambda name: (population.weights[name].double() * reference.weights[name].double()).flatten(1).sum(1)
     return sum(product(name) for name in population.weights if name.endswith((".weight", ".bias")))
 
-
+# %% ../nbs/17_alignment.ipynb #0f42ad74
 def match(
     population: Population,  # N models
     reference: Population,   # N models of the same architecture, or a single one for all

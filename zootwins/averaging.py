@@ -460,7 +460,7 @@ def merge(
         raise UserError("A soup is distilled from dense models: give them as the teacher, or merge by learned.")
     return learned_soup(population, images, teacher if name == "distilled" else None, masks=masks, engine=engine)[0]
 
-
+# %% ../nbs/19_averaging.ipynb #ccc98713
 def test_accuracy(
     population: Population,  # any models; variational ones are evaluated without noise
     images: Images,          # with test images

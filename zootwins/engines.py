@@ -50,7 +50,7 @@ def why_not(
         return f"The lanes know {', '.join(IMAGE_SHAPES)} and not {architecture}: use engine torch."
     return lanes.why_unavailable() if engine == "lanes" else ""
 
-
+# %% ../nbs/18_engines.ipynb #d043c957
 def choose_engine(
     name: str,          # "auto" or one of ENGINES
     device: str,        # "cpu" or "cuda"

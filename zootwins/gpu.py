@@ -414,7 +414,7 @@ def gpu_options(
     return ["--std=c++17", f"--gpu-architecture={architecture}", "--ftz=true",
             "--prec-div=false", "--prec-sqrt=false", "-maxrregcount=128", *variant.options()]
 
-
+# %% ../nbs/14_gpu.ipynb #c97ec1f0
 def compile_for_gpu(
     variant: Variant,   # what to build
     architecture: str,  # of the GPU, such as "sm_90"
@@ -444,7 +444,7 @@ def compile_for_gpu(
     finally:
         nvrtc().nvrtcDestroyProgram(ctypes.byref(program))
 
-
+# %% ../nbs/14_gpu.ipynb #bd6129b8
 def _nvrtc_version() -> tuple[int, int]:  # major, minor
     """Ask NVRTC for its version.
 
@@ -560,7 +560,7 @@ def interrupt() -> None:
     for stop in list(_under_way):
         stop.value = 1
 
-
+# %% ../nbs/14_gpu.ipynb #9273d666
 class HostProgram:
     "The host build of the engine."
 
@@ -594,7 +594,7 @@ class HostProgram:
             raise (InterruptedError, MemoryError)[code - 1]("The work was interrupted." if code == 1
                                                             else "The GPU engine ran out of memory on the host.")
 
-
+# %% ../nbs/14_gpu.ipynb #f3e6c055
 @cache
 def program(
     variant: Variant,      # which net, with or without noise
@@ -669,7 +669,7 @@ def train_epoch(
     state.epoch, state.steps = state.epoch + 1, state.steps + -(-len(x) // recipe.batch_size)
     return job.held["loss"], job.held["accuracy"]
 
-
+# %% ../nbs/14_gpu.ipynb #beac639d
 def _evaluated(
     weights: dict[str, Tensor],  # plain, stacked
     architecture: str,           # name of the architecture
@@ -700,7 +700,7 @@ def _evaluated(
     program(Variant(architecture, False), stack.device, stack.dtype).run("evaluate", job)
     return job
 
-
+# %% ../nbs/14_gpu.ipynb #8ddf8560
 def evaluate(
     weights: dict[str, Tensor],  # plain stacked parameters, if needed pruned or made `variational.deterministic`
     architecture: str,           # name of the architecture
@@ -768,7 +768,7 @@ def why_unavailable(
                 else f"The GPU engine cannot be loaded ({error}): use engine torch.")
     return ""
 
-
+# %% ../nbs/14_gpu.ipynb #fae95abe
 def block_width() -> int:  # models
     """The number of models to train together: eight per multiprocessor, to keep most busy until the end of an epoch.
 

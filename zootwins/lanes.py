@@ -65,7 +65,7 @@ def _flags(
     return ["-std=c++17", *precision, native, "-ffp-contract=off",
             "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-w"]
 
-
+# %% ../nbs/13_lanes.ipynb #d963677c
 def _processor() -> str:  # model and instruction sets; outside Linux, everything that identifies the machine
     """Describe the processor: a library built for one may not run on another.
 
@@ -142,7 +142,7 @@ def _compile(
             raise UserError(f"{command} could not build {SOURCE.name} ({reason.strip()}): install a current g++ or "
                             "clang++, or use engine='torch'.")
 
-
+# %% ../nbs/13_lanes.ipynb #845c8a89
 @cache
 def library(
     scalar: str = "float",  # "float" to train, "double" to check gradients
@@ -333,7 +333,7 @@ def _check_models(
         raise UserError(f"The fast engine does not know {' and '.join([architecture, *unknown])}: use engine='torch', "
                         "which trains any module of standard layers.")
 
-
+# %% ../nbs/13_lanes.ipynb #c5aec1a9
 def _check_weights(
     weights: dict[str, Tensor],  # stacked
     architecture: str,           # a key of IMAGE_SHAPES
@@ -541,7 +541,7 @@ def _enough_memory() -> Iterator[None]:
         raise UserError("Memory ran out in the fast engine: take fewer models at a time or fewer workers, or allow "
                         "this process more.") from None
 
-
+# %% ../nbs/13_lanes.ipynb #0cdde937
 def _copies(
     tensors: dict[str, Tensor],         # stacked
     dtype: torch.dtype | None = None,   # default: unchanged
@@ -641,7 +641,7 @@ def train_epoch(
     state.epoch, state.steps = state.epoch + 1, state.steps + -(-len(x) // recipe.batch_size)
     return job.loss_tensor, job.accuracy_tensor
 
-
+# %% ../nbs/13_lanes.ipynb #584a3201
 def _evaluation_job(
     weights: dict[str, Tensor],  # plain, stacked
     architecture: str,           # name of the architecture
@@ -748,7 +748,7 @@ def _pattern(
     words = (torch.arange(offset, offset + torch.Size(shape).numel(), dtype=torch.int64) * 2654435761) % 2**32
     return ((words.double() / 2**32 - 0.5) / 2).float().reshape(shape)
 
-
+# %% ../nbs/13_lanes.ipynb #6a68ba2b
 def _small_training(
     architecture: str,  # a key of IMAGE_SHAPES
     variational: bool,  # with noise

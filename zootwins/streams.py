@@ -125,7 +125,7 @@ def to_uniform(
     """
     return words.float() * 2.0**-32 + 2.0**-33
 
-
+# %% ../nbs/01_streams.ipynb #c785c67b
 def to_normal(
     words: Tensor,  # int64 [..., n] below 2**32, n even
 ) -> Tensor:        # float32 [..., n]

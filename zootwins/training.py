@@ -139,7 +139,7 @@ class StreamDropout(nn.Module):
         kept = dropout_keep(n, self.p, self.draws.key, self.site, self.draws.position, self.draws.epoch)
         return torch.where(kept.reshape(x.shape), x / (1 - self.p), torch.zeros_like(x))
 
-
+# %% ../nbs/12_training.ipynb #f2502475
 class SeenBatchNorm(nn.Module):
     "Batch normalisation in train mode that returns its running statistics to the caller."
 
@@ -176,7 +176,7 @@ class SeenBatchNorm(nn.Module):
         x = (x - mean.reshape(shape)) * torch.rsqrt(variance + self.eps).reshape(shape)
         return x if self.weight is None else x * self.weight.reshape(shape) + self.bias.reshape(shape)
 
-
+# %% ../nbs/12_training.ipynb #6f3a36e2
 def training_module(
     module: nn.Module,         # one model
     variational: bool = False,  # convert to variational dropout
@@ -506,7 +506,7 @@ def _evaluate_alike(
         predictions.append(logits.argmax(-1).to(torch.uint8))
     return entropy / len(x), torch.cat(predictions, 1)
 
-
+# %% ../nbs/12_training.ipynb #933d0b72
 def logits(
     weights: dict[str, Tensor],  # plain stacked parameters, as for `evaluate`
     architecture: str,           # a key of ARCHITECTURES
@@ -591,7 +591,7 @@ class Engine:
     schedules: bool = False                         # whether it supports schedules and Nesterov momentum
     arithmetic: Callable[[], str] = lambda: ""      # names its rounding; different names may mean different bits
 
-
+# %% ../nbs/12_training.ipynb #0acbd9da
 def torch_arithmetic() -> str:  # such as "torch 2.13.0 AVX512"
     """Name what determines the reference engine's bits: PyTorch's version and CPU instruction set.
 
@@ -640,7 +640,7 @@ class Measured:
     test_accuracy: Tensor   # float64 [models]
     predictions: Tensor     # uint8 [models, test images]
 
-
+# %% ../nbs/12_training.ipynb #07ac1136
 def _judge(
     state: State,    # of models that the engine takes together
     x: Tensor,       # float32 [N, C, H, W]

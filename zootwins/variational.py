@@ -130,7 +130,7 @@ class SparseLinear(nn.Linear):
             return F.linear(x, pruned(self.weight, relative), self.bias)
         return add_noise(F.linear(x, self.weight, self.bias), F.linear(x * x, relative.exp() * self.weight**2), self)
 
-
+# %% ../nbs/11_variational.ipynb #d9e3f3bd
 def pruned(
     weight: Tensor,    # any shape
     relative: Tensor,  # its log alpha
@@ -271,7 +271,7 @@ def _noise_name(
     """
     return name.replace(".weight", ".log_sigma2").replace(".bias", ".log_sigma2_bias")
 
-
+# %% ../nbs/11_variational.ipynb #b003e72d
 def log_alphas(
     weights: dict[str, Tensor],  # stacked parameters with log variances
 ) -> dict[str, Tensor]:          # name of a weight (or a convolution's bias) -> log alpha, same shape
