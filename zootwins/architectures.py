@@ -179,8 +179,8 @@ def register(
     taken = inspect.signature(make).parameters
     needed = [key for key, value in taken.items() if value.default is value.empty and value.kind in (0, 1, 3)]
     if unknown := set(needed) - {"activation", "dropout"}:
-        raise UserError(f"The function for {name!r} needs {', '.join(sorted(unknown))}: it is given activation and "
-                        "dropout at most.")
+        raise UserError(f"The function for {name!r} needs {', '.join(sorted(unknown))}: "
+                        "only activation and dropout are passed to it.")
     made = lambda activation, dropout: make(**{
         key: value for key, value in (("activation", activation), ("dropout", dropout)) if key in taken})
     if not isinstance(made("tanh", 0.0), nn.Module):

@@ -221,13 +221,13 @@ def read_json(
     try:
         status = Path(path).stat()
         if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_RECORD:
-            raise ValueError(f"it is no ordinary file of at most {LARGEST_RECORD >> 20} MiB")
+            raise ValueError(f"it is not an ordinary file of at most {LARGEST_RECORD >> 20} MiB")
         record = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} cannot be read as JSON ({reason}): delete it and run again.") from error
     if not isinstance(record, dict):
-        raise UserError(f"{path} holds no record but {type(record).__name__}: delete it and run again.")
+        raise UserError(f"{path} holds a {type(record).__name__}, not a JSON object: delete it and run again.")
     return record
 
 # %% ../nbs/00_core.ipynb #43e90d98

@@ -76,8 +76,8 @@ def subset(
     """
     for part, wanted, there in [("training", n_train, len(images.y_train)), ("test", n_test, len(images.y_test))]:
         if wanted is not None and not 1 <= wanted <= there:
-            raise UserError(f"{images.name} has {there} {part} images, so {wanted} of them cannot be taken: give a "
-                            f"number from 1 to {there}.")
+            raise UserError(f"{images.name} has {there} {part} images, {wanted} are not available: "
+                            f"give a number from 1 to {there}.")
     return replace(images, x_train=images.x_train[:n_train], y_train=images.y_train[:n_train],
                    x_test=images.x_test[:n_test], y_test=images.y_test[:n_test])
 

@@ -243,8 +243,8 @@ class Job(ctypes.Structure):
         """
         unknown = sorted(tensors.keys() - shapes.keys())
         if unknown:
-            raise UserError(f"There are no parameters {', '.join(unknown)} in these models, of which '{field}' was "
-                            f"given: take those of {', '.join(shapes)}.")
+            raise UserError(f"The {field} name parameters that these models lack ({', '.join(unknown)}): "
+                            f"use those of {', '.join(shapes)}.")
         known = {name: self._address(f"{name} ({field})", tensor, (self.models, *shapes[name]), dtype)
                  for name, tensor in tensors.items()}
         setattr(self, field, (ctypes.c_void_p * TENSORS)(*[known.get(name) for name in shapes]))

@@ -124,11 +124,11 @@ def check_norm(
     """
     batch = isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d))
     if batch and (layer.running_mean is None or layer.momentum is None):
-        raise UserError(f"The layer {path} has no running statistics with a fixed momentum: what it gives would depend "
+        raise UserError(f"The layer {path} has no running statistics with a fixed momentum: its output would depend "
                         "on the batch; use track_running_stats=True and a momentum such as 0.1.")
     if layer.weight is not None and layer.weight.ndim > 1:
-        raise UserError(f"The layer {path} normalises over {layer.weight.ndim} dimensions: only a weight for each "
-                        "channel can be taken.")
+        raise UserError(f"The layer {path} normalises over {layer.weight.ndim} dimensions: only one weight per "
+                        "channel is supported.")
 
 
 def parameter_shapes(

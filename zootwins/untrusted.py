@@ -826,7 +826,7 @@ def check_lengths(
         if member is None:
             raise ValueError(f"the numbers of {one_line(name)} are missing or damaged")
         if member.length != tensor.count * item_size(tensor.dtype):
-            raise ValueError(f"the numbers of {one_line(name)} are not as many as it says")
+            raise ValueError(f"{one_line(name)} does not have as many numbers as it says")
 
 # %% ../nbs/01_untrusted.ipynb #e309d128
 def item_size(
@@ -932,7 +932,7 @@ def read_checkpoint(
         check_size("the state dict", size, 4 * path.stat().st_size)
         return {name: torch.from_numpy(array.copy()) for name, array in tensors.items()}
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is not a checkpoint that can be used: {one_line(error)}.") from error
+        raise UserError(f"{path} is not a usable checkpoint: {one_line(error)}.") from error
 
 # %% ../nbs/01_untrusted.ipynb #dabf4128
 def read_table(
