@@ -38,7 +38,7 @@ setup(
     license="Apache-2.0",
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
-    extras_require=extras | {"dev": extras["dev"] + extras["dask"]},
+    extras_require=extras | {"dev": [word for name in ("dev", "dask", "hub", "filters") for word in extras[name]]},
     cmdclass={"build_py": BuildWithNotebooks},
     packages=find_packages(include=["zootwins", "zootwins.*"]),
     package_data={"zootwins": ["*.cpp", "*.cu", "*.h", "*.csv", "py.typed"]},

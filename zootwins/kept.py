@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from IPython.display import Image, Markdown
 from matplotlib.figure import Figure
 
 from .claims import dropped_at, latent_space_wins, pruned
@@ -181,7 +180,7 @@ def redraw(
 def picture(
     path: Path | str,  # of a PNG file
     *zoos: str,        # which it shows
-) -> tuple[Image, Markdown]:  # to be displayed
+) -> tuple[object, object]:  # an Image and its caption, to be displayed
     """A kept picture and the tags of its zoos.
 
     Args:
@@ -189,8 +188,10 @@ def picture(
         *zoos: which it shows
 
     Returns:
-        tuple[Image, Markdown]: to be displayed
+        tuple[object, object]: an Image and its caption, to be displayed
     """
+    from IPython.display import Image, Markdown
+
     image = Image(filename=str(path))
     image.width = round(int.from_bytes(image.data[16:20], "big") / 2.6)
     tags = f" [{', '.join(zoos)}]" if zoos else ""
@@ -201,7 +202,7 @@ def gallery(
     kept: Kept,
     folder: str,   # "paper" for pictures of all zoos; empty: one picture of every zoo
     *names: str,   # of pictures
-) -> Markdown:     # links, so that a notebook does not hold pictures twice
+) -> object:       # Markdown: links, so that a notebook does not hold pictures twice
     """Kept pictures one below the other, those that exist.
 
     Args:
@@ -209,8 +210,10 @@ def gallery(
         *names: of pictures
 
     Returns:
-        Markdown: links, so that a notebook does not hold pictures twice
+        object: Markdown: links, so that a notebook does not hold pictures twice
     """
+    from IPython.display import Markdown
+
     paths = [kept.folder / place / f"{name}.png" for name in names for place in ([folder] if folder else kept.zoos)]
     return Markdown("\n\n".join(f"![{path.stem} of {path.parent.name}](../figures/{path.relative_to(kept.folder).as_posix()})" for path in paths if path.exists()))
 
