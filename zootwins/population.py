@@ -502,14 +502,14 @@ def in_order(
 
 def checked_population(
     weights: Mapping[str, Tensor],  # by name, from a file
-    models: pd.DataFrame,           # generating factors, from the same file or one beside it
+    models: pd.DataFrame,           # generating factors, from the same file or its companion
     architecture: str,              # named by the file
 ) -> Population:                    # with the parameters in order
     """Make a population; raises `UserError` unless the float32 weights fit the architecture and the table.
 
     Args:
         weights: by name, from a file
-        models: generating factors, from the same file or one beside it
+        models: generating factors, from the same file or its companion
         architecture: named by the file
 
     Returns:

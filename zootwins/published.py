@@ -897,14 +897,14 @@ def number_checkpoints(
 # %% ../nbs/06_published.ipynb #abf7d38f
 def present_models(
     files: list[dict[int, str]],         # of every model: epoch -> name of the checkpoint
-    found: list[Found],                  # what is known of every model
+    found: list[Found],                  # one per model
     epochs: Sequence[int] | str | None,  # which are wanted
 ) -> dict[int, set[int]]:                # epoch -> models that have it
     """List the models that have each epoch; raises `UserError` for an epoch that none has.
 
     Args:
         files: of every model: epoch -> name of the checkpoint
-        found: what is known of every model
+        found: one per model
         epochs: which are wanted
 
     Returns:
@@ -917,7 +917,7 @@ def present_models(
 def read_weights(
     reading: Reading,                   # where to put them
     files: list[dict[int, str]],        # of every model: epoch -> name of the checkpoint
-    found: list[Found],                 # what is known of every model
+    found: list[Found],                 # one per model
     read: Callable[[str, int], bytes],  # reads a file
     progress: Callable,                 # maps a function over the models
 ) -> None:
@@ -926,7 +926,7 @@ def read_weights(
     Args:
         reading: where to put them
         files: of every model: epoch -> name of the checkpoint
-        found: what is known of every model
+        found: one per model
         read: reads a file
         progress: maps a function over the models
     """
