@@ -213,7 +213,7 @@ def works_of(
         ))
     return dict(sorted(found.items(), key=lambda item: -sum(item[1].originals + item[1].twins)))
 
-
+# %% ../nbs/52_costs.ipynb #c0906f1c
 def makespan(
     works: Sequence[Work],  # handed out at once, in this order
     cores: int,             # that work

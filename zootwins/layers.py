@@ -145,7 +145,7 @@ def save_frequencies(
     with atomic_path(path) as temporary:
         frequencies.to_parquet(temporary, index=False, compression="zstd")
 
-# %% ../nbs/23_layers.ipynb #751d5c48
+
 def read_frequencies(
     *paths: Path | str,  # parquet files, one per zoo
 ) -> pd.DataFrame:       # their rows, one file after the other

@@ -213,7 +213,7 @@ def measure_columns(
     """
     return [name for name in metrics.columns if name not in KEYS]
 
-# %% ../nbs/20_metrics.ipynb #0678de45
+
 def summarise(
     metrics: pd.DataFrame,                  # tidy metrics
     by: Sequence[str],                      # what makes a group, such as ["zoo", "method", "level", "epoch"]

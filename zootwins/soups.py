@@ -518,7 +518,7 @@ def rows_of(
         )
     return there[[places[name] for name in row_names(stage.rows)]]
 
-
+# %% ../nbs/44_soups.ipynb #4fdda600
 def read_soup(
     plan: Plan,      # whose store
     chain: Chain,    # how; not merged by "none"
@@ -676,7 +676,7 @@ def gradual_stage(
     begins = "drawn" if gradual.scratch else "taken"
     return Stage(name, zoo.architecture, recipe, rows, begins, gradual.selector, events=events)
 
-
+# %% ../nbs/44_soups.ipynb #746d9d57
 def read_gradual(
     plan: Plan,        # whose store
     gradual: Gradual,  # how

@@ -145,7 +145,7 @@ def pack(
     header = {"architecture": last.architecture, "epochs": sorted(piece.populations), "first_epoch": piece.first_epoch}
     return archive(tensors, header)
 
-
+# %% ../nbs/27_store.ipynb #45e3809a
 def archive(
     tensors: Mapping[str, Tensor],  # on the CPU, contiguous
     header: Mapping[str, object],   # JSON types

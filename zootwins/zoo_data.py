@@ -775,7 +775,7 @@ def check_repository(
         raise UserError(f"{one_line(name, 60)!r} names no repository of the hub: give USER/NAME.")
     return name
 
-
+# %% ../nbs/47_zoo_data.ipynb #4b44ebef
 def push(
     folder: Path | str,           # from publishing.publish
     name: str,                    # of the data set on the hub, such as "USER/digits-twins"; created if missing
