@@ -12,8 +12,11 @@ NOTEBOOK ?= run_zoo
 VENV := .venv
 BIN := $(VENV)/bin
 RUNS ?= runs
-LONG := ^(paper_appendix|19_averaging|44_soups|50_bench|51_bench_published|52_costs)
+LONG := ^(paper_appendix|predict_a_twin|bring_your_own|77_during_training|46_soup_questions|76_robustness|73_module_soups|19_averaging|44_soups|50_bench|51_bench_published|52_costs)
 SCRATCH := scratch=$$(mktemp -d) && trap 'rm -rf $$scratch' EXIT && ZOOTWINS_STORE=$$scratch/zoos ZOOTWINS_FIGURES=$$scratch/figures OMP_NUM_THREADS=1
+
+# Notebooks keep pictures only where the kernel may choose its own backend.
+EXECUTE := env -u MPLBACKEND $(BIN)/jupyter nbconvert --to notebook --execute --inplace
 
 export MPLBACKEND := Agg
 export SOURCE_DATE_EPOCH := 0
@@ -47,9 +50,9 @@ keep: $(VENV)/ready
 # The paper's collected tables and figures, the diagrams, and the numbers in its prose, from the kept runs.
 paper: $(VENV)/ready
 	$(BIN)/python -m zootwins.claims figures
-	ZOOTWINS_FIGURES="$(CURDIR)/figures" $(BIN)/jupyter nbconvert --to notebook --execute --inplace nbs/35_diagrams.ipynb nbs/paper_appendix.ipynb
+	ZOOTWINS_FIGURES="$(CURDIR)/figures" $(EXECUTE) nbs/35_diagrams.ipynb nbs/paper_appendix.ipynb
 	$(BIN)/python -m zootwins.kept figures nbs/paper.ipynb nbs/paper_appendix.ipynb
-	$(BIN)/jupyter nbconvert --to notebook --execute --inplace nbs/paper.ipynb
+	$(EXECUTE) nbs/paper.ipynb nbs/paper_soups.ipynb
 	$(BIN)/nbdev_clean
 
 test: clean-check export-check readme-check notebooks lint pytest
@@ -96,4 +99,4 @@ $(VENV)/docs-ready: $(VENV)/ready
 # JupyterLab on a copy, which git does not know, so that a notebook that was read does not become a change.
 lab: $(VENV)/ready
 	cp -n "nbs/$(NOTEBOOK).ipynb" "nbs/_$(NOTEBOOK).ipynb"
-	$(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" "nbs/_$(NOTEBOOK).ipynb"
+	env -u MPLBACKEND $(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" "nbs/_$(NOTEBOOK).ipynb"

@@ -9,7 +9,7 @@ from setuptools.command.build_py import build_py
 config = ConfigParser(delimiters=["="])
 config.read("settings.ini", encoding="utf-8")
 settings = config["DEFAULT"]
-extras = {name: settings[f"{name}_requirements"].split() for name in ("dask", "ray", "hub", "graphs", "docs", "dev")}
+extras = {name: settings[f"{name}_requirements"].split() for name in ("dask", "ray", "hub", "graphs", "filters", "docs", "dev")}
 NOTEBOOKS = ("run_zoo.ipynb",)  # that the command line runs; in a checkout it finds them in nbs/
 
 
@@ -38,7 +38,7 @@ setup(
     license="Apache-2.0",
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
-    extras_require=extras | {"dev": extras["dev"] + extras["dask"]},
+    extras_require=extras | {"dev": [word for name in ("dev", "dask", "hub", "filters") for word in extras[name]]},
     cmdclass={"build_py": BuildWithNotebooks},
     packages=find_packages(include=["zootwins", "zootwins.*"]),
     package_data={"zootwins": ["*.cpp", "*.cu", "*.h", "*.csv", "py.typed"]},

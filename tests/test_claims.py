@@ -4,6 +4,7 @@ import pandas as pd
 import pytest
 
 from zootwins import claims as c
+from zootwins import definitions as d
 from zootwins.claims import CLAIMS, FAILS, HOLDS, OPEN
 from zootwins.layers import layer_sizes
 from zootwins.metrics import LAYERS, METRIC_COLUMNS, with_selectors
@@ -219,7 +220,7 @@ def test_lower_bound_of_train_and_test_correlation_is_never_undercut():
         cells = pd.DataFrame([
             {"table": 5, "zoo": "z", "method": "mp", "level": 0.8, "epoch": 15, "metric": metric, "mean": 0.0, "std": std} for metric, std in (("test_acc", spread), ("ggap", gap))
         ] + [{"table": 2, "zoo": "z", "method": "mp", "level": 0.8, "epoch": pd.NA, "metric": "pearson", "mean": 100 * np.corrcoef(train, test)[0, 1], "std": np.nan}])
-        found = c.least_train_test_correlation(cells)
+        found = d.least_train_test_correlation(cells)
         assert not found["excluded"].any()
 
 
@@ -234,16 +235,16 @@ def test_the_definition_behind_a_printed_row_is_found(good):
     printed = CELLS.copy()
     row = (printed["table"] == 2) & (printed["zoo"] == "usps_seed") & (printed["method"] == "mp")
     printed.loc[row & (printed["metric"] == "pearson"), "mean"], printed.loc[row & (printed["metric"] == "kendall"), "mean"] = round(r, 1), round(tau, 1)
-    found = c.reproduces(changed, printed).query("method == 'mp'").set_index("family")
+    found = d.reproduces(changed, printed).query("method == 'mp'").set_index("family")
     assert found.loc["accuracy and agreement", "fits"] and abs(found.loc["accuracy and agreement", "z_pearson"]) < 0.1
     assert not found.loc["original and twin", "fits"] and found.loc["original and twin", "printed_pearson"] == pytest.approx(round(r, 1) / 100)
-    best = c.nearest_candidates(found.reset_index())
+    best = d.nearest_candidates(found.reset_index())
     assert best["worst"].is_monotonic_increasing and len(best) == found.index.nunique()
 
 
 def test_runs_without_the_printed_state_have_no_candidates(good):
-    assert c.reproduces(good[good["level"].isna() | (good["level"] < 0.75)], CELLS)["method"].unique().tolist() == ["vd"]
-    assert c.reproduces(good.assign(zoo="digits_seed"), CELLS).empty and c.nearest_candidates(c.reproduces(good.assign(zoo="digits_seed"))).empty
+    assert d.reproduces(good[good["level"].isna() | (good["level"] < 0.75)], CELLS)["method"].unique().tolist() == ["vd"]
+    assert d.reproduces(good.assign(zoo="digits_seed"), CELLS).empty and d.nearest_candidates(d.reproduces(good.assign(zoo="digits_seed"))).empty
 
 
 def test_gaps_are_shifted_by_whole_epochs(good):
@@ -255,10 +256,10 @@ def test_gaps_are_shifted_by_whole_epochs(good):
 
 
 def test_a_candidate_is_excluded_beyond_two_bootstrap_errors(good):
-    tried = c.reproduces(good, CELLS).query("method == 'vd' and family == 'original and twin'").iloc[0]
+    tried = d.reproduces(good, CELLS).query("method == 'vd' and family == 'original and twin'").iloc[0]
     state = good[(good["method"] == "vd")].pivot(index="model", columns="epoch", values="test_acc")
     epoch = int(tried["definition"].split()[-1])
-    errors = c.fisher_errors(c.of_originals(good), state[epoch].rename("y"))
+    errors = d.fisher_errors(c.of_originals(good), state[epoch].rename("y"))
     for sign in (-1, 1):
         for distance, fits in ((1.9, True), (2.0, False)):
             printed = CELLS.copy()
@@ -266,7 +267,7 @@ def test_a_candidate_is_excluded_beyond_two_bootstrap_errors(good):
                 row = (printed["table"] == 2) & (printed["zoo"] == "usps_seed") & (printed["method"] == "vd") & (printed["metric"] == name)
                 beyond = distance * errors[name] * np.sqrt(1 + 60 / 1000)
                 printed.loc[row, "mean"] = 100 * np.tanh(np.arctanh(min(tried[name], 0.9999)) + sign * beyond) + sign * 0.05
-            again = c.reproduces(good, printed).query("method == 'vd' and family == 'original and twin'").iloc[0]
+            again = d.reproduces(good, printed).query("method == 'vd' and family == 'original and twin'").iloc[0]
             assert abs(again["worst"]) == pytest.approx(distance, abs=0.03) and again["fits"] == fits
 
 
@@ -275,18 +276,18 @@ def test_errors_of_pooled_states_draw_models_not_states():
     model = np.repeat(np.arange(40), 10)
     x, noise = np.repeat(random.normal(size=40), 10), np.repeat(random.normal(size=40), 10)
     index = pd.MultiIndex.from_arrays([model, np.tile(range(10), 40)], names=["model", "epoch"])
-    pooled = c.fisher_errors(pd.Series(x, index), pd.Series(x + noise, index), resamples=2000)
-    single = c.fisher_errors(pd.Series(x[::10]).rename_axis("model"), pd.Series((x + noise)[::10]).rename_axis("model"), resamples=2000)
+    pooled = d.fisher_errors(pd.Series(x, index), pd.Series(x + noise, index), resamples=2000)
+    single = d.fisher_errors(pd.Series(x[::10]).rename_axis("model"), pd.Series((x + noise)[::10]).rename_axis("model"), resamples=2000)
     assert pooled["pearson"] == pytest.approx(single["pearson"], rel=0.25) and pooled["pearson"] > 0.1
     normal = pd.Series(random.normal(size=400)).rename_axis("model")
-    error = c.fisher_errors(normal, (0.7 * normal + random.normal(size=400)).rename("y"), resamples=2000)
+    error = d.fisher_errors(normal, (0.7 * normal + random.normal(size=400)).rename("y"), resamples=2000)
     assert error["pearson"] == pytest.approx(1 / np.sqrt(397), rel=0.15)
 
 
 def test_common_candidates_are_judged_where_they_do_worst():
     tried = pd.DataFrame([("a", "mp", "f", "one", 1.0), ("b", "mp", "f", "one", 3.0), ("a", "mp", "f", "two", 2.0), ("b", "mp", "f", "two", 0.5), ("a", "mp", "g", "three", 0.1)],
                          columns=["zoo", "method", "family", "definition", "worst"])
-    found = c.common_candidates(tried)
+    found = d.common_candidates(tried)
     assert found[["definition", "worst", "zoo"]].to_numpy().tolist() == [["two", 2.0, "a"], ["one", 3.0, "b"]]
 
 

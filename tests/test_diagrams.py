@@ -7,9 +7,9 @@ from test_figures import run
 
 from zootwins.core import UserError
 from zootwins.diagrams import figure_1, figure_6, fold, layer_picture
-from zootwins.figures import save_figure
 from zootwins.population import sample_population
 from zootwins.selectors import prune
+from zootwins.style import save_figure
 from zootwins.variational import begin_variational
 from zootwins.zoos import ZOOS
 

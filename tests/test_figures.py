@@ -8,10 +8,11 @@ import torch
 from zootwins.architectures import build, layer_names
 from zootwins.core import UserError
 from zootwins.figures import (
-    FIGURES, RINGS, accuracy_changes, accuracy_over_sparsity, agreement_range, bin_layers, correlation_curve, figure_2, figure_3, figure_4, figure_5,
-    figure_agreement, figure_individuals, figure_layers, figure_twins, frequency_matrix, hardness, individuals, printed_means, save_figure, spaced,
-    stretch, stretched_ticks, unstretch, zoo_looks,
+    FIGURES, accuracy_over_sparsity, agreement_range, bin_layers, correlation_curve, figure_2, figure_3, figure_4, figure_5,
+    figure_agreement, figure_individuals, figure_layers, figure_twins, frequency_matrix, spaced, stretch, stretched_ticks, unstretch,
 )
+from zootwins.individuals import accuracy_changes, hardness, individuals
+from zootwins.style import RINGS, printed_means, save_figure, zoo_looks
 from zootwins.layers import layer_profile, removal_frequency, stack_frequencies
 from zootwins.metrics import LAYERS, tidy
 from zootwins.population import sample_population

@@ -14,7 +14,7 @@ from torch.nn.utils import prune as torch_prune
 from zootwins.architectures import build
 from zootwins.core import UserError
 from zootwins.module_masks import (
-    check_fit, choose_masks, enforce, holding, load_masks, plain_state, prunable_weights, revived, save_masks, sparsity,
+    Pattern, check_fit, choose_masks, enforce, holding, load_masks, plain_state, prunable_weights, revived, save_masks, sparsity,
     sparsity_table, unwrapped,
 )
 from zootwins.networks import make_network
@@ -64,7 +64,7 @@ def test_phases_are_nested_and_their_counts_exact(selector):
         wanted = total - round(level * total)
         by_layer = sum(mask.numel() - round(level * mask.numel()) for mask in masks.values())
         assert kept == (by_layer if selector == "layerwise" else wanted)
-        assert sparsity(masks) == 1 - kept / total
+        assert sparsity(masks) == (total - kept) / total
         assert earlier is None or all((masks[name] <= earlier[name]).all() for name in masks)
         earlier = masks
 
@@ -278,3 +278,14 @@ def test_files_that_hold_no_masks_are_refused(tmp_path, content):
     (tmp_path / "masks.safetensors").write_bytes(content)
     with pytest.raises(UserError, match="holds no masks"):
         load_masks(tmp_path / "masks.safetensors")
+
+
+def test_patterns_keep_the_largest_of_every_group():
+    module = nn.Sequential(nn.Linear(8, 2, bias=False), nn.Linear(2, 3))
+    module[0].weight.data = torch.tensor([[1.0, -4, 3, 2, 0, 0, 5, -6], [8, 7, 6, 5, 4, 3, 2, 1]])
+    masks = choose_masks(module, 0.5, Pattern(2, 4))
+    assert masks["0.weight"].int().tolist() == [[0, 1, 1, 0, 0, 0, 1, 1], [1, 1, 0, 0, 1, 1, 0, 0]] and masks["1.weight"].all()
+    assert sparsity(masks) == 8 / 22
+    for pattern, level in ((Pattern(2, 4), 0.6), (Pattern(4, 4), 0.0)):
+        with pytest.raises(UserError, match="prune by that"):
+            choose_masks(module, level, pattern)

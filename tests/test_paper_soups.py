@@ -62,5 +62,17 @@ def test_numbers_of_the_sweeps_are_those_of_the_tables():
     assert np.isclose(gain.iloc[0], 0.1, atol=0.05) and np.isclose(gain[5e-3], 0.5, atol=0.1) and f"{gain[1e-2]:.1f} at 1e-2" in PROSE
 
 
+def test_numbers_of_the_other_baselines_are_those_of_the_story():
+    digits = one_story(read_stories(FOLDER), zoo="digits_seed", selector="lamp", level=0.9, schedule="constant")
+    last = 100 * digits[(digits["phase"] == 3) & (digits["m"] == 3)].pivot_table("test_acc", "model", ["row", "merge"])
+    soup, phases = last[("SMS", "uniform")], last[("IMP with m phases", "")]
+    assert f"end {(phases - last[('IMP_mx', '')]).mean():.1f} points above three phases of fifteen, and {(phases - soup).mean():.1f} above the soup" in PROSE
+    for left, right in (("GMP+SMS", "GMP+SMS mean candidate"), ("GMP+SMS", "GMP")):
+        difference = last[(left, "")] - last[(right, "")]
+        assert f"{difference.mean():.2f} ± {difference.sem():.2f}" in PROSE
+    together = soup - last[("prediction ensemble", "uniform")]
+    assert f"{abs(together.mean()):.2f} ± {together.sem():.2f} points" in PROSE and f"is {(last[('IMP ensemble', '')] - soup).mean():.1f} points better" in PROSE
+
+
 def test_a_falsified_gain_would_be_found(wide):
     assert not says("1.05", "0.65", "0.46") and isinstance(wide, pd.DataFrame)

@@ -50,7 +50,7 @@ def test_readme_lists_every_notebook_as_the_site_does():
 
 
 def test_importing_the_package_needs_neither_the_tools_it_is_written_with_nor_widgets_nor_extras():
-    names = ("nbdev", "fastcore", "IPython", "tqdm.auto", "ipywidgets", "distributed", "ray", "huggingface_hub", "torch_geometric")
+    names = ("nbdev", "fastcore", "IPython", "tqdm.auto", "ipywidgets", "distributed", "ray", "huggingface_hub", "torch_geometric", "torch_pruning")
     code = f"import sys, importlib, pkgutil, zootwins\nsys.modules.update(dict.fromkeys({names!r}))\n"
     code += "[importlib.import_module(f'zootwins.{m.name}') for m in pkgutil.iter_modules(zootwins.__path__) if m.name != '_modidx']"
     subprocess.run([sys.executable, "-c", code], check=True, cwd="/")

@@ -10,7 +10,7 @@ from zootwins.reported import (
     locate_states, missing_originals,
     printed_models, read_recorded, read_recorded_curves, read_reported, recorded_factors, reported, shifted_windows,
 )
-from zootwins.tables import TABLE_1_STATES, TABLE_2_STATES
+from zootwins.states import TABLE_1_STATES, TABLE_2_STATES
 from zootwins.zoos import FACTORS, ZOOS
 
 

@@ -10,13 +10,14 @@ from torch import nn
 from small import IMAGES, says
 from zootwins.averaging import copies
 from zootwins.core import UserError
-from zootwins.figures import style
+from zootwins.lanes import LANES
 from zootwins.population import sample_population
 from zootwins.robustness import (
     CORRUPTIONS, Grain, calibration_error, celeba_groups, class_recall, contrast, corrupt, corrupted_accuracy, corrupted_sets, elastic_transform, fairness,
     figure_pairs, fractal, impulse_noise, instability, judge, magnify, ood_accuracy, ood_cells, pair_averages, probabilities, read_corrupted, reliability, sample,
     shot_noise, soup_populations, table_15,
 )
+from zootwins.style import style
 from zootwins.reported_soups import soup_table
 from zootwins.streams import stream_keys
 from zootwins.training import TORCH, Recipe, accuracy
@@ -249,7 +250,7 @@ def test_table_15_by_hand():
 
 def test_everybody_of_table_13(zoo):
     recipe = Recipe("digits_seed", "imp", epochs=1, lr=1e-3, batch_size=40)
-    found = soup_populations(zoo[:2], IMAGES, 0.5, recipe, phases=2, m=2, engine=TORCH)
+    found = soup_populations(zoo[:2], IMAGES, 0.5, recipe, phases=2, m=2, engine=LANES)
     zeros = {key: sum((w == 0).flatten(1).sum(1).float() for name, w in p.weights.items() if name.endswith("weight")) for key, p in found.items()}
     total = sum(w[0].numel() for name, w in zoo.weights.items() if name.endswith("weight"))
     assert all((zeros[row, 2] == round(total / 2)).all() for row in ("SMS", "candidates", "IMP_mx", "IMP", "IMP-RePrune"))

@@ -20,9 +20,8 @@ from zootwins.plans import fingerprint, make_plan, make_stages, pruning_stage
 from zootwins.population import load_population
 from zootwins.publishing import export_zoo, publish
 from zootwins.selectors import SELECTORS, empty_layers
-from zootwins.tables import (
-    all_tables, choose_states, empty_counts, selector_text, table_1, table_5, table_8, table_empty, table_partners,
-)
+from zootwins.states import choose_states
+from zootwins.tables import all_tables, empty_counts, selector_text, table_1, table_5, table_8, table_empty, table_partners
 from zootwins.twins import load_metrics, load_stage, load_twins, make_twins, partner_agreements, removal_frequencies, run_record, save_metrics
 from zootwins.zoos import ZOOS
 

@@ -100,7 +100,7 @@ def test_stories_are_read_once_and_named_by_their_setting(tmp_path):
 
 
 def test_table_1_has_the_papers_rows_and_one_bold_cell_per_column():
-    table = table_1(story())
+    table = table_1(story().query("row != 'IMP with m phases'"))
     there = {("SMS", "uniform"), ("best candidate", "uniform"), ("mean candidate", "uniform"), ("IMP_mx", ""), ("IMP", "")}
     assert list(table.layout.index) == [f"{row} ({merge})" if merge else row for row, merge in ROWS if (row, merge) in there]
     assert [[name for name, cell in column.items() if "**" in cell] for _, column in table.layout.items()] == [["IMP_mx"], ["IMP_mx"]]

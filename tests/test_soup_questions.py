@@ -18,6 +18,7 @@ from zootwins.lanes import LANES, why_unavailable
 from zootwins.population import Population, sample_population
 from zootwins.selectors import prunable, prune
 from zootwins.soup_questions import VARIED, Shot, activation_gains, collapse_table, distance_correlations, figure_collapse, figure_distance, figure_gaining
+from zootwins.soup_questions import figure_gradual, gradual_accuracies
 from zootwins.soup_questions import figure_lines, figure_variational, figure_zoo_soups, first_copies, gaining_models, judge, line_table, line_tables
 from zootwins.soup_questions import length_shots, make_experiments, middles, one_shot, pair_table, pearson_table, rate_shots, shifted, sparsity_shots
 from zootwins.soup_questions import varied_pairs, variational_gains, variational_soups, zeros, zoo_soups
@@ -182,6 +183,20 @@ def test_collapses_are_counted_from_five_points_on():
     row = collapse_table(table).iloc[0]
     assert row["uniform collapsed"] == 2 and row["greedy collapsed"] == 0 and row["blind"] == 1 and row["models"] == 6
     assert len(figure_collapse(table).axes) == 2
+
+
+def test_gradual_pruning_is_compared_at_the_end():
+    results = story()
+    last = results[(results["row"] == "IMP") & (results["phase"] == 2)]
+    with pytest.raises(UserError, match="lacks GMP\\+SMS, GMP\\+SMS mean candidate, GMP: make it"):
+        gradual_accuracies(results, 3)
+    rows = {"GMP": 0.0, "GMP+SMS": 0.01, "GMP+SMS mean candidate": 0.005}
+    more = [last.assign(row=row, test_acc=last["test_acc"] + plus) for row, plus in rows.items()]
+    table = gradual_accuracies(pd.concat([results, *more, more[0].assign(m=5)]), 3)
+    assert list(table) == ["GMP+SMS", "GMP+SMS mean candidate", "GMP", "SMS", "IMP", "IMP_mx"] and len(table) == 6
+    assert np.allclose(table["GMP+SMS"] - table["GMP"], 0.01) and np.allclose(table["SMS"] - table["IMP"], 0.015)
+    means = [line.get_ydata()[0] for line in figure_gradual(table, "a story").axes[0].lines]
+    assert np.allclose(means, table.mean())
 
 
 def test_every_experiment_is_kept():

@@ -13,9 +13,10 @@ from hypothesis import strategies as some
 
 from zootwins.core import UserError
 from zootwins.metrics import LAYERS, tidy
+from zootwins.states import TABLE_1_STATES, choose_states
 from zootwins.tables import (
-    LATEX, PACKAGES, TABLE_1_STATES, TABLE_4_COLUMNS, TABLES, all_tables, choose_states, latex_table, latex_text, mean_std,
-    save_table, states_text, table_1, table_2, table_4, table_5, table_6, table_7, table_8, table_9,
+    LATEX, PACKAGES, TABLE_4_COLUMNS, TABLES, all_tables, latex_table, latex_text, mean_std, save_table, states_text, table_1, table_2,
+    table_4, table_5, table_6, table_7, table_8, table_9,
 )
 from zootwins.zoos import CALIBRATED, ZOOS, list_zoos
 

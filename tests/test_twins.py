@@ -18,7 +18,7 @@ from zootwins import blocks, twins
 from zootwins.core import UserError
 from zootwins.metrics import METRIC_COLUMNS
 from zootwins.store import finished_files
-from zootwins.tables import choose_states
+from zootwins.states import choose_states
 from zootwins.twins import (
     Interrupted, load_metrics, load_models, load_stage, make_twins, partner_agreements, read_history, removal_frequencies, run_record,
 )

@@ -17,6 +17,9 @@ _HOMES = {  # of the names that most work begins with: the module that has them
     "plans": ("Plan", "make_plan"),
     "twins": ("load_metrics", "load_models", "load_twins", "make_twins"),
     "soups": ("Chain", "make_soups"),
+    "zoo_data": ("ZooDataset", "best", "load_zoo", "masks", "twins_of"),
+    "architectures": ("register",),
+    "module_soups": ("soup",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME_OF)
@@ -24,16 +27,19 @@ __all__ = sorted(_HOME_OF)
 if (
     TYPE_CHECKING
 ):  # what editors and type checkers read; when it runs, a module is imported once a name of it is asked for
+    from .architectures import register
     from .averaging import sparse_soup
     from .core import UserError
     from .datasets import Images, load_images, subset
     from .engines import train
+    from .module_soups import soup
     from .plans import Plan, make_plan
     from .population import Population, from_modules, sample_population
     from .selectors import prune
     from .soups import Chain, make_soups
     from .training import Recipe
     from .twins import load_metrics, load_models, load_twins, make_twins
+    from .zoo_data import ZooDataset, best, load_zoo, masks, twins_of
     from .zoos import Zoo, get_zoo, list_zoos
 
 

@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from . import lanes, training
 from .architectures import build
 from .core import project_root, write_json
-from .figures import COLOURS, save_figure, styled
+from .style import COLOURS, save_figure, styled
 from .population import Population, from_modules
 from .streams import stream_keys
 from .training import Recipe, begin

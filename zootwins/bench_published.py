@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 from .architectures import build, count_parameters
 from .core import project_root, write_json
 from .lanes import processors
-from .figures import COLOURS, WIDTH, save_figure, styled
+from .style import COLOURS, WIDTH, save_figure, styled
 from .population import sample_population
 from .published import read_zoo, write_zoo
 from .zoos import get_zoo

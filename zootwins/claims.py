@@ -12,12 +12,11 @@ __all__ = ['CHANGES', 'HOLDS', 'FAILS', 'OPEN', 'SHORT', 'COLLAPSED', 'FIGURE_4_
            'agreement_prefers_none', 'pruning_preserves_more', 'accuracy_is_proxy', 'table_2_pairs',
            'pruning_correlates', 'dropout_correlates_less', 'best_tenth', 'best_stay_best', 'best_is_best',
            'kept_beyond', 'friendly_models', 'Claim', 'all_claims', 'claims_table', 'verdict_table', 'changed_verdicts',
-           'least_train_test_correlation', 'candidates', 'fisher_errors', 'reproduces', 'nearest_candidates',
-           'common_candidates', 'shifted_gaps', 'training_accuracies', 'latent_space_wins', 'tables_of', 'refresh']
+           'shifted_gaps', 'training_accuracies', 'latent_space_wins', 'tables_of', 'refresh']
 
 # %% ../nbs/34_claims.ipynb #ab3ca5c8
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,12 +24,13 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from .comparison import LABELS, LEVEL, compare, side_by_side
-from .correlation import COEFFICIENTS, correlate, paired_accuracy
+from .comparison import LABELS, compare, side_by_side
+from .correlation import correlate, paired_accuracy
 from .layers import layer_sizes
 from .metrics import own_selector, read_metrics
-from .reported import ROUNDING, printed_models, read_reported
-from .tables import METHOD_TITLES, TABLE_2_STATES, Table, all_tables, choose_states, last_epoch, model_counts, rows_of_states, save_table, zoo_title
+from .reported import read_reported
+from .states import TABLE_2_STATES, choose_states, last_epoch, rows_of_states
+from .tables import METHOD_TITLES, Table, all_tables, model_counts, save_table, zoo_title
 from .zoos import ZOOS
 
 # %% ../nbs/34_claims.ipynb #c3c0de01
@@ -792,171 +792,6 @@ def changed_verdicts(
     found = pd.DataFrame(CHANGES, columns=["date", "rule", "zoo", "claim", "of", "before", "after"])
     now = claims.drop_duplicates(["zoo", "claim", "of"])[["zoo", "claim", "of", "verdict"]].rename(columns={"verdict": "now"})
     return found.merge(now, on=["zoo", "claim", "of"])
-
-# %% ../nbs/34_claims.ipynb #a5ed1564
-def least_train_test_correlation(
-    cells: pd.DataFrame,  # from reported.read_reported
-    level: float = 0.8,   # of magnitude pruning
-) -> pd.DataFrame:        # zoo, accuracy_std, gap_std, least (of train and test accuracy), printed (Pearson's r of Table 2); excluded
-    """The least correlation that training and test accuracy of pruned models can have, from Table 5, beside Table 2.
-
-    Args:
-        cells: from reported.read_reported
-        level: of magnitude pruning
-
-    Returns:
-        pd.DataFrame: zoo, accuracy_std, gap_std, least (of train and test accuracy), printed (Pearson's r of Table 2);
-            excluded
-    """
-    five = cells[(cells["table"] == 5) & np.isclose(cells["level"], level) & (cells["epoch"] == 15)]
-    wide = five.pivot(index="zoo", columns="metric", values="std")
-    printed = cells[(cells["table"] == 2) & (cells["method"] == "mp") & (cells["metric"] == "pearson")].set_index("zoo")["mean"] / 100
-    share = (wide["ggap"] + ROUNDING) / (wide["test_acc"] - ROUNDING)
-    least = np.sqrt((1 - share**2).clip(lower=0)).where(share < 1, -1)
-    found = pd.DataFrame({"accuracy_std": wide["test_acc"], "gap_std": wide["ggap"], "least": least, "printed": printed}).dropna(subset="printed")
-    return found.assign(excluded=found["printed"] + ROUNDING / 100 < found["least"]).rename_axis("zoo").reset_index()
-
-# %% ../nbs/34_claims.ipynb #bb147d03
-def candidates(
-    rows: pd.DataFrame,  # tidy metrics of one zoo
-    method: str,         # "mp" or "vd"
-    level: float | None,  # of magnitude pruning
-    epoch: int,          # of the twins in Table 2
-) -> Iterator[tuple[str, str, pd.Series, pd.Series]]:  # family, definition, and two samples by model (or by model and state)
-    """What could have been correlated.
-
-    Args:
-        rows: tidy metrics of one zoo
-        method: "mp" or "vd"
-        level: of magnitude pruning
-        epoch: of the twins in Table 2
-
-    Returns:
-        Iterator[tuple[str, str, pd.Series, pd.Series]]: family, definition, and two samples by model (or by model and
-            state)
-    """
-    chosen = rows[rows["method"] == method]
-    twins = chosen if level is None else chosen[np.isclose(chosen["level"], level)]
-    wide = {name: twins.pivot(index="model", columns="epoch", values=name) for name in ("test_acc", "train_acc", "test_loss", "agreement")}
-    originals = rows[rows["method"] == "original"].pivot(index="model", columns="epoch", values="test_acc")
-    after, before, last = wide["test_acc"], of_originals(rows), originals.columns.max()
-    yield "original and twin", f"original and twin at epoch {epoch}", before, after[epoch]
-    for e in after.columns.drop(epoch):
-        yield "original and twin at another epoch", f"original and twin at epoch {e}", before, after[e]
-    for e in originals.columns.drop([0, last], errors="ignore"):
-        yield "earlier original and twin", f"original at epoch {e} and twin at epoch {epoch}", originals[e], after[epoch]
-    for first in after.columns[(0 if method == "mp" else 1):-1]:
-        for second in after.columns[after.columns > first]:
-            yield "twin at two epochs", f"twin at epochs {first} and {second}", after[first], after[second]
-    yield "training and test accuracy", f"training and test accuracy at epoch {epoch}", wide["train_acc"][epoch], after[epoch]
-    yield "accuracy and agreement", f"accuracy and agreement at epoch {epoch}", after[epoch], wide["agreement"][epoch]
-    yield "losses", f"test loss of original and twin at epoch {epoch}", of_originals(rows, "test_loss"), wide["test_loss"][epoch]
-    for other in levels_of(rows, -1) if level is not None else []:
-        if not np.isclose(other, level):
-            yield "original and twin at another level", f"original and twin pruned by {other:.0%}", before, pruned(rows, other)
-            yield "twins at two levels", f"twins pruned by {other:.0%} and {level:.0%}", pruned(rows, other), after[epoch]
-    if level is not None:
-        levels = pd.concat({other: pruned(rows, other) for other in levels_of(rows)}, names=["level"])
-        yield "all levels pooled", "original and twin, all levels", before.reindex(levels.index.get_level_values("model")).set_axis(levels.index), levels
-    epochs = after.drop(columns=0, errors="ignore").stack()
-    yield "all epochs pooled", "original and twin, all epochs", before.reindex(epochs.index.get_level_values("model")).set_axis(epochs.index), epochs
-
-# %% ../nbs/34_claims.ipynb #7d213b85
-def fisher_errors(
-    x: pd.Series,         # by model, or by model and state
-    y: pd.Series,         # with the same index
-    resamples: int = 200,  # how many; a tenth where models have several states
-) -> dict[str, float]:    # coefficient -> standard error of its Fisher transform
-    """Bootstrap errors of both coefficients, drawing models with all that belongs to them.
-
-    Args:
-        x: by model, or by model and state
-        y: with the same index
-        resamples: how many; a tenth where models have several states
-
-    Returns:
-        dict[str, float]: coefficient -> standard error of its Fisher transform
-    """
-    random, names = np.random.default_rng(0), x.index.get_level_values("model")
-    if names.is_unique:
-        counts = random.multinomial(len(x), np.full(len(x), 1 / len(x)), size=resamples)
-        drawn = {name: resampled(x.to_numpy(), y.to_numpy(), counts) for name, (_, resampled) in COEFFICIENTS.items()}
-    else:
-        rows = pd.Series(np.arange(len(x))).groupby(names).agg(list).to_list()
-        places = [np.concatenate([rows[i] for i in random.integers(0, len(rows), len(rows))]) for _ in range(resamples // 10)]
-        drawn = {name: np.array([exact(x.to_numpy()[of], y.to_numpy()[of])[0] for of in places]) for name, (exact, _) in COEFFICIENTS.items()}
-    return {name: float(np.nanstd(np.arctanh(np.clip(values, -0.9999, 0.9999)), ddof=1)) for name, values in drawn.items()}
-
-
-def reproduces(
-    metrics: pd.DataFrame,              # tidy metrics of one or more zoos
-    cells: pd.DataFrame | None = None,  # printed cells; none: from reported.read_reported
-) -> pd.DataFrame:                      # zoo, method, family, definition, n, then for both coefficients: value, printed, z; worst (the larger |z|); and fits
-    """Try every candidate against the printed correlations of Table 2.
-
-    Args:
-        metrics: tidy metrics of one or more zoos
-        cells: printed cells; none: from reported.read_reported
-
-    Returns:
-        pd.DataFrame: zoo, method, family, definition, n, then for both coefficients: value, printed, z; worst (the
-            larger |z|); and fits
-    """
-    printed = (read_reported() if cells is None else cells).query("table == 2 and metric in ['pearson', 'kendall']")
-    goal, found, metrics = printed.set_index(["zoo", "method", "metric"])["mean"] / 100, [], own_selector(metrics)
-    for state in choose_states(metrics, TABLE_2_STATES).itertuples():
-        if (state.zoo, state.method, "pearson") not in goal.index or (state.method == "mp" and not np.isclose(state.level, state.target)):
-            continue
-        rows, more = metrics[metrics["zoo"] == state.zoo], printed_models(2, state.zoo)
-        for family, definition, x, y in candidates(rows, state.method, None if np.isnan(state.level) else state.level, state.epoch):
-            both = pd.concat([x.rename("x"), y.rename("y")], axis=1).dropna()
-            if len(both) > 4 and both["x"].nunique() > 1 and both["y"].nunique() > 1:
-                n = both.index.get_level_values("model").nunique()
-                row = {"zoo": state.zoo, "method": state.method, "family": family, "definition": definition, "n": n}
-                for name, error in fisher_errors(both["x"], both["y"]).items():
-                    value, print_ = float(COEFFICIENTS[name][0](both["x"], both["y"])[0]), goal[state.zoo, state.method, name]
-                    nearest = np.clip(value, print_ - ROUNDING / 100, print_ + ROUNDING / 100)
-                    distance = np.diff(np.arctanh(np.clip([nearest, value], -0.9999, 0.9999)))[0]
-                    row |= {name: value, f"printed_{name}": print_, f"z_{name}": distance / max(error * np.sqrt(1 + n / more), 1e-9)}
-                found.append(row)
-    columns = ["zoo", "method", "family", "definition", "n", *(f"{kind}{name}" for name in COEFFICIENTS for kind in ("", "printed_", "z_"))]
-    found = pd.DataFrame(found, columns=columns).astype({name: float for name in columns[5:]})
-    worst = found[["z_pearson", "z_kendall"]].abs().max(axis=1)
-    return found.assign(worst=worst, fits=worst <= stats.norm.ppf(1 - LEVEL / 2))
-
-# %% ../nbs/34_claims.ipynb #b167b069
-def nearest_candidates(
-    tried: pd.DataFrame,  # from reproduces
-) -> pd.DataFrame:        # one row per zoo, method and family
-    """The best candidate of each family, best families first.
-
-    Args:
-        tried: from reproduces
-
-    Returns:
-        pd.DataFrame: one row per zoo, method and family
-    """
-    ranked = tried.sort_values("worst", kind="stable")
-    best = ranked.drop_duplicates(["zoo", "method", "family"]).sort_values(["zoo", "method"], kind="stable")
-    return best[["zoo", "method", "definition", "n", "pearson", "printed_pearson", "kendall", "printed_kendall", "worst", "fits"]].reset_index(drop=True)
-
-# %% ../nbs/34_claims.ipynb #7f0388e6
-def common_candidates(
-    tried: pd.DataFrame,  # from reproduces
-) -> pd.DataFrame:        # method, family, definition, worst (the largest |z| over all zoos of that method), and the zoo where it is; best first
-    """The candidates that were tried in every zoo, by the zoo where they do worst.
-
-    Args:
-        tried: from reproduces
-
-    Returns:
-        pd.DataFrame: method, family, definition, worst (the largest |z| over all zoos of that method), and the zoo
-            where it is; best first
-    """
-    ranked = tried.sort_values("worst", ascending=False, kind="stable")
-    zoos = ranked.groupby(["method", "definition"])["zoo"].transform("nunique")
-    everywhere = ranked[zoos == ranked.groupby("method")["zoo"].transform("nunique")].drop_duplicates(["method", "definition"])
-    return everywhere.sort_values(["method", "worst"], kind="stable")[["method", "family", "definition", "worst", "zoo"]].reset_index(drop=True)
 
 # %% ../nbs/34_claims.ipynb #b31199a6
 def shifted_gaps(

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['LEVEL', 'EQUIVALENT', 'POINT', 'VERDICTS', 'TESTED', 'HALF_POINT', 'SMALL', 'NEAR', 'COMPARED', 'CHOSEN', 'CELL',
-           'SIDES', 'COMPARISON', 'LABELS', 'DISTURBANCES', 'PALE', 'FAILED', 'RECORDED_EPOCH', 'regenerated',
-           'reached', 'match', 'as_samples', 'contrasts', 'grid_mean', 'as_designs', 'compare_means',
-           'compare_correlations', 'by_design', 'calibrated', 'within', 'judge', 'first_rule', 'adjusted', 'compare',
-           'state_label', 'labelled', 'model_note', 'side_by_side', 'beside_print', 'distinct_states', 'scorecard',
-           'worst', 'shifted_verdicts', 'smallest_error', 'headline', 'disturbed_scores', 'figure_disturbances',
-           'compare_layer_spread', 'compare_windows', 'share_grid', 'figure_scorecard', 'our_originals',
-           'beside_recorded', 'matched_models', 'recorded_by_factor', 'recorded_epochs', 'figure_recorded']
+           'SIDES', 'COMPARISON', 'LABELS', 'DISTURBANCES', 'PALE', 'RECORDED_EPOCH', 'regenerated', 'reached', 'match',
+           'as_samples', 'contrasts', 'grid_mean', 'as_designs', 'compare_means', 'compare_correlations', 'by_design',
+           'calibrated', 'within', 'judge', 'first_rule', 'adjusted', 'compare', 'state_label', 'labelled',
+           'model_note', 'side_by_side', 'beside_print', 'distinct_states', 'scorecard', 'worst', 'shifted_verdicts',
+           'smallest_error', 'headline', 'disturbed_scores', 'figure_disturbances', 'compare_layer_spread',
+           'compare_windows', 'share_grid', 'figure_scorecard', 'our_originals', 'beside_recorded', 'matched_models',
+           'recorded_by_factor', 'recorded_epochs', 'figure_recorded']
 
 # %% ../nbs/33_comparison.ipynb #a82f0276
 from collections.abc import Callable
@@ -23,11 +23,13 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from scipy import stats
 
-from .figures import BLUE, GREY, ORANGE, WIDTH, heading, percent_axis, styled
+from .style import BLUE, GREY, ORANGE, WIDTH, heading, percent_axis, styled
+from .individuals import FAILED
 from .layers import frequency_spread, layer_sizes
 from .metrics import own_selector
 from .reported import ROUNDING, SHIFTED, printed_models, read_recorded, read_recorded_curves, read_reported, recorded_factors, shifted_windows
-from .tables import METHOD_TITLES, NAMES, TABLE_1_STATES, TABLE_2_STATES, TABLES, Table, mean_std, model_counts, zoo_title
+from .states import TABLE_1_STATES, TABLE_2_STATES
+from .tables import METHOD_TITLES, NAMES, TABLES, Table, mean_std, model_counts, zoo_title
 from .zoos import CALIBRATED, FACTORS, ZOOS, get_zoo, model_table
 
 # %% ../nbs/33_comparison.ipynb #4e85723c
@@ -816,7 +818,7 @@ def figure_scorecard(
     return fig
 
 # %% ../nbs/33_comparison.ipynb #b2c0de41
-FAILED, RECORDED_EPOCH = 0.2, 49  # test accuracy below which a model has learned nothing; epoch of the records
+RECORDED_EPOCH = 49  # epoch of the records
 
 
 def our_originals(

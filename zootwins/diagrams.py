@@ -21,11 +21,13 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from .architectures import build, layer_names
 from .core import UserError, check_name
-from .figures import BLUE, GREEN, GREY, HEAT, LOOKS, ORANGE, WIDTH, accuracy_over_sparsity, one_zoo, styled
+from .figures import HEAT, accuracy_over_sparsity, one_zoo
+from .style import BLUE, GREEN, GREY, LOOKS, ORANGE, WIDTH, styled
 from .layers import layer_profile
 from .metrics import one_selector
 from .population import Population
-from .tables import METHOD_TITLES, TABLE_2_STATES, choose_states, last_epoch, rows_of_states, zoo_title
+from .states import TABLE_2_STATES, choose_states, last_epoch, rows_of_states
+from .tables import METHOD_TITLES, zoo_title
 from .variational import deterministic, log_alphas
 
 # %% ../nbs/35_diagrams.ipynb #95cccca3

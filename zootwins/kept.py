@@ -19,18 +19,19 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from IPython.display import Image, Markdown
 from matplotlib.figure import Figure
 
 from .claims import dropped_at, latent_space_wins, pruned
 from .comparison import beside_print, compare, figure_recorded, figure_scorecard, headline, labelled
 from .core import UserError, atomic_path, check_name, read_json
-from .figures import FIGURES, RINGED, figure_3, figure_individuals, save_figure
+from .figures import FIGURES, RINGED, figure_3, figure_individuals
+from .style import save_figure
 from .layers import read_frequencies
 from .metrics import read_metrics
 from .probes import table_3
 from .reported import check_all, check_counts, missing_originals, read_reported, reported
-from .tables import TABLE_1_STATES, Table, last_epoch, table_partners, zoo_title
+from .states import TABLE_1_STATES, last_epoch
+from .tables import Table, table_partners, zoo_title
 from .zoos import ZOOS, model_table
 
 # %% ../nbs/37_kept.ipynb #528a62fc
@@ -117,7 +118,8 @@ def provenance(
     for zoo, record in kept.records.items():
         stages = pd.DataFrame(record["history"] or record["stages"])
         total = stages.groupby("stage")[["model_samples", "seconds"]].sum()
-        speed = {f"{stage}, 1000/s": round(of["model_samples"] / of["seconds"] / 1000) for stage, of in total.iterrows()}
+        rates = (total["model_samples"] / total["seconds"] / 1000).round().astype(int)
+        speed = {f"{stage}, 1000/s": rates[stage] for stage in ("original", "mp", "vd") if stage in rates}
         commits = ", ".join(dict.fromkeys(commit[:7] for commit in stages["commit"].dropna())) if "commit" in stages else ""
         levels = ",".join(f"{100 * level:g}" for level in record["levels"])
         command = f"make run ZOO={zoo} N={record['n_models']} LEVELS={levels}"
@@ -178,7 +180,7 @@ def redraw(
 def picture(
     path: Path | str,  # of a PNG file
     *zoos: str,        # which it shows
-) -> tuple[Image, Markdown]:  # to be displayed
+) -> tuple[object, object]:  # an Image and its caption, to be displayed
     """A kept picture and the tags of its zoos.
 
     Args:
@@ -186,8 +188,10 @@ def picture(
         *zoos: which it shows
 
     Returns:
-        tuple[Image, Markdown]: to be displayed
+        tuple[object, object]: an Image and its caption, to be displayed
     """
+    from IPython.display import Image, Markdown
+
     image = Image(filename=str(path))
     image.width = round(int.from_bytes(image.data[16:20], "big") / 2.6)
     tags = f" [{', '.join(zoos)}]" if zoos else ""
@@ -198,7 +202,7 @@ def gallery(
     kept: Kept,
     folder: str,   # "paper" for pictures of all zoos; empty: one picture of every zoo
     *names: str,   # of pictures
-) -> Markdown:     # links, so that a notebook does not hold pictures twice
+) -> object:       # Markdown: links, so that a notebook does not hold pictures twice
     """Kept pictures one below the other, those that exist.
 
     Args:
@@ -206,8 +210,10 @@ def gallery(
         *names: of pictures
 
     Returns:
-        Markdown: links, so that a notebook does not hold pictures twice
+        object: Markdown: links, so that a notebook does not hold pictures twice
     """
+    from IPython.display import Markdown
+
     paths = [kept.folder / place / f"{name}.png" for name in names for place in ([folder] if folder else kept.zoos)]
     return Markdown("\n\n".join(f"![{path.stem} of {path.parent.name}](../figures/{path.relative_to(kept.folder).as_posix()})" for path in paths if path.exists()))
 

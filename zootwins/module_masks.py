@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['WRAPPERS', 'COMPILED', 'ModuleScores', 'unwrapped', 'plain_state', 'prunable_weights', 'snip_saliency',
-           'choose_masks', 'check_fit', 'sparsity', 'sparsity_table', 'enforce', 'holding', 'revived', 'save_masks',
-           'load_masks']
+           'filter_norms', 'choose_masks', 'check_fit', 'Pattern', 'sparsity', 'sparsity_table', 'enforce', 'holding',
+           'revived', 'save_masks', 'load_masks']
 
-# %% ../nbs/71_module_masks.ipynb #56053c01
+# %% ../nbs/71_module_masks.ipynb #2aa0c769
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -22,9 +23,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .core import UserError, atomic_path, one_line
 from .datasets import Images
+from .magnitude import keep_highest
 from .networks import logits_of
 from .population import Population
-from .selectors import SNIP_IMAGES, Selector, get_selector, prune
+from .selectors import SNIP_IMAGES, Selector, get_selector, layerwise_counts, prune
 from .untrusted import ordinary_size
 
 # %% ../nbs/71_module_masks.ipynb #d82691a8
@@ -161,7 +163,25 @@ def snip_saliency(
         layer.training = mode
     return {name: (weight * gradient).abs().detach() for (name, weight), gradient in zip(weights.items(), gradients)}
 
-# %% ../nbs/71_module_masks.ipynb #7a8e33b8
+# %% ../nbs/71_module_masks.ipynb #36353774
+def filter_norms(
+    module: nn.Module,     # any
+    data: object = None,   # not used
+) -> dict[str, Tensor]:    # name of a convolution's weight -> float [filters]
+    """The Euclidean norm of every filter (paper, Appendix A.2); layers that are no convolutions are left alone.
+
+    Args:
+        module: any
+        data: not used
+
+    Returns:
+        dict[str, Tensor]: name of a convolution's weight -> float [filters]
+    """
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    own = {id(layer.weight) for layer in unwrapped(module).modules() if isinstance(layer, kinds)}
+    return {name: w.detach().flatten(1).norm(dim=1) for name, w in prunable_weights(module).items() if id(w) in own}
+
+# %% ../nbs/71_module_masks.ipynb #5e6fb751
 ModuleScores = Callable[[nn.Module, object], Mapping[str, Tensor]]
 
 
@@ -194,7 +214,9 @@ def _selector_for(
     Returns:
         Selector: of a population of one
     """
-    scores = snip_saliency if selector == "snip" else selector
+    scores, rule = {"snip": (snip_saliency, None), "filters": (filter_norms, layerwise_counts)}.get(
+        selector if isinstance(selector, str) else "", (selector, None)
+    )
     if isinstance(scores, (str, Selector)):
         return get_selector(scores)
 
@@ -202,7 +224,7 @@ def _selector_for(
         "Scores as the selectors give them."
         return {_key(name): found.detach().cpu()[None] for name, found in scores(module, data).items()}
 
-    return Selector(getattr(scores, "__name__", "own"), of_one)
+    return Selector(getattr(scores, "__name__", "own"), of_one, rule)
 
 
 def choose_masks(
@@ -226,6 +248,8 @@ def choose_masks(
     Returns:
         dict[str, Tensor]: name -> bool on the CPU, True where a weight stays
     """
+    if hasattr(selector, "masks"):  # it chooses by itself, such as filters.FilterChains
+        return selector.masks(module, level, earlier)
     weights = {name: weight.detach().cpu() for name, weight in prunable_weights(module).items()}
     if broken := [name for name, weight in weights.items() if not weight.isfinite().all()]:
         raise UserError(f"{broken[0]} has weights that are infinite or not a number: the model has diverged; "
@@ -259,7 +283,47 @@ def check_fit(
             "(bool, by names such as conv.weight): choose masks anew with module_masks.choose_masks."
         )
 
-# %% ../nbs/71_module_masks.ipynb #3f15304d
+# %% ../nbs/71_module_masks.ipynb #58049589
+@dataclass(frozen=True)
+class Pattern:
+    """A selector that keeps `kept` of every `group` consecutive inputs, such as 2 of 4 (Mishra et al. 2021).
+
+    Attributes:
+        kept: of every group, by magnitude
+        group: consecutive inputs; layers whose inputs cannot be divided stay dense
+    """
+
+    kept: int = 2   # of every group, by magnitude
+    group: int = 4  # consecutive inputs; layers whose inputs cannot be divided stay dense
+
+    def masks(
+        self,
+        module: nn.Module,  # trained
+        level: float,       # has to be 1 - kept / group
+        earlier: Mapping[str, Tensor] | None = None,  # masks of the phase before
+    ) -> dict[str, Tensor]:  # name -> bool, True where a weight stays
+        """Choose; raises `UserError` for another level.
+
+        Args:
+            module: trained
+            level: has to be 1 - kept / group
+            earlier: masks of the phase before
+
+        Returns:
+            dict[str, Tensor]: name -> bool, True where a weight stays
+        """
+        if not 0 < self.kept < self.group or abs(level - (1 - self.kept / self.group)) > 1e-9:
+            raise UserError(f"{self.kept} of {self.group} is a level of {1 - self.kept / self.group:.4g} and no other: "
+                            f"prune by that, not by {level:.4g}, or choose another pattern.")
+        masks = {}
+        for name, weight in prunable_weights(module).items():
+            score, mask = weight.detach().abs().cpu().movedim(1, -1), torch.ones(weight.shape, dtype=torch.bool)
+            if weight.shape[1] % self.group == 0:
+                mask = keep_highest(score.reshape(-1, self.group), self.kept).reshape(score.shape).movedim(-1, 1).contiguous()
+            masks[name] = mask & earlier[name] if earlier else mask
+        return masks
+
+# %% ../nbs/71_module_masks.ipynb #66636cc3
 def sparsity(
     masks: Mapping[str, Tensor],  # name -> bool
 ) -> float:                       # a fraction of prunable weights
@@ -271,7 +335,7 @@ def sparsity(
     Returns:
         float: a fraction of prunable weights
     """
-    return 1 - sum(int(mask.sum()) for mask in masks.values()) / sum(mask.numel() for mask in masks.values())
+    return sum(int((~mask).sum()) for mask in masks.values()) / sum(mask.numel() for mask in masks.values())
 
 
 def sparsity_table(

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .core import UserError, atomic_path
 from .datasets import Images
-from .figures import BLUE, GREEN, HEIGHT, ORANGE, WIDTH, percent_axis, styled
+from .style import BLUE, GREEN, HEIGHT, ORANGE, WIDTH, percent_axis, styled
 from .hyperreps import HyperAutoEncoder, Layout, States, in_batches, reconstruction_quality, split_tokens, to_weights, token_layout
 from .magnitude import count_kept, keep_highest
 from .reported import read_reported

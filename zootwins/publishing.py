@@ -27,7 +27,8 @@ from .population import Population, flatten, save_population
 from .published import write_zoo
 from .selectors import SELECTORS
 from .store import epochs_in, listed, opened, read_manifest, read_stage, read_stage_metrics
-from .tables import last_epoch, markdown_table, mean_std
+from .states import last_epoch
+from .tables import markdown_table, mean_std
 from .twins import read_history, save_metrics
 from .untrusted import HASHES, check_hashes, file_hash
 from .variational import deterministic

@@ -38,7 +38,7 @@ from .batch_statistics import class_probabilities
 from .core import UserError, check_name, one_line
 from .datasets import DATA_SETS, Images, normalise, prepare
 from .distances import barrier, between, pairwise_distances
-from .figures import COLOURS, GREY, HEIGHT, MARKERS, WIDTH, percent_axis, styled
+from .style import COLOURS, GREY, HEIGHT, MARKERS, WIDTH, percent_axis, styled
 from .population import Population, concatenate
 from .selectors import prune, sparsity_per_phase
 from .soups import reprune
@@ -88,16 +88,19 @@ def gaussian_noise(
 
 
 def shot_noise(
-    x: np.ndarray,    # as above
+    x: np.ndarray,    # float32 [images, height, width, channels], in [0, 1]
     strength: float,  # photons of a white pixel
     grain: Grain,     # random numbers
-) -> np.ndarray:
+) -> np.ndarray:      # of the same shape, before it is cut to [0, 1]
     """Count photons.
 
     Args:
-        x: as above
+        x: float32 [images, height, width, channels], in [0, 1]
         strength: photons of a white pixel
         grain: random numbers
+
+    Returns:
+        np.ndarray: of the same shape, before it is cut to [0, 1]
     """
     draws, values, out = grain.uniform(*x.shape[1:]), np.rint(255 * x).astype(int), np.empty_like(x)
     for value in np.unique(values):
@@ -106,18 +109,21 @@ def shot_noise(
         out[at] = np.searchsorted(table, draws[at]) / strength
     return out
 
-# %% ../nbs/76_robustness.ipynb #9cde2db9
+# %% ../nbs/76_robustness.ipynb #7c61c8a1
 def impulse_noise(
-    x: np.ndarray,    # as above
+    x: np.ndarray,    # float32 [images, height, width, channels], in [0, 1]
     strength: float,  # share of the values that are lost
     grain: Grain,     # random numbers
-) -> np.ndarray:
+) -> np.ndarray:      # of the same shape, before it is cut to [0, 1]
     """Set values to black or white (salt and pepper).
 
     Args:
-        x: as above
+        x: float32 [images, height, width, channels], in [0, 1]
         strength: share of the values that are lost
         grain: random numbers
+
+    Returns:
+        np.ndarray: of the same shape, before it is cut to [0, 1]
     """
     draws = grain.uniform(*x.shape[1:])
     return np.where(draws <= strength / 2, 0, np.where(draws <= strength, 1, x)).astype(np.float32)
@@ -190,18 +196,21 @@ def smooth(
     """
     return ndimage.gaussian_filter(x, (0, sigma, sigma, 0), mode="nearest")
 
-# %% ../nbs/76_robustness.ipynb #5b349835
+# %% ../nbs/76_robustness.ipynb #92cd80c5
 def defocus_blur(
-    x: np.ndarray,                 # as above
+    x: np.ndarray,                 # float32 [images, height, width, channels], in [0, 1]
     strength: tuple[float, float],  # radius of the disc, and how soft its edge is; in pixels
     grain: Grain,                  # not used
-) -> np.ndarray:
+) -> np.ndarray:      # of the same shape, before it is cut to [0, 1]
     """Convolve with a disc.
 
     Args:
-        x: as above
+        x: float32 [images, height, width, channels], in [0, 1]
         strength: radius of the disc, and how soft its edge is; in pixels
         grain: not used
+
+    Returns:
+        np.ndarray: of the same shape, before it is cut to [0, 1]
     """
     radius, soft = (length * per_pixel(x) for length in strength)
     reach, parts = math.ceil(radius + 4 * soft), 9  # a pixel is looked at in 9 by 9 places
@@ -213,16 +222,19 @@ def defocus_blur(
 
 
 def glass_blur(
-    x: np.ndarray,                      # as above
+    x: np.ndarray,                      # float32 [images, height, width, channels], in [0, 1]
     strength: tuple[float, int, int],   # blur before and after, longest exchange, how often; in pixels
     grain: Grain,                       # random numbers
-) -> np.ndarray:
+) -> np.ndarray:      # of the same shape, before it is cut to [0, 1]
     """Exchange every pixel with a neighbour.
 
     Args:
-        x: as above
+        x: float32 [images, height, width, channels], in [0, 1]
         strength: blur before and after, longest exchange, how often; in pixels
         grain: random numbers
+
+    Returns:
+        np.ndarray: of the same shape, before it is cut to [0, 1]
     """
     sigma, reach, rounds = strength
     x, image = smooth(x, sigma * per_pixel(x)), np.arange(len(x))
@@ -258,16 +270,19 @@ def drag(
 
 
 def motion_blur(
-    x: np.ndarray,                  # as above
+    x: np.ndarray,                  # float32 [images, height, width, channels], in [0, 1]
     strength: tuple[float, float],  # length and fading, in pixels
     grain: Grain,                   # random numbers
-) -> np.ndarray:
+) -> np.ndarray:      # of the same shape, before it is cut to [0, 1]
     """Move the camera in a direction of up to 45 degrees.
 
     Args:
-        x: as above
+        x: float32 [images, height, width, channels], in [0, 1]
         strength: length and fading, in pixels
         grain: random numbers
+
+    Returns:
+        np.ndarray: of the same shape, before it is cut to [0, 1]
     """
     length, sigma = (value * per_pixel(x) for value in strength)
     return drag(x, length, sigma, (grain.uniform(1)[:, 0] - 0.5) * np.pi / 2)
@@ -291,16 +306,19 @@ def magnify(
 
 
 def zoom_blur(
-    x: np.ndarray,    # as above
+    x: np.ndarray,    # float32 [images, height, width, channels], in [0, 1]
     strength: float,  # the largest factor
     grain: Grain,     # not used
-) -> np.ndarray:
+) -> np.ndarray:      # of the same shape, before it is cut to [0, 1]
     """Average an image with its magnifications, 1 % apart.
 
     Args:
-        x: as above
+        x: float32 [images, height, width, channels], in [0, 1]
         strength: the largest factor
         grain: not used
+
+    Returns:
+        np.ndarray: of the same shape, before it is cut to [0, 1]
     """
     factors = np.arange(1, strength, 0.01)
     return (x + sum(magnify(x, factor) for factor in factors)) / (len(factors) + 1)
@@ -348,18 +366,21 @@ def fractal(
     low, high = total.min((1, 2, 3), keepdims=True), total.max((1, 2, 3), keepdims=True)
     return (total - low) / (high - low)
 
-# %% ../nbs/76_robustness.ipynb #6b0ca7bc
+# %% ../nbs/76_robustness.ipynb #c74add1d
 def snow(
-    x: np.ndarray,                  # as above
+    x: np.ndarray,                  # float32 [images, height, width, channels], in [0, 1]
     strength: tuple[float, ...],    # mean and deviation of the flakes, magnification, cut, length, fading, share of x
     grain: Grain,                   # random numbers
-) -> np.ndarray:
+) -> np.ndarray:      # of the same shape, before it is cut to [0, 1]
     """Let it snow.
 
     Args:
-        x: as above
+        x: float32 [images, height, width, channels], in [0, 1]
         strength: mean and deviation of the flakes, magnification, cut, length, fading, share of x
         grain: random numbers
+
+    Returns:
+        np.ndarray: of the same shape, before it is cut to [0, 1]
     """
     mean, deviation, factor, cut, length, sigma, share = strength
     flakes = magnify(mean + deviation * grain.normal(*x.shape[1:3], 1), factor)
@@ -374,33 +395,39 @@ FROST_COLOUR = np.array([0.85, 0.92, 1.0], np.float32)
 
 
 def frost(
-    x: np.ndarray,                  # as above
+    x: np.ndarray,                  # float32 [images, height, width, channels], in [0, 1]
     strength: tuple[float, float],  # share of the image, and of the frost
     grain: Grain,                   # random numbers
-) -> np.ndarray:
+) -> np.ndarray:      # of the same shape, before it is cut to [0, 1]
     """Lay ridged fractal ice over the image (ours; the benchmark has photographs).
 
     Args:
-        x: as above
+        x: float32 [images, height, width, channels], in [0, 1]
         strength: share of the image, and of the frost
         grain: random numbers
+
+    Returns:
+        np.ndarray: of the same shape, before it is cut to [0, 1]
     """
     share, ice = strength
     ridges = 1 - np.abs(2 * fractal(x, 1.3, grain) - 1)
     return share * x + ice * ridges * (FROST_COLOUR if x.shape[3] == 3 else 1)
 
-# %% ../nbs/76_robustness.ipynb #96b1a753
+# %% ../nbs/76_robustness.ipynb #a678695e
 def fog(
-    x: np.ndarray,                  # as above
+    x: np.ndarray,                  # float32 [images, height, width, channels], in [0, 1]
     strength: tuple[float, float],  # how thick, and how its octaves decay
     grain: Grain,                   # random numbers
-) -> np.ndarray:
+) -> np.ndarray:      # of the same shape, before it is cut to [0, 1]
     """Add fractal fog, and keep the brightest value.
 
     Args:
-        x: as above
+        x: float32 [images, height, width, channels], in [0, 1]
         strength: how thick, and how its octaves decay
         grain: random numbers
+
+    Returns:
+        np.ndarray: of the same shape, before it is cut to [0, 1]
     """
     thick, decay = strength
     top = x.max((1, 2, 3), keepdims=True)
@@ -408,33 +435,39 @@ def fog(
 
 
 def brightness(
-    x: np.ndarray,    # as above
+    x: np.ndarray,    # float32 [images, height, width, channels], in [0, 1]
     strength: float,  # added to the value of hue, saturation, value
     grain: Grain,     # not used
-) -> np.ndarray:
+) -> np.ndarray:      # of the same shape, before it is cut to [0, 1]
     """Raise the largest channel, and the others in proportion.
 
     Args:
-        x: as above
+        x: float32 [images, height, width, channels], in [0, 1]
         strength: added to the value of hue, saturation, value
         grain: not used
+
+    Returns:
+        np.ndarray: of the same shape, before it is cut to [0, 1]
     """
     value = x.max(3, keepdims=True)
     raised = np.minimum(value + strength, 1)
     return np.where(value > 0, x * raised / np.maximum(value, 1e-6), raised).astype(np.float32)
 
-# %% ../nbs/76_robustness.ipynb #084bcfaf
+# %% ../nbs/76_robustness.ipynb #12f4272f
 def contrast(
-    x: np.ndarray,    # as above
+    x: np.ndarray,    # float32 [images, height, width, channels], in [0, 1]
     strength: float,  # what is left of it
     grain: Grain,     # not used
-) -> np.ndarray:
+) -> np.ndarray:      # of the same shape, before it is cut to [0, 1]
     """Shrink towards the mean.
 
     Args:
-        x: as above
+        x: float32 [images, height, width, channels], in [0, 1]
         strength: what is left of it
         grain: not used
+
+    Returns:
+        np.ndarray: of the same shape, before it is cut to [0, 1]
     """
     total = np.rint(255 * x).astype(np.int64).sum((1, 2), keepdims=True)  # whole numbers: exact in any order
     mean = (total / (255 * x.shape[1] * x.shape[2])).astype(np.float32)
@@ -442,16 +475,19 @@ def contrast(
 
 
 def elastic_transform(
-    x: np.ndarray,                         # as above
+    x: np.ndarray,                         # float32 [images, height, width, channels], in [0, 1]
     strength: tuple[float, float, float],  # size and smoothness of the field, shift of the corners; shares of a side
     grain: Grain,                          # random numbers
-) -> np.ndarray:
+) -> np.ndarray:      # of the same shape, before it is cut to [0, 1]
     """Deform an image as if it were on rubber.
 
     Args:
-        x: as above
+        x: float32 [images, height, width, channels], in [0, 1]
         strength: size and smoothness of the field, shift of the corners; shares of a side
         grain: random numbers
+
+    Returns:
+        np.ndarray: of the same shape, before it is cut to [0, 1]
     """
     field, sigma, corner = (share * min(x.shape[1:3]) for share in strength)
     third, shifts = min(x.shape[1:3]) // 3 or 1, (2 * grain.uniform(3, 2) - 1) * corner
@@ -482,16 +518,19 @@ def _through_pil(
 
 
 def pixelate(
-    x: np.ndarray,    # as above
+    x: np.ndarray,    # float32 [images, height, width, channels], in [0, 1]
     strength: float,  # resolution that is left
     grain: Grain,     # not used
-) -> np.ndarray:
+) -> np.ndarray:      # of the same shape, before it is cut to [0, 1]
     """Lower the resolution.
 
     Args:
-        x: as above
+        x: float32 [images, height, width, channels], in [0, 1]
         strength: resolution that is left
         grain: not used
+
+    Returns:
+        np.ndarray: of the same shape, before it is cut to [0, 1]
     """
     height, width = x.shape[1:3]
     small, box = (max(1, int(width * strength)), max(1, int(height * strength))), Image.Resampling.BOX
@@ -499,16 +538,19 @@ def pixelate(
 
 
 def jpeg_compression(
-    x: np.ndarray,    # as above
+    x: np.ndarray,    # float32 [images, height, width, channels], in [0, 1]
     strength: int,    # quality, as PIL counts it
     grain: Grain,     # not used
-) -> np.ndarray:
+) -> np.ndarray:      # of the same shape, before it is cut to [0, 1]
     """Compress and decompress.
 
     Args:
-        x: as above
+        x: float32 [images, height, width, channels], in [0, 1]
         strength: quality, as PIL counts it
         grain: not used
+
+    Returns:
+        np.ndarray: of the same shape, before it is cut to [0, 1]
     """
     def change(one: Image.Image) -> Image.Image:
         one.save(content := io.BytesIO(), "JPEG", quality=strength)

@@ -280,7 +280,7 @@ def table_6(
     title = setting_title(sweep.iloc[0].to_dict()).replace(f" to {sweep['level'].iloc[0]:.0%}", "")
     return soup_table(soup_cells(shot_story(sweep), title).assign(table=6), 6, title)
 
-# %% ../nbs/37_soup_figures.ipynb #529fd48b
+# %% ../nbs/37_soup_figures.ipynb #666612aa
 def table_16(
     results: pd.DataFrame,  # one story with both baselines
 ) -> Table:               # mean ± standard deviation, and the paired difference
@@ -297,7 +297,7 @@ def table_16(
         raise UserError("This story has no IMP with m times the phases: make it with the baseline phases.")
     wide = 100 * last.pivot_table("test_acc", ["m", "model"], "row")
     text = {}
-    for m, here in wide.groupby(level="m"):
+    for m, here in wide.dropna().groupby(level="m"):
         cells = {row: mean_std(here[row].mean(), here[row].std()) for row in ("IMP_mx", "IMP with m phases")}
         difference = gains(here / 100, "IMP with m phases", ["IMP_mx"]).iloc[0]
         text[f"m = {m}"] = cells | {"difference": difference_cell(difference, len(here))}
@@ -397,7 +397,7 @@ def figure_pairs(
     )
     return fig
 
-# %% ../nbs/37_soup_figures.ipynb #8f64412e
+# %% ../nbs/37_soup_figures.ipynb #327fea8b
 def draw_mean(
     ax: Axes,      # where
     rows: pd.DataFrame,   # x, y, one row per model
@@ -445,6 +445,7 @@ def figure_4(
         lengths: over sparsity and length, with IMP_mx
     """
     fig, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, HEIGHT), layout="constrained")
+    n = sweep["model"].nunique()
     for colour, marker, name in zip(COLOURS, MARKERS, ("uniform", "greedy")):
         rows = sweep.assign(x=sweep["level"], y=100 * (sweep[name] - sweep["best candidate"]))
         draw_spread(left, rows, f"{name} soup", color=colour, marker=marker)
@@ -468,7 +469,7 @@ def figure_4(
     right.legend(title="sparsity")
     heading(
         fig,
-        f"{zoo_title(sweep['zoo'].iloc[0])}. Left: {spread_note(sweep['model'].nunique())}; right: mean, 95 % interval",
+        f"{zoo_title(sweep['zoo'].iloc[0])}, {n} models. {spread_note([n])}; bars: 95 % intervals",
     )
     return fig
 

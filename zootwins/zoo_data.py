@@ -196,6 +196,8 @@ def publication_states(
         measured = metrics[metrics["method"] == method]
         if "selector" in measured and selector:
             measured = measured[measured["selector"] == selector]
+        if measured.empty:
+            raise UserError(f"{folder} has models of {stage} and no metrics of them: get it again.")
         models = read_table(path.with_suffix(".parquet"))
         with safe_open(path, framework="pt") as file:
             architecture = (file.metadata() or {}).get("architecture", "")
