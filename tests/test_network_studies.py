@@ -1,6 +1,7 @@
 """Studies, and the script that makes one in parts."""
 import os
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,3 +61,13 @@ def test_the_script_goes_on_until_all_is_there(tmp_path):
     assert done.returncode == 0, done.stderr
     rows = pd.read_csv(tmp_path / "runs" / "rows.csv")
     assert set(rows["table"].dropna()) == {6, 12} and rows["model"].eq(3).all()
+
+
+@pytest.mark.slow
+def test_the_notebook_about_networks_runs_on_digits_too(tmp_path):
+    command = [sys.executable, "-m", "papermill", str(ROOT / "nbs" / "sparse_soups_networks.ipynb"), str(tmp_path / "out.ipynb"), "--kernel", "python3",
+               "--no-progress-bar", "-p", "dataset", "digits", "-p", "n_train", "400", "-p", "n_test", "400", "-p", "epochs", "3", "-p", "phases", "2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    text = (tmp_path / "out.ipynb").read_text()
+    assert "5 dense nets" in text and "the uniform soup against" in text
