@@ -436,7 +436,7 @@ def renamed(tensors):
     (lambda state: state.masks.update({"module_list.0.weight": torch.ones(2, 8, 1, 5, 4, dtype=torch.bool)}), r"\(masks\) has to be bool \[2, 8, 1, 5, 5\]"),
     (lambda state: state.masks.update({"module_list.0.weight": torch.ones(1, 8, 1, 5, 5, dtype=torch.bool)}), r"\(masks\) has to be bool \[2, 8, 1, 5, 5\]"),
     (lambda state: state.masks.update({"module_list.0.weight": torch.ones(2, 8, 1, 5, 5)}), "float32"),
-    (lambda state: state.masks.update({"other": torch.ones(2, dtype=torch.bool)}), "no parameters other"),
+    (lambda state: state.masks.update({"other": torch.ones(2, dtype=torch.bool)}), r"lack \(other\)"),
     (lambda state: state.first.update({"module_list.0.bias": torch.zeros(2, 7)}), r"\(first\) has to be float32 \[2, 8\]"),
     (lambda state: state.first.update({"module_list.0.bias": torch.zeros(2, 8).double()}), "float64"),
     (lambda state: state.first.clear(), "first moments"),

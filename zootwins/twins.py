@@ -354,11 +354,6 @@ class Interrupted(KeyboardInterrupt):
     def _render_traceback_(self) -> list[str]:
         return [str(self)]
 
-
-def _terminated(*_: object) -> None:
-    "Treat the signal that ends a process as an interruption."
-    raise KeyboardInterrupt
-
 # %% ../nbs/40_twins.ipynb #f2a3b4c5
 MEMORY_SIGNS = ("allocate memory", "start new thread")  # in errors of PyTorch and of Python
 
@@ -374,11 +369,23 @@ def interruptible(
         folder: where work is kept
         stop: set when the user interrupts
     """
-    main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, _terminated) if main else None
+    received, before = [], {}
+
+    def interrupted(number: int, _: object) -> None:
+        received.append(number)
+        stop.set()  # for where Python ignores the exception: in callbacks of the garbage collector
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: handler for number, handler in before.items() if handler not in (None, signal.SIG_IGN)}
+    for number in before:
+        signal.signal(number, interrupted)
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, InterruptedError) as error:
+        if isinstance(error, InterruptedError) and not received:
+            raise
         stop.set()
         raise Interrupted(f"Interrupted: what is done is kept in {folder}; run again to go on.") from None
     except (MemoryError, RuntimeError) as error:
@@ -387,8 +394,8 @@ def interruptible(
         raise UserError("There is not enough memory, or there are too many threads: allow for more, or run on fewer "
                         f"processors; what is done is kept in {folder}.") from error
     finally:
-        if main:
-            signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 # %% ../nbs/40_twins.ipynb #6b5f37f9
 def make_twins(
