@@ -30,16 +30,16 @@ from .zoos import ZOOS, list_zoos, zoo_size
 # %% ../nbs/30_tables.ipynb #050f9188
 def mean_std(
     mean: float,  # in %
-    std: float,   # in %; NaN where there is none, as for a single model
-) -> str:         # such as "87.0 (1.7)"; empty where the mean is missing
-    """Format a cell as the paper does.
+    std: float,   # in %; NaN if undefined, as for a single model
+) -> str:         # such as "87.0 (1.7)"; empty if the mean is missing
+    """Format a cell like the paper.
 
     Args:
         mean: in %
-        std: in %; NaN where there is none, as for a single model
+        std: in %; NaN if undefined, as for a single model
 
     Returns:
-        str: such as "87.0 (1.7)"; empty where the mean is missing
+        str: such as "87.0 (1.7)"; empty if the mean is missing
     """
     if np.isnan(mean):
         return ""
@@ -48,13 +48,13 @@ def mean_std(
 # %% ../nbs/30_tables.ipynb #27126317
 def heading(
     column: object,         # text, a number, or a tuple of them
-    names: Sequence[str],   # what the parts are, such as ["Sparsity", "Epoch"]
+    names: Sequence[str],   # names of the parts, such as ["Sparsity", "Epoch"]
 ) -> str:                   # such as "50%, Epoch 15"
-    """One line for a heading of one or more lines; a number is given its name.
+    """Join a heading into one line; a number gets its name.
 
     Args:
         column: text, a number, or a tuple of them
-        names: what the parts are, such as ["Sparsity", "Epoch"]
+        names: names of the parts, such as ["Sparsity", "Epoch"]
 
     Returns:
         str: such as "50%, Epoch 15"
@@ -84,18 +84,19 @@ def markdown_table(
 
 # %% ../nbs/30_tables.ipynb #2a62163e
 LATEX = str.maketrans({
-    **{character: f"\\{character}" for character in "&%$#_{}"}, "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    **{character: f"\\{character}" for character in "&%$#_{}"}, "\\": r"\textbackslash{}", "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
     "<": r"\textless{}", ">": r"\textgreater{}",
 })
 
 
 def latex_text(
-    text: object,  # shown as it is
+    text: object,  # to be printed literally
 ) -> str:          # such as r"50\%"
     r"""Escape a text for LaTeX.
 
     Args:
-        text: shown as it is
+        text: to be printed literally
 
     Returns:
         str: such as r"50\%"
@@ -104,48 +105,50 @@ def latex_text(
 
 # %% ../nbs/30_tables.ipynb #0744467c
 PACKAGES = r"% \usepackage{adjustbox, array, booktabs, longtable, multirow}"
-LONGEST, WIDEST = 40, 150  # rows, and characters in a row, of a table that stays on one page
-LINE = 80  # characters of a line in the small print of longer tables
+LONGEST, WIDEST = 40, 150  # rows, and characters per row, of a table that fits on one page
+LINE = 80  # characters per line in the small print of longer tables
 
 
 def column_widths(
     layout: pd.DataFrame,  # text, with a named index
-) -> tuple[list[int], list[int]]:  # of the longest word, and of the longest cell, of the labels and then of the columns
-    """Count the characters that every column needs, and would like.
+) -> tuple[list[int], list[int]]:  # longest word, and longest cell, of the labels and then of the columns
+    """Count the characters that each column needs, and would like.
 
     Args:
         layout: text, with a named index
 
     Returns:
-        tuple[list[int], list[int]]: of the longest word, and of the longest cell, of the labels and then of the columns
+        tuple[list[int], list[int]]: longest word, and longest cell, of the labels and then of the columns
     """
     frame = layout.set_axis([column[-1] if isinstance(column, tuple) else column for column in layout.columns], axis=1)
     titles = [*(name or "" for name in layout.index.names), *frame.columns]
     columns = [layout.index.get_level_values(level) for level in range(layout.index.nlevels)]
     columns += [frame.iloc[:, place] for place in range(frame.shape[1])]
     texts = [[str(title), *map(str, column)] for title, column in zip(titles, columns)]
-    return [1 + max(len(word) for text in of for word in [*text.split(), ""]) for of in texts], [max(map(len, of)) for of in texts]
+    return [1 + max(len(word) for text in of for word in [*text.split(), ""]) for of in texts], [
+        max(map(len, of)) for of in texts
+    ]
 
 # %% ../nbs/30_tables.ipynb #dcb7ec01
 def long_latex(
     styled: Styler,        # the table's texts
-    words: Sequence[int],  # characters of the longest word of every column
+    words: Sequence[int],  # length of the longest word of every column
     cells: Sequence[int],  # and of the longest cell
     caption: str,          # escaped
     label: str,            # such as "tab:comparison"
 ) -> str:
-    """Write a table that runs over pages; every column has room for its words, and a share of what is left of a line.
+    """Write a table over several pages; each column fits its words and gets a share of the remaining line.
 
     Args:
         styled: the table's texts
-        words: characters of the longest word of every column
+        words: length of the longest word of every column
         cells: and of the longest cell
         caption: escaped
         label: such as "tab:comparison"
     """
     left = max(LINE - sum(words), 0) / max(sum(cells) - sum(words), 1)
     widths = [word + left * (cell - word) for word, cell in zip(words, cells)]
-    room = (1 - 0.02 * len(widths)) / sum(widths)  # of a line, without the gaps of three points, per character
+    room = (1 - 0.02 * len(widths)) / sum(widths)  # share of a line per character, without the gaps of three points
     form = "".join(rf">{{\raggedright\arraybackslash}}p{{{room * width:.3f}\linewidth}}" for width in widths)
     text = styled.to_latex(environment="longtable", column_format=form, hrules=True, multirow_align="naive",
                            multicol_align="c", caption=caption, label=label)
@@ -156,7 +159,7 @@ def latex_table(
     layout: pd.DataFrame,  # text, with a named index
     caption: str,          # of the table
     label: str,            # to refer to it, such as "tab:table-5"
-) -> str:                  # a floating table, or one that runs over pages
+) -> str:                  # a floating table, or one over several pages
     """Write a frame in LaTeX.
 
     Args:
@@ -165,7 +168,7 @@ def latex_table(
         label: to refer to it, such as "tab:table-5"
 
     Returns:
-        str: a floating table, or one that runs over pages
+        str: a floating table, or one over several pages
     """
     caption, (words, cells) = latex_text(caption), column_widths(layout)
     index, columns = ([latex_text(name or "") for name in axis.names] for axis in (layout.index, layout.columns))
@@ -174,7 +177,10 @@ def latex_table(
     if len(layout) > LONGEST or sum(cells) > WIDEST:
         return long_latex(styled, words, cells, caption, label)
     form = "l" * layout.index.nlevels + "r" * layout.shape[1]
-    text = styled.to_latex(column_format=form, hrules=True, multirow_align="t", multicol_align="c") if layout.shape[1] else "\n"
+    text = (
+        styled.to_latex(column_format=form, hrules=True, multirow_align="t", multicol_align="c") if layout.shape[1]
+        else "\n"
+    )
     return (f"{PACKAGES}\n\\begin{{table}}\n\\centering\n\\caption{{{caption}}}\n\\label{{{label}}}\n"
             f"\\begin{{adjustbox}}{{max width=\\textwidth}}\n{text}\\end{{adjustbox}}\n\\end{{table}}\n")
 
@@ -185,13 +191,13 @@ class Table:
 
     Attributes:
         name: such as "table_5"
-        caption: what it shows, and for how many models
+        caption: what it shows, and the number of models
         numbers: long form: one row per cell, in %
         layout: the paper's form: text
     """
 
     name: str              # such as "table_5"
-    caption: str           # what it shows, and for how many models
+    caption: str           # what it shows, and the number of models
     numbers: pd.DataFrame  # long form: one row per cell, in %
     layout: pd.DataFrame   # the paper's form: text
 
@@ -202,11 +208,11 @@ class Table:
         return f"<p>{self.caption}</p>{self.layout.to_html()}"
 
     def to_markdown(self) -> str:
-        "Caption and layout as a page in Markdown shows them."
+        "Caption and layout in Markdown."
         return f"{self.caption}\n\n{markdown_table(self.layout)}"
 
     def to_latex(self) -> str:
-        "A table with caption and label, without the number that LaTeX gives it."
+        "Table with caption and label; LaTeX adds the number."
         caption = re.sub(r"^Table (\d+),", r"The paper's Table \1,", re.sub(r"^Table \d+\. ", "", self.caption))
         return latex_table(self.layout, caption, f"tab:{self.name.replace('_', '-')}")
 
@@ -230,15 +236,15 @@ def zoo_title(
 # %% ../nbs/30_tables.ipynb #56f7eeae
 def cell_numbers(
     metrics: pd.DataFrame,    # tidy metrics of the models and epochs that the table shows
-    by: Sequence[str],        # what makes a cell, "zoo" first
-    measures: Sequence[str],  # what is shown, in order
+    by: Sequence[str],        # columns that identify a cell, "zoo" first
+    measures: Sequence[str],  # columns to show, in order
 ) -> pd.DataFrame:            # by, metric, mean, std, n; in %, zoos and selectors in their order in `metrics`
     """Mean and spread of every cell, sorted as in the table.
 
     Args:
         metrics: tidy metrics of the models and epochs that the table shows
-        by: what makes a cell, "zoo" first
-        measures: what is shown, in order
+        by: columns that identify a cell, "zoo" first
+        measures: columns to show, in order
 
     Returns:
         pd.DataFrame: by, metric, mean, std, n; in %, zoos and selectors in their order in `metrics`
@@ -275,7 +281,7 @@ def arrange(
 def model_counts(
     numbers: pd.DataFrame,  # with zoo and n
 ) -> str:                   # such as "USPS (s) Seed: 16 models."
-    """How many models each zoo has, for the caption.
+    """The number of models of each zoo, for the caption.
 
     Args:
         numbers: with zoo and n
@@ -284,7 +290,8 @@ def model_counts(
         str: such as "USPS (s) Seed: 16 models."
     """
     counts = numbers.groupby("zoo", sort=False)["n"].max()
-    return "; ".join(f"{zoo_title(zoo)}: {n} model{'s' if n != 1 else ''}" for zoo, n in counts.items()) + "." if len(counts) else "No models."
+    count = lambda zoo, n: f"{zoo_title(zoo)}: {n} model{'s' if n != 1 else ''}"
+    return "; ".join(count(zoo, n) for zoo, n in counts.items()) + "." if len(counts) else "No models."
 
 # %% ../nbs/30_tables.ipynb #30aa0002
 def several_selectors(
@@ -304,7 +311,7 @@ def several_selectors(
 def selector_text(
     rows: pd.DataFrame,  # with zoo and selector
 ) -> str:                # a sentence; empty where nothing was pruned
-    """Say who chose the weights that were pruned.
+    """Name the selectors.
 
     Args:
         rows: with zoo and selector
@@ -320,11 +327,11 @@ def selector_text(
     zoos = [f"{zoo_title(zoo)}: {', '.join(own(zoo, name) for name in names)}" for zoo, names in of_zoos]
     return f"Selectors of {'; '.join(zoos)}."
 
-
+# %% ../nbs/30_tables.ipynb #1d1b479a
 def caption_end(
     numbers: pd.DataFrame,  # with zoo, selector and n
 ) -> str:                   # one or two sentences
-    """Say who chose the weights, and how many models there are.
+    """Name the selectors and count the models.
 
     Args:
         numbers: with zoo, selector and n
@@ -353,7 +360,8 @@ def table_4(
     texts["W"] = [f"{weights:.0f}" if weights != "" else "" for weights in texts["W"]]
     texts.insert(7, "Models", [f"{n:,}{size}" for n, size in zip(numbers["n"], sizes)])
     layout = texts.set_index(pd.Index(numbers["zoo"].map(zoo_title), name="Model Zoo"))
-    caption = f"Table 4. Generating factors of the zoos and learning rates of their twins; Printed: the paper's value where another is used. {model_counts(numbers)}"
+    caption = ("Table 4. Generating factors of the zoos and learning rates of their twins; "
+               f"Printed: the paper's value where another is used. {model_counts(numbers)}")
     return Table("table_4", caption, numbers, layout)
 
 # %% ../nbs/30_tables.ipynb #1a797805
@@ -393,7 +401,8 @@ def table_5(
     cells = pd.DataFrame({
         "Model Zoo": numbers["zoo"].map(zoo_title), "Selector": numbers["selector"].replace("", "own"),
         "Metric": numbers["metric"].map(NAMES),
-        "Sparsity": numbers["level"].map("{:.0%}".format), "Epoch": numbers["epoch"], "cell": list(map(mean_std, numbers["mean"], numbers["std"])),
+        "Sparsity": numbers["level"].map("{:.0%}".format), "Epoch": numbers["epoch"],
+        "cell": list(map(mean_std, numbers["mean"], numbers["std"])),
     })
     caption = f"Table 5. Magnitude pruning before (epoch 0) and after fine-tuning: mean (std) in %. {caption_end(zoos)}"
     names = ["Model Zoo", *(["Selector"] if several else []), "Metric"]
@@ -416,13 +425,14 @@ def table_6(
         "Epoch": numbers["epoch"], "cell": list(map(mean_std, numbers["mean"], numbers["std"])),
     })
     caption = f"Table 6. Variational dropout over its epochs: mean (std) in %. {model_counts(numbers)}"
-    return Table("table_6", caption, numbers, arrange(cells.sort_values("Epoch", kind="stable"), ["Model Zoo", "Metric"], ["Epoch"]))
+    layout = arrange(cells.sort_values("Epoch", kind="stable"), ["Model Zoo", "Metric"], ["Epoch"])
+    return Table("table_6", caption, numbers, layout)
 
 # %% ../nbs/30_tables.ipynb #d67a2ac5
 def layer_measures(
     metrics: pd.DataFrame,  # tidy metrics
 ) -> dict[str, str]:        # column -> heading, such as "sparsity_conv1" -> "Conv 1"
-    """What Tables 7 and 8 show, in order.
+    """The measures of Tables 7 and 8, in order.
 
     Args:
         metrics: tidy metrics
@@ -474,7 +484,7 @@ def table_7(
 def emptied_layers(
     numbers: pd.DataFrame,  # of Table 8: zoo, selector, level, metric, mean; in %
 ) -> str:                   # a sentence; empty where every layer keeps more than a thousandth of its weights
-    """Name the layers that pruning has emptied, where accuracy tells of the choice of weights rather than of their number.
+    """Name the layers that pruning emptied: accuracy there reflects which weights were chosen, not how many.
 
     Args:
         numbers: of Table 8: zoo, selector, level, metric, mean; in %
@@ -485,7 +495,8 @@ def emptied_layers(
     empty = numbers[numbers["metric"].str.startswith("sparsity_") & (numbers["mean"] > 99.9)]
     told = lambda of: f"{zoo_title(of.zoo)}, {of.selector} at {of.level:.0%}: {of.metric.removeprefix('sparsity_')}"
     names = "; ".join(map(told, empty.itertuples()))
-    return f" Emptied layers ({names}): a collapse there is the selector's choice of weights, not their number." if names else ""
+    text = f" Emptied layers ({names}): a collapse there is the selector's choice of weights, not their number."
+    return text if names else ""
 
 
 def table_8(
@@ -504,7 +515,8 @@ def table_8(
     rows, by = rows[wanted] if wanted.any() else rows, ["zoo", "selector", "level", "epoch"]
     numbers = cell_numbers(rows, by, list(headings))
     cells = _layer_cells(numbers, headings, Selector=numbers["selector"], Spars=numbers["level"].map("{:.0%}".format))
-    caption = f"Table 8. Sparsity by layer, magnitude pruning after fine-tuning: mean (std over models) in %. {caption_end(numbers)}{emptied_layers(numbers)}"
+    caption = ("Table 8. Sparsity by layer, magnitude pruning after fine-tuning: mean (std over models) in %. "
+               f"{caption_end(numbers)}{emptied_layers(numbers)}")
     names = ["Model Zoo", *(["Selector"] if several_selectors(numbers) else []), "Spars"]
     return Table("table_8", caption, numbers, arrange(cells, names, ["Metric"]))
 
@@ -555,7 +567,7 @@ def table_empty(
 def states_text(
     states: pd.DataFrame,  # from choose_states, or a table's numbers; zoo, method, selector, level, epoch, target
 ) -> str:                  # sentences for a caption
-    """Say which twins a table shows.
+    """Name the twins that a table shows.
 
     Args:
         states: from choose_states, or a table's numbers; zoo, method, selector, level, epoch, target
@@ -614,30 +626,33 @@ def state_layout(
 # %% ../nbs/30_tables.ipynb #37c010b8
 def table_1(
     metrics: pd.DataFrame,         # tidy metrics of one or more zoos
-    level: float | None = None,    # of magnitude pruning; none: as printed, else 80 %
-    target: float | None = None,   # sparsity of variational dropout; none: as printed, else the level
+    level: float | None = None,    # of magnitude pruning; None: as printed, else 80 %
+    target: float | None = None,   # sparsity of variational dropout; None: as printed, else the level
 ) -> Table:
     """Table 1: agreement between twins and their originals.
 
     Args:
         metrics: tidy metrics of one or more zoos
-        level: of magnitude pruning; none: as printed, else 80 %
-        target: sparsity of variational dropout; none: as printed, else the level
+        level: of magnitude pruning; None: as printed, else 80 %
+        target: sparsity of variational dropout; None: as printed, else the level
     """
     states = choose_states(metrics, TABLE_1_STATES, level, target)
     rows = rows_of_states(metrics, states)
     by = ["zoo", "method", "selector", "level", "epoch", "target"]
     numbers = cell_numbers(rows, by, ["test_acc", "sparsity", "agreement"])
     headings = {"test_acc": "Accuracy", "sparsity": "Sparsity", "agreement": "Agreem"}
-    cells = numbers.assign(heading=numbers["metric"].map(headings), cell=list(map(mean_std, numbers["mean"], numbers["std"])))
-    caption = f"Table 1. Agreement of twins with their own originals: mean (std) in %. {model_counts(numbers)} {states_text(states)}"
+    cells = numbers.assign(
+        heading=numbers["metric"].map(headings), cell=list(map(mean_std, numbers["mean"], numbers["std"])),
+    )
+    caption = ("Table 1. Agreement of twins with their own originals: mean (std) in %. "
+               f"{model_counts(numbers)} {states_text(states)}")
     return Table("table_1", caption, numbers, state_layout(cells))
 
 # %% ../nbs/30_tables.ipynb #b7f07e98
 def table_partners(
     numbers: pd.DataFrame,  # from twins.partner_agreements, perhaps older than its column selector
 ) -> Table:
-    """Eq. 1 of twins with different partners, beside Table 1.
+    """Eq. 1 of twins with different partners, to compare with Table 1.
 
     Args:
         numbers: from twins.partner_agreements, perhaps older than its column selector
@@ -646,14 +661,15 @@ def table_partners(
     titles = {"Model Zoo": numbers["zoo"].map(zoo_title), "Method": method_titles(numbers)}
     titles |= {"Agreement with": numbers["partner"]}
     cells = numbers.assign(cell=list(map(mean_std, numbers["mean"], numbers["std"])), **titles)
-    caption = f"Agreement of the twins of Table 1 with their own originals, with other originals and with each other: mean (std) over pairs in %. {model_counts(numbers)}"
+    caption = ("Agreement of the twins of Table 1 with their own originals, with other originals and with each other: "
+               f"mean (std) over pairs in %. {model_counts(numbers)}")
     return Table("table_partners", caption, numbers, arrange(cells, ["Model Zoo", "Method"], ["Agreement with"]))
 
 # %% ../nbs/30_tables.ipynb #d7c09b4d
 def state_correlations(
     metrics: pd.DataFrame,  # tidy metrics
     states: pd.DataFrame,   # from choose_states
-) -> pd.DataFrame:          # zoo, method, selector, level, epoch, metric, value, std (of the sparsity), low, high, n; in %
+) -> pd.DataFrame:          # zoo, method, selector, level, epoch, metric, value, std (of sparsity), low, high, n; in %
     """Mean sparsity and both coefficients of every chosen state.
 
     Args:
@@ -661,14 +677,16 @@ def state_correlations(
         states: from choose_states
 
     Returns:
-        pd.DataFrame: zoo, method, selector, level, epoch, metric, value, std (of the sparsity), low, high, n; in %
+        pd.DataFrame: zoo, method, selector, level, epoch, metric, value, std (of sparsity), low, high, n; in %
     """
     parts, metrics = [], with_selectors(metrics)
     for state in states.itertuples():
         rows = metrics[(metrics["zoo"] == state.zoo) & metrics["selector"].isin(["", state.selector])]
         level = None if np.isnan(state.level) else state.level
         found = correlation(rows, state.method, state.epoch, level).rename(columns={"coefficient": "metric"})
-        percent = found.assign(**{name: 100 * found[name] for name in ("value", "low", "high")}, selector=state.selector)
+        percent = found.assign(
+            **{name: 100 * found[name] for name in ("value", "low", "high")}, selector=state.selector,
+        )
         chosen = rows_of_states(rows, states.loc[[state.Index]])
         mean = cell_numbers(chosen, ["zoo", "method", "selector", "level", "epoch"], ["sparsity"])
         parts += [mean.rename(columns={"mean": "value"}), percent]
@@ -681,7 +699,7 @@ def _coefficient_cell(
     low: float,    # in %; NaN for the sparsity, which has no interval
     high: float,   # in %
 ) -> str:          # such as "90.0 [85.1, 93.4]"
-    """Format a coefficient with its interval; a missing one is shown as a dash.
+    """Format a coefficient with its interval; a dash if it is missing.
 
     Args:
         value: in %
@@ -696,21 +714,25 @@ def _coefficient_cell(
 # %% ../nbs/30_tables.ipynb #26c925ec
 def table_2(
     metrics: pd.DataFrame,         # tidy metrics of one or more zoos
-    level: float | None = None,    # of magnitude pruning; none: as printed, else 80 %
-    target: float | None = None,   # sparsity of variational dropout; none: as printed, else the level
+    level: float | None = None,    # of magnitude pruning; None: as printed, else 80 %
+    target: float | None = None,   # sparsity of variational dropout; None: as printed, else the level
 ) -> Table:
     """Table 2: correlation between the accuracies of originals and twins.
 
     Args:
         metrics: tidy metrics of one or more zoos
-        level: of magnitude pruning; none: as printed, else 80 %
-        target: sparsity of variational dropout; none: as printed, else the level
+        level: of magnitude pruning; None: as printed, else 80 %
+        target: sparsity of variational dropout; None: as printed, else the level
     """
     states = choose_states(metrics, TABLE_2_STATES, level, target)
     numbers = state_correlations(metrics, states)
     headings = {"sparsity": "Sparsity", "pearson": "Pearson's r", "kendall": "Kendall's tau"}
-    cells = numbers.assign(heading=numbers["metric"].map(headings), cell=list(map(_coefficient_cell, numbers["value"], numbers["low"], numbers["high"])))
-    caption = f"Table 2. Correlation of the accuracies of originals and twins, in %, with 95 % bootstrap intervals. {model_counts(numbers)} {states_text(states)}"
+    cells = numbers.assign(
+        heading=numbers["metric"].map(headings),
+        cell=list(map(_coefficient_cell, numbers["value"], numbers["low"], numbers["high"])),
+    )
+    caption = ("Table 2. Correlation of the accuracies of originals and twins, in %, with 95 % bootstrap intervals. "
+               f"{model_counts(numbers)} {states_text(states)}")
     return Table("table_2", caption, numbers, state_layout(cells))
 
 # %% ../nbs/30_tables.ipynb #79fc7658
@@ -731,15 +753,18 @@ def table_9(
     cells = pd.DataFrame({
         "Model Zoo": numbers["zoo"].map(zoo_title),
         "Measure": numbers["metric"].map(headings) + " " + method_titles(numbers, {"mp": "MP", "vd": "VD"}),
-        "cell": list(map(mean_std, numbers["mean"], numbers["std"])), "order": numbers["method"].map(list(METHOD_TITLES).index),
+        "cell": list(map(mean_std, numbers["mean"], numbers["std"])),
+        "order": numbers["method"].map(list(METHOD_TITLES).index),
     })
     layout = arrange(cells.sort_values("order", kind="stable"), ["Model Zoo"], ["Measure"])
-    caption = f"Table 9. Agreement between originals and twins: mean (std) in %. {model_counts(numbers)} {states_text(numbers)}"
+    caption = ("Table 9. Agreement between originals and twins: mean (std) in %. "
+               f"{model_counts(numbers)} {states_text(numbers)}")
     return Table("table_9", caption, numbers, layout)
 
 # %% ../nbs/30_tables.ipynb #dc79a1bb
 TABLES = {
-    "table_1": table_1, "table_2": table_2, "table_4": table_4, "table_5": table_5, "table_6": table_6, "table_7": table_7, "table_8": table_8, "table_9": table_9,
+    "table_1": table_1, "table_2": table_2, "table_4": table_4, "table_5": table_5, "table_6": table_6,
+    "table_7": table_7, "table_8": table_8, "table_9": table_9,
     "table_empty": table_empty,
 }
 
@@ -761,14 +786,14 @@ def all_tables(
 def save_table(
     table: Table,      # what to save
     path: Path | str,  # such as "figures/usps_seed/table_5.csv"
-    formats: Collection[str] | None = None,  # instead of the path's own: those of csv, md and tex are written
+    formats: Collection[str] | None = None,  # instead of the path's own: any of csv, md and tex
 ) -> None:
-    """Save a table, each file whole or not at all; raises `UserError` for another file type.
+    """Save a table, each file completely or not at all; raises `UserError` for another file type.
 
     Args:
         table: what to save
         path: such as "figures/usps_seed/table_5.csv"
-        formats: instead of the path's own: those of csv, md and tex are written
+        formats: instead of the path's own: any of csv, md and tex
     """
     numbers = partial(table.numbers.to_csv, index=False, float_format="%.6g", lineterminator="\n")
     texts = {".csv": numbers, ".md": table.to_markdown, ".tex": table.to_latex}
