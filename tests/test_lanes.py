@@ -347,6 +347,7 @@ def test_the_arithmetic_is_that_of_every_other_machine():
     assert lanes.arithmetic() == ARITHMETIC
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="these instruction sets belong to x86")
 @pytest.mark.parametrize("command, machine, level, width", [
     ("g++", "x86-64-v3", "-O1", 8), ("g++", "x86-64", "-O1", 4), ("clang++", "x86-64-v3", "-O1", 8), ("clang++", "native", "-O2", None),
@@ -366,6 +367,7 @@ def test_other_registers_and_compilers_yield_the_same_bits(command, machine, lev
     assert lanes.arithmetic.__wrapped__() == ARITHMETIC
 
 
+@pytest.mark.slow
 def test_another_arithmetic_has_another_name(monkeypatch, tmp_path):
     """A compiler that may reorder sums and multiply by reciprocals."""
     flags = [flag.replace("-O3", "-O1") for flag in lanes._flags("float")]
