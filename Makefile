@@ -12,7 +12,7 @@ NOTEBOOK ?= run_zoo
 VENV := .venv
 BIN := $(VENV)/bin
 RUNS ?= runs
-LONG := ^(paper_appendix|predict_a_twin|bring_your_own|77_during_training|46_soup_questions|76_robustness|73_module_soups|19_averaging|44_soups|50_bench|51_bench_published|52_costs)
+LONG := ^(15_selectors|24_distances|28_blocks|29_workers|31_figures|47_zoo_data|60_hyperreps|61_probes|78_network_studies|hyper_representations|paper_appendix|predict_a_twin|bring_your_own|77_during_training|46_soup_questions|76_robustness|73_module_soups|19_averaging|44_soups|50_bench|51_bench_published|52_costs)
 SCRATCH := scratch=$$(mktemp -d) && trap 'rm -rf $$scratch' EXIT && ZOOTWINS_STORE=$$scratch/zoos ZOOTWINS_FIGURES=$$scratch/figures OMP_NUM_THREADS=1
 
 # Notebooks keep pictures only where the kernel may choose its own backend.

@@ -255,6 +255,7 @@ def test_gaps_are_shifted_by_whole_epochs(good):
     assert np.isnan(found.loc[("usps_seed", 0), "before"]) and np.isnan(found.loc[("usps_seed", 25), "after"]) and found.loc[("usps_seed", 25), "paper"] == 6.0
 
 
+@pytest.mark.slow
 def test_a_candidate_is_excluded_beyond_two_bootstrap_errors(good):
     tried = d.reproduces(good, CELLS).query("method == 'vd' and family == 'original and twin'").iloc[0]
     state = good[(good["method"] == "vd")].pivot(index="model", columns="epoch", values="test_acc")

@@ -83,6 +83,7 @@ def wait_for(condition, process=None, seconds=90):
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_a_pool_of_processes_gives_the_same_bits(tmp_path, images, alone):
     plan = plan_in(tmp_path)
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
@@ -220,6 +221,7 @@ def test_only_the_last_data_set_stays_in_a_workers_memory(monkeypatch, images):
     w._loaded.clear()
 
 
+@pytest.mark.slow
 def test_a_broken_pool_is_told_and_a_later_run_goes_on(tmp_path, images):
     plan, same = (plan_in(tmp_path / name, epochs=10) for name in ("plan", "same"))
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:

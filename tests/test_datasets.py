@@ -473,7 +473,7 @@ def test_subset_takes_the_first_and_leaves_the_rest():
     assert torch.equal(few.x_train, images.x_train[:32]) and torch.equal(few.y_test, images.y_test[:10])
     assert few.x_val is images.x_val and subset(images, n_test=10).x_train.shape == images.x_train.shape
     for wrong in (0, -1, 1201):
-        with pytest.raises(UserError, match=f"{wrong} of them"):
+        with pytest.raises(UserError, match=f"{wrong} are not available"):
             subset(images, wrong)
 
 

@@ -53,6 +53,7 @@ def test_the_same_metrics_give_the_same_bytes(tmp_path, name, suffix):
     assert (tmp_path / f"one{suffix}").read_bytes() == (tmp_path / f"two{suffix}").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".png", ".pdf", ".svg"])
 def test_the_same_frequencies_give_the_same_bytes(tmp_path, suffix):
     save_figure(figure_3(removal()), tmp_path / f"one{suffix}")

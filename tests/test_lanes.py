@@ -347,6 +347,7 @@ def test_the_arithmetic_is_that_of_every_other_machine():
     assert lanes.arithmetic() == ARITHMETIC
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="these instruction sets belong to x86")
 @pytest.mark.parametrize("command, machine, level, width", [
     ("g++", "x86-64-v3", "-O1", 8), ("g++", "x86-64", "-O1", 4), ("clang++", "x86-64-v3", "-O1", 8), ("clang++", "native", "-O2", None),
@@ -366,6 +367,7 @@ def test_other_registers_and_compilers_yield_the_same_bits(command, machine, lev
     assert lanes.arithmetic.__wrapped__() == ARITHMETIC
 
 
+@pytest.mark.slow
 def test_another_arithmetic_has_another_name(monkeypatch, tmp_path):
     """A compiler that may reorder sums and multiply by reciprocals."""
     flags = [flag.replace("-O3", "-O1") for flag in lanes._flags("float")]
@@ -436,7 +438,7 @@ def renamed(tensors):
     (lambda state: state.masks.update({"module_list.0.weight": torch.ones(2, 8, 1, 5, 4, dtype=torch.bool)}), r"\(masks\) has to be bool \[2, 8, 1, 5, 5\]"),
     (lambda state: state.masks.update({"module_list.0.weight": torch.ones(1, 8, 1, 5, 5, dtype=torch.bool)}), r"\(masks\) has to be bool \[2, 8, 1, 5, 5\]"),
     (lambda state: state.masks.update({"module_list.0.weight": torch.ones(2, 8, 1, 5, 5)}), "float32"),
-    (lambda state: state.masks.update({"other": torch.ones(2, dtype=torch.bool)}), "no parameters other"),
+    (lambda state: state.masks.update({"other": torch.ones(2, dtype=torch.bool)}), r"lack \(other\)"),
     (lambda state: state.first.update({"module_list.0.bias": torch.zeros(2, 7)}), r"\(first\) has to be float32 \[2, 8\]"),
     (lambda state: state.first.update({"module_list.0.bias": torch.zeros(2, 8).double()}), "float64"),
     (lambda state: state.first.clear(), "first moments"),

@@ -53,7 +53,7 @@ def test_what_cannot_be_is_one_line(arguments, capsys, tmp_path, monkeypatch):
 def test_the_script_goes_on_until_all_is_there(tmp_path):
     def start(limit):
         command = ["bash", ROOT / "benchmarks" / "resnet18_gpu.sh", tmp_path / "runs", "3"]
-        return subprocess.run(command, env=os.environ | {"TOY": "1", "LIMIT": limit}, capture_output=True, text=True)
+        return subprocess.run(command, env=os.environ | {"TOY": "1", "LIMIT": limit, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}, capture_output=True, text=True)
 
     over = start("1")
     assert over.returncode == 75 and "start again" in over.stdout

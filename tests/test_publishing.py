@@ -58,7 +58,7 @@ def test_the_card_tells_the_numbers_of_the_data(tmp_path, plan):
     metrics = load_metrics(plan)
     last = metrics.query("method == 'vd' and epoch == 2")
     assert f"{100 * last['test_acc'].mean():.1f} ({100 * last['test_acc'].std():.1f})" in text
-    assert "12 models" in text and 'license: "cc0-1.0"' in text and "80 for training and 50 for the test" in text
+    assert "12 models" in text and 'license: "cc0-1.0"' in text and "80 for training and 50 for testing" in text
     assert "{" not in text.split("---\n", 2)[2] and str(tmp_path) not in text
 
 

@@ -42,6 +42,7 @@ def all_in_one_kernel(folder, *runs):
     NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": str(ROOT / "nbs")}}).execute()
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_again_and_again_in_one_kernel(tmp_path):
     all_in_one_kernel(tmp_path, {"n_models": 2, "levels": "0,90", "origin": "a name of one's own"}, {"n_models": 1, "methods": "", "model": 3})
     record = json.loads((tmp_path / "figures" / "digits_seed" / "run.json").read_text())

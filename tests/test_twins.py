@@ -1,4 +1,5 @@
 """Stages on disk: resumed, extended, never mixed up."""
+import contextlib
 import json
 import multiprocessing
 import os
@@ -6,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -182,7 +184,7 @@ def test_whoever_interrupts_keeps_the_finished_epochs(tmp_path, engine):
                 os.kill(os.getpid(), number)
                 time.sleep(0.01)
             return plan.engine.train_epoch(state, *arguments)
-        with pytest.raises(Interrupted, match="what is done is kept") as error:
+        with pytest.raises(twins.Interrupted, match="what is done is kept") as error:
             run(replace(plan, engine=replace(plan.engine, train_epoch=train_epoch)))
         assert says(error.value) and error.value._render_traceback_() == [str(error.value)]
 
@@ -247,3 +249,16 @@ def test_a_limit_on_memory_ends_in_a_run_or_a_sentence(tmp_path):
             except UserError as error:
                 assert says(error)
         assert in_child(limited) == 0, extra
+
+
+def test_an_interruption_that_python_swallows_stops_the_run_all_the_same(tmp_path):
+    """Exceptions in callbacks of the garbage collector are printed and forgotten."""
+    stop, before = threading.Event(), signal.getsignal(signal.SIGINT)
+    with pytest.raises(twins.Interrupted, match="what is done is kept"), twins.interruptible(tmp_path, stop):
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert stop.is_set()
+        raise InterruptedError("The work was interrupted.")
+    assert signal.getsignal(signal.SIGINT) is before
+    with pytest.raises(InterruptedError), twins.interruptible(tmp_path, threading.Event()):
+        raise InterruptedError("Another thread wanted no more.")

@@ -73,7 +73,7 @@ def bootstrap_interval(
     confidence: float = 0.95,  # share of the resamples inside
     seed: int = 0,             # the same seed draws the same resamples
 ) -> tuple[float, float]:      # low, high
-    """Percentile interval of a coefficient; resamples in which a sample is constant are left out.
+    """Percentile interval of a coefficient, without resamples in which a sample is constant.
 
     Args:
         resampled: gives the coefficient of every resample, as the two functions above
@@ -113,7 +113,9 @@ def correlate(
     defined = len(x) > 2 and np.ptp(x) > 0 and np.ptp(y) > 0
     rows = []
     for name, (exact, resampled) in COEFFICIENTS.items():
-        value, (low, high) = (float(exact(x, y)[0]), bootstrap_interval(resampled, x, y, **options)) if defined else (np.nan, (np.nan, np.nan))
+        value, low, high = np.nan, np.nan, np.nan
+        if defined:
+            value, (low, high) = float(exact(x, y)[0]), bootstrap_interval(resampled, x, y, **options)
         rows.append({"coefficient": name, "value": value, "low": low, "high": high, "n": len(x)})
     return pd.DataFrame(rows)
 
@@ -124,7 +126,7 @@ def paired_accuracy(
     epoch: int,                  # of the twins
     level: float | None = None,  # of magnitude pruning
 ) -> pd.DataFrame:               # one row per model: zoo, model, before, after, sparsity
-    """Test accuracy of originals and twins, model by model; empty where either is missing.
+    """Test accuracy of originals and twins, model by model; models without both are left out.
 
     Args:
         metrics: tidy metrics
@@ -182,7 +184,8 @@ def most_influential(
     Returns:
         pd.Series: pearson and kendall of all models; model, and both coefficients without it
     """
-    coefficients = lambda rows: correlate(rows["before"], rows["after"], resamples=1).set_index("coefficient")["value"].to_dict()
+    table = lambda rows: correlate(rows["before"], rows["after"], resamples=1).set_index("coefficient")
+    coefficients = lambda rows: table(rows)["value"].to_dict()
     whole = coefficients(pairs)
     if len(pairs) < 4:
         return pd.Series(whole | dict.fromkeys(["model", "pearson_without", "kendall_without"], np.nan))
@@ -190,4 +193,5 @@ def most_influential(
     r = pearson_of_resamples(x, y, 1 - np.eye(len(pairs)))
     worst = int(np.nanargmax(np.abs(r - whole["pearson"]))) if np.isfinite(r).any() else 0
     without = coefficients(pairs[np.arange(len(pairs)) != worst])
-    return pd.Series(whole | {"model": pairs["model"].iloc[worst]} | {f"{name}_without": value for name, value in without.items()})
+    named = {f"{name}_without": value for name, value in without.items()}
+    return pd.Series(whole | {"model": pairs["model"].iloc[worst]} | named)

@@ -27,7 +27,8 @@ from torch import Tensor
 
 from .architectures import ACTIVATIONS
 from .core import UserError, atomic_path, cache_folder
-from .lanes import (CLASSES, IMAGE_SHAPES, LAYERS, PLAIN_TENSORS, TENSORS, _check_images, _check_models, _check_weights, _processor,
+from .lanes import (CLASSES, IMAGE_SHAPES, LAYERS, PLAIN_TENSORS, TENSORS,
+                            _check_images, _check_models, _check_weights, _processor,
                             compiler, noise_sites, tensor_shapes)
 from .training import Engine, Recipe, State, rate_factors, rates_and_decays
 from .variational import kl_weight
@@ -38,7 +39,7 @@ SOURCE, HEADER = (Path(str(files("zootwins"))) / name for name in ("gpu.cu", "el
 
 @dataclass(frozen=True)
 class Variant:
-    """What is compiled at once.
+    """One compiled variant of the source.
 
     Attributes:
         architecture: a key of IMAGE_SHAPES
@@ -49,21 +50,21 @@ class Variant:
     noisy: bool         # with variational layers
 
     def options(self) -> list[str]:
-        "The macros that choose it."
+        "The macros that select it."
         return [f"-DNET={list(IMAGE_SHAPES).index(self.architecture)}", f"-DNOISY={int(self.noisy)}"]
 
     def file(
         self,
-        kind: str,          # beginning of the file's name
-        suffix: str,        # its end
-        parts: list[str],   # what it depends on besides the source
+        kind: str,          # beginning of the file name
+        suffix: str,        # end of the file name
+        parts: list[str],   # everything it depends on besides the source
     ) -> Path:              # in the user's cache
-        """Name the file in which a build is kept.
+        """The path under which a build is kept.
 
         Args:
-            kind: beginning of the file's name
-            suffix: its end
-            parts: what it depends on besides the source
+            kind: beginning of the file name
+            suffix: end of the file name
+            parts: everything it depends on besides the source
 
         Returns:
             Path: in the user's cache
@@ -76,7 +77,7 @@ class Variant:
 def _host_flags(
     scalar: str,  # "float" or "double"
 ) -> list[str]:   # for the compiler
-    """Give the compiler's flags for this machine; no product and sum are fused that the source does not fuse.
+    """The compiler flags for this machine; only what the source fuses is fused.
 
     Args:
         scalar: "float" or "double"
@@ -92,7 +93,7 @@ def _compile_for_host(
     variant: Variant,  # what to build
     scalar: str,       # "float" or "double"
 ) -> Path:             # of the library
-    """Build a library unless it is there already; raises `UserError` without a working compiler.
+    """Build a library unless it exists; raises `UserError` without a working compiler.
 
     Args:
         variant: what to build
@@ -102,16 +103,19 @@ def _compile_for_host(
         Path: of the library
     """
     if (command := compiler()) is None:
-        raise UserError("No C++ compiler was found to build the GPU engine for the processor: install g++ or clang++, or use engine='torch'.")
+        raise UserError("No C++ compiler was found to build the GPU engine for the processor: install g++ or clang++, "
+                        "or use engine='torch'.")
     version = subprocess.run([command, "--version"], capture_output=True, text=True, check=True).stdout
     flags = _host_flags(scalar)
     path = variant.file("host", ".so", [version, *flags, _processor()])
     if not path.exists():
         with atomic_path(path) as temporary:
-            result = subprocess.run([command, *flags, *variant.options(), "-x", "c++", str(SOURCE), "-o", str(temporary)], capture_output=True, text=True)
+            result = subprocess.run([command, *flags, *variant.options(), "-x", "c++", str(SOURCE),
+                                     "-o", str(temporary)], capture_output=True, text=True)
             if result.returncode:
                 reason = next((line for line in result.stderr.splitlines() if "error" in line), result.stderr[:200])
-                raise UserError(f"{command} could not build {SOURCE.name} ({reason.strip()}): install a current g++ or clang++, or use engine='torch'.")
+                raise UserError(f"{command} could not build {SOURCE.name} ({reason.strip()}): install a current g++ or "
+                                "clang++, or use engine='torch'.")
     return path
 
 # %% ../nbs/14_gpu.ipynb #8abc8f81
@@ -120,7 +124,7 @@ def host_library(
     variant: Variant,       # which net, with or without noise
     scalar: str = "float",  # or "double", to compare with other engines
 ) -> ctypes.CDLL:           # the compiled engine
-    """Load the engine as a program for the processor, building it first if need be; raises `UserError` if that fails.
+    """Load the host build of the engine, building it if necessary; raises `UserError` if that fails.
 
     Args:
         variant: which net, with or without noise
@@ -132,7 +136,8 @@ def host_library(
     try:
         library = ctypes.CDLL(str(_compile_for_host(variant, scalar)))
     except (OSError, subprocess.SubprocessError) as error:
-        raise UserError(f"The GPU engine could not be built for the processor, or not be loaded from {cache_folder()} ({error}): use engine='torch'.") from error
+        raise UserError(f"The GPU engine could not be built for the processor, or not be loaded from {cache_folder()} "
+                        f"({error}): use engine='torch'.") from error
     for name in ("job_size", "gradient_size", "part_size"):
         getattr(library, name).restype = ctypes.c_longlong
     return library
@@ -142,33 +147,36 @@ VARIANTS = [Variant(architecture, noisy) for architecture in IMAGE_SHAPES for no
 
 # %% ../nbs/14_gpu.ipynb #77b8bbc0
 class Job(ctypes.Structure):
-    "What to do with a population, field by field as in gpu.cu."
+    "A task for the engine, field by field as in gpu.cu."
 
     _fields_ = [
         *[(name, ctypes.c_int) for name in ("models", "samples", "batch", "epoch", "nesterov")],
-        ("dropout_site", ctypes.c_int * (LAYERS - 1)), ("noise_site", ctypes.c_int * LAYERS), ("kl_weight", ctypes.c_double),
-        *[(name, ctypes.c_void_p) for name in ("images", "labels", "keys", "dropout_threshold", "activation", "adam", "rate", "decay", "dropout_scale",
-                                               "factor", "correction1", "correction2", "masks", "weights", "first", "second", "gradients", "order", "room",
+        ("dropout_site", ctypes.c_int * (LAYERS - 1)),
+        ("noise_site", ctypes.c_int * LAYERS), ("kl_weight", ctypes.c_double),
+        *[(name, ctypes.c_void_p) for name in ("images", "labels", "keys", "dropout_threshold",
+                                               "activation", "adam", "rate", "decay", "dropout_scale",
+                                               "factor", "correction1", "correction2", "masks",
+                                               "weights", "first", "second", "gradients", "order", "room",
                                                "loss", "accuracy", "predictions", "logits", "stop")],
     ]
 
     def __init__(self, **numbers: int):
         super().__init__(**numbers)
-        self.held: dict[str, Tensor] = {}  # what the pointers point to, kept alive as long as the job
+        self.held: dict[str, Tensor] = {}  # the tensors pointed to, kept alive with the job
 
     def hold(
         self,
-        field: str,      # one that is a pointer
+        field: str,      # name of a pointer
         tensor: Tensor,  # of the element type in gpu.cu
-    ) -> Tensor:         # the same, contiguous and aligned for reading four numbers at once
+    ) -> Tensor:         # the same, contiguous and aligned for loads of four numbers
         """Point a field to a tensor.
 
         Args:
-            field: one that is a pointer
+            field: name of a pointer
             tensor: of the element type in gpu.cu
 
         Returns:
-            Tensor: the same, contiguous and aligned for reading four numbers at once
+            Tensor: the same, contiguous and aligned for loads of four numbers
         """
         tensor = tensor.contiguous()
         self.held[field] = tensor if tensor.data_ptr() % 32 == 0 else tensor.clone()
@@ -179,14 +187,14 @@ class Job(ctypes.Structure):
 def pack(
     tensors: dict[str, Tensor],     # name -> [models, ...]
     shapes: dict[str, tuple[int, ...]],  # all parameters of a model, in order
-    missing: Tensor | None = None,  # [models, 1], stands for each number of a tensor that is not there
+    missing: Tensor | None = None,  # [models, 1], fills in for missing tensors
 ) -> Tensor:                        # [models, parameters], a copy
-    """Put all parameters of a model side by side; raises `UserError` for tensors of other shapes.
+    """Concatenate all parameters of each model; raises `UserError` for tensors of other shapes.
 
     Args:
         tensors: name -> [models, ...]
         shapes: all parameters of a model, in order
-        missing: [models, 1], stands for each number of a tensor that is not there
+        missing: [models, 1], fills in for missing tensors
 
     Returns:
         Tensor: [models, parameters], a copy
@@ -194,15 +202,17 @@ def pack(
     models, size = len(next(iter(tensors.values()))), lambda name: torch.Size(shapes[name]).numel()
     for name, tensor in tensors.items():
         if name not in shapes or tuple(tensor.shape) != (models, *shapes[name]):
-            raise UserError(f"{name} of {models} models has to be of shape {[models, *shapes.get(name, ())]}, and is {list(tensor.shape)}: give the tensors of one population.")
-    return torch.cat([tensors[name].detach().flatten(1) if name in tensors else missing.expand(-1, size(name)) for name in shapes], 1)
+            raise UserError(f"{name} of {models} models has to be of shape {[models, *shapes.get(name, ())]}, and is "
+                            f"{list(tensor.shape)}: give the tensors of one population.")
+    return torch.cat([tensors[name].detach().flatten(1) if name in tensors
+                      else missing.expand(-1, size(name)) for name in shapes], 1)
 
 
 def unpack(
     flat: Tensor,                        # [models, parameters]
     shapes: dict[str, tuple[int, ...]],  # all parameters of a model, in order
 ) -> dict[str, Tensor]:                  # name -> [models, ...], copies
-    """Take them apart again.
+    """Split the vectors into parameters again.
 
     Args:
         flat: [models, parameters]
@@ -215,7 +225,7 @@ def unpack(
     return {name: part.reshape(len(flat), *shape).contiguous() for (name, shape), part in zip(shapes.items(), parts)}
 
 # %% ../nbs/14_gpu.ipynb #4b9a098c
-_seen: "weakref.WeakValueDictionary[tuple, Tensor]" = weakref.WeakValueDictionary()  # labels that were checked
+_seen: "weakref.WeakValueDictionary[tuple, Tensor]" = weakref.WeakValueDictionary()  # labels already checked
 
 
 def _check_once(
@@ -223,7 +233,7 @@ def _check_once(
     x: Tensor,          # [N, C, H, W]
     y: Tensor,          # [N]
 ) -> None:
-    """Raise `UserError` for images that do not fit the architecture or their labels, and for labels that are no classes.
+    """Raise `UserError` if the images do not fit the architecture or the labels, or a label is not a class.
 
     Args:
         architecture: a key of IMAGE_SHAPES
@@ -242,8 +252,8 @@ def _common_job(
     activations: Iterable[str],  # one per model
     x: Tensor,                   # [N, C, H, W]
     y: Tensor,                   # [N]
-) -> Job:                        # still without what only training or only evaluation needs
-    """Describe what training and evaluation have in common.
+) -> Job:                        # without the fields specific to training or evaluation
+    """Set up the fields that training and evaluation share.
 
     Args:
         weights: [models, parameters]
@@ -253,7 +263,7 @@ def _common_job(
         y: [N]
 
     Returns:
-        Job: still without what only training or only evaluation needs
+        Job: without the fields specific to training or evaluation
     """
     _check_once(architecture, x, y)
     models, device = len(weights), weights.device
@@ -261,7 +271,8 @@ def _common_job(
     job.hold("weights", weights)
     job.hold("images", x.detach().to(device, weights.dtype))
     job.hold("labels", y.to(device, torch.int32))
-    job.hold("activation", torch.tensor([list(ACTIVATIONS).index(name) for name in activations], dtype=torch.int32).to(device, non_blocking=True))
+    job.hold("activation", torch.tensor(
+        [list(ACTIVATIONS).index(name) for name in activations], dtype=torch.int32).to(device, non_blocking=True))
     for field in ("loss", "accuracy"):
         job.hold(field, torch.zeros(models, dtype=torch.float64, device=device))
     return job
@@ -270,17 +281,18 @@ def _common_job(
 def _add_factors(
     job: Job,         # from _common_job
     state: State,     # of any models
-    recipe: Recipe,   # how to move
+    recipe: Recipe,   # how to train
 ) -> None:
-    """Enter what differs from model to model and from step to step.
+    """Set the fields that differ between models and between steps.
 
     Args:
         job: from _common_job
         state: of any models
-        recipe: how to move
+        recipe: how to train
     """
     models, like = state.population.models, job.held["weights"]
-    put = lambda field, values, dtype=None: job.hold(field, torch.as_tensor(values).to(like.device, dtype or like.dtype, non_blocking=True))
+    put = lambda field, values, dtype=None: job.hold(
+        field, torch.as_tensor(values).to(like.device, dtype or like.dtype, non_blocking=True))
     rates, decays = rates_and_decays(models, recipe, "cpu")
     dropout = torch.tensor(list(models["dropout"]), dtype=torch.float64)
     put("rate", rates)
@@ -300,32 +312,34 @@ def _training_job(
     state: State,       # of any models
     x: Tensor,          # [N, C, H, W]
     y: Tensor,          # int64 [N]
-    recipe: Recipe,     # how to move
+    recipe: Recipe,     # how to train
     shapes: dict[str, tuple[int, ...]],  # all parameters of a model, in order
-    gradient_size: int,  # bytes that a model's gradients need in main memory
+    gradient_size: int,  # bytes of main memory for a model's gradients
 ) -> Job:               # complete
-    """Describe one epoch of training.
+    """Set up one epoch of training.
 
     Args:
         state: of any models
         x: [N, C, H, W]
         y: int64 [N]
-        recipe: how to move
+        recipe: how to train
         shapes: all parameters of a model, in order
-        gradient_size: bytes that a model's gradients need in main memory
+        gradient_size: bytes of main memory for a model's gradients
 
     Returns:
         Job: complete
     """
     population, stack = state.population, next(iter(state.population.weights.values()))
     job = _common_job(pack(population.weights, shapes), population.architecture, population.models["activation"], x, y)
-    job.batch, job.epoch, job.nesterov, job.kl_weight = min(recipe.batch_size, len(x)), state.epoch + 1, recipe.nesterov, kl_weight(state.epoch + 1)
+    job.batch, job.epoch, job.nesterov, job.kl_weight = (
+        min(recipe.batch_size, len(x)), state.epoch + 1, recipe.nesterov, kl_weight(state.epoch + 1))
     job.dropout_site[:], job.noise_site[:] = noise_sites(population.architecture, recipe.variational)
     for field, moments in (("first", state.first), ("second", state.second)):
         if moments:
             job.hold(field, pack(moments, shapes))
     if state.masks:
-        job.hold("masks", pack(state.masks, shapes, torch.ones(len(stack), 1, dtype=torch.bool, device=stack.device)).to(torch.uint8))
+        job.hold("masks", pack(
+            state.masks, shapes, torch.ones(len(stack), 1, dtype=torch.bool, device=stack.device)).to(torch.uint8))
     _add_factors(job, state, recipe)
     job.hold("gradients", torch.empty(len(stack), gradient_size, dtype=torch.uint8, device=stack.device))
     for field in ("order", "room"):
@@ -333,14 +347,16 @@ def _training_job(
     return job
 
 # %% ../nbs/14_gpu.ipynb #14b38dfe
-def _nvrtc_paths() -> list[str]:  # what exists, best first
-    """Find NVIDIA's compiler: in NVIDIA's wheels, in PyTorch, in a CUDA toolkit, or wherever the loader looks.
+def _nvrtc_paths() -> list[str]:  # candidates, best first
+    """Find NVIDIA's compiler in NVIDIA's wheels, PyTorch, a CUDA toolkit, or the loader's search path.
 
     Returns:
-        list[str]: what exists, best first
+        list[str]: candidates, best first
     """
-    roots = [Path(root) for name in ("nvidia", "torch") if (spec := importlib.util.find_spec(name)) for root in spec.submodule_search_locations or []]
-    patterns = ["cu*/lib/libnvrtc.so.*", "cuda_nvrtc/lib/libnvrtc.so.*", "lib/libnvrtc.so*", "lib/libnvrtc-[0-9a-f]*.so*"]
+    roots = [Path(root) for name in ("nvidia", "torch") if (spec := importlib.util.find_spec(name))
+             for root in spec.submodule_search_locations or []]
+    patterns = ["cu*/lib/libnvrtc.so.*", "cuda_nvrtc/lib/libnvrtc.so.*",
+                "lib/libnvrtc.so*", "lib/libnvrtc-[0-9a-f]*.so*"]
     found = [str(path) for root in roots for pattern in patterns for path in sorted(root.glob(pattern), reverse=True)]
     toolkit = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "lib64" / "libnvrtc.so"
     return [*found, *[str(toolkit)] * toolkit.exists(), "libnvrtc.so"]
@@ -358,21 +374,22 @@ def nvrtc() -> ctypes.CDLL:  # NVIDIA's runtime compiler
             return ctypes.CDLL(path)
         except OSError:
             continue
-    raise UserError("NVIDIA's runtime compiler (NVRTC) was not found: install a torch with CUDA, or pip install nvidia-cuda-nvrtc, or use engine='torch'.")
+    raise UserError("NVIDIA's runtime compiler (NVRTC) was not found: install a torch with CUDA, or pip install "
+                    "nvidia-cuda-nvrtc, or use engine='torch'.")
 
 # %% ../nbs/14_gpu.ipynb #ecdb5973
 def _nvrtc_text(
     get: str,                  # such as "ProgramLog"
     program: ctypes.c_void_p,  # being compiled
-) -> bytes:                    # what NVRTC has to give under that name
-    """Fetch what came of compiling.
+) -> bytes:                    # NVRTC's output of that name
+    """Fetch a result of compilation.
 
     Args:
         get: such as "ProgramLog"
         program: being compiled
 
     Returns:
-        bytes: what NVRTC has to give under that name
+        bytes: NVRTC's output of that name
     """
     size = ctypes.c_size_t()
     getattr(nvrtc(), f"nvrtcGet{get}Size")(program, ctypes.byref(size))
@@ -385,7 +402,7 @@ def gpu_options(
     variant: Variant,   # what to build
     architecture: str,  # of the GPU, such as "sm_90"
 ) -> list[str]:         # for NVRTC
-    """Give NVRTC's options: quick roots and quotients, as exact as single precision needs here.
+    """NVRTC's options: fast roots and quotients, precise enough for single precision here.
 
     Args:
         variant: what to build
@@ -394,14 +411,15 @@ def gpu_options(
     Returns:
         list[str]: for NVRTC
     """
-    return ["--std=c++17", f"--gpu-architecture={architecture}", "--ftz=true", "--prec-div=false", "--prec-sqrt=false", "-maxrregcount=128", *variant.options()]
+    return ["--std=c++17", f"--gpu-architecture={architecture}", "--ftz=true",
+            "--prec-div=false", "--prec-sqrt=false", "-maxrregcount=128", *variant.options()]
 
-
+# %% ../nbs/14_gpu.ipynb #c97ec1f0
 def compile_for_gpu(
     variant: Variant,   # what to build
     architecture: str,  # of the GPU, such as "sm_90"
     extra: tuple[str, ...] = (),  # more options
-) -> tuple[bytes, str]:  # the program (a cubin) and what the compiler said
+) -> tuple[bytes, str]:  # the program (a cubin) and the compiler's log
     """Compile the source with NVRTC; raises `UserError` if that fails.
 
     Args:
@@ -410,7 +428,7 @@ def compile_for_gpu(
         extra: more options
 
     Returns:
-        tuple[bytes, str]: the program (a cubin) and what the compiler said
+        tuple[bytes, str]: the program (a cubin) and the compiler's log
     """
     program, options = ctypes.c_void_p(), [option.encode() for option in [*gpu_options(variant, architecture), *extra]]
     headers, names = (ctypes.c_char_p * 1)(HEADER.read_bytes()), (ctypes.c_char_p * 1)(HEADER.name.encode())
@@ -420,12 +438,13 @@ def compile_for_gpu(
         log = _nvrtc_text("ProgramLog", program).rstrip(b"\0").decode()
         if failed:
             reason = next((line for line in log.splitlines() if "error" in line), log[:200])
-            raise UserError(f"NVRTC could not compile {SOURCE.name} for {architecture} ({reason.strip()}): install a current nvidia-cuda-nvrtc, or use engine='torch'.")
+            raise UserError(f"NVRTC could not compile {SOURCE.name} for {architecture} ({reason.strip()}): install a "
+                            "current nvidia-cuda-nvrtc, or use engine='torch'.")
         return _nvrtc_text("CUBIN", program), log
     finally:
         nvrtc().nvrtcDestroyProgram(ctypes.byref(program))
 
-
+# %% ../nbs/14_gpu.ipynb #bd6129b8
 def _nvrtc_version() -> tuple[int, int]:  # major, minor
     """Ask NVRTC for its version.
 
@@ -438,13 +457,13 @@ def _nvrtc_version() -> tuple[int, int]:  # major, minor
 
 
 def cubin(
-    variant: Variant,   # what is wanted
+    variant: Variant,   # which net, with or without noise
     architecture: str,  # of the GPU, such as "sm_90"
 ) -> bytes:             # a program for it
-    """Compile for a GPU, or take what was compiled before.
+    """Compile for a GPU, or load an earlier build.
 
     Args:
-        variant: what is wanted
+        variant: which net, with or without noise
         architecture: of the GPU, such as "sm_90"
 
     Returns:
@@ -460,12 +479,12 @@ def cubin(
 class GpuProgram:
     "The engine on one GPU."
 
-    MAX_SHARED = 8  # number of an attribute in the driver's interface
+    MAX_SHARED = 8  # number of the attribute in the driver API
 
     def __init__(
         self,
         variant: Variant,      # which net, with or without noise
-        device: torch.device,  # where it will run
+        device: torch.device,  # the GPU to run on
     ):
         capability, properties = torch.cuda.get_device_capability(device), torch.cuda.get_device_properties(device)
         self.device, self.driver = device, ctypes.CDLL("libcuda.so.1")
@@ -474,33 +493,35 @@ class GpuProgram:
         self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self.context), number)
         self._call("cuCtxSetCurrent", self.context)
         self._call("cuModuleLoadData", ctypes.byref(self.module), cubin(variant, "sm_{}{}".format(*capability)))
-        self.threads, self.shared_size, self.gradient_size = map(self._size, ("threads_per_block", "shared_bytes", "gradient_bytes"))
+        self.threads, self.shared_size, self.gradient_size = map(
+            self._size, ("threads_per_block", "shared_bytes", "gradient_bytes"))
         if self.shared_size > properties.shared_memory_per_block_optin:
-            raise UserError(f"{variant.architecture} needs {self.shared_size // 1024} kB of shared memory and {properties.name} has "
-                            f"{properties.shared_memory_per_block_optin // 1024}: use engine='torch', or another GPU.")
+            raise UserError(f"{variant.architecture} needs {self.shared_size // 1024} kB of shared memory and "
+                            f"{properties.name} has {properties.shared_memory_per_block_optin // 1024}: use "
+                            "engine='torch', or another GPU.")
 
     def _call(
         self,
-        name: str,   # of a function of the driver
-        *arguments,  # as ctypes wants them
+        name: str,   # a driver function
+        *arguments,  # as ctypes expects them
     ) -> None:
         """Call the driver; raises `RuntimeError` if it reports an error.
 
         Args:
-            name: of a function of the driver
-            *arguments: as ctypes wants them
+            name: a driver function
+            *arguments: as ctypes expects them
         """
         if code := getattr(self.driver, name)(*arguments):
             raise RuntimeError(f"The CUDA driver reports error {code} in {name}.")
 
     def _size(
         self,
-        name: str,  # of an array in the source that says by its size what a block needs
+        name: str,  # an array in the source whose size states a requirement of a block
     ) -> int:       # bytes
-        """Ask for the size of an array.
+        """Query the size of an array.
 
         Args:
-            name: of an array in the source that says by its size what a block needs
+            name: an array in the source whose size states a requirement of a block
 
         Returns:
             int: bytes
@@ -514,7 +535,7 @@ class GpuProgram:
         name: str,  # "shuffle", "train" or "evaluate"
         job: Job,   # complete, on this GPU
     ) -> None:
-        """Launch one block for each model, on PyTorch's stream.
+        """Launch one block per model on PyTorch's stream.
 
         Args:
             name: "shuffle", "train" or "evaluate"
@@ -523,7 +544,7 @@ class GpuProgram:
         self._call("cuCtxSetCurrent", self.context)
         function = ctypes.c_void_p()
         self._call("cuModuleGetFunction", ctypes.byref(function), self.module, name.encode())
-        shared = 0 if name == "shuffle" else self.shared_size  # which needs little
+        shared = 0 if name == "shuffle" else self.shared_size  # shuffling needs little
         if shared:
             self._call("cuFuncSetAttribute", function, self.MAX_SHARED, shared)
         arguments = (ctypes.c_void_p * 1)(ctypes.addressof(job))
@@ -535,13 +556,13 @@ _under_way: list[ctypes.c_int] = []  # stop flags of all work on the host
 
 
 def interrupt() -> None:
-    "End all work under way on the host with an `InterruptedError`."
+    "Stop all work on the host with an `InterruptedError`."
     for stop in list(_under_way):
         stop.value = 1
 
-
+# %% ../nbs/14_gpu.ipynb #9273d666
 class HostProgram:
-    "The engine as a program for the processor."
+    "The host build of the engine."
 
     def __init__(
         self,
@@ -556,7 +577,7 @@ class HostProgram:
         name: str,  # "shuffle", "train" or "evaluate"
         job: Job,   # complete, on the CPU
     ) -> None:
-        """Take one model after the other; raises `MemoryError`, or `InterruptedError` after `interrupt`.
+        """Run one model after another; raises `MemoryError`, or `InterruptedError` after `interrupt`.
 
         Args:
             name: "shuffle", "train" or "evaluate"
@@ -570,20 +591,21 @@ class HostProgram:
         finally:
             _under_way.remove(stop)
         if code:
-            raise (InterruptedError, MemoryError)[code - 1]("The work was interrupted." if code == 1 else "The GPU engine ran out of memory on the host.")
+            raise (InterruptedError, MemoryError)[code - 1]("The work was interrupted." if code == 1
+                                                            else "The GPU engine ran out of memory on the host.")
 
-
+# %% ../nbs/14_gpu.ipynb #f3e6c055
 @cache
 def program(
     variant: Variant,      # which net, with or without noise
-    device: torch.device,  # where the weights are
+    device: torch.device,  # device of the weights
     dtype: torch.dtype,    # of the weights
 ) -> GpuProgram | HostProgram:
-    """Load the engine for one device; raises `UserError` where it cannot run.
+    """Load the engine for a device; raises `UserError` if it cannot run there.
 
     Args:
         variant: which net, with or without noise
-        device: where the weights are
+        device: device of the weights
         dtype: of the weights
     """
     if device.type == "cpu":
@@ -597,7 +619,7 @@ def _shapes(
     architecture: str,  # a key of IMAGE_SHAPES
     variational: bool,  # with log variances
 ) -> dict[str, tuple[int, ...]]:  # name -> shape for one model
-    """The parameters in their order in gpu.cu.
+    """The parameters in the order of gpu.cu.
 
     Args:
         architecture: a key of IMAGE_SHAPES
@@ -610,18 +632,18 @@ def _shapes(
 
 
 def train_epoch(
-    state: State,    # of any models; moved in place by one epoch
+    state: State,    # of any models; updated in place
     x: Tensor,       # float32 [N, C, H, W], on the state's device
     y: Tensor,       # int64 [N]
-    recipe: Recipe,  # how to move
+    recipe: Recipe,  # how to train
 ) -> tuple[Tensor, Tensor]:  # float64 [models] each: running mean cross-entropy and accuracy in train mode
-    """Train all models for one epoch; raises `UserError` for models, images or labels that the engine cannot take.
+    """Train all models for one epoch; raises `UserError` for unsupported models, images or labels.
 
     Args:
-        state: of any models; moved in place by one epoch
+        state: of any models; updated in place
         x: float32 [N, C, H, W], on the state's device
         y: int64 [N]
-        recipe: how to move
+        recipe: how to train
 
     Returns:
         tuple[Tensor, Tensor]: float64 [models] each: running mean cross-entropy and accuracy in train mode
@@ -630,9 +652,11 @@ def train_epoch(
     _check_models(population.architecture, models["activation"], models["optimizer"])
     _check_weights(population.weights, population.architecture, recipe.variational)
     if recipe.batch_size < 1 or not models["dropout"].between(0, 1, inclusive="left").all():
-        raise UserError(f"A batch has at least one image (here {recipe.batch_size}), and dropout is at least 0 and below 1 (here up to {models['dropout'].max()}).")
+        raise UserError(f"A batch has at least one image (here {recipe.batch_size}), and dropout is at least 0 and "
+                        f"below 1 (here up to {models['dropout'].max()}).")
     for moments in (state.first, state.second):
-        if moments.keys() != population.weights.keys() and (moments or moments is state.first or (models["optimizer"] == "adam").any()):
+        if moments.keys() != population.weights.keys() and (moments or moments is state.first
+                                                            or (models["optimizer"] == "adam").any()):
             raise UserError("The moments do not belong to these weights: begin anew with training.begin.")
     stack, shapes = next(iter(population.weights.values())), _shapes(population.architecture, recipe.variational)
     engine = program(Variant(population.architecture, recipe.variational), stack.device, stack.dtype)
@@ -645,7 +669,7 @@ def train_epoch(
     state.epoch, state.steps = state.epoch + 1, state.steps + -(-len(x) // recipe.batch_size)
     return job.held["loss"], job.held["accuracy"]
 
-
+# %% ../nbs/14_gpu.ipynb #beac639d
 def _evaluated(
     weights: dict[str, Tensor],  # plain, stacked
     architecture: str,           # name of the architecture
@@ -653,8 +677,8 @@ def _evaluated(
     x: Tensor,                   # [N, C, H, W]
     y: Tensor,                   # [N]
     wanted: str,                 # "predictions" or "logits"
-) -> Job:                        # done
-    """Show images to all models.
+) -> Job:                        # with results
+    """Run all models on the same images.
 
     Args:
         weights: plain, stacked
@@ -665,7 +689,7 @@ def _evaluated(
         wanted: "predictions" or "logits"
 
     Returns:
-        Job: done
+        Job: with results
     """
     _check_models(architecture, activations := list(activations))
     _check_weights(weights, architecture, variational=False)
@@ -676,18 +700,18 @@ def _evaluated(
     program(Variant(architecture, False), stack.device, stack.dtype).run("evaluate", job)
     return job
 
-
+# %% ../nbs/14_gpu.ipynb #8ddf8560
 def evaluate(
-    weights: dict[str, Tensor],  # plain stacked parameters: pruned or `variational.deterministic` where need be
+    weights: dict[str, Tensor],  # plain stacked parameters, if needed pruned or made `variational.deterministic`
     architecture: str,           # name of the architecture
     activations: Iterable[str],  # one per model
     x: Tensor,                   # float32 [N, C, H, W], on the weights' device
     y: Tensor,                   # int64 [N]
 ) -> tuple[Tensor, Tensor]:      # mean cross-entropy float64 [models], predicted classes uint8 [models, N]
-    """Judge all models on the same images; raises `UserError` as `train_epoch` does.
+    """Evaluate all models on the same images; raises `UserError` like `train_epoch`.
 
     Args:
-        weights: plain stacked parameters: pruned or `variational.deterministic` where need be
+        weights: plain stacked parameters, if needed pruned or made `variational.deterministic`
         architecture: name of the architecture
         activations: one per model
         x: float32 [N, C, H, W], on the weights' device
@@ -706,7 +730,7 @@ def logits(
     activations: Iterable[str],  # one per model
     x: Tensor,                   # float32 [N, C, H, W], on the weights' device
 ) -> Tensor:                     # of the weights' type, [models, N, CLASSES]
-    """What all models give before the softmax; raises `UserError` as `train_epoch` does.
+    """The logits of all models; raises `UserError` like `train_epoch`.
 
     Args:
         weights: plain stacked parameters, as for `evaluate`
@@ -724,7 +748,7 @@ def logits(
 def why_unavailable(
     architecture: str,  # of the models
 ) -> str:               # empty if the engine can train them on a GPU here
-    """Say why the engine cannot train some models on a GPU, and what to do, in a sentence.
+    """Explain in one sentence why the engine cannot train some models on a GPU, and what to do.
 
     Args:
         architecture: of the models
@@ -740,21 +764,23 @@ def why_unavailable(
         for noisy in (False, True):
             program(Variant(architecture, noisy), torch.device("cuda", torch.cuda.current_device()), torch.float32)
     except (UserError, OSError, RuntimeError) as error:
-        return str(error) if isinstance(error, UserError) else f"The GPU engine cannot be loaded ({error}): use engine torch."
+        return (str(error) if isinstance(error, UserError)
+                else f"The GPU engine cannot be loaded ({error}): use engine torch.")
     return ""
 
-
+# %% ../nbs/14_gpu.ipynb #fae95abe
 def block_width() -> int:  # models
-    """How many models to train together: eight for each multiprocessor, so that few idle at the end of an epoch.
+    """The number of models to train together: eight per multiprocessor, to keep most busy until the end of an epoch.
 
     Returns:
         int: models
     """
-    return 8 * (torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count if torch.cuda.is_available() else 1)
+    return 8 * (torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+                if torch.cuda.is_available() else 1)
 
 
 def arithmetic() -> str:  # such as "gpu sm_90 0123456789ab"
-    """Name what the bits depend on: the source, NVIDIA's compiler, and the kind of GPU.
+    """Name what determines the bits: the source, NVIDIA's compiler, and the GPU architecture.
 
     Returns:
         str: such as "gpu sm_90 0123456789ab"

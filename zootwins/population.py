@@ -32,7 +32,7 @@ from .untrusted import find_state, merge_masks, ordinary_size, read_table
 from .zoos import Zoo, model_table
 
 # %% ../nbs/05_population.ipynb #2037b458
-COUNT = "num_batches_tracked"  # of a batch normalisation, which has no use for it
+COUNT = "num_batches_tracked"  # of batch normalisations; not needed
 
 
 @dataclass
@@ -40,12 +40,12 @@ class Population:
     """Models of one architecture: stacked weights, and one row of generating factors each.
 
     Attributes:
-        weights: state-dict name -> float32 [models, ...], with the running statistics of batch normalisations
+        weights: state-dict name -> float32 [models, ...], including running statistics
         models: model, seed, activation, init, optimizer, lr, wd, dropout, parent
         architecture: name in architectures.ARCHITECTURES
     """
 
-    weights: dict[str, Tensor]  # state-dict name -> float32 [models, ...], with the running statistics of batch normalisations
+    weights: dict[str, Tensor]  # state-dict name -> float32 [models, ...], including running statistics
     models: pd.DataFrame        # model, seed, activation, init, optimizer, lr, wd, dropout, parent
     architecture: str           # name in architectures.ARCHITECTURES
 
@@ -55,14 +55,14 @@ class Population:
     def __getitem__(
         self,
         which: slice | Sequence[int] | np.ndarray,  # positions, not model numbers
-    ) -> "Population":                              # a population of its own (weights are copied)
-        """Take some of the models.
+    ) -> "Population":                              # an independent population (weights are copied)
+        """Select models by position.
 
         Args:
             which: positions, not model numbers
 
         Returns:
-            'Population': a population of its own (weights are copied)
+            'Population': an independent population (weights are copied)
         """
         rows = np.arange(len(self))[which]
         index = torch.as_tensor(np.atleast_1d(rows))
@@ -71,12 +71,12 @@ class Population:
 
     def numbered(
         self,
-        numbers: Iterable[int],  # of models, any number of times
+        numbers: Iterable[int],  # model numbers; repeats are allowed
     ) -> "Population":           # in this order
-        """Take models by their numbers; raises `UserError` for one that is not there.
+        """Select models by number; raises `UserError` if one does not exist.
 
         Args:
-            numbers: of models, any number of times
+            numbers: model numbers; repeats are allowed
 
         Returns:
             'Population': in this order
@@ -92,7 +92,7 @@ class Population:
         self,
         i: int,          # position in the population
     ) -> nn.Module:      # an ordinary module with the model's weights, activation and dropout
-        """Give one model as a module.
+        """Turn one model into a module.
 
         Args:
             i: position in the population
@@ -113,34 +113,34 @@ HELD = {nn.Conv2d: ("weight", "bias"), nn.Linear: ("weight", "bias"),
 
 
 def check_norm(
-    path: str,         # of a layer
+    path: str,         # path of the layer
     layer: nn.Module,  # one of NORMS
 ) -> None:
-    """Raise `UserError` for a normalisation whose results would depend on how images are grouped, or that has several numbers a channel.
+    """Raise `UserError` if a normalisation depends on how images are batched, or has several weights per channel.
 
     Args:
-        path: of a layer
+        path: path of the layer
         layer: one of NORMS
     """
     batch = isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d))
     if batch and (layer.running_mean is None or layer.momentum is None):
-        raise UserError(f"The layer {path} has no running statistics with a fixed momentum: what it gives would depend on "
-                        "the batch; use track_running_stats=True and a momentum such as 0.1.")
+        raise UserError(f"The layer {path} has no running statistics with a fixed momentum: its output would depend "
+                        "on the batch; use track_running_stats=True and a momentum such as 0.1.")
     if layer.weight is not None and layer.weight.ndim > 1:
-        raise UserError(f"The layer {path} normalises over {layer.weight.ndim} dimensions: only a weight for each channel can be taken.")
+        raise UserError(f"The layer {path} normalises over {layer.weight.ndim} dimensions: only one weight per "
+                        "channel is supported.")
 
 
 def parameter_shapes(
     architecture: str,            # a name in ARCHITECTURES
-) -> dict[str, tuple[int, ...]]:  # of one model, by state-dict name; running statistics of batch normalisations among them
-    """Names and shapes of an architecture's parameters; raises `UserError` if some are not those of layers and normalisations.
+) -> dict[str, tuple[int, ...]]:  # of one model, by state-dict name, including running statistics
+    """Names and shapes of an architecture's parameters; raises `UserError` if some belong to an unsupported layer.
 
     Args:
         architecture: a name in ARCHITECTURES
 
     Returns:
-        dict[str, tuple[int, ...]]: of one model, by state-dict name; running statistics of batch normalisations among
-            them
+        dict[str, tuple[int, ...]]: of one model, by state-dict name, including running statistics
     """
     module = build(architecture)
     for path, layer in module.named_modules():
@@ -167,7 +167,7 @@ BIAS = 0.01
 
 def initial_weight(
     init: str,                 # one of INITS
-    shape: tuple[int, ...],    # of one model's weight, outputs first
+    shape: tuple[int, ...],    # shape of one model's weight, outputs first
     keys: Tensor,              # int64 [models, 2]
     site: int,                 # number of the parameter, from 1
 ) -> Tensor:                   # float32 [models, *shape]
@@ -175,7 +175,7 @@ def initial_weight(
 
     Args:
         init: one of INITS
-        shape: of one model's weight, outputs first
+        shape: shape of one model's weight, outputs first
         keys: int64 [models, 2]
         site: number of the parameter, from 1
 
@@ -199,7 +199,7 @@ def initial_population(
     zoo: str,              # names the random streams
     run_seed: int = 0,     # for independent repetitions of a whole zoo
 ) -> Population:           # untrained models
-    """Draw the initial weights of some models; they do not depend on which others are drawn beside them.
+    """Draw the initial weights of some models, independently of which others are drawn with them.
 
     Args:
         models: generating factors, one row each
@@ -215,7 +215,7 @@ def initial_population(
     module, shapes = build(architecture), parameter_shapes(architecture)
     weights = {name: torch.full((len(models), *shape), BIAS) for name, shape in shapes.items()}
     for path, layer in module.named_modules():
-        if isinstance(layer, NORMS):  # begins as PyTorch has it: it changes nothing yet
+        if isinstance(layer, NORMS):  # PyTorch's initial values, which change nothing yet
             held = {f"{path}.{name}": tensor.detach() for name, tensor in layer.state_dict().items() if name != COUNT}
             weights |= {name: tensor.expand(len(models), *tensor.shape).clone() for name, tensor in held.items()}
     for init, rows in models.groupby("init").groups.items():
@@ -227,15 +227,15 @@ def initial_population(
 
 
 def sample_population(
-    zoo: Zoo,                     # the registry's entry
-    n_models: int | None = None,  # how many; none: the zoo's own number
+    zoo: Zoo,                     # entry in the registry
+    n_models: int | None = None,  # number of models; default: the whole zoo
     run_seed: int = 0,            # for independent repetitions of a whole zoo
 ) -> Population:                  # untrained models
-    """Draw the initial weights of a zoo's models; raises `UserError` for a number of models that it cannot have.
+    """Draw the initial weights of a zoo's models; raises `UserError` for an impossible number of models.
 
     Args:
-        zoo: the registry's entry
-        n_models: how many; none: the zoo's own number
+        zoo: entry in the registry
+        n_models: number of models; default: the whole zoo
         run_seed: for independent repetitions of a whole zoo
 
     Returns:
@@ -248,7 +248,7 @@ def plain_weights(
     saved: object,                         # a state dict, or a dictionary with one
     expected: dict[str, tuple[int, ...]],  # from parameter_shapes
 ) -> dict[str, Tensor]:                    # float32 on the CPU, in that order
-    """Take one model's weights; raises `ValueError` that says what does not fit.
+    """Extract one model's weights; raises `ValueError` that says what does not fit.
 
     Args:
         saved: a state dict, or a dictionary with one
@@ -271,7 +271,7 @@ def check_weights(
     state: Mapping[str, Tensor],           # of one model
     expected: dict[str, tuple[int, ...]],  # from parameter_shapes
 ) -> None:
-    """Raise `ValueError` for names, shapes, types and numbers that do not fit.
+    """Raise `ValueError` if names, shapes, types or values do not fit.
 
     Args:
         state: of one model
@@ -294,16 +294,16 @@ def check_weights(
 
 # %% ../nbs/05_population.ipynb #62fc60a5
 def from_state_dicts(
-    state_dicts: Sequence[Mapping[str, Tensor]],  # of modules alike in structure
+    state_dicts: Sequence[Mapping[str, Tensor]],  # of modules with the same structure
     architecture: str,                            # a name in ARCHITECTURES that builds such modules
-    models: pd.DataFrame | None = None,           # generating factors, one row each; none: as `plain_models` gives them
+    models: pd.DataFrame | None = None,           # generating factors, one row each; default: `plain_models`
 ) -> Population:                                  # on the CPU
-    """Stack state dicts into a population; raises `UserError` if there are none or they do not fit the architecture.
+    """Stack state dicts into a population; raises `UserError` if there are none or one does not fit.
 
     Args:
-        state_dicts: of modules alike in structure
+        state_dicts: of modules with the same structure
         architecture: a name in ARCHITECTURES that builds such modules
-        models: generating factors, one row each; none: as `plain_models` gives them
+        models: generating factors, one row each; default: `plain_models`
 
     Returns:
         Population: on the CPU
@@ -321,16 +321,16 @@ def from_state_dicts(
 
 # %% ../nbs/05_population.ipynb #1e8de845
 def from_modules(
-    modules: Sequence[nn.Module],         # alike in structure
+    modules: Sequence[nn.Module],         # with the same structure
     architecture: str,                    # a name in ARCHITECTURES that builds such modules
-    models: pd.DataFrame | None = None,   # generating factors, one row each; none: as `plain_models` gives them
+    models: pd.DataFrame | None = None,   # generating factors, one row each; default: `plain_models`
 ) -> Population:                          # on the CPU
     """Stack modules into a population; raises `UserError` if they do not fit the architecture.
 
     Args:
-        modules: alike in structure
+        modules: with the same structure
         architecture: a name in ARCHITECTURES that builds such modules
-        models: generating factors, one row each; none: as `plain_models` gives them
+        models: generating factors, one row each; default: `plain_models`
 
     Returns:
         Population: on the CPU
@@ -339,13 +339,13 @@ def from_modules(
 
 # %% ../nbs/05_population.ipynb #bd206f9c
 def plain_models(
-    n: int,          # how many
+    n: int,          # number of models
     **factors,       # factors that differ from the defaults, such as activation="relu"
 ) -> pd.DataFrame:   # one row per model
     """A table of generating factors for models that come without one.
 
     Args:
-        n: how many
+        n: number of models
         **factors: factors that differ from the defaults, such as activation="relu"
 
     Returns:
@@ -357,17 +357,17 @@ def plain_models(
 
 # %% ../nbs/05_population.ipynb #c84b8a3a
 def complete_models(
-    models: pd.DataFrame | None,  # generating factors, some columns perhaps missing; none: nothing is known
-    n: int,                       # how many there are to be
-) -> pd.DataFrame:                # with all columns of `plain_models`, and those of one's own
-    """Check and complete a table of factors; warns of columns that were missing, raises `UserError` for values that cannot be.
+    models: pd.DataFrame | None,  # generating factors, possibly with missing columns; None: all defaults
+    n: int,                       # expected number of models
+) -> pd.DataFrame:                # with all columns of `plain_models`, and any additional ones
+    """Check and complete a table of factors; warns of missing columns, raises `UserError` for invalid values.
 
     Args:
-        models: generating factors, some columns perhaps missing; none: nothing is known
-        n: how many there are to be
+        models: generating factors, possibly with missing columns; None: all defaults
+        n: expected number of models
 
     Returns:
-        pd.DataFrame: with all columns of `plain_models`, and those of one's own
+        pd.DataFrame: with all columns of `plain_models`, and any additional ones
     """
     if models is None:
         return plain_models(n)
@@ -390,7 +390,7 @@ RANGES = {"lr": "at least 0", "wd": "at least 0", "dropout": "from 0 to below 1"
 def check_factors(
     models: pd.DataFrame,  # generating factors
 ) -> None:
-    """Raise `UserError` for models of the same number and for factors that cannot be; a missing number may be NaN.
+    """Raise `UserError` for duplicate model numbers and impossible factors; NaN stands for an unknown value.
 
     Args:
         models: generating factors
@@ -409,14 +409,14 @@ def check_factors(
 # %% ../nbs/05_population.ipynb #8dfaad74
 def concatenate(
     populations: Sequence[Population],  # of one architecture
-) -> Population:                        # all their models, in that order
+) -> Population:                        # all their models, in order
     """Join populations; raises `UserError` if their architectures differ.
 
     Args:
         populations: of one architecture
 
     Returns:
-        Population: all their models, in that order
+        Population: all their models, in order
     """
     names = {p.architecture for p in populations}
     if len(names) != 1:
@@ -429,7 +429,7 @@ def concatenate(
 def flatten(
     weights: Mapping[str, Tensor],  # stacked plain parameters
 ) -> Tensor:                        # float32 [models, parameters]
-    """Write models as vectors.
+    """Turn models into vectors.
 
     Args:
         weights: stacked plain parameters
@@ -444,7 +444,7 @@ def unflatten(
     vectors: Tensor,      # [models, parameters]
     architecture: str,    # a name in architectures.ARCHITECTURES
 ) -> dict[str, Tensor]:   # stacked parameters
-    """Read models from vectors; raises `UserError` if they have another length.
+    """Turn vectors into models; raises `UserError` if their length is wrong.
 
     Args:
         vectors: [models, parameters]
@@ -463,7 +463,7 @@ def unflatten(
 def noise_shapes(
     architecture: str,            # a name in ARCHITECTURES
 ) -> dict[str, tuple[int, ...]]:  # of one model, by name
-    """What variational dropout adds: a log variance for every weight, and for the biases of convolutions.
+    """The parameters added by variational dropout: a log variance per weight, and per bias of convolutions.
 
     Args:
         architecture: a name in ARCHITECTURES
@@ -479,14 +479,14 @@ def noise_shapes(
     return shapes
 
 # %% ../nbs/05_population.ipynb #556aedb6
-PARAMETERS = ("weight", "log_sigma2", "bias", "log_sigma2_bias", "running_mean", "running_var")  # of a layer, in this order
+PARAMETERS = ("weight", "log_sigma2", "bias", "log_sigma2_bias", "running_mean", "running_var")  # order in a layer
 
 
 def in_order(
     weights: dict[str, Tensor],  # by state-dict name
     architecture: str,           # a name in ARCHITECTURES
 ) -> dict[str, Tensor]:          # the same, layer by layer
-    """Sort parameters as the module has them; safetensors has them by name, so that layer 11 would come before layer 3.
+    """Sort parameters in module order; safetensors sorts by name, which puts layer 11 before layer 3.
 
     Args:
         weights: by state-dict name
@@ -502,15 +502,15 @@ def in_order(
 
 def checked_population(
     weights: Mapping[str, Tensor],  # by name, from a file
-    models: pd.DataFrame,           # generating factors, from the same file or one beside it
-    architecture: str,              # likewise
+    models: pd.DataFrame,           # generating factors, from the same file or its companion
+    architecture: str,              # named by the file
 ) -> Population:                    # with the parameters in order
-    """Raise `UserError` unless these are the float32 weights, with all log variances or none, of that architecture and table.
+    """Make a population; raises `UserError` unless the float32 weights fit the architecture and the table.
 
     Args:
         weights: by name, from a file
-        models: generating factors, from the same file or one beside it
-        architecture: likewise
+        models: generating factors, from the same file or its companion
+        architecture: named by the file
 
     Returns:
         Population: with the parameters in order
@@ -525,7 +525,8 @@ def checked_population(
         if there is None or name not in expected or list(there.shape) != shape or there.dtype != torch.float32:
             found = "missing" if there is None else f"{str(there.dtype).removeprefix('torch.')} {list(there.shape)}"
             raise UserError(f"These are not the weights of {len(models)} models of {architecture}: "
-                            f"{one_line(name)} is {found} and has to be {f'float32 {shape}' if name in expected else 'left out'}.")
+                            f"{one_line(name)} is {found} and has to be "
+                            f"{f'float32 {shape}' if name in expected else 'left out'}.")
     if "model" not in models or models["model"].dtype.kind != "i":
         raise UserError("These models have no numbers: their table needs a column model of whole numbers.")
     return Population(in_order(weights, architecture), models, architecture)
@@ -534,7 +535,7 @@ def checked_population(
 def weights_digest(
     weights: Mapping[str, Tensor],  # stacked
 ) -> str:                           # 32 hexadecimal digits
-    """The checksum of names, types, shapes and bits of some weights.
+    """A checksum of the names, types, shapes and bits of weights.
 
     Args:
         weights: stacked
@@ -544,7 +545,8 @@ def weights_digest(
     """
     parts = []
     for name, tensor in sorted(weights.items()):
-        parts += [f"{name} {tensor.dtype} {list(tensor.shape)} ".encode(), tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data]
+        parts += [f"{name} {tensor.dtype} {list(tensor.shape)} ".encode(),
+                  tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data]
     return digest(*parts)
 
 
@@ -552,7 +554,7 @@ def save_population(
     population: Population,  # what to save
     path: Path | str,        # such as "published/digits/original"; the two suffixes are added
 ) -> None:
-    """Save a population as safetensors and parquet, each whole or not at all; raises `UserError` if they cannot be written.
+    """Save a population as safetensors and parquet, each atomically; raises `UserError` if writing fails.
 
     Args:
         population: what to save
@@ -560,7 +562,8 @@ def save_population(
     """
     path, table = Path(path), io.BytesIO()
     population.models.to_parquet(table)
-    told = {"architecture": population.architecture, "weights": weights_digest(population.weights), "models": digest(table.getvalue())}
+    told = {"architecture": population.architecture,
+            "weights": weights_digest(population.weights), "models": digest(table.getvalue())}
     tensors = {name: tensor.cpu().contiguous() for name, tensor in population.weights.items()}
     for suffix, content in (("parquet", table.getvalue()), ("safetensors", safetensors.torch.save(tensors, told))):
         with atomic_path(path.with_name(f"{path.name}.{suffix}")) as temporary:
@@ -570,7 +573,7 @@ def save_population(
 def load_population(
     path: Path | str,  # as given to save_population
 ) -> Population:       # on the CPU
-    """Load a population; raises `UserError` if a file is missing or damaged or its architecture is not known.
+    """Load a population; raises `UserError` if a file is missing or damaged or the architecture is unknown.
 
     Args:
         path: as given to save_population
@@ -592,15 +595,15 @@ def load_population(
 
 
 def read_stacked(
-    path: Path,  # of a safetensors file
-) -> tuple[dict[str, str], dict[str, Tensor]]:  # what it says of itself, and stacked parameters by name
-    """Read weights; raises `SafetensorError`, `OSError` or `ValueError` if there are none.
+    path: Path,  # a safetensors file
+) -> tuple[dict[str, str], dict[str, Tensor]]:  # its metadata, and stacked parameters by name
+    """Read weights; raises `SafetensorError`, `OSError` or `ValueError` if the file is unreadable.
 
     Args:
-        path: of a safetensors file
+        path: a safetensors file
 
     Returns:
-        tuple[dict[str, str], dict[str, Tensor]]: what it says of itself, and stacked parameters by name
+        tuple[dict[str, str], dict[str, Tensor]]: its metadata, and stacked parameters by name
     """
     ordinary_size(path)
     with safe_open(path, framework="pt") as file:

@@ -54,7 +54,7 @@ class Chain:
     Attributes:
         level: sparsity after the last phase
         m: copies of every model
-        merge: one of averaging.MERGES; "none": every copy goes on by itself
+        merge: one of averaging.MERGES; "none": every copy continues on its own
         epochs: of every phase
         lr: none: each model's own
         schedule: one of schedules.SCHEDULES
@@ -65,14 +65,14 @@ class Chain:
         nesterov: for SGD
         wd: weight decay; none: each model's own
         swa: average every run over its epochs
-        varied: in what copies differ, one of VARIED
+        varied: how copies differ, one of VARIED
         values: of copy 0, 1, ..., at least m; none for seed
     """
 
     level: float = 0.9             # sparsity after the last phase
     phases: int = 3
     m: int = 3                     # copies of every model
-    merge: str = "uniform"         # one of averaging.MERGES; "none": every copy goes on by itself
+    merge: str = "uniform"         # one of averaging.MERGES; "none": every copy continues on its own
     epochs: int = 5                # of every phase
     lr: float | None = None        # none: each model's own
     schedule: str = "constant"     # one of schedules.SCHEDULES
@@ -83,20 +83,20 @@ class Chain:
     nesterov: bool = False         # for SGD
     wd: float | None = None        # weight decay; none: each model's own
     swa: bool = False              # average every run over its epochs
-    varied: str = "seed"           # in what copies differ, one of VARIED
+    varied: str = "seed"           # how copies differ, one of VARIED
     values: tuple[float, ...] = ()  # of copy 0, 1, ..., at least m; none for seed
 
-
+# %% ../nbs/44_soups.ipynb #4414966b
 def check_chain(
-    chain: Chain,  # what a user asks for
-) -> Chain:        # the same, now known to be possible
-    """Raise `UserError` for a chain that cannot be made.
+    chain: Chain,  # requested
+) -> Chain:        # the same, if valid
+    """Raise `UserError` for an invalid chain.
 
     Args:
-        chain: what a user asks for
+        chain: requested
 
     Returns:
-        Chain: the same, now known to be possible
+        Chain: the same, if valid
     """
     check_name(chain.merge, (*MERGES, APART), "merge")
     check_name(chain.selector, SELECTORS, "selector")
@@ -111,12 +111,12 @@ def check_chain(
 
 
 def _check_values(
-    chain: Chain,  # what a user asks for
+    chain: Chain,  # requested
 ) -> None:
-    """Raise `UserError` for values that copies cannot have.
+    """Raise `UserError` for invalid values of copies.
 
     Args:
-        chain: what a user asks for
+        chain: requested
     """
     number = len(chain.values)
     if chain.varied == "seed" and number:
@@ -133,19 +133,19 @@ def _check_values(
             f"not {chain.values or chain.wd}."
         )
 
-
+# %% ../nbs/44_soups.ipynb #1a6de0f5
 def copy_settings(
     chain: Chain,  # whose copies may differ
     copy: int,     # from 0
-) -> Chain:        # a chain whose copies differ in their batch orders alone
-    """How one copy is retrained.
+) -> Chain:        # a chain whose copies differ only in their batch orders
+    """The chain that one copy follows.
 
     Args:
         chain: whose copies may differ
         copy: from 0
 
     Returns:
-        Chain: a chain whose copies differ in their batch orders alone
+        Chain: a chain whose copies differ only in their batch orders
     """
     if chain.varied == "seed":
         return chain
@@ -155,7 +155,7 @@ def copy_settings(
 # %% ../nbs/44_soups.ipynb #9b0d11f9
 @dataclass(frozen=True)
 class Gradual:
-    """How to prune on the way of one run, with copies that are merged before every event.
+    """How to prune gradually within one run, with copies that are merged before every event.
 
     Attributes:
         level: sparsity after the last event
@@ -186,15 +186,15 @@ class Gradual:
 
 
 def check_gradual(
-    gradual: Gradual,  # what a user asks for
-) -> Gradual:          # the same, now known to be possible
-    """Raise `UserError` for gradual pruning that cannot be made.
+    gradual: Gradual,  # requested
+) -> Gradual:          # the same, if valid
+    """Raise `UserError` for an invalid gradual run.
 
     Args:
-        gradual: what a user asks for
+        gradual: requested
 
     Returns:
-        Gradual: the same, now known to be possible
+        Gradual: the same, if valid
     """
     check_name(gradual.selector, SELECTORS, "selector")
     gradual_events(gradual.level, gradual.events, gradual.epochs, gradual.scratch)
@@ -246,7 +246,7 @@ def as_gradual(
     chain: Chain,  # whose budget it gets
     m: int,        # copies
 ) -> Gradual:
-    """Gradual pruning from the originals with as many epochs and prunings as a chain has.
+    """Gradual pruning from the originals, with the epochs and prunings of a chain.
 
     Args:
         chain: whose budget it gets
@@ -276,7 +276,7 @@ def parse_story(
     original_epochs: int,  # of the original training, which had a constant rate
     baselines: str = f"{APART},{LONGER}",  # some of BASELINES
 ) -> dict[tuple[str, int], Chain | Gradual]:  # as from story_chains, checked
-    """Read what a user asks for; raises `UserError` for the first thing that cannot be.
+    """Parse a request; raises `UserError` for the first thing wrong with it.
 
     Args:
         level: sparsity after the last phase, in %
@@ -311,35 +311,35 @@ def parse_story(
 
 
 def check(
-    chain: Chain | Gradual,  # what a user asks for
-) -> Chain | Gradual:        # the same, now known to be possible
-    """Raise `UserError` for what cannot be made.
+    chain: Chain | Gradual,  # requested
+) -> Chain | Gradual:        # the same, if valid
+    """Raise `UserError` for an invalid chain or gradual run.
 
     Args:
-        chain: what a user asks for
+        chain: requested
 
     Returns:
-        Chain | Gradual: the same, now known to be possible
+        Chain | Gradual: the same, if valid
     """
     return check_gradual(chain) if isinstance(chain, Gradual) else check_chain(chain)
 
 # %% ../nbs/44_soups.ipynb #9e6acaf9
-LATER = {"wd": None, "swa": False}  # settings that came after stores were made, told where they are not so
+LATER = {"wd": None, "swa": False}  # settings younger than some stores: part of a name only if not the default
 
 
 def phase_settings(
     plan: Plan,    # the zoo
     chain: Chain,  # how
     number: int,   # of the phase, from 1
-    copy: int = 0,  # whose; copies that differ in a hyper-parameter have settings of their own
+    copy: int = 0,  # copies that differ in a hyper-parameter have their own settings
 ) -> dict[str, object]:  # JSON types
-    """All that a phase of a copy depends on beside the originals of the store.
+    """Everything a copy's phase depends on except the originals in the store.
 
     Args:
         plan: the zoo
         chain: how
         number: of the phase, from 1
-        copy: whose; copies that differ in a hyper-parameter have settings of their own
+        copy: copies that differ in a hyper-parameter have their own settings
 
     Returns:
         dict[str, object]: JSON types
@@ -352,16 +352,16 @@ def _settings(
     chain: Chain,       # how
     number: int,        # of the phase, from 1
     copy: int,          # whose
-    before: list[str],  # names of the copies' phases before; none before the first
+    before: list[str],  # names of the copies' previous phases; empty before the first
 ) -> dict[str, object]:  # JSON types
-    """As `phase_settings`.
+    """As `phase_settings`, with the names of the previous phases given.
 
     Args:
         plan: the zoo
         chain: how
         number: of the phase, from 1
         copy: whose
-        before: names of the copies' phases before; none before the first
+        before: names of the copies' previous phases; empty before the first
 
     Returns:
         dict[str, object]: JSON types
@@ -377,18 +377,18 @@ def _settings(
         here["begins"] = which | ({"merge": APART} if apart else {"merge": chain.merge, "m": chain.m})
     return here
 
-
+# %% ../nbs/44_soups.ipynb #5111e5bd
 def phase_names(
     plan: Plan,    # the zoo
     chain: Chain,  # how
-    number: int,   # of the phase, from 1; 0: before the first, where there are none
+    number: int,   # of the phase, from 1; 0: before the first, without names
 ) -> list[str]:    # of copy 0, 1, ..., such as "imp1f0c9a2b0d3e4f5a": all the same unless copies differ in `varied`
-    """Name the phases in which copies are trained by the hash of their settings.
+    """Name the phases in which copies are trained by a hash of their settings.
 
     Args:
         plan: the zoo
         chain: how
-        number: of the phase, from 1; 0: before the first, where there are none
+        number: of the phase, from 1; 0: before the first, without names
 
     Returns:
         list[str]: of copy 0, 1, ..., such as "imp1f0c9a2b0d3e4f5a": all the same unless copies differ in `varied`
@@ -405,7 +405,7 @@ def phase_name(
     plan: Plan,    # the zoo
     chain: Chain,  # how
     number: int,   # of the phase, from 1
-    copy: int = 0,  # whose
+    copy: int = 0,  # from 0
 ) -> str:
     """The name of the phase in which a copy is trained.
 
@@ -413,7 +413,7 @@ def phase_name(
         plan: the zoo
         chain: how
         number: of the phase, from 1
-        copy: whose
+        copy: from 0
     """
     return phase_names(plan, chain, number)[copy]
 
@@ -422,7 +422,7 @@ def phase_stages(
     plan: Plan,    # the zoo
     chain: Chain,  # how
     number: int,   # of the phase, from 1
-) -> list[Stage]:  # one, or one for every value in which copies differ; their rows are all copies of all models
+) -> list[Stage]:  # one, or one per value if copies differ; their rows are all copies of all models
     """Lay out a phase.
 
     Args:
@@ -431,7 +431,7 @@ def phase_stages(
         number: of the phase, from 1
 
     Returns:
-        list[Stage]: one, or one for every value in which copies differ; their rows are all copies of all models
+        list[Stage]: one, or one per value if copies differ; their rows are all copies of all models
     """
     zoo, names, stages = plan.zoo, phase_names(plan, chain, number), []
     level = sparsity_per_phase(chain.level, chain.phases)[number - 1]
@@ -452,7 +452,7 @@ def read_candidates(
     plan: Plan,    # whose store
     chain: Chain,  # how
     number: int,   # of the phase, from 1
-) -> Population:   # the chain's copies, those of a model beside each other
+) -> Population:   # the chain's copies, those of a model next to each other
     """Read the candidates of a phase; raises `UserError` if some are missing.
 
     Args:
@@ -461,7 +461,7 @@ def read_candidates(
         number: of the phase, from 1
 
     Returns:
-        Population: the chain's copies, those of a model beside each other
+        Population: the chain's copies, those of a model next to each other
     """
     parts = []
     for stage in phase_stages(plan, chain, number):
@@ -476,7 +476,7 @@ def read_candidates(
 def _in_order(
     population: Population,  # copies in any order
     chain: Chain,            # whose
-) -> Population:             # those of a model beside each other, told in what they differ
+) -> Population:             # those of a model next to each other, with a column for what they differ in
     """Sort copies.
 
     Args:
@@ -484,7 +484,7 @@ def _in_order(
         chain: whose
 
     Returns:
-        Population: those of a model beside each other, told in what they differ
+        Population: those of a model next to each other, with a column for what they differ in
     """
     places = population.models.reset_index(drop=True).sort_values(["model", "copy"]).index.to_numpy()
     sorted_ = population[places]
@@ -492,18 +492,18 @@ def _in_order(
         sorted_.models[chain.varied] = [chain.values[copy] for copy in sorted_.models["copy"]]
     return sorted_
 
-
+# %% ../nbs/44_soups.ipynb #8d8d547a
 def rows_of(
     plan: Plan,                # whose store
-    stage: Stage,              # with the rows that are wanted
-    epoch: int | None = None,  # of a stage whose every epoch is kept; none: the last
+    stage: Stage,              # with the rows wanted
+    epoch: int | None = None,  # of a stage that keeps every epoch; none: the last
 ) -> Population:               # in the order of the rows
     """Read rows of a stage; raises `UserError` if some are missing.
 
     Args:
         plan: whose store
-        stage: with the rows that are wanted
-        epoch: of a stage whose every epoch is kept; none: the last
+        stage: with the rows wanted
+        epoch: of a stage that keeps every epoch; none: the last
 
     Returns:
         Population: in the order of the rows
@@ -518,7 +518,7 @@ def rows_of(
         )
     return there[[places[name] for name in row_names(stage.rows)]]
 
-
+# %% ../nbs/44_soups.ipynb #4fdda600
 def read_soup(
     plan: Plan,      # whose store
     chain: Chain,    # how; not merged by "none"
@@ -545,19 +545,19 @@ def read_soup(
 def read_last(
     plan: Plan,                # whose store
     chain: Chain | Gradual,    # how
-) -> Population:               # copies, those of a model beside each other
-    """Read what a chain or a gradual run ended with; raises `UserError` if some is missing.
+) -> Population:               # copies, those of a model next to each other
+    """Read the final models of a chain or a gradual run; raises `UserError` if some are missing.
 
     Args:
         plan: whose store
         chain: how
 
     Returns:
-        Population: copies, those of a model beside each other
+        Population: copies, those of a model next to each other
     """
     return read_gradual(plan, chain) if isinstance(chain, Gradual) else read_candidates(plan, chain, chain.phases)
 
-
+# %% ../nbs/44_soups.ipynb #58d1a576
 def beginnings(
     plan: Plan,      # whose store
     chain: Chain,    # how
@@ -584,20 +584,20 @@ def beginnings(
 
 # %% ../nbs/44_soups.ipynb #1ff6e95a
 def phase_blocks(
-    stage: Stage,    # its rows are those that are missing
+    stage: Stage,    # with the missing rows alone
     plan: Plan,      # the zoo, whose originals are in the store
     chain: Chain,    # how
     number: int,     # of the phase, from 1
-    crew: Crew,      # who works
+    crew: Crew,      # who trains
 ) -> list[Block]:
-    """Cut what is missing of a phase into blocks, and note its settings.
+    """Cut the missing rows of a phase into blocks, and write down its settings.
 
     Args:
-        stage: its rows are those that are missing
+        stage: with the missing rows alone
         plan: the zoo, whose originals are in the store
         chain: how
         number: of the phase, from 1
-        crew: who works
+        crew: who trains
     """
     settings = phase_settings(plan, chain, number, int(stage.rows["copy"].iloc[0]))
     write_json(settings, plan.folder / f"{stage.name}.settings.json")
@@ -611,15 +611,15 @@ def phase_blocks(
 def make_chain(
     plan: Plan,    # the zoo, whose originals are in the store
     chain: Chain,  # how
-    crew: Crew,    # who works
+    crew: Crew,    # who trains
     show: bool,    # draw bars
 ) -> list[Report]:  # of every phase
-    """Make what is missing of a chain.
+    """Train whatever a chain lacks.
 
     Args:
         plan: the zoo, whose originals are in the store
         chain: how
-        crew: who works
+        crew: who trains
         show: draw bars
 
     Returns:
@@ -638,7 +638,7 @@ def gradual_settings(
     plan: Plan,        # the zoo
     gradual: Gradual,  # how
 ) -> dict[str, object]:  # JSON types
-    """All that a gradual run depends on beside the originals of the store.
+    """Everything a gradual run depends on except the originals in the store.
 
     Args:
         plan: the zoo
@@ -676,19 +676,19 @@ def gradual_stage(
     begins = "drawn" if gradual.scratch else "taken"
     return Stage(name, zoo.architecture, recipe, rows, begins, gradual.selector, events=events)
 
-
+# %% ../nbs/44_soups.ipynb #746d9d57
 def read_gradual(
     plan: Plan,        # whose store
     gradual: Gradual,  # how
-) -> Population:       # copies after the last epoch, those of a model beside each other
-    """Read what came of a gradual run; raises `UserError` if some is missing.
+) -> Population:       # copies after the last epoch, those of a model next to each other
+    """Read the models of a gradual run; raises `UserError` if some are missing.
 
     Args:
         plan: whose store
         gradual: how
 
     Returns:
-        Population: copies after the last epoch, those of a model beside each other
+        Population: copies after the last epoch, those of a model next to each other
     """
     found = rows_of(plan, gradual_stage(plan, gradual))
     return found[found.models.reset_index(drop=True).sort_values(["model", "copy"]).index.to_numpy()]
@@ -697,15 +697,15 @@ def read_gradual(
 def make_gradual(
     plan: Plan,        # the zoo, whose originals are in the store
     gradual: Gradual,  # how
-    crew: Crew,        # who works
+    crew: Crew,        # who trains
     show: bool,        # draw a bar
 ) -> list[Report]:     # one
-    """Make what is missing of a gradual run.
+    """Train whatever a gradual run lacks.
 
     Args:
         plan: the zoo, whose originals are in the store
         gradual: how
-        crew: who works
+        crew: who trains
         show: draw a bar
 
     Returns:
@@ -725,14 +725,14 @@ def make_gradual(
 def gradual_table(
     plan: Plan,        # whose store
     gradual: Gradual,  # how
-    images: Images,    # test images judge
+    images: Images,    # the test images are used
 ) -> pd.DataFrame:     # phase (the number of events), sparsity, row, model, test_acc: long
     """Test accuracies of a gradual run, model by model.
 
     Args:
         plan: whose store
         gradual: how
-        images: test images judge
+        images: the test images are used
 
     Returns:
         pd.DataFrame: phase (the number of events), sparsity, row, model, test_acc: long
@@ -746,7 +746,7 @@ def gradual_table(
 # %% ../nbs/44_soups.ipynb #df702f3c
 def make_soups(
     plan: Plan,                # the zoo, whose originals are in the store
-    images: Images,            # to train on, to choose by, and to judge by
+    images: Images,            # for training, validation and testing
     chains: Iterable[Chain | Gradual],  # what to make
     progress: bool = True,     # show bars
     workers: Executor | None = None,  # from workers.open_workers; none: the threads of this machine
@@ -756,7 +756,7 @@ def make_soups(
 
     Args:
         plan: the zoo, whose originals are in the store
-        images: to train on, to choose by, and to judge by
+        images: for training, validation and testing
         chains: what to make
         progress: show bars
         workers: from workers.open_workers; none: the threads of this machine
@@ -781,14 +781,14 @@ def make_soups(
 def reprune(
     candidates: Population,  # independent runs, laid out as copies
     level: float,            # sparsity of each
-    selector: str = "global",  # which weights go
+    selector: str = "global",  # which chooses the pruned weights
 ) -> tuple[Population, pd.Series]:  # one model each at that level, and the sparsity of the averages before
-    """Average runs whose masks differ, and prune the average again (IMP-RePrune).
+    """Average runs with different masks, and prune the average again (IMP-RePrune).
 
     Args:
         candidates: independent runs, laid out as copies
         level: sparsity of each
-        selector: which weights go
+        selector: which chooses the pruned weights
 
     Returns:
         tuple[Population, pd.Series]: one model each at that level, and the sparsity of the averages before
@@ -802,14 +802,14 @@ def reprune(
 def chain_table(
     plan: Plan,      # whose store
     chain: Chain,    # how
-    images: Images,  # validation images choose, test images judge
+    images: Images,  # validation images select, test images evaluate
 ) -> pd.DataFrame:   # phase, sparsity, row, model, test_acc: long
     """Test accuracies of a chain, phase by phase and model by model.
 
     Args:
         plan: whose store
         chain: how
-        images: validation images choose, test images judge
+        images: validation images select, test images evaluate
 
     Returns:
         pd.DataFrame: phase, sparsity, row, model, test_acc: long
@@ -829,18 +829,18 @@ def chain_table(
         frames.append(_long(table.add_suffix(" + SWA") if chain.swa else table, number, level))
     return pd.concat(frames, ignore_index=True)
 
-
+# %% ../nbs/44_soups.ipynb #b84b3444
 def _long(
     table: pd.DataFrame,  # one row per model, one column per row of the paper's tables
     phase: int,           # from 1
-    sparsity: float,      # reached there, a fraction
+    sparsity: float,      # after it, a fraction
 ) -> pd.DataFrame:        # phase, sparsity, row, model, test_acc
-    """Write a table down model by model.
+    """Turn a table into long form, model by model.
 
     Args:
         table: one row per model, one column per row of the paper's tables
         phase: from 1
-        sparsity: reached there, a fraction
+        sparsity: after it, a fraction
 
     Returns:
         pd.DataFrame: phase, sparsity, row, model, test_acc
@@ -852,14 +852,14 @@ def _long(
 def story_table(
     plan: Plan,      # whose store
     chains: Mapping[tuple[str, int], Chain | Gradual],  # from story_chains
-    images: Images,  # validation images choose, test images judge
+    images: Images,  # validation images select, test images evaluate
 ) -> pd.DataFrame:   # row, merge, m, level, phase, sparsity, model, test_acc, varied: long
     """Test accuracies of all chains of a story, model by model.
 
     Args:
         plan: whose store
         chains: from story_chains
-        images: validation images choose, test images judge
+        images: validation images select, test images evaluate
 
     Returns:
         pd.DataFrame: row, merge, m, level, phase, sparsity, model, test_acc, varied: long
@@ -883,7 +883,7 @@ def story_table(
 def soup_cells(
     results: pd.DataFrame,  # from story_table
     setting: str,           # what was pruned, such as the zoo's title
-) -> pd.DataFrame:          # cells in the form of reported_soups, as its Table 1; in %
+) -> pd.DataFrame:          # cells like those of Table 1 in reported_soups, in %
     """Mean and standard deviation over the models.
 
     Args:
@@ -891,7 +891,7 @@ def soup_cells(
         setting: what was pruned, such as the zoo's title
 
     Returns:
-        pd.DataFrame: cells in the form of reported_soups, as its Table 1; in %
+        pd.DataFrame: cells like those of Table 1 in reported_soups, in %
     """
     keys = ["row", "merge", "m", "level", "phase", "sparsity"]
     cells = (100 * results.groupby(keys, sort=False)["test_acc"].agg(["mean", "std"])).reset_index()
@@ -922,16 +922,16 @@ def story_folder(
 # %% ../nbs/44_soups.ipynb #3473d5e2
 def story_gains(
     results: pd.DataFrame,  # from story_table
-    merged: str = "uniform",  # whose soups are compared
-) -> pd.DataFrame:          # by phase, m and what it is compared with: gain, error, wins, ties, loses
-    """Paired differences of soups to everything else, over the models.
+    merged: str = "uniform",  # the merge whose soups are compared
+) -> pd.DataFrame:          # by phase, m and the other row: gain, error, wins, ties, loses
+    """Paired differences between soups and everything else, over the models.
 
     Args:
         results: from story_table
-        merged: whose soups are compared
+        merged: the merge whose soups are compared
 
     Returns:
-        pd.DataFrame: by phase, m and what it is compared with: gain, error, wins, ties, loses
+        pd.DataFrame: by phase, m and the other row: gain, error, wins, ties, loses
     """
     wide = results.pivot_table("test_acc", ["phase", "m", "model"], ["row", "merge"])
     rows = {}
@@ -949,7 +949,7 @@ def variational_stage(
     plan: Plan,  # the zoo
     m: int,      # copies of every model
 ) -> Stage:      # its rows are all copies of all models
-    """Lay out copies of variational runs, by the zoo's recipe.
+    """Lay out copies of variational runs with the zoo's recipe.
 
     Args:
         plan: the zoo
@@ -966,16 +966,16 @@ def variational_stage(
 
 def make_variational(
     plan: Plan,             # the zoo, whose originals are in the store
-    images: Images,         # to train on, and to judge by
+    images: Images,         # for training and testing
     m: int = 3,             # copies of every model
     progress: bool = True,  # show a bar
     workers: Executor | None = None,  # from workers.open_workers; none: the threads of this machine
 ) -> Report:
-    """Make what is missing of some copies of variational runs; raises as `make_soups` does.
+    """Train the missing copies of variational runs; raises as `make_soups` does.
 
     Args:
         plan: the zoo, whose originals are in the store
-        images: to train on, and to judge by
+        images: for training and testing
         m: copies of every model
         progress: show a bar
         workers: from workers.open_workers; none: the threads of this machine
@@ -994,7 +994,7 @@ def read_variational(
     plan: Plan,  # whose store
     m: int,      # copies of every model
     epoch: int,  # of the runs; 0: before any step
-) -> Population:  # copies with their log variances, those of a model beside each other
+) -> Population:  # copies with their log variances, those of a model next to each other
     """Read one epoch of variational copies; raises `UserError` if some are missing.
 
     Args:
@@ -1003,7 +1003,7 @@ def read_variational(
         epoch: of the runs; 0: before any step
 
     Returns:
-        Population: copies with their log variances, those of a model beside each other
+        Population: copies with their log variances, those of a model next to each other
     """
     found = rows_of(plan, variational_stage(plan, m), epoch)
     return found[found.models.reset_index(drop=True).sort_values(["model", "copy"]).index.to_numpy()]
@@ -1012,18 +1012,18 @@ def read_variational(
 def variational_table(
     plan: Plan,             # whose store
     m: int,                 # copies of every model
-    images: Images,         # test images judge
+    images: Images,         # the test images are used
     epochs: Iterable[int],  # of the runs, from 1
-    window: int = 3,        # epochs that SWA averages, up to each of these
+    window: int = 3,        # how many epochs SWA averages, up to and including each of these
 ) -> pd.DataFrame:          # epoch, row, model, sparsity, test_acc: long
     """Variational runs, their soups and their averages over epochs, model by model; fractions.
 
     Args:
         plan: whose store
         m: copies of every model
-        images: test images judge
+        images: the test images are used
         epochs: of the runs, from 1
-        window: epochs that SWA averages, up to each of these
+        window: how many epochs SWA averages, up to and including each of these
 
     Returns:
         pd.DataFrame: epoch, row, model, sparsity, test_acc: long

@@ -53,31 +53,31 @@ from .workers import Bar, Executor, Finished, Terms, cost, hand_out, me, take_tu
 # %% ../nbs/40_twins.ipynb #b9460999
 @dataclass(frozen=True)
 class Crew:
-    """Who makes the blocks of one zoo.
+    """Who trains the blocks of one zoo, and on what.
 
     Attributes:
         device: "cpu" or "cuda"
         images: on that device, unless an executor has them
-        image_size: with which they were loaded
+        image_size: as loaded
         executor: none: the threads of this machine
         stop: set to end the work
-        on_epoch: hears of every epoch of every block
+        on_epoch: called after every epoch of every block
     """
 
     engine: Engine
     device: str                  # "cpu" or "cuda"
     images: Images               # on that device, unless an executor has them
-    image_size: int              # with which they were loaded
+    image_size: int              # as loaded
     executor: Executor | None    # none: the threads of this machine
     stop: threading.Event        # set to end the work
-    on_epoch: Listener | None = None  # hears of every epoch of every block
+    on_epoch: Listener | None = None  # called after every epoch of every block
 
 
 def terms_of(
     crew: Crew,    # with an executor
     folder: Path,  # of the zoo in the store
 ) -> Terms:        # that a worker must meet
-    """What travels with every block.
+    """The terms that travel with every block.
 
     Args:
         crew: with an executor
@@ -87,27 +87,27 @@ def terms_of(
         Terms: that a worker must meet
     """
     return Terms(
-        crew.images.name, crew.image_size, images_fingerprint(crew.images), crew.engine.name, crew.engine.arithmetic(), crew.device,
-        str(folder.resolve()), (folder / "store.json").read_text(encoding="utf-8"), me(),
+        crew.images.name, crew.image_size, images_fingerprint(crew.images), crew.engine.name, crew.engine.arithmetic(),
+        crew.device, str(folder.resolve()), (folder / "store.json").read_text(encoding="utf-8"), me(),
     )
 
 # %% ../nbs/40_twins.ipynb #2791e2e7
 def tell(
-    crew: Crew,                     # perhaps with somebody who listens
-    block: Block,                   # whose
-    metrics: pd.DataFrame,          # tidy, perhaps with epochs that were told already
-    last: int,                      # the last epoch that was told
-) -> int:                           # the last one told now
-    """Tell of the epochs of a block that are new.
+    crew: Crew,                     # perhaps with a listener
+    block: Block,                   # being trained
+    metrics: pd.DataFrame,          # tidy, perhaps with epochs already reported
+    last: int,                      # the last epoch reported
+) -> int:                           # the last one reported now
+    """Report the new epochs of a block to the listener.
 
     Args:
-        crew: perhaps with somebody who listens
-        block: whose
-        metrics: tidy, perhaps with epochs that were told already
-        last: the last epoch that was told
+        crew: perhaps with a listener
+        block: being trained
+        metrics: tidy, perhaps with epochs already reported
+        last: the last epoch reported
 
     Returns:
-        int: the last one told now
+        int: the last one reported now
     """
     new = metrics[metrics["epoch"] > last]
     if crew.on_epoch is not None and len(new):
@@ -116,20 +116,20 @@ def tell(
 
 
 def stored(
-    block: Block,        # to make
+    block: Block,        # to train
     crew: Crew,          # who trains
     folder: Path,        # of the zoo in the store
-    bar: Bar,            # told of every epoch
-    trained: list[int],  # collects the model-samples that were trained now
+    bar: Bar,            # moved after every epoch
+    trained: list[int],  # collects the model-samples trained now
 ) -> Iterator[Step]:
-    """Make a block step by step and add it to the store.
+    """Train a block step by step and add it to the store.
 
     Args:
-        block: to make
+        block: to train
         crew: who trains
         folder: of the zoo in the store
-        bar: told of every epoch
-        trained: collects the model-samples that were trained now
+        bar: moved after every epoch
+        trained: collects the model-samples trained now
     """
     last = block.stage.first_epoch - 1
     with closing(train_block(block, crew.images, crew.engine, crew.device, folder / "parts")) as task:
@@ -145,21 +145,21 @@ def stored(
 
 # %% ../nbs/40_twins.ipynb #01526bfa
 def make_blocks(
-    blocks: Sequence[Block],  # to make, of one stage
-    crew: Crew,               # who makes them
+    blocks: Sequence[Block],  # to train, of one stage
+    crew: Crew,               # who trains them
     folder: Path,             # of the zoo in the store
-    bar: Bar,                 # told of what is done
-) -> int:                     # model-samples that were trained now
-    """Have blocks made and add them to the store; raises what a block raises, and keeps what is finished.
+    bar: Bar,                 # shows progress
+) -> int:                     # model-samples trained now
+    """Train blocks and add them to the store; raises what a block raises, and keeps finished ones.
 
     Args:
-        blocks: to make, of one stage
-        crew: who makes them
+        blocks: to train, of one stage
+        crew: who trains them
         folder: of the zoo in the store
-        bar: told of what is done
+        bar: shows progress
 
     Returns:
-        int: model-samples that were trained now
+        int: model-samples trained now
     """
     trained: list[int] = []
     if crew.executor is None:
@@ -183,22 +183,23 @@ def make_blocks(
 
 # %% ../nbs/40_twins.ipynb #c7d9e1f3
 def take_stock(
-    folder: Path,  # of the zoo in the store, whose lock for the stage is held
+    folder: Path,  # of the zoo in the store, with the stage's lock held
     stage: str,    # its name
-) -> int | None:   # how many finished files the manifest does not list yet; none: it lists those that are there
-    """Compare a stage's files with its manifest, and say what has come or gone since.
+) -> int | None:   # how many finished files the manifest does not list yet; none: it matches the files
+    """Compare a stage's files with its manifest, and report what was added or lost.
 
     Args:
-        folder: of the zoo in the store, whose lock for the stage is held
+        folder: of the zoo in the store, with the stage's lock held
         stage: its name
 
     Returns:
-        int | None: how many finished files the manifest does not list yet; none: it lists those that are there
+        int | None: how many finished files the manifest does not list yet; none: it matches the files
     """
     there, known = {path.name for path in finished_files(folder, stage)}, set(read_manifest(folder, stage)["files"])
     gone, new = len(known - there), len(there - known)
     if gone:
-        print(f"{gone} of {len(known)} files of {stage} in {folder} are gone; their rows are made again if asked for.", flush=True)
+        print(f"{gone} of {len(known)} files of {stage} in {folder} are gone; "
+              "their rows are made again if asked for.", flush=True)
     if new:
         print(f"{new} finished files of {stage} in {folder}, of a run that stopped, are taken up.", flush=True)
     return None if there == known else new
@@ -225,17 +226,17 @@ class Report:
 
 
 def blocks_of(
-    stage: Stage,            # its rows are those that are missing
+    stage: Stage,            # with the missing rows alone
     folder: Path,            # of the zoo in the store
-    engine: Engine,          # who will train
+    engine: Engine,          # that will train
     source: Source | None,   # of the originals; none: they are trained
 ) -> list[Block]:
-    """Cut what is missing of a stage into blocks, with the originals that they begin from.
+    """Cut the missing rows of a stage into blocks, with the originals that they begin from.
 
     Args:
-        stage: its rows are those that are missing
+        stage: with the missing rows alone
         folder: of the zoo in the store
-        engine: who will train
+        engine: that will train
         source: of the originals; none: they are trained
     """
     if stage.begins == "drawn":
@@ -245,11 +246,11 @@ def blocks_of(
     return list(cut_blocks(stage, engine, read_stage(folder, "original"), read_predictions(folder, "original")))
 
 # %% ../nbs/40_twins.ipynb #81603f1b
-def _commit() -> str | None:  # none where zootwins does not run from a git checkout of its own
+def _commit() -> str | None:  # none unless zootwins runs from its own git checkout
     """The checkout's commit.
 
     Returns:
-        str | None: none where zootwins does not run from a git checkout of its own
+        str | None: none unless zootwins runs from its own git checkout
     """
     root = project_root(Path(str(files("zootwins"))))
     if not (root / "settings.ini").exists() or not shutil.which("git"):
@@ -260,14 +261,14 @@ def _commit() -> str | None:  # none where zootwins does not run from a git chec
 
 def made_by(
     report: Report,          # of a stage
-    crew: Crew,              # who made it
+    crew: Crew,              # who trained it
     source: Source | None,   # of the originals
 ) -> dict[str, object]:      # JSON types
-    """Describe how some rows of a stage were made.
+    """Describe how rows of a stage were made.
 
     Args:
         report: of a stage
-        crew: who made it
+        crew: who trained it
         source: of the originals
 
     Returns:
@@ -280,21 +281,21 @@ def made_by(
 
 # %% ../nbs/40_twins.ipynb #11dd3eab
 def make_stage(
-    stage: Stage,            # all rows that are wanted
+    stage: Stage,            # with all rows wanted
     folder: Path,            # of the zoo in the store, opened
-    crew: Crew,              # who works
-    cut: Callable[[Stage], Sequence[Block]],  # cuts the stage, with those rows alone that are missing, into blocks
-    bar: Bar,                # told of what is done
+    crew: Crew,              # who trains
+    cut: Callable[[Stage], Sequence[Block]],  # cuts the stage, reduced to its missing rows, into blocks
+    bar: Bar,                # shows progress
     source: Source | None = None,  # of the originals; none: they are trained
 ) -> Report:
-    """Make what is missing of a stage.
+    """Train the missing rows of a stage.
 
     Args:
-        stage: all rows that are wanted
+        stage: with all rows wanted
         folder: of the zoo in the store, opened
-        crew: who works
-        cut: cuts the stage, with those rows alone that are missing, into blocks
-        bar: told of what is done
+        crew: who trains
+        cut: cuts the stage, reduced to its missing rows, into blocks
+        bar: shows progress
         source: of the originals; none: they are trained
     """
     started = time.monotonic()
@@ -306,7 +307,8 @@ def make_stage(
         per_row = stage.recipe.epochs * len(crew.images.x_train)
         bar.expect(len(missing) * per_row, len(blocks), weight(stage) * (len(stage.rows) - len(missing)) * per_row)
         samples = make_blocks(blocks, crew, folder, bar) if blocks else 0
-        report = Report(stage.name, len(missing), len(stage.rows) - len(missing), time.monotonic() - started, samples, 0)
+        report = Report(stage.name, len(missing), len(stage.rows) - len(missing), time.monotonic() - started,
+                        samples, 0)
         if blocks or taken_up is not None:
             write_manifest(folder, stage.name, made_by(report, crew, source) | {"taken_up": taken_up or 0})
         drop_parts(folder / "parts", stage.name, there | set(row_names(missing)))
@@ -314,13 +316,13 @@ def make_stage(
 
 
 def count_diverged(
-    stage: Stage,           # that is done
+    stage: Stage,           # finished
     metrics: pd.DataFrame,  # of the whole stage
 ) -> int:                   # models, counted at every level
-    """Count the rows that ended in infinity or NaN: the grids have some, and they must not go unseen.
+    """Count the rows that ended in infinity or NaN: the grids have some, and they must not go unnoticed.
 
     Args:
-        stage: that is done
+        stage: finished
         metrics: of the whole stage
 
     Returns:
@@ -332,29 +334,25 @@ def count_diverged(
 # %% ../nbs/40_twins.ipynb #4d0a5c85
 def read_history(
     folder: Path,  # of a zoo in a store
-) -> list[dict[str, object]]:  # one record per stage that was made or added to, stage by stage
-    """What made the models of a store: originals, twins, then phases of soups and whatever else was made of them.
+) -> list[dict[str, object]]:  # one record per run that added to a stage, stage by stage
+    """The runs that made the models of a store: originals, twins, then phases of soups and all else.
 
     Args:
         folder: of a zoo in a store
 
     Returns:
-        list[dict[str, object]]: one record per stage that was made or added to, stage by stage
+        list[dict[str, object]]: one record per run that added to a stage, stage by stage
     """
-    others = sorted(path.stem for path in folder.glob("*.json") if (folder / path.stem).is_dir() and path.stem not in STAGES)
+    others = sorted(path.stem for path in folder.glob("*.json")
+                    if (folder / path.stem).is_dir() and path.stem not in STAGES)
     return [record for stage in (*STAGES, *others) for record in read_manifest(folder, stage)["history"]]
 
 # %% ../nbs/40_twins.ipynb #a7ab635f
 class Interrupted(KeyboardInterrupt):
-    "The work was interrupted; what is done is kept."
+    "The work was interrupted; finished work is kept."
 
     def _render_traceback_(self) -> list[str]:
         return [str(self)]
-
-
-def _terminated(*_: object) -> None:
-    "Take the signal that ends a process for an interruption."
-    raise KeyboardInterrupt
 
 # %% ../nbs/40_twins.ipynb #f2a3b4c5
 MEMORY_SIGNS = ("allocate memory", "start new thread")  # in errors of PyTorch and of Python
@@ -365,17 +363,29 @@ def interruptible(
     folder: Path,           # where work is kept
     stop: threading.Event,  # set when the user interrupts
 ) -> Iterator[None]:
-    """Turn an interruption, by the keyboard or by SIGTERM, and a lack of memory into one line.
+    """Turn an interruption (Ctrl-C or SIGTERM) or a lack of memory into one line.
 
     Args:
         folder: where work is kept
         stop: set when the user interrupts
     """
-    main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, _terminated) if main else None
+    received, before = [], {}
+
+    def interrupted(number: int, _: object) -> None:
+        received.append(number)
+        stop.set()  # for where Python ignores the exception: in callbacks of the garbage collector
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: handler for number, handler in before.items() if handler not in (None, signal.SIG_IGN)}
+    for number in before:
+        signal.signal(number, interrupted)
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, InterruptedError) as error:
+        if isinstance(error, InterruptedError) and not received:
+            raise
         stop.set()
         raise Interrupted(f"Interrupted: what is done is kept in {folder}; run again to go on.") from None
     except (MemoryError, RuntimeError) as error:
@@ -384,31 +394,31 @@ def interruptible(
         raise UserError("There is not enough memory, or there are too many threads: allow for more, or run on fewer "
                         f"processors; what is done is kept in {folder}.") from error
     finally:
-        if main:
-            signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 # %% ../nbs/40_twins.ipynb #6b5f37f9
 def make_twins(
     plan: Plan,                          # what to make
     images: Images,                      # from datasets.load_images
     progress: bool = True,               # show bars
-    workers: Executor | None = None,     # who carries out the blocks, from workers.open_workers; none: this machine
+    workers: Executor | None = None,     # from workers.open_workers; none: the threads of this machine
     only: Iterable[str] | None = None,   # "original" and METHODS; none: all of the plan
-    bar: Bar | None = None,              # that stages share; none: each has its own
-    stop: threading.Event | None = None,  # set by another thread to end the work; none: nobody does
-    on_epoch: OnEpoch | None = None,     # called with stage, rows, epoch and their metrics after every epoch of every block
+    bar: Bar | None = None,              # shared by stages; none: one each
+    stop: threading.Event | None = None,  # set by another thread to end the work
+    on_epoch: OnEpoch | None = None,     # called after each epoch of a block with stage, rows, epoch, metrics
 ) -> list[Report]:                       # what each stage cost
-    """Make all stages of a plan that are not in the store yet; raises `UserError`, and `Interrupted` with all work kept.
+    """Make all stages of a plan that the store lacks; raises `UserError`, and `Interrupted` with all work kept.
 
     Args:
         plan: what to make
         images: from datasets.load_images
         progress: show bars
-        workers: who carries out the blocks, from workers.open_workers; none: this machine
+        workers: from workers.open_workers; none: the threads of this machine
         only: "original" and METHODS; none: all of the plan
-        bar: that stages share; none: each has its own
-        stop: set by another thread to end the work; none: nobody does
-        on_epoch: called with stage, rows, epoch and their metrics after every epoch of every block
+        bar: shared by stages; none: one each
+        stop: set by another thread to end the work
+        on_epoch: called after each epoch of a block with stage, rows, epoch, metrics
 
     Returns:
         list[Report]: what each stage cost
@@ -418,7 +428,8 @@ def make_twins(
         stages = make_stages(plan)
         open_store(folder, fingerprint(plan, images))
         on = images if workers else on_device(images, plan.device)
-        crew = Crew(plan.engine, plan.device, on, plan.zoo.image_size, workers, stop, Listener(on_epoch) if on_epoch else None)
+        crew = Crew(plan.engine, plan.device, on, plan.zoo.image_size, workers, stop,
+                    Listener(on_epoch) if on_epoch else None)
         wanted = [stage for stage in stages if only is None or stage.method in set(only)]
         for group in _together(wanted, workers is not None):
             shown = bar or _bar_of(group, stages, plan.zoo.name, len(images.x_train), progress)
@@ -431,37 +442,38 @@ def make_twins(
                     shown.close()
     return reports
 
-
+# %% ../nbs/40_twins.ipynb #cbe952e7
 def _together(
-    stages: Sequence[Stage],  # that are wanted
-    shared: bool,             # whether an executor makes their blocks
+    stages: Sequence[Stage],  # wanted
+    shared: bool,             # whether an executor trains their blocks
 ) -> list[list[Stage]]:       # in turn
     """Group stages that are made at once: with an executor, all kinds of twins.
 
     Args:
-        stages: that are wanted
-        shared: whether an executor makes their blocks
+        stages: wanted
+        shared: whether an executor trains their blocks
 
     Returns:
         list[list[Stage]]: in turn
     """
     if not shared:
         return [[stage] for stage in stages]
-    kinds = [stage for stage in stages if stage.name == "original"], [stage for stage in stages if stage.name != "original"]
+    kinds = ([stage for stage in stages if stage.name == "original"],
+             [stage for stage in stages if stage.name != "original"])
     return [group for group in kinds if group]
 
 
 def _bar_of(
-    group: Sequence[Stage],   # that are made at once
+    group: Sequence[Stage],   # made at once
     stages: Sequence[Stage],  # all of the plan
     zoo: str,                 # its name
     samples: int,             # training images
     show: bool,               # draw it
 ) -> Bar:
-    """A bar that knows how much of the whole run comes before.
+    """A bar that knows which share of the whole run comes before.
 
     Args:
-        group: that are made at once
+        group: made at once
         stages: all of the plan
         zoo: its name
         samples: training images
@@ -473,19 +485,19 @@ def _bar_of(
     title = f"{zoo} {', '.join(names)} (stage{'s' * (len(group) > 1)} {numbers} of {len(stages)})"
     return Bar(title, show, sum(costs.values()), sum(list(costs.values())[: places[0]]))
 
-
+# %% ../nbs/40_twins.ipynb #edae8a92
 def _at_once(
     tasks: Sequence,        # functions without arguments
-    stop: threading.Event,  # tells all to end
-) -> list:                  # what they return, in their order
-    """Run tasks that mostly wait, side by side; the first that fails ends all. A single one runs in this thread.
+    stop: threading.Event,  # ends them all
+) -> list:                  # their results, in order
+    """Run tasks that mostly wait side by side, a single one in this thread; the first failure ends all.
 
     Args:
         tasks: functions without arguments
-        stop: tells all to end
+        stop: ends them all
 
     Returns:
-        list: what they return, in their order
+        list: their results, in order
     """
     if len(tasks) == 1:
         return [tasks[0]()]
@@ -507,18 +519,18 @@ def make_zoos(
     plans: Sequence[Plan],            # what to make; no zoo twice
     images: Mapping[str, Images],     # by name of the zoo
     progress: bool = True,            # show a bar
-    workers: Executor | None = None,  # from workers.open_workers; none: the threads of this machine, one zoo after the other
-) -> Iterator[tuple[Plan, list[Report]]]:  # each plan when it is done, and what it cost
-    """Make several zoos; raises as `make_twins` does, with everything kept that is finished.
+    workers: Executor | None = None,  # from workers.open_workers; none: this machine, one zoo after the other
+) -> Iterator[tuple[Plan, list[Report]]]:  # each finished plan, and what it cost
+    """Make several zoos; raises as `make_twins` does, and keeps finished work.
 
     Args:
         plans: what to make; no zoo twice
         images: by name of the zoo
         progress: show a bar
-        workers: from workers.open_workers; none: the threads of this machine, one zoo after the other
+        workers: from workers.open_workers; none: this machine, one zoo after the other
 
     Returns:
-        Iterator[tuple[Plan, list[Report]]]: each plan when it is done, and what it cost
+        Iterator[tuple[Plan, list[Report]]]: each finished plan, and what it cost
     """
     if workers is None:
         for plan in plans:
@@ -528,7 +540,8 @@ def make_zoos(
     whole = sum(cost(stage, len(images[plan.zoo.name].x_train)) for plan in plans for stage in make_stages(plan))
     bar = Bar(f"{len(plans)} zoo{'s' * (len(plans) > 1)}", progress, whole)
     with interruptible(plans[0].folder.parent, stop), ThreadPoolExecutor(len(plans)) as pool:
-        futures = {pool.submit(make_twins, plan, images[plan.zoo.name], progress, workers, None, bar, stop): plan for plan in plans}
+        futures = {pool.submit(make_twins, plan, images[plan.zoo.name], progress, workers, None, bar, stop): plan
+                   for plan in plans}
         try:
             while len(done) < len(futures):
                 for future in [future for future in futures if future.done() and future not in done]:
@@ -546,7 +559,7 @@ def save_metrics(
     metrics: pd.DataFrame,  # tidy
     path: Path,             # such as "runs/usps_seed/metrics.parquet"
 ) -> None:
-    """Write tidy metrics, whole or not at all.
+    """Write tidy metrics atomically.
 
     Args:
         metrics: tidy
@@ -583,7 +596,7 @@ def _all_there(
     folder: Path,           # of the zoo in the store
     stage: str,             # its name
 ) -> None:
-    """Raise `UserError` for rows that are missing.
+    """Raise `UserError` for missing rows.
 
     Args:
         wanted: names of rows
@@ -602,7 +615,7 @@ def load_stage(
     stage: str,                  # its name, one of plans.STAGES
     epoch: int | None = None,    # of variational dropout, 0: before any step; none: the last
     level: float | None = None,  # of magnitude pruning; none: all the plan's levels
-) -> Population:                 # the plan's models, as they were trained: with their log_sigma2, if they have one
+) -> Population:                 # the plan's models as trained, with any log_sigma2
     """Read the plan's models of a stage; raises `UserError` if some are missing.
 
     Args:
@@ -612,7 +625,7 @@ def load_stage(
         level: of magnitude pruning; none: all the plan's levels
 
     Returns:
-        Population: the plan's models, as they were trained: with their log_sigma2, if they have one
+        Population: the plan's models as trained, with any log_sigma2
     """
     rows = next(s.rows for s in make_stages(plan) if s.name == stage)
     rows = rows if level is None else rows[np.isclose(rows["level"], level)]
@@ -626,7 +639,7 @@ def load_epoch(
     plan: Plan,       # whose store
     epoch: int,       # of variational dropout; 0: before any step
 ) -> Population:      # the plan's models, with their log_sigma2
-    """Read one epoch of the trajectory of variational dropout; raises `UserError` if it is not there.
+    """Read one epoch of the trajectory of variational dropout; raises `UserError` if it is missing.
 
     Args:
         plan: whose store
@@ -640,14 +653,14 @@ def load_epoch(
 # %% ../nbs/40_twins.ipynb #5a6c3305
 def load_models(
     path: Path | str,  # of a stage in a store or a publication, such as "zoos/digits_seed/vd"
-) -> Population:       # plain weights, zero where they are pruned
+) -> Population:       # plain weights, zero where pruned
     """Load the models of a stage; raises `UserError` if they cannot be read.
 
     Args:
         path: of a stage in a store or a publication, such as "zoos/digits_seed/vd"
 
     Returns:
-        Population: plain weights, zero where they are pruned
+        Population: plain weights, zero where pruned
     """
     path = Path(path)
     published = path.with_name(f"{path.name}.safetensors").exists()
@@ -658,18 +671,18 @@ def load_models(
 def load_twins(
     plan: Plan,    # whose store
     method: str,   # "mp" or "vd"
-    level: float,  # of magnitude pruning, whose twins are kept after their last epoch; not used for variational dropout
+    level: float,  # of magnitude pruning, whose twins are kept at their last epoch; ignored for variational dropout
     epoch: int,    # of variational dropout
-    selector: str = "",  # who chose what is pruned; empty: the first of the plan
+    selector: str = "",  # of magnitude pruning; empty: the first of the plan
 ) -> Population:   # the plan's models, with plain weights
-    """Read the twins of one state.
+    """Read the twins in one state.
 
     Args:
         plan: whose store
         method: "mp" or "vd"
-        level: of magnitude pruning, whose twins are kept after their last epoch; not used for variational dropout
+        level: of magnitude pruning, whose twins are kept at their last epoch; ignored for variational dropout
         epoch: of variational dropout
-        selector: who chose what is pruned; empty: the first of the plan
+        selector: of magnitude pruning; empty: the first of the plan
 
     Returns:
         Population: the plan's models, with plain weights
@@ -706,8 +719,8 @@ def partner_agreements(
     plan: Plan,            # whose store
     images: Images,        # from datasets.load_images
     states: pd.DataFrame,  # from tables.choose_states
-) -> pd.DataFrame:         # zoo, method, selector, level, epoch, n (models), partner, mean and std in %, pairs; empty for a single model
-    """Agreement of the twins of some states with their originals, with other originals and with each other.
+) -> pd.DataFrame:         # keys, n (models), partner, mean and std in %, pairs; empty for a single model
+    """Agreement of twins with their originals, with other originals and with each other, state by state.
 
     Args:
         plan: whose store
@@ -715,8 +728,7 @@ def partner_agreements(
         states: from tables.choose_states
 
     Returns:
-        pd.DataFrame: zoo, method, selector, level, epoch, n (models), partner, mean and std in %, pairs; empty for a
-            single model
+        pd.DataFrame: keys, n (models), partner, mean and std in %, pairs; empty for a single model
     """
     keys, found = ["zoo", "method", "selector", "level", "epoch"], []
     columns = [*keys, "n", "partner", "mean", "std", "pairs"]
@@ -734,14 +746,14 @@ def partner_agreements(
 
 def predictions_of(
     population: Population,  # of the plan's zoo
-    plan: Plan,              # says who judges
+    plan: Plan,              # whose engine evaluates
     images: Images,          # from datasets.load_images
 ) -> Tensor:                 # uint8 [models, test images], on the CPU
-    """What every model predicts for the test images.
+    """Every model's predictions for the test images.
 
     Args:
         population: of the plan's zoo
-        plan: says who judges
+        plan: whose engine evaluates
         images: from datasets.load_images
 
     Returns:
@@ -754,19 +766,19 @@ def predictions_of(
 def fitting_epoch(
     recorded: pd.DataFrame,  # model, epoch, test_acc
     found: np.ndarray,       # [models], accuracies of the weights here
-    epoch: int,              # that the weights are taken for
+    epoch: int,              # to which the weights are assigned
     n_images: int,           # of the test set
-) -> tuple[int, int]:        # the epoch near it whose records most weights agree with, and how many
-    """Find which records the weights belong to: those of their own epoch, of the one before or of the one after.
+) -> tuple[int, int]:        # the neighbouring epoch whose records fit most weights, and how many
+    """Find the records that the weights belong to: those of their own epoch, the one before or the one after.
 
     Args:
         recorded: model, epoch, test_acc
         found: [models], accuracies of the weights here
-        epoch: that the weights are taken for
+        epoch: to which the weights are assigned
         n_images: of the test set
 
     Returns:
-        tuple[int, int]: the epoch near it whose records most weights agree with, and how many
+        tuple[int, int]: the neighbouring epoch whose records fit most weights, and how many
     """
     matches = {}
     for near in (epoch, epoch - 1, epoch + 1):
@@ -777,13 +789,13 @@ def fitting_epoch(
 
 # %% ../nbs/40_twins.ipynb #1af79fa0
 def table_reevaluation(
-    plan: Plan,              # has a source that came with records
+    plan: Plan,              # with a source that has records
     images: Images,          # from datasets.load_images
 ) -> Table:
-    """The test accuracies that a source recorded beside those of its weights here, and the epoch whose records fit.
+    """Test accuracies as a source recorded them and as its weights give them here, and the epoch that fits.
 
     Args:
-        plan: has a source that came with records
+        plan: with a source that has records
         images: from datasets.load_images
     """
     recorded = plan.source.recorded.reindex(columns=["model", "epoch", "test_acc"])
@@ -802,28 +814,28 @@ def table_reevaluation(
         "Differ by more than one image": [str(int((numbers["images"].abs() > 1.5).sum()))],
         "Fit the records of epoch": [f"{best} ({agreeing} of {plan.n_models})"],
     }, index=pd.Index([plan.zoo.title], name="Model Zoo"))
-    caption = (f"Test accuracy at epoch {plan.epochs} as {plan.source.name} recorded it and as its weights give it here: "
-               "mean (std) in %, differences per model in points.")
+    caption = (f"Test accuracy at epoch {plan.epochs} as {plan.source.name} recorded it and as its weights give it "
+               "here: mean (std) in %, differences per model in points.")
     if best != plan.epochs:
         caption += (f" The weights do NOT belong to these records: {agreeing} of them fit those of epoch {best}, "
                     "so that checkpoints are numbered otherwise than assumed.")
     elif agreeing < plan.n_models / 2 and last.notna().any():
-        caption += (f" Most weights fit neither these records nor those of the epochs beside: {agreeing} of {plan.n_models} do. "
-                    "The images may be others.")
+        caption += (f" Most weights fit neither these records nor those of the epochs beside: {agreeing} of "
+                    f"{plan.n_models} do. The images may be others.")
     return Table("reevaluation", caption, numbers, layout)
 
 # %% ../nbs/40_twins.ipynb #bb84620f
 def run_record(
     plan: Plan,              # what was asked
     reports: list[Report],   # what it cost
-    images: Images,          # what it was made from
+    images: Images,          # what it was trained on
 ) -> dict[str, object]:      # JSON types
     """Describe a run.
 
     Args:
         plan: what was asked
         reports: what it cost
-        images: what it was made from
+        images: what it was trained on
 
     Returns:
         dict[str, object]: JSON types
@@ -832,7 +844,8 @@ def run_record(
     stages, source = [asdict(report) | rate(report) for report in reports], "train"
     if plan.source:
         told = {"numbering": plan.source.numbering, "passed_over": plan.source.notes.to_dict("records")}
-        source = {"name": plan.source.name, "left_out": len(plan.source.left_out), **told, **source_fingerprint(plan.source)}
+        source = {"name": plan.source.name, "left_out": len(plan.source.left_out),
+                  **told, **source_fingerprint(plan.source)}
     return {
         "zoo": plan.zoo.name, "n_models": plan.n_models, "source": source, "methods": list(plan.methods),
         "levels": list(plan.levels), "selectors": list(plan.selectors), "seed": plan.run_seed,
@@ -847,7 +860,7 @@ def run_record(
 def begin_figures(
     plan: Plan,  # whose folder of figures
 ) -> None:
-    """Take an earlier record away, so that an unfinished run cannot be mistaken for a finished one.
+    """Delete an earlier record, so that an unfinished run cannot be mistaken for a finished one.
 
     Args:
         plan: whose folder of figures

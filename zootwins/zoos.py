@@ -33,11 +33,11 @@ class Zoo:
         kind: "seed", "fixed" or "random"
         seeds: seeds per combination of the other factors
         mp_epochs: fine-tuning after magnitude pruning, per level
-        mp_selector: who chooses the weights that go, a name in selectors.SELECTORS
+        mp_selector: how weights are chosen for pruning, a name in selectors.SELECTORS
         in_paper: one of the 14 zoos of the paper's Table 4
         mp_in_paper: one of the 10 with magnitude pruning
-        printed: (column of Table 4, printed value) where the entry differs from it
-        remark: why
+        printed: (column of Table 4, printed value) where the entry differs
+        remark: the reason
     """
 
     name: str                                # such as "mnist_seed"
@@ -57,34 +57,45 @@ class Zoo:
     batch_size: int = 10
     mp_epochs: int = 15                      # fine-tuning after magnitude pruning, per level
     mp_learning_rate: float | None = None
-    mp_selector: str = "global"              # who chooses the weights that go, a name in selectors.SELECTORS
+    mp_selector: str = "global"              # how weights are chosen for pruning, a name in selectors.SELECTORS
     vd_epochs: int = 25
     vd_learning_rate: float | None = None
     in_paper: bool = False                   # one of the 14 zoos of the paper's Table 4
     mp_in_paper: bool = False                # one of the 10 with magnitude pruning
-    printed: tuple[tuple[str, str], ...] = ()  # (column of Table 4, printed value) where the entry differs from it
-    remark: str = ""                         # why
+    printed: tuple[tuple[str, str], ...] = ()  # (column of Table 4, printed value) where the entry differs
+    remark: str = ""                         # the reason
 
 # %% ../nbs/04_zoos.ipynb #68d63865
 SEED_ZOOS = (
-    Zoo("mnist_seed", "MNIST (s) Seed", "mnist", "cnn_small_1ch", mp_learning_rate=1e-3, vd_learning_rate=3e-4, in_paper=True, mp_in_paper=True),
-    Zoo("fmnist_seed", "FMNIST (s) Seed", "fmnist", "cnn_small_1ch", mp_learning_rate=1e-3, vd_learning_rate=3e-4, in_paper=True, mp_in_paper=True,
-        printed=(("LR VD", "3e4"),), remark="3e4 lacks a minus sign: 3e-4 is the zoo's own learning rate, as for MNIST."),
-    Zoo("svhn_seed", "SVHN (s) Seed", "svhn", "cnn_small_1ch", lr=(3e-3,), mp_learning_rate=1e-3, mp_selector="layerwise", vd_learning_rate=3e-3, in_paper=True, mp_in_paper=True,
-        remark="Pruned layer by layer: Table 8 shows exactly the level in every layer, with a standard deviation of 0."),
-    Zoo("usps_seed", "USPS (s) Seed", "usps", "cnn_small_1ch", wd=(1e-3,), mp_learning_rate=1e-3, vd_learning_rate=3e-4, in_paper=True, mp_in_paper=True),
-    Zoo("cifar10_seed", "CIFAR-10 (s) Seed", "cifar10", "cnn_small_3ch", activation=("gelu",), init=("kaiming_uniform",), lr=(1e-4,), wd=(1e-2,),
+    Zoo("mnist_seed", "MNIST (s) Seed", "mnist", "cnn_small_1ch",
+        mp_learning_rate=1e-3, vd_learning_rate=3e-4, in_paper=True, mp_in_paper=True),
+    Zoo("fmnist_seed", "FMNIST (s) Seed", "fmnist", "cnn_small_1ch",
+        mp_learning_rate=1e-3, vd_learning_rate=3e-4, in_paper=True, mp_in_paper=True,
+        printed=(("LR VD", "3e4"),),
+        remark="3e4 lacks a minus sign: 3e-4 is the zoo's own learning rate, as for MNIST."),
+    Zoo("svhn_seed", "SVHN (s) Seed", "svhn", "cnn_small_1ch", lr=(3e-3,), mp_learning_rate=1e-3,
+        mp_selector="layerwise", vd_learning_rate=3e-3, in_paper=True, mp_in_paper=True,
+        remark="Pruned layer by layer: Table 8 shows exactly the level in every layer, "
+               "with a standard deviation of 0."),
+    Zoo("usps_seed", "USPS (s) Seed", "usps", "cnn_small_1ch", wd=(1e-3,),
+        mp_learning_rate=1e-3, vd_learning_rate=3e-4, in_paper=True, mp_in_paper=True),
+    Zoo("cifar10_seed", "CIFAR-10 (s) Seed", "cifar10", "cnn_small_3ch",
+        activation=("gelu",), init=("kaiming_uniform",), lr=(1e-4,), wd=(1e-2,),
         mp_learning_rate=1e-4, vd_learning_rate=1e-5, in_paper=True, mp_in_paper=True,
-        printed=(("LR VD", "5e-6"),), remark="With 5e-6 sparsity comes at some two thirds of the pace of Table 6 (epoch 6: 36 % instead of 50 %); 1e-5 gives its numbers."),
-    Zoo("cifar10_large_seed", "CIFAR-10 (l) Seed", "cifar10", "cnn_large", 32, activation=("gelu",), init=("kaiming_uniform",), lr=(1e-4,), wd=(1e-2,),
+        printed=(("LR VD", "5e-6"),),
+        remark="With 5e-6 sparsity comes at some two thirds of the pace of Table 6 (epoch 6: 36 % instead of 50 %); "
+               "1e-5 gives its numbers."),
+    Zoo("cifar10_large_seed", "CIFAR-10 (l) Seed", "cifar10", "cnn_large", 32,
+        activation=("gelu",), init=("kaiming_uniform",), lr=(1e-4,), wd=(1e-2,),
         mp_learning_rate=1e-4, vd_learning_rate=1e-5, in_paper=True, mp_in_paper=True),
     Zoo("stl10_seed", "STL-10 (s) Seed", "stl10", "cnn_small_3ch", init=("kaiming_uniform",), lr=(1e-4,), wd=(1e-3,),
         mp_learning_rate=1e-3, vd_learning_rate=1e-4, in_paper=True, mp_in_paper=True),
-    Zoo("stl10_large_seed", "STL-10 (l) Seed", "stl10", "cnn_large", 32, init=("kaiming_uniform",), lr=(1e-4,), wd=(1e-3,),
+    Zoo("stl10_large_seed", "STL-10 (l) Seed", "stl10", "cnn_large", 32,
+        init=("kaiming_uniform",), lr=(1e-4,), wd=(1e-3,),
         mp_learning_rate=1e-3, vd_learning_rate=1e-4, in_paper=True, mp_in_paper=True),
 )
 
-CALIBRATED = {"cifar10_seed": "vd"}  # zoo -> method whose recipe was chosen by the printed numbers that its twins are compared with
+CALIBRATED = {"cifar10_seed": "vd"}  # zoo -> method whose recipe was fitted to the printed numbers it is compared with
 
 # %% ../nbs/04_zoos.ipynb #e0ff1f22
 GRID = Zoo(
@@ -92,8 +103,10 @@ GRID = Zoo(
     activation=("tanh", "relu", "sigmoid", "gelu"), init=("uniform", "normal", "kaiming_uniform", "kaiming_normal"),
     optimizer=("adam", "sgd"), lr=(1e-3, 1e-4), wd=(1e-3, 1e-4), dropout=(0.0, 0.5),
 )
-FMNIST_RATE = (("LR VD", "1e-6"),), "With 1e-6 the weights could not move as far as Table 6 shows; the models' own learning rates are used, as for MNIST."
-CIFAR_RATE = (("LR VD", "5e-6"),), "With 5e-6 the models trained by SGD could not sparsify as Table 6 shows; the models' own learning rate is used."
+FMNIST_RATE = (("LR VD", "1e-6"),), ("With 1e-6 the weights could not move as far as Table 6 shows; "
+                                     "the models' own learning rates are used, as for MNIST.")
+CIFAR_RATE = (("LR VD", "5e-6"),), ("With 5e-6 the models trained by SGD could not sparsify as Table 6 shows; "
+                                    "the models' own learning rate is used.")
 
 
 def grid_zoos(
@@ -103,7 +116,7 @@ def grid_zoos(
     architecture: str,  # name for architectures.build
     **changes,          # fields that differ from GRID
 ) -> tuple[Zoo, Zoo]:   # the fixed and the random zoo
-    """Make the two zoos of one grid.
+    """Make the fixed and the random zoo of one grid.
 
     Args:
         name: stem of the two names, such as "mnist"
@@ -116,14 +129,17 @@ def grid_zoos(
         tuple[Zoo, Zoo]: the fixed and the random zoo
     """
     zoo = replace(GRID, dataset=dataset, architecture=architecture, **changes)
-    return tuple(replace(zoo, name=f"{name}_{kind}", title=f"{title} {word}", kind=kind) for kind, word in (("fixed", "Fixed"), ("random", "Random")))
+    return tuple(replace(zoo, name=f"{name}_{kind}", title=f"{title} {kind.capitalize()}", kind=kind)
+                 for kind in ("fixed", "random"))
 
 
 WD_LARGE = {"wd": (1e-2, 1e-3)}
 GRID_ZOOS = (
     *grid_zoos("mnist", "MNIST (s)", "mnist", "cnn_small_1ch", in_paper=True, mp_in_paper=True),
-    *grid_zoos("fmnist", "FMNIST (s)", "fmnist", "cnn_small_1ch", in_paper=True, printed=FMNIST_RATE[0], remark=FMNIST_RATE[1]),
-    *grid_zoos("svhn", "SVHN (s)", "svhn", "cnn_small_1ch", optimizer=("sgd",), lr=(1e-2, 1e-3, 1e-4), wd=(0.0, 1e-3, 1e-1), dropout=(0.0, 0.3, 0.5)),
+    *grid_zoos("fmnist", "FMNIST (s)", "fmnist", "cnn_small_1ch",
+               in_paper=True, printed=FMNIST_RATE[0], remark=FMNIST_RATE[1]),
+    *grid_zoos("svhn", "SVHN (s)", "svhn", "cnn_small_1ch", optimizer=("sgd",),
+               lr=(1e-2, 1e-3, 1e-4), wd=(0.0, 1e-3, 1e-1), dropout=(0.0, 0.3, 0.5)),
     *grid_zoos("usps", "USPS (s)", "usps", "cnn_small_1ch", **WD_LARGE),
     *grid_zoos("cifar10", "CIFAR-10 (s)", "cifar10", "cnn_small_3ch", lr=(1e-3,), **WD_LARGE),
     *grid_zoos("cifar10_large", "CIFAR-10 (l)", "cifar10", "cnn_large", image_size=32, lr=(1e-3,), in_paper=True,
@@ -134,8 +150,10 @@ GRID_ZOOS = (
 
 # %% ../nbs/04_zoos.ipynb #30025257
 DIGITS = Zoo(
-    "digits_seed", "Digits (s) Seed", "digits", "cnn_small_1ch", init=("kaiming_uniform",), lr=(1e-3,), wd=(1e-3,), epochs=30,
-    mp_learning_rate=2e-3, vd_learning_rate=2e-3, remark="Ours, for a first look: no download, minutes instead of days.",
+    "digits_seed", "Digits (s) Seed", "digits", "cnn_small_1ch",
+    init=("kaiming_uniform",), lr=(1e-3,), wd=(1e-3,), epochs=30,
+    mp_learning_rate=2e-3, vd_learning_rate=2e-3,
+    remark="Ours, for a first look: no download, minutes instead of days.",
 )
 ZOOS: dict[str, Zoo] = {zoo.name: zoo for zoo in (*SEED_ZOOS, *GRID_ZOOS, DIGITS)}
 
@@ -144,12 +162,12 @@ FACTORS = ("activation", "init", "optimizer", "lr", "wd", "dropout")
 
 
 def get_zoo(
-    name: str | Zoo,  # such as "usps_seed", or a zoo of one's own
+    name: str | Zoo,  # such as "usps_seed", or a `Zoo` of your own
 ) -> Zoo:             # its entry
-    """Look up a zoo, or check one of one's own; raises `UserError` with the valid names, or for a recipe that cannot be.
+    """Look up a zoo, or check your own; raises `UserError` for an unknown name or an invalid recipe.
 
     Args:
-        name: such as "usps_seed", or a zoo of one's own
+        name: such as "usps_seed", or a `Zoo` of your own
 
     Returns:
         Zoo: its entry
@@ -158,35 +176,37 @@ def get_zoo(
 
 
 def check_zoo(
-    zoo: Zoo,  # any
-) -> Zoo:      # the same
-    """Raise `UserError` for a zoo whose name, factors or numbers cannot be.
+    zoo: Zoo,  # any zoo
+) -> Zoo:      # `zoo`, unchanged
+    """Raise `UserError` if the name, factors or numbers of a zoo are invalid.
 
     Args:
-        zoo: any
+        zoo: any zoo
 
     Returns:
-        Zoo: the same
+        Zoo: `zoo`, unchanged
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", str(zoo.name)):
-        raise UserError(f"{one_line(zoo.name, 40)!r} cannot name a zoo, whose folder will have its name: use letters, digits, _ and -.")
+        raise UserError(f"{one_line(zoo.name, 40)!r} cannot name a zoo, whose folder will have its name: use letters, "
+                        "digits, _ and -.")
     check_name(zoo.architecture, ARCHITECTURES, "architecture")
     check_name(zoo.kind, ("seed", "fixed", "random"), "kind of zoo")
     for factor in FACTORS:
         if not isinstance(getattr(zoo, factor), tuple) or not getattr(zoo, factor):
-            raise UserError(f"The {factor} of the zoo {zoo.name} has to be a tuple of values, such as {getattr(GRID, factor)}, "
-                            f"not {one_line(getattr(zoo, factor), 40)}.")
+            raise UserError(f"The {factor} of the zoo {zoo.name} has to be a tuple of values, such as "
+                            f"{getattr(GRID, factor)}, not {one_line(getattr(zoo, factor), 40)}.")
     for name, least in {"seeds": 1, "batch_size": 1, "epochs": 0, "mp_epochs": 0, "vd_epochs": 0}.items():
         value = getattr(zoo, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise UserError(f"The zoo {zoo.name} cannot have {name} {one_line(value, 40)}: give a whole number from {least}.")
+            raise UserError(f"The zoo {zoo.name} cannot have {name} {one_line(value, 40)}: give a whole number from "
+                            f"{least}.")
     return zoo
 
 # %% ../nbs/04_zoos.ipynb #dd5b9513
 def zoo_size(
     zoo: Zoo,  # the entry
 ) -> int:      # number of models
-    """How many models the zoo has.
+    """Count the models of a zoo.
 
     Args:
         zoo: the entry
@@ -202,13 +222,13 @@ def zoo_size(
 
 def drawn_seeds(
     zoo: Zoo,   # a "random" zoo
-    n: int,     # how many
+    n: int,     # number of seeds
 ) -> list[int]:  # seeds below one million
-    """The random seeds of a random zoo, the same ones every time.
+    """The random seeds of a random zoo, reproducibly.
 
     Args:
         zoo: a "random" zoo
-        n: how many
+        n: number of seeds
 
     Returns:
         list[int]: seeds below one million
@@ -219,34 +239,35 @@ def drawn_seeds(
 # %% ../nbs/04_zoos.ipynb #c307583c
 def check_n_models(
     zoo: Zoo,              # the entry
-    n_models: int | None,  # what the user asked for; none: all
-) -> int:                  # a number that the zoo can have
-    """Raise `UserError` for a number of models that a zoo cannot have.
+    n_models: int | None,  # requested number of models; None: all
+) -> int:                  # a valid number of models
+    """Check a number of models; raises `UserError` if the zoo cannot have that many.
 
     Args:
         zoo: the entry
-        n_models: what the user asked for; none: all
+        n_models: requested number of models; None: all
 
     Returns:
-        int: a number that the zoo can have
+        int: a valid number of models
     """
     size = zoo_size(zoo)
     if n_models is None:
         return size
     if not isinstance(n_models, int) or isinstance(n_models, bool) or not 1 <= n_models <= size:
-        raise UserError(f"{n_models!r} is not a number of models that {zoo.name} can have: give a whole number from 1 to {size}, or None for all.")
+        raise UserError(f"{n_models!r} is not a number of models that {zoo.name} can have: give a whole number from 1 "
+                        f"to {size}, or None for all.")
     return n_models
 
 
 def model_table(
     zoo: Zoo,                     # the entry
-    n_models: int | None = None,  # how many models; none: all
+    n_models: int | None = None,  # number of models; default: all
 ) -> pd.DataFrame:                # one row per model: model, seed, activation, init, optimizer, lr, wd, dropout, parent
     """The generating factors of the first `n_models` models of a zoo; raises `UserError` if the zoo has fewer.
 
     Args:
         zoo: the entry
-        n_models: how many models; none: all
+        n_models: number of models; default: all
 
     Returns:
         pd.DataFrame: one row per model: model, seed, activation, init, optimizer, lr, wd, dropout, parent
@@ -268,14 +289,15 @@ SHORT = {"tanh": "T", "sigmoid": "S", "relu": "R", "gelu": "G", "adam": "AD", "s
 
 TABLE_4 = (
     "mnist_seed", "mnist_random", "mnist_fixed", "svhn_seed", "fmnist_seed", "fmnist_random", "fmnist_fixed",
-    "cifar10_large_seed", "cifar10_large_random", "cifar10_large_fixed", "cifar10_seed", "usps_seed", "stl10_large_seed", "stl10_seed",
+    "cifar10_large_seed", "cifar10_large_random", "cifar10_large_fixed",
+    "cifar10_seed", "usps_seed", "stl10_large_seed", "stl10_seed",
 )  # the paper's rows, in the paper's order
 
 
 def short_number(
     value: float,  # such as 0.0003
 ) -> str:          # such as "3e-4"
-    """Write a number as the paper's Table 4 does.
+    """Format a number as in Table 4 of the paper.
 
     Args:
         value: such as 0.0003
@@ -300,7 +322,7 @@ def _joined(values: tuple) -> str:  # such as "1e-3, 1e-4"
 def table_4_row(
     zoo: Zoo,          # the entry
 ) -> dict[str, object]:  # one row of Table 4
-    """Describe a zoo as the paper's Table 4 does.
+    """Describe a zoo as in Table 4 of the paper.
 
     Args:
         zoo: the entry
@@ -326,12 +348,12 @@ def table_4_row(
 
 
 def list_zoos(
-    paper_only: bool = False,  # only the paper's 14
+    paper_only: bool = False,  # list only the paper's 14
 ) -> pd.DataFrame:             # index: the zoo's name
     """List the zoos: the paper's Table 4, and the rest of the registry below it.
 
     Args:
-        paper_only: only the paper's 14
+        paper_only: list only the paper's 14
 
     Returns:
         pd.DataFrame: index: the zoo's name
