@@ -20,19 +20,27 @@ def shown(cell: dict) -> bool:
     return not re.match(r"#\|\s*(hide|default_exp)", "".join(cell["source"]))
 
 
-def prepared(cell: dict, depth: int) -> dict:
-    "A cell for the site: without directives, with links to what the site or the repository has."
-    text = "".join(cell["source"])
-    if cell["cell_type"] == "code":
-        text = re.sub(r"\A#\|\s*exporti?\n", "", text)
-        tags = ["remove-input" if tag == "hide_input" else tag for tag in cell["metadata"].get("tags", [])]
-        return cell | {"source": text, "metadata": {"tags": tags}}
+def linked(text: str, depth: int) -> str:
+    "Markdown whose pictures lie on the site, and whose other links lead into the repository."
     up = "../" * depth
     for picture in re.findall(rf"\]\({re.escape(up)}\.\./(figures/[^)]*\.png)\)", text):
         (SOURCE / picture).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / picture, SOURCE / picture)
     text = re.sub(rf"\]\({re.escape(up)}\.\./(figures/[^)]*\.png)\)", rf"]({up}\1)", text)
-    return cell | {"source": re.sub(rf"\]\({re.escape(up)}\.\./", f"]({REPOSITORY}/", text)}
+    return re.sub(rf"\]\({re.escape(up)}\.\./", f"]({REPOSITORY}/", text)
+
+
+def prepared(cell: dict, depth: int) -> dict:
+    "A cell for the site: without directives, with links to what the site or the repository has."
+    text = "".join(cell["source"])
+    if cell["cell_type"] != "code":
+        return cell | {"source": linked(text, depth)}
+    for output in cell["outputs"]:
+        if "text/markdown" in output.get("data", {}):
+            output["data"]["text/markdown"] = linked("".join(output["data"]["text/markdown"]), depth)
+    text = re.sub(r"\A#\|\s*exporti?\n", "", text)
+    tags = ["remove-input" if tag == "hide_input" else tag for tag in cell["metadata"].get("tags", [])]
+    return cell | {"source": text, "metadata": {"tags": tags}}
 
 
 def copy_notebook(name: str, more: str = "") -> None:

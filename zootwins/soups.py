@@ -274,7 +274,7 @@ def parse_story(
     selector: str,        # one of selectors.SELECTORS
     merges: str,          # some of averaging.MERGES, such as "uniform,greedy"
     original_epochs: int,  # of the original training, which had a constant rate
-    baselines: str = f"{APART},{LONGER}",  # some of BASELINES
+    baselines: str = "none,longer",  # some of BASELINES
 ) -> dict[tuple[str, int], Chain | Gradual]:  # as from story_chains, checked
     """Parse a request; raises `UserError` for the first thing wrong with it.
 
