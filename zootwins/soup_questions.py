@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from .alignment import aligned
+from .architectures import build, layer_names
 from .averaging import average, compare_candidates, copies, copy_masks, greedy_soup, train_copies, uniform_soup
 from .averaging import gains, number_of_copies, weight_average
 from .claims import of_originals
@@ -34,10 +35,11 @@ from .datasets import Images, load_images
 from .distances import between, pairwise_distances
 from .engines import train
 from .figures import COLOURS, GREY, HEIGHT, MARKERS, WIDTH, heading, percent_axis, styled
+from .metrics import sparsity
 from .plans import Plan, make_plan
 from .population import Population, sample_population
 from .schedules import pruning_damage
-from .selectors import empty_layers, prunable, prune
+from .selectors import empty_layers, prune
 from .soup_figures import draw_mean
 from .store import read_stage
 from .tables import zoo_title
@@ -333,9 +335,7 @@ def zeros(
     Returns:
         np.ndarray: fractions of the prunable weights [N]
     """
-    tensors = prunable(population.weights).values()
-    pruned = sum((tensor == 0).flatten(1).sum(1) for tensor in tensors)
-    return (pruned / sum(tensor[0].numel() for tensor in tensors)).numpy()
+    return sparsity(population.weights, layer_names(build(population.architecture)))["sparsity"].numpy()
 
 
 def line_table(

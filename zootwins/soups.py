@@ -28,10 +28,12 @@ from zootwins.averaging import (
     MERGES, average, compare_candidates, gains, gradual_events, merge, prediction_ensemble, test_accuracy, uniform_soup,
     weight_average,
 )
+from .architectures import build, layer_names
 from .blocks import Block, cut_blocks
 from .core import UserError, check_name, digest, write_json
 from .datasets import Images
 from .engines import Listener, OnEpoch
+from .metrics import sparsity
 from .plans import Plan, Stage, fingerprint
 from .population import Population, concatenate
 from .schedules import check_schedule
@@ -794,9 +796,8 @@ def reprune(
         tuple[Population, pd.Series]: one model each at that level, and the sparsity of the averages before
     """
     mean = average(candidates)
-    zeros = sum((tensor == 0).flatten(1).sum(1) for tensor in prunable(mean.weights).values())
-    total = sum(tensor[0].numel() for tensor in prunable(mean.weights).values())
-    return prune(mean, level, selector)[0], pd.Series((zeros / total).numpy(), index=mean.models["model"])
+    before = sparsity(mean.weights, layer_names(build(mean.architecture)))["sparsity"]
+    return prune(mean, level, selector)[0], pd.Series(before.numpy(), index=mean.models["model"])
 
 
 def chain_table(
@@ -1030,11 +1031,10 @@ def variational_table(
     """
     frames = []
     for epoch in epochs:
-        runs = read_variational(plan, m, epoch)
-        before = {e: read_variational(plan, m, e) for e in range(max(epoch - window + 1, 1), epoch + 1)}
-        for row, models in (("VD", runs), ("VD soup", average(runs)), ("VD + SWA", weight_average(before))):
-            kept = prunable(deterministic(models.weights)).values()
-            zeros = sum((tensor == 0).flatten(1).sum(1) for tensor in kept) / sum(tensor[0].numel() for tensor in kept)
+        latest = {e: read_variational(plan, m, e) for e in range(max(epoch - window + 1, 1), epoch + 1)}
+        runs = latest[epoch]
+        for row, models in (("VD", runs), ("VD soup", average(runs)), ("VD + SWA", weight_average(latest))):
+            zeros = sparsity(deterministic(models.weights), layer_names(build(models.architecture)))["sparsity"]
             told = {"sparsity": zeros.numpy(), "test_acc": test_accuracy(models, images, plan.engine).numpy()}
             by_model = pd.DataFrame({"model": models.models["model"], **told}).groupby("model", as_index=False).mean()
             frames.append(by_model.assign(epoch=epoch, row=row))
