@@ -15,7 +15,7 @@ import os
 import platform
 import subprocess
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -744,6 +744,26 @@ def logits(
     y = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     return _evaluated(weights, architecture, activations, x, y, "logits").held["logits"]
 
+# %% ../nbs/14_gpu.ipynb #e2fb4c07
+def _on_gpu(
+    function: Callable,  # of weights, architecture, activations, images and perhaps labels
+) -> Callable:           # the same, from and to wherever the weights are
+    """Let a function run on the GPU, if there is one.
+
+    Args:
+        function: of weights, architecture, activations, images and perhaps labels
+
+    Returns:
+        Callable: the same, from and to wherever the weights are
+    """
+    def moved(weights: dict[str, Tensor], architecture: str, activations: Iterable[str], *images: Tensor):
+        here = next(iter(weights.values())).device
+        there = torch.device("cuda") if torch.cuda.is_available() else here
+        moved_weights = {name: tensor.to(there) for name, tensor in weights.items()}
+        found = function(moved_weights, architecture, activations, *(tensor.to(there) for tensor in images))
+        return found.to(here) if isinstance(found, Tensor) else tuple(tensor.to(here) for tensor in found)
+    return moved
+
 # %% ../nbs/14_gpu.ipynb #c4e6149f
 def why_unavailable(
     architecture: str,  # of the models
@@ -793,6 +813,6 @@ def arithmetic() -> str:  # such as "gpu sm_90 0123456789ab"
 
 
 GPU = Engine(
-    "gpu", train_epoch, evaluate, logits, mixes=True, width=block_width, interrupt=interrupt, schedules=True,
+    "gpu", train_epoch, _on_gpu(evaluate), _on_gpu(logits), mixes=True, width=block_width, interrupt=interrupt, schedules=True,
     arithmetic=arithmetic,
 )

@@ -580,7 +580,7 @@ def beginnings(
     if number == 1:
         return [(read_stage(plan.folder, "original"), list(range(chain.m)))]
     if chain.merge != APART and chain.m > 1:
-        return [(read_soup(plan, chain, number - 1, images), list(range(chain.m)))]
+        return [(read_soup(plan, chain, number - 1, on_device(images, "cpu")), list(range(chain.m)))]
     before = read_candidates(plan, chain, number - 1)
     return [(before[before.models["copy"].to_numpy() == copy], [copy]) for copy in range(chain.m)]
 
