@@ -818,17 +818,18 @@ struct Sorter {
 
     static DEVICE int digit(const Stream& stream, int number, int shift) { return (int)(stream.word((U)number, 0, 0) >> shift) & (DIGITS - 1); }
 
-    DEVICE void pass(const Stream& stream, int shift, const int* from, int* to, int n) {
+    template <class Use> static DEVICE void each(const Stream& stream, int shift, const int* from, int n, int t, Use use) {
         const int stretch = (n + THREADS_PER_BLOCK - 1) / THREADS_PER_BLOCK;
-        auto each = [&](int t, auto g) {
-            for (int i = t * stretch; i < (t + 1) * stretch && i < n; ++i) {
-                const int number = from ? from[i] : i;
-                g(number, digit(stream, number, shift));
-            }
-        };
+        for (int i = t * stretch; i < (t + 1) * stretch && i < n; ++i) {
+            const int number = from ? from[i] : i;
+            use(number, digit(stream, number, shift));
+        }
+    }
+
+    DEVICE void pass(const Stream& stream, int shift, const int* from, int* to, int n) {
         THREADS
             for (int d = 0; d < DIGITS; ++d) start[d][t] = 0;
-            each(t, [&](int, int d) { ++start[d][t]; });
+            each(stream, shift, from, n, t, [&](int, int d) { ++start[d][t]; });
         BARRIER
         THREADS
             FOR(d, DIGITS) {
@@ -844,7 +845,7 @@ struct Sorter {
             }
         BARRIER
         THREADS
-            each(t, [&](int number, int d) { to[start[d][t]++] = number; });
+            each(stream, shift, from, n, t, [&](int number, int d) { to[start[d][t]++] = number; });
         BARRIER
     }
 
