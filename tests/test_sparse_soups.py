@@ -37,7 +37,7 @@ def test_a_run_and_another_with_more_copies(tmp_path):
     small = {"n_models": 2, "level": 80, "phases": 2, "epochs": 1, "merge": "uniform", "baselines": "none,longer"}
     done = papermill(tmp_path, **small, copies=2)
     assert done.returncode == 0, done.stderr[-2000:]
-    story = lambda numbers: tmp_path / "figures" / "soups" / "digits_seed" / f"lamp_80_constant_0.005_m{numbers}_uniform"
+    story = lambda numbers: tmp_path / "figures" / "soups" / "digits_seed" / f"lamp_80_2x1_constant_0.005_m{numbers}_uniform"
     folder = story("2")
     record = json.loads((folder / "run.json").read_text())
     assert [stage["made"] for stage in record["stages"]] == [2, 4, 4, 0, 4, 2, 2]
@@ -65,7 +65,7 @@ def test_the_notebook_runs_again_in_one_kernel(tmp_path):
         runs += [*notebook.cells[: at + 1], own, *notebook.cells[at + 1 :]]
     notebook.cells = [nbformat.from_dict(dict(cell, id=f"cell{place}")) for place, cell in enumerate(runs)]
     NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": str(ROOT / "nbs")}}).execute()
-    results = pd.read_parquet(tmp_path / "figures" / "soups" / "digits_seed" / "lamp_50_constant_0.005_m2_learned" / "results.parquet")
+    results = pd.read_parquet(tmp_path / "figures" / "soups" / "digits_seed" / "lamp_50_1x1_constant_0.005_m2_learned" / "results.parquet")
     assert set(results["merge"]) == {"learned", ""} and set(results["row"]) >= {"SMS", "IMP", "IMP-RePrune"}
 
 

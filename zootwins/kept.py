@@ -27,7 +27,7 @@ from .core import UserError, atomic_path, check_name, read_json
 from .figures import FIGURES, RINGED, figure_3, figure_individuals
 from .style import save_figure
 from .layers import read_frequencies
-from .metrics import read_metrics
+from .metrics import own_selector, read_metrics
 from .probes import table_3
 from .reported import check_all, check_counts, missing_originals, read_reported, reported
 from .states import TABLE_1_STATES, last_epoch
@@ -57,8 +57,8 @@ class Kept:
 
     @cached_property
     def metrics(self) -> pd.DataFrame:
-        "Tidy metrics of all zoos."
-        return read_metrics(*[self.folder / zoo / "metrics.parquet" for zoo in self.zoos])
+        "Tidy metrics of all zoos; of magnitude pruning, those by each zoo's own selector, as the paper prunes."
+        return own_selector(read_metrics(*[self.folder / zoo / "metrics.parquet" for zoo in self.zoos]))
 
     @cached_property
     def comparison(self) -> pd.DataFrame:
@@ -156,7 +156,7 @@ def pictures(
     }
     drawn["figure_individuals"] = figure_individuals(rows, model_table(ZOOS[zoo], int(rows["model"].max()) + 1))
     path = kept.folder / zoo / "removal.parquet"
-    return drawn | ({"figure_3": figure_3(read_frequencies(path))} if path.exists() else {})
+    return drawn | ({"figure_3": figure_3(own_selector(read_frequencies(path)))} if path.exists() else {})
 
 
 def joint_pictures(
@@ -271,7 +271,7 @@ def kept_partners(
     cells = kept.comparison.query("table == 1 and metric == 'agreement' and zoo in @folders")
     printed = cells.assign(partner="printed", n=0, mean=cells["paper_mean"], std=cells["paper_std"])
     columns = ["zoo", "method", "level", "epoch", "n", "partner", "mean", "std"]
-    return table_partners(pd.concat([*(kept.table(zoo, "table_partners") for zoo in folders), printed[columns]]))
+    return table_partners(pd.concat([*(own_selector(kept.table(zoo, "table_partners")) for zoo in folders), printed[columns]]))
 
 # %% ../nbs/37_kept.ipynb #24590268
 def contradictions(
@@ -369,14 +369,14 @@ def _claim(kept: Kept, zoo: str, claim: str, of: str, column: str) -> object:
 # %% ../nbs/37_kept.ipynb #03a195fc
 def _correlation(kept: Kept, zoo: str, method: str, metric: str, column: str = "value") -> float:
     "A coefficient of Table 2, in %."
-    rows = kept.table(zoo, "table_2").query("method == @method and metric == @metric")
+    rows = own_selector(kept.table(zoo, "table_2")).query("method == @method and metric == @metric")
     return _one(rows, column, f"{zoo}, {method}, {metric}")
 
 
 def _partner(kept: Kept, zoo: str, method: str, partner: str) -> float:
     "Mean agreement with partners of one kind, in %."
     return _one(
-        kept.table(zoo, "table_partners").query("method == @method and partner == @partner"), "mean",
+        own_selector(kept.table(zoo, "table_partners")).query("method == @method and partner == @partner"), "mean",
         f"{zoo}, {method}, {partner}",
     )
 
