@@ -12,7 +12,7 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -461,13 +461,16 @@ FACTS: dict[str, Callable] = {
 
 
 def fact(
-    kept: Kept,
-    key: str,      # a name in FACTS and what it needs, as in a shell; after "minus", with the other sign
+    kept: object,  # what the facts read: Kept, or soup_facts.KeptSoups
+    key: str,      # a name in `facts` and what it needs, as in a shell; after "minus", with the other sign
+    facts: Mapping[str, Callable] = FACTS,  # kind of key -> its fact
 ) -> object:       # a number or a word
     """Look up a fact; raises `UserError` for a key that names none.
 
     Args:
-        key: a name in FACTS and what it needs, as in a shell; after "minus", with the other sign
+        kept: what the facts read: Kept, or soup_facts.KeptSoups
+        key: a name in `facts` and what it needs, as in a shell; after "minus", with the other sign
+        facts: kind of key -> its fact
 
     Returns:
         object: a number or a word
@@ -475,7 +478,7 @@ def fact(
     name, *words = shlex.split(key.removeprefix("minus "))
     sign = -1 if key.startswith("minus ") else 1
     try:
-        value = FACTS[check_name(name, list(FACTS), "fact")](kept, *words)
+        value = facts[check_name(name, list(facts), "fact")](kept, *words)
     except (TypeError, ValueError, KeyError) as problem:
         raise UserError(
             f"The key {key!r} does not name a fact: {' '.join(str(problem).split()).rstrip('.')}."
@@ -503,28 +506,35 @@ def written(
 
 
 def fill(
-    kept: Kept,
-    text: str,  # with keys
-) -> str:       # with the numbers of the kept runs
+    kept: object,  # as for `fact`
+    text: str,     # with keys
+    facts: Mapping[str, Callable] = FACTS,  # as for `fact`
+) -> str:          # with the numbers of the kept runs
     """Fill in every number.
 
     Args:
+        kept: as for `fact`
         text: with keys
+        facts: as for `fact`
 
     Returns:
         str: with the numbers of the kept runs
     """
-    return TOLD.sub(lambda found: f"{written(fact(kept, found['key']), found['text'])}<!-- {found['key']} -->", text)
+    said = lambda found: written(fact(kept, found["key"], facts), found["text"])
+    return TOLD.sub(lambda found: f"{said(found)}<!-- {found['key']} -->", text)
 
 # %% ../nbs/37_kept.ipynb #0ae23497
 def refill(
-    kept: Kept,
+    kept: object,      # as for `fact`
     path: Path | str,  # of a notebook
+    facts: Mapping[str, Callable] = FACTS,  # as for `fact`
 ) -> list[str]:        # cells that changed
     """Fill in the numbers of a notebook's prose.
 
     Args:
+        kept: as for `fact`
         path: of a notebook
+        facts: as for `fact`
 
     Returns:
         list[str]: cells that changed
@@ -532,7 +542,7 @@ def refill(
     notebook, changed = read_json(path), []
     for cell in notebook["cells"]:
         before = "".join(cell["source"])
-        after = fill(kept, before) if cell["cell_type"] == "markdown" else before
+        after = fill(kept, before, facts) if cell["cell_type"] == "markdown" else before
         if after != before:
             cell["source"] = after.splitlines(keepends=True)
             changed.append(cell["id"])
