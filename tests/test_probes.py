@@ -203,11 +203,12 @@ def test_the_notebook_explains_its_parameters():
 
 @pytest.mark.slow
 def test_the_notebook_writes_its_tables_and_figures(tmp_path):
-    done = papermill(tmp_path, n_models=12, epochs=1)
+    done = papermill(tmp_path, n_models=12, epochs=1, formats="csv,md,png,svg")
     assert done.returncode == 0, done.stderr[-2000:]
     folder = tmp_path / "figures" / "digits_seed" / "hyper_representations"
     names = {p.name for p in folder.iterdir()}
-    assert names == {"run.json", "table_3.csv", "probes_twins.csv", "zero_shot.csv", "figure_losses.png", "figure_latent.png", "figure_zero_shot.png"}
+    figures = {f"figure_{name}.{form}" for name in ("losses", "latent", "zero_shot") for form in ("png", "svg")}
+    assert names == {"run.json", "table_3.csv", "table_3.md", "probes_twins.csv", "zero_shot.csv", *figures}
     record = json.loads((folder / "run.json").read_text())
     assert record["n_models"] == 12 and record["config"]["epochs"] == 1 and record["states"] == 12 * 26
 
@@ -226,6 +227,8 @@ def test_the_notebook_runs_again_in_one_kernel(tmp_path):
 def test_a_mistake_is_told_before_any_work(tmp_path):
     done = papermill(tmp_path, epoch=3)
     assert done.returncode != 0 and "There is no parameter of hyper_representations 'epoch'" in done.stderr
+    done = papermill(tmp_path, formats="jpg")
+    assert done.returncode != 0 and "csv, md, tex" in done.stderr
     assert not (tmp_path / "zoos").exists()
 
 

@@ -9,7 +9,8 @@ from test_soup_figures import story, sweep
 
 from zootwins.claims import FAILS, HOLDS, OPEN
 from zootwins.reported_soups import ALWAYS, MOSTLY, ONCE, SOUP_CLAIMS
-from zootwins.soup_claims import SWEEP_CLAIMS, judge_cells, judge_story, judge_sweep, printed_verdicts, row_differences, story_verdicts, sweep_verdicts, verdict_matrix
+from zootwins.kept import SIGNS
+from zootwins.soup_claims import SWEEP_CLAIMS, judge_cells, judge_story, judge_sweep, printed_verdicts, row_differences, story_verdicts, sweep_verdicts, verdict_matrix, verdict_text
 
 ROOT = Path(__file__).resolve().parents[1]
 NOISE = pd.Series(np.random.default_rng(0).normal(0, 0.5, 40))
@@ -144,12 +145,23 @@ def test_the_matrix_has_the_printed_verdicts_beside_ours():
     verdicts = story_verdicts(pd.concat([story(n=10), story(n=10, rate=1e-3, longer=-0.02)]))
     matrix = verdict_matrix(verdicts)
     assert list(matrix.columns) == ["place", "printed tables", *verdicts["setting"].unique()] and len(verdicts["setting"].unique()) == 2
-    assert matrix.loc["soups beat the best candidate", "printed tables"] == HOLDS == printed_verdicts()["soups beat the best candidate"]
-    assert matrix.loc["soups beat longer training"].tolist()[2:] == [FAILS, HOLDS]
+    assert matrix.loc["soups beat the best candidate", "printed tables"] == SIGNS[HOLDS] == SIGNS[printed_verdicts()["soups beat the best candidate"]]
+    assert matrix.loc["soups beat longer training"].tolist()[2:] == [SIGNS[HOLDS], SIGNS[FAILS]]
+    assert all("(10 models; m = 3)" in setting for setting in verdicts["setting"])
+
+
+def test_verdicts_say_which_stories_they_rest_on():
+    verdicts = story_verdicts(pd.concat([story(n=10), story(n=10, m=5), story(n=4, level=0.8)]))
+    assert sorted(verdicts["setting"].unique()) == ["Digits (s) Seed, LAMP to 80%, constant 0.005 (4 models; m = 3)",
+                                                    "Digits (s) Seed, LAMP to 90%, constant 0.005 (10 models; m = 3, 5)"]
+    text = verdict_text(verdicts, "soups beat longer training")
+    assert "- Digits (s) Seed, LAMP to 90%, constant 0.005 (10 models; m = 3, 5): **does not hold**." in text
+    assert "to 80%, constant 0.005 (4 models; m = 3)" in text
 
 
 @pytest.mark.parametrize("experiment", ["one_shot", "lengths"])
 def test_kept_sweeps_can_be_judged(experiment):
     found = sweep_verdicts(ROOT / "figures" / "soups", "digits_seed")
+    assert found["setting"].str.startswith("Digits (s) Seed, ").all()
     claims = {claim.name for claim in SWEEP_CLAIMS if claim.experiment == experiment}
     assert claims <= set(found["claim"]) and set(found["verdict"]) <= {HOLDS, FAILS, OPEN}

@@ -17,7 +17,7 @@ from zootwins.zoos import ZOOS
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = sorted((ROOT / "figures" / "soups").glob("*/*/run.json"))
 STORIES = [path.parent for path in KEPT if (path.parent / "gains.csv").exists()]
-TOLD = {"zoo": "digits_seed", "selector": "lamp", "level": 0.9, "schedule": "constant", "rate": 5e-3, "epochs": 5, "varied": "seed"}
+TOLD = {"zoo": "digits_seed", "selector": "lamp", "level": 0.9, "schedule": "constant", "rate": 5e-3, "epochs": 5, "phases": 3, "varied": "seed"}
 
 
 def story(n=6, phases=2, m=3, soup=0.02, longer=0.03, **told):
@@ -79,12 +79,12 @@ def test_stories_are_read_once_and_named_by_their_setting(tmp_path):
         folder = tmp_path / "digits_seed" / place
         folder.mkdir(parents=True)
         save_metrics(results, folder / "results.parquet")
-        write_json({"zoo": "digits_seed", "chains": [{"selector": "lamp", "schedule": "LLR", "epochs": 5, "lr": rate}]}, folder / "run.json")
+        write_json({"zoo": "digits_seed", "chains": [{"selector": "lamp", "schedule": "LLR", "epochs": 5, "phases": 3, "lr": rate}]}, folder / "run.json")
     write_json({"zoo": "digits_seed", "experiment": "pairs"}, tmp_path / "digits_seed" / "c.json")
     again = tmp_path / "digits_seed" / "d"
     again.mkdir()
     save_metrics(results.head(3), again / "results.parquet")
-    write_json({"zoo": "digits_seed", "chains": [{"selector": "lamp", "schedule": "LLR", "epochs": 5, "lr": 5e-3}]}, again / "run.json")
+    write_json({"zoo": "digits_seed", "chains": [{"selector": "lamp", "schedule": "LLR", "epochs": 5, "phases": 3, "lr": 5e-3}]}, again / "run.json")
     found = read_stories(tmp_path)
     assert len(found) == 2 * len(results) and found["rate"].isna().sum() == len(results)
     assert setting_title(found.iloc[0]) == "Digits (s) Seed, LAMP to 90%, LLR 0.005"
@@ -169,8 +169,41 @@ def test_the_figure_of_pairs_counts_wins():
 
 def test_when_to_cook():
     stories = pd.concat([story(), story(longer=-0.01, rate=1e-3)])
-    table = last_gains(stories, 3).set_index(["title", "over"])
-    assert np.allclose(table.xs("one run, m times as long", level="over")["gain"], [-3, 1]) and (table["n"] == 6).all()
+    table = last_gains(stories).set_index(["title", "over"])
+    assert np.allclose(table.xs("one run, m times as long", level="over")["gain"], [1, -3]) and (table["n"] == 6).all()
     assert np.allclose(table.xs("IMP", level="over")["gain"], 1.5)
     fig = figure_when(stories)
-    assert [label.get_text() for label in fig.axes[0].get_yticklabels()] == list(dict.fromkeys(table.index.get_level_values("title")))
+    titles = list(dict.fromkeys(table.index.get_level_values("title")))
+    assert [label.get_text() for label in fig.axes[0].get_yticklabels()] == [f"{title}, m = 3" for title in titles]
+
+
+def test_every_number_of_copies_level_and_length_is_a_line_of_its_own():
+    stories = pd.concat([story(), story(m=10, soup=0.03), story(level=0.8), story(epochs=10), story(phases=1, epochs=10).assign(phases=1)])
+    table = last_gains(stories)
+    lines = table[["title", "m"]].drop_duplicates()
+    assert len(lines) == 5 == len(figure_when(stories).axes[0].get_yticklabels()) and sorted(lines["m"]) == [3, 3, 3, 3, 10]
+    assert {title.partition("0.005")[2] for title in lines["title"]} == {"", ", 3 x 10 epochs", ", 1 x 10 epochs"}
+    assert np.allclose(table[(table["m"] == 10) & (table["over"] == "mean candidate")]["gain"], 3)
+
+
+def test_differences_are_over_the_models_that_have_both():
+    results = story()
+    some = results[(results["row"] != "IMP_mx") | (results["model"] < 2)]
+    table = last_gains(some).set_index("over")
+    assert table["n"].to_dict() == {"mean candidate": 6, "IMP": 6, "best candidate (oracle)": 6, "one run, m times as long": 2}
+    assert paired_table(some).numbers.query("over == 'IMP_mx'")["n"].tolist() == [2, 2]
+
+
+def test_of_one_setting_the_folder_with_most_models_is_read(tmp_path):
+    chain = {"selector": "lamp", "schedule": "LLR", "epochs": 5, "phases": 2, "lr": 5e-3}
+    made = {"few": story(n=3, soup=0.05), "many": pd.concat([story(n=8), story(n=8, m=5)])}
+    made["few"] = pd.concat([made["few"], made["few"].query("row == 'SMS'").assign(merge="greedy")])
+    for name, results in made.items():
+        folder = tmp_path / "digits_seed" / name
+        folder.mkdir(parents=True)
+        save_metrics(results.drop(columns=[column for column in TOLD if column != "level"]), folder / "results.parquet")
+        write_json({"zoo": "digits_seed", "chains": [chain]}, folder / "run.json")
+    found = read_stories(tmp_path)
+    assert found.groupby(["row", "merge", "m"])["model"].nunique().to_dict()["SMS", "uniform", 3] == 8
+    assert found.query("merge == 'greedy'")["model"].nunique() == 3 and set(found["m"]) == {3, 5} and set(found["phases"]) == {2}
+    assert np.allclose(last_gains(found).query("over == 'mean candidate'")["gain"], 2)

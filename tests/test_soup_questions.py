@@ -21,8 +21,8 @@ from zootwins.soup_questions import VARIED, Shot, activation_gains, collapse_tab
 from zootwins.soup_questions import figure_gradual, gradual_accuracies
 from zootwins.soup_questions import figure_lines, figure_variational, figure_zoo_soups, first_copies, gaining_models, judge, line_table, line_tables
 from zootwins.soup_questions import length_shots, make_experiments, middles, one_shot, pair_table, pearson_table, rate_shots, shifted, sparsity_shots
-from zootwins.soup_questions import varied_pairs, variational_gains, variational_soups, zeros, zoo_soups
-from zootwins.soups import Chain, make_soups, read_candidates
+from zootwins.soup_questions import varied_pairs, variational_gains, variational_runs, zeros, zoo_soups
+from zootwins.soups import Chain, make_soups, read_candidates, variational_table
 from zootwins.training import TORCH
 from zootwins.twins import load_stage, make_twins
 from zootwins.zoos import get_zoo
@@ -115,12 +115,16 @@ def test_the_soup_of_a_zoo_of_one_is_the_model(models, images):
     assert len(figure_zoo_soups(table).axes[0].containers) == 3
 
 
-def test_variational_runs_and_their_soup(models, images):
-    table = variational_soups(SHORT, models, images, ENGINE, 2, (1, 2))
-    assert table.groupby(["epoch", "row"])["model"].apply(list).tolist() == [[0, 1, 2]] * 4 and table["sparsity"].between(0, 1).all()
+def test_variational_runs_and_their_soup(tmp_path, images):
+    plan = small_plan(tmp_path, n=3, epochs=2, levels="0")
+    plan = replace(plan, zoo=replace(plan.zoo, vd_epochs=3))
+    make_twins(plan, images, progress=False, only=["original"])
+    table = variational_runs(plan, images, 2)
+    assert table.groupby(["epoch", "row"])["model"].apply(list).tolist() == [[0, 1, 2]] * 6 and table["sparsity"].between(0, 1).all()
+    assert table.equals(variational_table(plan, 2, images, (1, 3)))
     rows = variational_gains(table)
-    wide = table.query("epoch == 2").pivot(index="model", columns="row", values="test_acc")
-    assert np.isclose(rows.loc[2, "accuracy gained"], 100 * (wide["VD soup"] - wide["VD"]).mean())
+    wide = table.query("epoch == 3").pivot(index="model", columns="row", values="test_acc")
+    assert np.isclose(rows.loc[3, "accuracy gained"], 100 * (wide["VD soup"] - wide["VD"]).mean())
     assert [line.get_label() for line in figure_variational(table).axes[0].lines] == ["single runs, mean", "their soup"]
 
 

@@ -11,7 +11,8 @@ import pytest
 from nbclient import NotebookClient
 
 from zootwins.core import UserError
-from zootwins.soups import PARAMETERS, parse_story, story_gains
+from zootwins.plans import make_plan
+from zootwins.soups import PARAMETERS, parse_story, story_folder, story_gains
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT / "nbs" / "sparse_soups.ipynb"
@@ -37,7 +38,7 @@ def test_a_run_and_another_with_more_copies(tmp_path):
     small = {"n_models": 2, "level": 80, "phases": 2, "epochs": 1, "merge": "uniform", "baselines": "none,longer"}
     done = papermill(tmp_path, **small, copies=2)
     assert done.returncode == 0, done.stderr[-2000:]
-    story = lambda numbers: tmp_path / "figures" / "soups" / "digits_seed" / f"lamp_80_constant_0.005_m{numbers}_uniform"
+    story = lambda numbers: tmp_path / "figures" / "soups" / "digits_seed" / f"lamp_80_2x1_constant_0.005_m{numbers}_uniform"
     folder = story("2")
     record = json.loads((folder / "run.json").read_text())
     assert [stage["made"] for stage in record["stages"]] == [2, 4, 4, 0, 4, 2, 2]
@@ -60,12 +61,14 @@ def test_the_notebook_runs_again_in_one_kernel(tmp_path):
     at = next(place for place, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", []))
     small = {"n_models": 2, "level": 50, "phases": 1, "epochs": 1, "copies": "2", "store": str(tmp_path / "zoos"), "figures": str(tmp_path / "figures")}
     runs = []
-    for more in ({"merge": "uniform", "baselines": ""}, {"merge": "learned", "baselines": "none", "candidates": "a name of one's own"}):
+    for more in ({"merge": "uniform", "baselines": "", "formats": "md,svg"}, {"merge": "learned", "baselines": "none", "candidates": "a name of one's own"}):
         own = nbformat.v4.new_code_cell("\n".join(f"{name} = {value!r}" for name, value in (small | more).items()))
         runs += [*notebook.cells[: at + 1], own, *notebook.cells[at + 1 :]]
     notebook.cells = [nbformat.from_dict(dict(cell, id=f"cell{place}")) for place, cell in enumerate(runs)]
     NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": str(ROOT / "nbs")}}).execute()
-    results = pd.read_parquet(tmp_path / "figures" / "soups" / "digits_seed" / "lamp_50_constant_0.005_m2_learned" / "results.parquet")
+    results = pd.read_parquet(tmp_path / "figures" / "soups" / "digits_seed" / "lamp_50_1x1_constant_0.005_m2_learned" / "results.parquet")
+    uniform = tmp_path / "figures" / "soups" / "digits_seed" / "lamp_50_1x1_constant_0.005_m2_uniform"
+    assert {path.name for path in uniform.iterdir()} == {"run.json", "results.parquet", "table_1.md", "gains.csv", "gains.svg"}
     assert set(results["merge"]) == {"learned", ""} and set(results["row"]) >= {"SMS", "IMP", "IMP-RePrune"}
 
 
@@ -85,6 +88,18 @@ def test_mistakes_are_told(change, message):
     with pytest.raises(UserError, match=message) as error:
         parse_story(**STORY | change)
     assert "\n" not in str(error.value)
+
+
+def test_an_unknown_format_is_refused(tmp_path):
+    done = papermill(tmp_path, formats="jpg")
+    assert done.returncode and "format" in done.stderr and "csv, md, tex" in done.stderr and not (tmp_path / "zoos").exists()
+
+
+def test_stories_that_differ_in_epochs_or_phases_have_folders_of_their_own(tmp_path):
+    plan = make_plan("digits_seed", 2, methods="", levels="0", figures=str(tmp_path))
+    changes = [{}, {"epochs": 5}, {"phases": 3}, {"copies": "3"}, {"level": 90}, {"rate": None}]
+    names = [story_folder(plan, parse_story(**STORY | change)).name for change in changes]
+    assert len(set(names)) == len(changes) and names[0] == "lamp_80_2x1_constant_0.005_m2_uniform" and names[1] == "lamp_80_2x5_constant_0.005_m2_uniform"
 
 
 def test_a_story_has_soups_runs_and_longer_runs():
