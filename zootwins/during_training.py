@@ -484,7 +484,7 @@ class STR(Method):
     def final(self, weights: Weights, memory: Memory) -> Weights:
         return self.seen(weights, memory)
 
-# %% ../nbs/77_during_training.ipynb #1f1915ee
+# %% ../nbs/77_during_training.ipynb #5064069d
 def even_counts(
     shapes: Mapping[str, tuple[int, ...]],  # of one model's prunable weights, in the order of the layers
     level: float,                           # fraction to prune
@@ -528,7 +528,7 @@ def swapped(
     grown = keep_highest(growth.flatten(1).masked_fill(stays, -1), count)
     return (stays | grown).reshape(mask.shape)
 
-# %% ../nbs/77_during_training.ipynb #d143c15e
+# %% ../nbs/77_during_training.ipynb #e7c0f41a
 @dataclass(frozen=True)
 class SET(Method):
     """Sparse evolutionary training (Mocanu et al. 2018).
@@ -554,7 +554,8 @@ class SET(Method):
         sizes = magnitudes(weights)
         if memory.masks:
             growth, share = self.growth(sizes, memory), self.replaced(memory.progress)
-            memory.masks = {name: swapped(mask, sizes[name], growth[name], share) for name, mask in memory.masks.items()}
+            for name, mask in memory.masks.items():
+                memory.masks[name] = swapped(mask, sizes[name], growth[name], share)
             return
         counts = STARTS[self.start]({name: tuple(size.shape[1:]) for name, size in sizes.items()}, level)
         places = {name: drawn.flatten(1) for name, drawn in _drawn(sizes, memory).items()}
@@ -591,7 +592,7 @@ def _drawn(
     draw = lambda site, size: random_words(size[0].numel(), memory.keys.to(size.device), site, epoch=memory.changes)
     return {name: to_uniform(draw(site, size)).reshape(size.shape) for site, (name, size) in enumerate(sizes.items())}
 
-# %% ../nbs/77_during_training.ipynb #675a1157
+# %% ../nbs/77_during_training.ipynb #80abab03
 @dataclass(frozen=True)
 class RigL(SET):
     "The rigged lottery: SET that grows by gradients (Evci et al. 2020)."
@@ -940,7 +941,8 @@ def check_method(
         raise UserError(f"BIMP's dense training takes a share between 0 and 1 of all epochs, and not {method.dense}.")
     for name in ("share", "until") if isinstance(method, SET) else ():
         if not 0 < getattr(method, name) <= 1:
-            raise UserError(f"{method.title} needs a share above 0 and at most 1 for {name}, and not {getattr(method, name)}.")
+            raise UserError(f"{method.title} needs a share above 0 and at most 1 for {name}, "
+                            f"and not {getattr(method, name)}.")
     if isinstance(method, SET):
         check_name(method.start, STARTS, "start")
 
@@ -988,7 +990,7 @@ def sparsify_module(
     m: int = 1,            # copies in every interval, for BIMP, GMP and DPF
     branch: float = 0.0,   # share of the training before copying begins
     wd: float = 1e-4,      # weight decay
-    seed: int = 0,         # of the batch orders
+    seed: int = 0,         # of batch orders and dropout
 ) -> nn.Module:            # the same module; recompute its batch statistics before evaluating it
     """Train a module by one of the methods, by SGD; raises `UserError` as `check_method` does.
 
@@ -1001,7 +1003,7 @@ def sparsify_module(
         m: copies in every interval, for BIMP, GMP and DPF
         branch: share of the training before copying begins
         wd: weight decay
-        seed: of the batch orders
+        seed: of batch orders and dropout
 
     Returns:
         nn.Module: the same module; recompute its batch statistics before evaluating it
@@ -1011,7 +1013,9 @@ def sparsify_module(
     weights = {name: tensor.detach()[None] for name, tensor in module.named_parameters()}
     state = begin(Population(weights, models, ""), model_keys(recipe, models), device=str(images.x_train.device))
     learner, names = ModuleLearner(module, images), list(prunable_weights(module))
-    left = train_sparsely(state, learner, names, method, level, recipe, len(images.x_train), m, branch)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # for dropout and the like
+        left = train_sparsely(state, learner, names, method, level, recipe, len(images.x_train), m, branch)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             parameter.copy_(left.population.weights[name][0])
