@@ -353,7 +353,8 @@ def module_zeros(module):
     return sum(int((weight == 0).sum()) for weight in prunable_weights(module).values())
 
 
-@pytest.mark.parametrize("method, m", [(GMP(events=2), 1), (GMP(events=2), 2), (DPF(events=2), 2), (BIMP(dense=0.5), 2), (GSM(), 1), (LC(events=3), 1), (DNW(), 1), (SET(every=4), 1), (RigL(every=4), 1)])
+@pytest.mark.parametrize("method, m", [(GMP(events=2), 1), (GMP(events=2), 2), (DPF(events=2), 2), (BIMP(dense=0.5), 2), (GSM(), 1), (LC(events=3), 1), (DNW(), 1),
+    (SET(every=4), 1), (RigL(every=4), 1)])
 def test_modules_end_at_the_level_too(method, m):
     module = sparsify_module(small_net(), IMAGES, replace(SHORT, lr=0.05), method, 0.7, m=m)
     assert module_zeros(module) == round(0.7 * (100 + 1440))
