@@ -119,5 +119,7 @@ def test_the_package_says_what_its_comments_say(path):
 
 def test_help_shows_every_parameter():
     text = pydoc.plain(pydoc.render_doc(make_twins))
-    assert 'only: "original" and METHODS; none: all of the plan' in text and "list[Report]: what each stage cost" in text
+    assert (
+        'only: "original" and METHODS; none: all of the plan' in text and "list[Report]: what each stage cost" in text
+    )
     assert all(f"    {name}: " in text for name in inspect.signature(make_twins).parameters)

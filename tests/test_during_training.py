@@ -12,8 +12,8 @@ from small import IMAGES, says
 from zootwins.core import UserError
 from zootwins.datasets import subset
 from zootwins.during_training import (
-    BIMP, DNW, DPF, DST, GMP, GRIDS, GSM, LC, METHODS, STR, THRESHOLD, Memory, Method, SparseRule, cubic_levels, largest, layer_work, paper_grid, speed_up,
-    sparsify_module, sparsify_population, table_2,
+    BIMP, DNW, DPF, DST, GMP, GRIDS, GSM, LC, METHODS, STR, THRESHOLD, Memory, Method, SparseRule, cubic_levels,
+    largest, layer_work, paper_grid, speed_up, sparsify_module, sparsify_population, table_2,
 )
 from zootwins.module_masks import prunable_weights
 from zootwins.networks import make_network
@@ -102,7 +102,9 @@ def test_lc_pulls_as_the_augmented_lagrangian_does():
     memory = after(method, W)
     assert flat(memory.more["target"]) == [0, 0, 0.3, -0.4] and flat(memory.more["multiplier"]) == [0] * 4
     moved = weights([0.2, -0.1], [0.5, -0.4])
-    assert flat(method.reach(moved, weights([0.0, 0.0], [0.0, 0.0]), memory)) == pytest.approx([0.5 * 0.2, -0.5 * 0.1, 0.5 * 0.2, 0])
+    assert flat(method.reach(moved, weights([0.0, 0.0], [0.0, 0.0]), memory)) == pytest.approx(
+        [0.5 * 0.2, -0.5 * 0.1, 0.5 * 0.2, 0]
+    )
     method.change(moved, 0.5, memory)
     memory.changes += 1
     assert flat(memory.more["target"]) == [0, 0, 0.5, -0.4]
@@ -171,7 +173,9 @@ def test_str_reaches_what_differentiation_gives():
     assert torch.allclose(method.seen(every, Memory(0.5))[NAME], seen.detach())
     reached = method.reach(every, G, Memory(0.5))
     assert torch.allclose(reached[NAME], w.grad) and torch.allclose(reached[NAME + THRESHOLD], s.grad)
-    assert flat(method.seen(every, Memory(0.5))) == pytest.approx([0, 0, 0.3 - 1 / (1 + math.e), -(0.4 - 1 / (1 + math.e))])
+    assert flat(method.seen(every, Memory(0.5))) == pytest.approx(
+        [0, 0, 0.3 - 1 / (1 + math.e), -(0.4 - 1 / (1 + math.e))]
+    )
 
 
 def test_bimp_shares_the_budget_and_restarts_the_rate():
@@ -181,14 +185,20 @@ def test_bimp_shares_the_budget_and_restarts_the_rate():
     method.change(W, 0.5, memory)
     d = math.sqrt((0.01 + 0.04) / 0.3) / math.sqrt(0.5)  # |w - w_p| / (|w| sqrt(q))
     assert memory.first_rate.item() == pytest.approx(d)
-    assert float(method.rate(40, 80, memory)) == pytest.approx(max(d, 20 / 40)) and float(method.rate(50, 80, memory)) == pytest.approx(max(d, 0.5) / 2)
+    assert float(method.rate(40, 80, memory)) == pytest.approx(max(d, 20 / 40)) and float(
+        method.rate(50, 80, memory)
+    ) == pytest.approx(max(d, 0.5) / 2)
     assert float(method.rate(50, 80, memory)) == pytest.approx(0.5 * float(initial_factors(torch.tensor([d]), 20, 40)))
 
 
 def test_grids_are_those_of_the_appendix():
-    assert {name: len(paper_grid(name)) for name in GRIDS} == {"BIMP": 6, "GMP": 4, "DPF": 2, "GSM": 4, "LC": 2, "DNW": 2, "DST": 16}
+    assert {name: len(paper_grid(name)) for name in GRIDS} == {
+        "BIMP": 6, "GMP": 4, "DPF": 2, "GSM": 4, "LC": 2, "DNW": 2, "DST": 16,
+    }
     assert {method.events for method, _ in paper_grid("GMP")} == {5, 9, 18, 45}
-    assert [(method.momentum, other["wd"]) for method, other in paper_grid("GSM")] == [(0.9, 1e-4), (0.9, 1e-5), (0.95, 1e-4), (0.95, 1e-5)]
+    assert [(method.momentum, other["wd"]) for method, other in paper_grid("GSM")] == [
+        (0.9, 1e-4), (0.9, 1e-5), (0.95, 1e-4), (0.95, 1e-5),
+    ]
     with pytest.raises(UserError, match="no method with a grid in the paper 'STR'"):
         paper_grid("STR")
 
@@ -207,12 +217,17 @@ def zeros(population):
 TOTAL = 2464 - 48
 
 
-@pytest.mark.parametrize("method", [GMP(events=2), DPF(events=2, every=3), BIMP(dense=0.5, events=2), GSM(), DNW(), LC(events=3), Method()])
+@pytest.mark.parametrize(
+    "method", [GMP(events=2), DPF(events=2, every=3), BIMP(dense=0.5, events=2), GSM(), DNW(), LC(events=3), Method()]
+)
 def test_every_model_ends_at_the_level(start, method):
     before = {name: tensor.clone() for name, tensor in start.weights.items()}
     found = sparsify_population(start, IMAGES, SHORT, method, 0.7)
     assert zeros(found) == [round(0.7 * sum(w[0].numel() for w in prunable(found.weights).values()))] * 3
-    assert all(tensor.isfinite().all() for tensor in found.weights.values()) and found.weights.keys() == start.weights.keys()
+    assert (
+        all(tensor.isfinite().all() for tensor in found.weights.values())
+        and found.weights.keys() == start.weights.keys()
+    )
     assert all(torch.equal(before[name], tensor) for name, tensor in start.weights.items())
 
 
@@ -235,7 +250,9 @@ def test_dense_training_is_the_reference_engine(start):
     found = sparsify_population(start, IMAGES, replace(SHORT, epochs=1), Method(), 0.0)
     state = begin(start, model_keys(SHORT, start.models))
     train_epoch(state, IMAGES.x_train, IMAGES.y_train, replace(SHORT, epochs=1))
-    assert all(torch.allclose(found.weights[name], tensor, atol=1e-6) for name, tensor in state.population.weights.items())
+    assert all(
+        torch.allclose(found.weights[name], tensor, atol=1e-6) for name, tensor in state.population.weights.items()
+    )
 
 
 @pytest.mark.parametrize("method", [GMP(events=2), BIMP(dense=0.5, events=2), DPF(events=2)])
@@ -262,14 +279,22 @@ def test_what_cannot_be(start, call, told):
 
 def small_net():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(1, 4, 5, stride=4), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 10))
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 5, stride=4), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 10)
+    )
 
 
 def module_zeros(module):
     return sum(int((weight == 0).sum()) for weight in prunable_weights(module).values())
 
 
-@pytest.mark.parametrize("method, m", [(GMP(events=2), 1), (GMP(events=2), 2), (DPF(events=2), 2), (BIMP(dense=0.5), 2), (GSM(), 1), (LC(events=3), 1), (DNW(), 1)])
+@pytest.mark.parametrize(
+    "method, m",
+    [
+        (GMP(events=2), 1), (GMP(events=2), 2), (DPF(events=2), 2), (BIMP(dense=0.5), 2), (GSM(), 1), (LC(events=3), 1),
+        (DNW(), 1),
+    ],
+)
 def test_modules_end_at_the_level_too(method, m):
     module = sparsify_module(small_net(), IMAGES, replace(SHORT, lr=0.05), method, 0.7, m=m)
     assert module_zeros(module) == round(0.7 * (100 + 1440))
@@ -283,7 +308,10 @@ def test_a_rule_in_a_foreign_loop_is_the_same_method(name):
     recipe, one, other = replace(SHORT, lr=0.05, schedule="constant"), small_net(), small_net()
     images = subset(IMAGES, 40, 10)
     sparsify_module(one, images, recipe, method, 0.5)
-    rule, optimizer = SparseRule(method, 0.5), torch.optim.SGD(other.parameters(), lr=0.05, momentum=method.momentum, weight_decay=1e-4)
+    rule, optimizer = (
+        SparseRule(method, 0.5),
+        torch.optim.SGD(other.parameters(), lr=0.05, momentum=method.momentum, weight_decay=1e-4),
+    )
     rule.start(other, optimizer, 4)
     from zootwins.streams import epoch_order
     from zootwins.training import model_keys
@@ -305,8 +333,12 @@ def test_a_rule_goes_on_from_a_file(tmp_path, method):
     settings, rates = TrainSettings(batch_size=20, augment=False), Rates(lr=0.05, epochs=3)
     x, y, start = IMAGES.x_train, IMAGES.y_train, small_net()
     whole = train_network(deepcopy(start), x, y, rates, settings, 0, SparseRule(method, 0.6))
-    train_network(deepcopy(start), x, y, rates, settings, 0, SparseRule(method, 0.6), checkpoint=tmp_path / "half", until=2)
-    again = train_network(deepcopy(start), x, y, rates, settings, 0, SparseRule(method, 0.6), checkpoint=tmp_path / "half")
+    train_network(
+        deepcopy(start), x, y, rates, settings, 0, SparseRule(method, 0.6), checkpoint=tmp_path / "half", until=2
+    )
+    again = train_network(
+        deepcopy(start), x, y, rates, settings, 0, SparseRule(method, 0.6), checkpoint=tmp_path / "half"
+    )
     assert module_zeros(whole) == round(0.6 * 1540)
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values()))
 

@@ -55,8 +55,13 @@ def complains(made, path):
     raise error
 
 
-@pytest.mark.parametrize("action,verdict", [(with_one_more, "FAILURE other numbers"), (hogs, "MemoryError"), (dies, "hung or crashed"), (hangs, "more than"),
-                                            (complains, "more than one line"), (lambda made, path: {}["x"], "KeyError")])
+@pytest.mark.parametrize(
+    "action,verdict",
+    [
+        (with_one_more, "FAILURE other numbers"), (hogs, "MemoryError"), (dies, "hung or crashed"),
+        (hangs, "more than"), (complains, "more than one line"), (lambda made, path: {}["x"], "KeyError"),
+    ],
+)
 def test_the_fuzzer_finds_what_it_looks_for(monkeypatch, action, verdict):
     monkeypatch.setattr(fuzz, "SECONDS", 1)
     monkeypatch.setattr(fuzz, "spoil", lambda *_: False)
