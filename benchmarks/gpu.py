@@ -1,4 +1,4 @@
-"""What benchmarks/gpu.sh measures and compares; `--device cpu` runs the same on the host build, slowly, to try it out."""
+"""What benchmarks/gpu.sh measures and compares; `--device cpu` tries the same on the host build, slowly."""
 
 import argparse
 import json
@@ -20,7 +20,8 @@ from zootwins.streams import epoch_order, stream_keys
 from zootwins.training import Recipe, State, begin
 from zootwins.variational import deterministic
 
-LIMIT = 1e-5  # of differences between device and host after 5 steps, relative to numbers above 1; said before anything was measured
+# Of differences between device and host after 5 steps, relative to numbers above 1; set before anything was measured.
+LIMIT = 1e-5
 MODELS = (132, 264, 1000, 4000)
 SECONDS = 0.4   # that one measurement shall take at least
 
@@ -210,9 +211,9 @@ def rates(
             for models in counts:
                 state = some_state(architecture, stage, models, device)
                 found = rate(
-                    lambda x, y: gpu.train_epoch(state, x, y, a_recipe(stage)), architecture, models, device, images,
-                    seconds,
-                )  # noqa: B023
+                    lambda x, y, state=state, stage=stage: gpu.train_epoch(state, x, y, a_recipe(stage)),
+                    architecture, models, device, images, seconds,
+                )
                 share = found * operations / most if most else None
                 rows.append(
                     {
@@ -224,9 +225,9 @@ def rates(
             models = max(count for count in counts if count <= max(1000, min(counts)))
             state = some_state(architecture, stage, models, device)
             found = rate(
-                lambda x, y: training.train_epoch(state, x, y, a_recipe(stage)), architecture, models, device, 20,
-                seconds,
-            )  # noqa: B023
+                lambda x, y, state=state, stage=stage: training.train_epoch(state, x, y, a_recipe(stage)),
+                architecture, models, device, 20, seconds,
+            )
             own = statistics.median(
                 row["rate"]
                 for row in rows

@@ -1,7 +1,8 @@
 """Mutated files for every reader: `python tests/fuzz.py --n 10000 --seed 0 [--reader NAME] [--only CASE]`.
 
-Each input is a small valid one with one to four mutations, made from its seed and number alone. It is read in a worker that may use one GiB
-more than it has, and five seconds of processor time, four times as many by the clock. What may come of it:
+Each input is a small valid one with one to four mutations, made from its seed and number alone. It is read in a
+worker that may use one GiB more than it has, and five seconds of processor time, four times as many by the clock.
+What may come of it:
 
 - right: all numbers are those of the input before it was mutated
 - reason: some are missing, or something beside them, and the reader says how many and why
@@ -9,8 +10,8 @@ more than it has, and five seconds of processor time, four times as many by the 
 - remade: checksums were made anew after the mutation, so that nobody can tell it from a file that was meant
 - unnoticed: other numbers, from a format without checksums (metrics); in all other formats a failure
 
-Anything else is a failure: another exception, more lines than one, a crash, more time or more memory. A new reader is one more function with
-`@reader`, which writes a valid input and returns what reads it."""
+Anything else is a failure: another exception, more lines than one, a crash, more time or more memory. A new reader is
+one more function with `@reader`, which writes a valid input and returns what reads it."""
 import argparse
 import hashlib
 import io
@@ -433,7 +434,7 @@ def out_of_memory(text: str) -> bool:
 
 
 def set_clocks(seconds: float) -> None:
-    "Ring after so much processor time, or four times as much by the clock, which neighbours on the machine share; 0: not at all."
+    "Ring after so much processor time, or four times as much by the clock, which neighbours share; 0: not at all."
     signal.setitimer(signal.ITIMER_PROF, seconds)
     signal.setitimer(signal.ITIMER_REAL, 4 * seconds)
 

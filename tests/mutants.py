@@ -1,9 +1,10 @@
 """How many small errors the tests find: `mutants.py [--each N] [--seed S] [MODULE ...]`.
 
-One thing at a time is changed in a module: a comparison, a constant, an operator, a condition, or the order of two arguments. The tests of the
-module run on it, in a process of its own with a limit of CPU time. A mutant that no test notices survives, and is shown. From every module a
-fixed draw of mutants is tried; another seed draws others. Sites that cannot matter are left out: documentation, annotations, texts, how a
-figure looks, and the lines of EQUIVALENT, each with its reason.
+One thing at a time is changed in a module: a comparison, a constant, an operator, a condition, or the order of two
+arguments. The tests of the module run on it, in a process of its own with a limit of CPU time. A mutant that no test
+notices survives, and is shown. From every module a fixed draw of mutants is tried; another seed draws others. Sites
+that cannot matter are left out: documentation, annotations, texts, how a figure looks, and the lines of EQUIVALENT,
+each with its reason.
 """
 import argparse
 import ast
@@ -112,7 +113,7 @@ def changed(node: ast.AST) -> ast.AST | None:
 def sites(
     node: ast.AST, parent: ast.AST | None = None, field: str = "", place: int | None = None
 ) -> Iterator[tuple[ast.AST, ast.AST, str, int | None]]:
-    "Nodes that can be changed, each with its parent and its place there; annotations, texts and figures are passed over."
+    "Nodes that can be changed, each with its parent and its place there; annotations and texts are passed over."
     if isinstance(node, ast.FunctionDef) and (
         node.name.startswith(("figure_", "draw_")) or node.name in ("__repr__", "_repr_html_")
     ):
@@ -189,7 +190,8 @@ def main():
     os.environ |= {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "HYPOTHESIS_STORAGE_DIRECTORY": tempfile.mkdtemp()}
     sys.dont_write_bytecode = True
     sys.path.insert(0, str(ROOT))
-    import hypothesis, matplotlib.pyplot, pyarrow.parquet, pytest, scipy.stats, seaborn, torch  # noqa: E401, F401  (inherited by every child)
+    import hypothesis, matplotlib.pyplot, pyarrow.parquet  # noqa: E401, F401  (inherited by every child)
+    import pytest, scipy.stats, seaborn, torch  # noqa: E401, F401
 
     found = {}
     with ThreadPoolExecutor(options.workers) as workers:
@@ -197,7 +199,8 @@ def main():
             source, start = (ROOT / "zootwins" / f"{module}.py").read_text(encoding="utf-8"), time.time()
             if not passes(module, source):
                 sys.exit(
-                    f"The tests of {module} do not pass as they are: {', '.join(TESTS[module])}; mutants say nothing before they do."
+                    f"The tests of {module} do not pass as they are: {', '.join(TESTS[module])}; "
+                    "mutants say nothing before they do."
                 )
             every = list(mutants(source))
             drawn = random.Random(options.seed).sample(every, min(options.each, len(every)))
@@ -207,7 +210,8 @@ def main():
                 print(f"  survived: zootwins/{module}.py:{line}  {what}", flush=True)
             found[module] = (len(drawn) - len(survived), len(drawn))
             print(
-                f"{module}: {found[module][0]} of {found[module][1]} found, drawn from {len(every)}, {time.time() - start:.0f} s",
+                f"{module}: {found[module][0]} of {found[module][1]} found, "
+                f"drawn from {len(every)}, {time.time() - start:.0f} s",
                 flush=True,
             )
     killed, tried = (sum(counts) for counts in zip(*found.values()))

@@ -64,7 +64,7 @@ def left_over(plan):
 
 
 def in_child(function: Callable[[], object]) -> int:
-    "Call a function in a forked process; give how that ended: 0, 1 for an exception, or minus the signal that killed it."
+    "Call a function in a forked process; give how it ended: 0, 1 for an exception, or minus the signal that killed it."
     sys.stdout.flush()
     child = os.fork()
     if child == 0:

@@ -207,7 +207,7 @@ def test_a_collapsed_population_is_not_called_steady(good):
 
 
 def test_a_sparsity_that_few_models_reach_is_left_out(good):
-    """Above half of the models a level is tried as it is; below, each model is compared where its variational dropout ends."""
+    """At a level above half of the models it is tried as is; below, each model where its variational dropout ends."""
     models = good["model"].nunique()
     for kept, at_level in ((models // 2, True), (models // 2 - 1, False)):
         slow = good.copy()

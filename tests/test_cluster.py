@@ -1,4 +1,4 @@
-"""Blocks made by processes, by Dask, by Ray and on two hosts: always the bits of one machine's threads, and nothing left behind."""
+"""Blocks made by processes, Dask, Ray and on two hosts: always the bits of one machine's threads, nothing is left."""
 import contextlib
 import os
 import pickle
@@ -334,7 +334,7 @@ def test_ctrl_c_ends_a_driver_and_its_local_cluster_within_seconds(tmp_path, ima
 
 
 class Host:
-    "A host of its own: a network namespace with a name, a HOME, a TMPDIR and data, that does not see the other host's files."
+    "A host of its own: a network namespace with a name, HOME, TMPDIR and data, blind to the other host's files."
 
     def __init__(self, name, folder, address):
         self.name, self.folder, self.address, self.space = name, folder, address, f"zt{secrets.token_hex(3)}{name}"

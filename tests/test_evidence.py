@@ -27,7 +27,7 @@ def saved(numbers):
 
 
 def differences(kept, made):
-    "What differs between a kept CSV and the numbers made again, in words; other processors may round the last digits differently."
+    "What differs between a kept CSV and the numbers made again, in words; other processors may round the last digits."
     if list(kept) != list(made) or len(kept) != len(made):
         return [f"columns or rows: {kept.shape} for {made.shape}"]
     found = []
@@ -293,7 +293,10 @@ def test_numbers_keep_their_form(kept, tmp_path):
         "1,235", "1,234.6", "+1,234.57", "1,235",
     ]
     assert written(-0.001, "0.0") == "0.0" and written("holds", "fails") == "holds"
-    text = "It is 0.0<!-- mean usps_seed test_acc mp 0.8 --> %, and **no<!-- claim usps_seed 'agreement is high' VD verdict -->**."
+    text = (
+        "It is 0.0<!-- mean usps_seed test_acc mp 0.8 --> %, "
+        "and **no<!-- claim usps_seed 'agreement is high' VD verdict -->**."
+    )
     filled = fill(kept, text)
     assert fill(kept, filled) == filled and "holds<!--" in filled and "88.7<!--" in filled
     path = tmp_path / "some.ipynb"

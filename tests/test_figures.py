@@ -309,7 +309,8 @@ def test_extremes_are_named_with_the_factors_that_differ():
     grid = run(12, "mnist_fixed")
     labels = [text.get_text() for text in figure_individuals(grid).axes[0].get_legend().get_texts()]
     first = individuals(grid).query("method == 'mp'").iloc[0]
-    name = f"model {first['model']} ({100 * first['original']:.1f}\u00a0%): {model_table(ZOOS['mnist_fixed']).loc[first['model'], 'activation']}, "
+    activation = model_table(ZOOS["mnist_fixed"]).loc[first["model"], "activation"]
+    name = f"model {first['model']} ({100 * first['original']:.1f}\u00a0%): {activation}, "
     assert labels[0].startswith(name) and "seed" in labels[0]
     seeds = [text.get_text() for text in figure_individuals(run(12, "usps_seed")).axes[0].get_legend().get_texts()]
     assert all(label.startswith("seed\u00a0") for label in seeds if label != "median of all")

@@ -1,4 +1,4 @@
-"""A short run of the fuzzer (`python tests/fuzz.py --n 10000` is the long one), and whether it finds what it looks for."""
+"""A short run of the fuzzer (`python tests/fuzz.py --n 10000` is the long one); it finds what it looks for."""
 import os
 import signal
 import sys

@@ -1,4 +1,4 @@
-"""The GPU engine, built for the host, means the same as the lanes; NVIDIA's compiler, where it is installed, finds room for it."""
+"""The GPU engine on the host means the same as the lanes; NVIDIA's compiler, where installed, finds room for it."""
 
 import ctypes
 import importlib.util
@@ -39,7 +39,7 @@ def recipe(stage, batch=2):
 
 
 def make(architecture, stage="original", dtype=torch.float32, models=8):
-    """Eight models of four activations and both optimizers, with and without dropout, in the middle of their training."""
+    """Eight models of four activations and both optimizers, with and without dropout, amid their training."""
     torch.manual_seed(0)
     factors = plain_models(8).assign(
         activation=[name for name in ACTIVATIONS for _ in range(2)],
@@ -80,7 +80,7 @@ def parts(state):
 
 
 def furthest(a, b, moments=True):
-    """The largest difference in all that training moves, relative to what the numbers themselves are where that is more than 1."""
+    """The largest difference in all that training moves, relative to the numbers themselves where they exceed 1."""
     assert (a.epoch, a.steps) == (b.epoch, b.steps) and all(
         one.keys() == other.keys() for one, other in zip(parts(a), parts(b))
     )
@@ -112,7 +112,7 @@ QUICK = ("cnn_small_1ch", "vd")  # the others take minutes together
     "architecture, stage", [kind if kind == QUICK else pytest.param(*kind, marks=pytest.mark.slow) for kind in KINDS]
 )
 def test_twenty_steps_equal_the_lanes_in_double_precision(architecture, stage):
-    """All nets, stages, activations and optimizers, in the precision of a GPU and, far more closely, in double precision."""
+    """All nets, stages, activations and optimizers, in a GPU's precision and, far more closely, in double precision."""
     exact, loss, right = after_twenty_steps(lanes, architecture, stage, torch.float64)
     single, single_loss, single_right = after_twenty_steps(gpu, architecture, stage, torch.float32)
     double, double_loss, double_right = after_twenty_steps(gpu, architecture, stage, torch.float64)
@@ -387,7 +387,7 @@ def test_images_that_lie_askew():
     assert equal(one, other)
 
 
-# ------------------------------------------------------------------------------------------------------------- sanitizers
+# --------------------------------------------------------------------------------------------------------- sanitizers
 
 def sanitized(variant, folder, source=None):
     """Train in a program of its own, under the sanitizers of addresses and of undefined behaviour."""
@@ -424,7 +424,7 @@ def test_sanitizers_would_find_something(right, wrong, message, tmp_path):
     assert result.returncode and re.search(message, result.stderr)
 
 
-# -------------------------------------------------------------------------------------------------------- NVIDIA's compiler
+# -------------------------------------------------------------------------------------------------- NVIDIA's compiler
 
 
 def nvrtc_missing():

@@ -1,4 +1,4 @@
-"""A publication goes to a hub and comes back, through the hub's own client and a stand-in of the few addresses that it asks for."""
+"""A publication goes to a hub and back, through the hub's own client and a stand-in of the addresses it asks for."""
 import base64
 import hashlib
 import json

@@ -235,7 +235,7 @@ def test_models_with_huge_or_broken_weights_are_left_out():
 
 @pytest.mark.parametrize("compression", ["token", "all"])
 def test_structure_is_learned(compression):
-    "Models that differ in two directions only are reconstructed from a few numbers; with random orders of neurons this could not be learned so fast."
+    "Models that differ in two directions only are reconstructed; with random orders of neurons this would take longer."
     states, random = random_states(20, 2), torch.Generator().manual_seed(0)
     directions, amounts = torch.randn(2, 2464, generator=random), torch.randn(len(states), 2, generator=random)
     states = replace(states, weights=0.1 * amounts @ directions, log_alphas=amounts @ directions.roll(1, 0))

@@ -44,7 +44,7 @@ def make(
     architecture, activation="tanh", optimizer="adam", dropout=0.0, masked=False, noisy=False, models=2,
     dtype=torch.float32, seed=0,
 ):
-    """A population in the middle of its training: rates, decay and noise differ from model to model; so do factors given as lists."""
+    """A population amid its training: rates, decay and noise differ from model to model; so do factors in lists."""
     torch.manual_seed(seed)
     factors = plain_models(models, activation=activation, optimizer=optimizer, dropout=dropout)
     activation, dropout = factors["activation"][0], float(factors["dropout"][0])
@@ -76,7 +76,7 @@ def images(architecture, n, dtype=torch.float32, seed=1):
 
 
 def compare(a, b, before, tolerance):
-    """All that training moves, relative to the largest number of each tensor; Adam makes large steps even of gradients that are mere rounding."""
+    """All that training moves, relative to each tensor's largest number; Adam turns mere rounding into large steps."""
     assert (a.epoch, a.steps) == (b.epoch, b.steps)
     for part in ("first", "second"):
         one, other = getattr(a, part), getattr(b, part)
@@ -134,7 +134,7 @@ def test_steps_equal_the_reference_in_double_precision(configuration, n):
 @pytest.mark.parametrize("noisy", [False, True])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_gradients_equal_the_reference_in_single_precision(architecture, noisy, activation):
-    """After one step without momentum the first moment is the gradient, which no optimizer has enlarged; so are the functions that it is made of."""
+    """After one step without momentum the first moment is the gradient, which no optimizer has enlarged."""
     x, y = images(architecture, 3)
     slow, fast = (make(architecture, activation, "sgd", noisy=noisy, models=4) for _ in range(2))
     training.train_epoch(slow, x, y, recipe(noisy))
@@ -196,7 +196,7 @@ def test_a_model_does_not_depend_on_its_company(architecture, options):
 @pytest.mark.parametrize("options", [{}, {"noisy": True}, {"masked": True}], ids=str)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_models_that_are_not_alike_share_a_block(architecture, options):
-    """Eighteen models of every activation, both optimizers and several probabilities of dropout train as each group would alone."""
+    """Eighteen models of all activations, optimizers and several dropouts train as each group would alone."""
     kinds = list(itertools.product(ACTIVATIONS, ["adam", "sgd"], [0.0, 0.3]))[:9] + list(
         itertools.product(["gelu", "tanh", "sigmoid"], ["sgd", "adam", "sgd"], [0.5])
     )
@@ -395,7 +395,8 @@ def test_interrupt_ends_work_in_other_threads():
     assert not lanes._under_way and all(state.epoch == 5 for state in states)
 
 
-ARITHMETIC = "lanes-ac23f928c976"  # to be renewed when the engine's bits are changed on purpose: stores of another arithmetic are refused
+# To be renewed when the engine's bits are changed on purpose: stores of another arithmetic are refused.
+ARITHMETIC = "lanes-ac23f928c976"
 
 
 def test_the_arithmetic_is_that_of_every_other_machine():
@@ -412,7 +413,7 @@ def test_the_arithmetic_is_that_of_every_other_machine():
     ],
 )
 def test_other_registers_and_compilers_yield_the_same_bits(command, machine, level, width, monkeypatch, tmp_path):
-    """Originals, pruned and variational models of all nets, activations and optimizers: AVX2, SSE2 without a multiply-add of its own, AVX-512; GCC and clang."""
+    """All nets, stages, activations and optimizers: AVX2, SSE2 without multiply-add, AVX-512; GCC and clang."""
     if not shutil.which(command):
         pytest.skip(f"{command} is not installed")
     if machine == "x86-64-v3" and "avx2" not in lanes._processor():
@@ -670,7 +671,8 @@ lanes.library = lambda scalar="float": library
 kinds = list(itertools.product(ACTIVATIONS, ["adam", "sgd"], [0.0, 0.3]))
 factors = dict(zip(("activation", "optimizer", "dropout"), map(list, zip(*kinds))))
 if sys.argv[2] == "broken":
-    lanes.Job._address = lambda self, name, tensor, shape, dtype: self.__dict__.setdefault("held", []).append(tensor) or tensor.data_ptr()
+    held = lambda job: job.__dict__.setdefault("held", [])
+    lanes.Job._address = lambda self, name, tensor, shape, dtype: held(self).append(tensor) or tensor.data_ptr()
 for architecture in lanes.IMAGE_SHAPES:
     x, y = images(architecture, 7)
     for options in ({{}}, {{"masked": True}}, {{"noisy": True}}):
@@ -678,14 +680,15 @@ for architecture in lanes.IMAGE_SHAPES:
         if sys.argv[2] == "broken":
             state.keys = state.keys[:1].clone()
         lanes.train_epoch(state, x, y, recipe("noisy" in options), threads=2)
-        weights = variational.deterministic(state.population.weights) if "noisy" in options else state.population.weights
+        weights = state.population.weights
+        weights = variational.deterministic(weights) if "noisy" in options else weights
         lanes.evaluate(weights, architecture, factors["activation"], x, y)
 print("clean")
 """
 
 
 def test_the_sanitizers_find_nothing(tmp_path):
-    """Small trainings of all architectures under ASan and UBSan, which do find what is read beyond a tensor once nobody checks."""
+    """Small trainings of all architectures under ASan and UBSan, which do find reads beyond a tensor once unchecked."""
     command = lanes.compiler()
     runtime = subprocess.run([command, "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
     flags = [flag.replace("-O3", "-O1") for flag in lanes._flags("float")] + [

@@ -67,7 +67,7 @@ def made(tmp_path_factory):
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_training_is_that_of_pytorch(optimizer):
-    "Step by step, with weight decay on weights and none on running statistics; 80 images in batches of 32 leave one of 16."
+    "Step by step, with weight decay on weights and none on running statistics; batches of 32 leave one of 16."
     zoo = sample_population(replace(ZOO, optimizer=(optimizer,)), 2)
     zoo.weights = {name: tensor.double() for name, tensor in zoo.weights.items()}
     x, y = IMAGES.x_train.double(), IMAGES.y_train

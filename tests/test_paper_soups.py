@@ -1,4 +1,4 @@
-"""The second paper as a notebook: prose in front, code in a line or two, and the numbers of its prose in the kept tables."""
+"""The second paper as a notebook: prose in front, code in a line or two, numbers of the prose in the kept tables."""
 from pathlib import Path
 
 import nbformat
@@ -95,7 +95,8 @@ def test_numbers_of_the_other_baselines_are_those_of_the_story():
     last = 100 * digits[(digits["phase"] == 3) & (digits["m"] == 3)].pivot_table("test_acc", "model", ["row", "merge"])
     soup, phases = last[("SMS", "uniform")], last[("IMP with m phases", "")]
     assert (
-        f"end {(phases - last[('IMP_mx', '')]).mean():.1f} points above three phases of fifteen, and {(phases - soup).mean():.1f} above the soup"
+        f"end {(phases - last[('IMP_mx', '')]).mean():.1f} points above three phases of fifteen, "
+        f"and {(phases - soup).mean():.1f} above the soup"
         in PROSE
     )
     for left, right in (("GMP+SMS", "GMP+SMS mean candidate"), ("GMP+SMS", "GMP")):

@@ -288,14 +288,16 @@ def test_any_result_file_is_read(lines):
 
 def test_sentinels_are_missing_values():
     found = read_result(
-        b'{"training_iteration": 0, "test_acc": 0.1}\n{"training_iteration": 0, "train_acc": -999, "train_loss": -999, "test_acc": 0.2}'
+        b'{"training_iteration": 0, "test_acc": 0.1}\n'
+        b'{"training_iteration": 0, "train_acc": -999, "train_loss": -999, "test_acc": 0.2}'
     ).values
     assert list(found) == [0] and np.isnan(found[0][:2]).all() and found[0][3] == 0.2
 
 
 def test_factors_of_every_kind():
     factors, _ = read_factors(
-        b'{"model::nlin": "tanh", "model::dropout": 0, "optim::wd": 0, "optim::lr": 0.0003, "seed": 7, "wandb": {"x": 1}}'
+        b'{"model::nlin": "tanh", "model::dropout": 0, "optim::wd": 0, "optim::lr": 0.0003, "seed": 7, '
+        b'"wandb": {"x": 1}}'
     )
     assert (
         factors["dropout"] == 0.0
@@ -338,7 +340,7 @@ def test_nothing_is_left_of_a_write_that_failed(tmp_path, monkeypatch):
         write_zoo({50: population}, records(range(2), [50]), tmp_path / "zoo")
 
 
-# ---- preprocessed files: a module of the authors' name stands in for theirs while a file is written, and is gone when it is read
+# ---- preprocessed files: a module of the authors' name stands in for theirs while a file is written
 
 @pytest.fixture
 def preprocessed(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""The second paper's numbers: the file's form, cells typed by hand from the paper, and checks that find planted errors."""
+"""The second paper's numbers: the file's form, cells typed by hand from the paper, checks that find planted errors."""
 import numpy as np
 import pandas as pd
 import pytest

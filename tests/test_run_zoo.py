@@ -41,7 +41,7 @@ def test_there_is_one_cell_of_parameters_and_each_is_explained():
 
 
 def all_in_one_kernel(folder, *runs):
-    "Run all cells of the notebook several times in one kernel, each time with a cell of one's own after the parameters."
+    "Run all cells of the notebook several times in one kernel, each time with a cell of one's own after the first."
     notebook = nbformat.read(NOTEBOOK, 4)
     first = next(i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", [])) + 1
     own = [

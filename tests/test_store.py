@@ -253,7 +253,7 @@ def test_the_latest_unfinished_work_counts(tmp_path):
 
 
 def test_a_reader_beside_a_writer_never_sees_halves(tmp_path, images):
-    """While models and levels are added, a reader of what was there before finds it as it was; one of everything, the old or the new whole."""
+    """While models and levels are added, a reader of earlier ones finds them whole: the old or the new."""
     plan = small_plan(tmp_path, n=2)
     make_twins(plan, images, progress=False)
     before, sizes = load_metrics(plan), set()

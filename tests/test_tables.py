@@ -231,7 +231,8 @@ def test_emptied_layers_are_named_in_the_caption(metrics):
         for share in (0.999, 0.9991)
     )
     assert table_8(empty).caption.endswith(
-        " Emptied layers (USPS (s) Seed, global at 90%: conv2): a collapse there is the selector's choice of weights, not their number."
+        " Emptied layers (USPS (s) Seed, global at 90%: conv2): "
+        "a collapse there is the selector's choice of weights, not their number."
     )
     assert "Emptied" not in table_8(near).caption and "Emptied" not in table_8(metrics.assign(sparsity_fc2=0.0)).caption
 

@@ -1,4 +1,4 @@
-"""Variational dropout: the divergence against its integral, the outputs against sampled weights, modules against populations."""
+"""Variational dropout: the divergence against its integral, outputs against sampled weights, modules, populations."""
 import math
 
 import pytest
