@@ -1,4 +1,4 @@
-"""What benchmarks/gpu.sh measures and compares; `--device cpu` runs the same on the host build, slowly, to try it out."""
+"""What benchmarks/gpu.sh measures and compares; `--device cpu` tries the same on the host build, slowly."""
 
 import argparse
 import json
@@ -20,7 +20,8 @@ from zootwins.streams import epoch_order, stream_keys
 from zootwins.training import Recipe, State, begin
 from zootwins.variational import deterministic
 
-LIMIT = 1e-5    # of differences between device and host after 5 steps, relative to numbers above 1; said before anything was measured
+# Of differences between device and host after 5 steps, relative to numbers above 1; set before anything was measured.
+LIMIT = 1e-5
 MODELS = (132, 264, 1000, 4000)
 SECONDS = 0.4   # that one measurement shall take at least
 
@@ -39,8 +40,11 @@ def some_state(
     population = population[rows]
     factors = population.models.assign(model=range(models), seed=range(models), lr=2.0**-10)
     if mixed:
-        factors = factors.assign(activation=[list(ACTIVATIONS)[i % 4] for i in range(models)], optimizer=[("adam", "sgd")[i // 4 % 2] for i in range(models)],
-                                 dropout=[(0.0, 0.3, 0.0)[i % 3] for i in range(models)], wd=2.0**-7)
+        factors = factors.assign(
+            activation=[list(ACTIVATIONS)[i % 4] for i in range(models)],
+            optimizer=[("adam", "sgd")[i // 4 % 2] for i in range(models)],
+            dropout=[(0.0, 0.3, 0.0)[i % 3] for i in range(models)], wd=2.0**-7,
+        )
     keys = stream_keys("bench", stage, list(range(models)))
     masks = {name: mask[rows] for name, mask in masks.items()}
     return begin(Population(population.weights, factors, architecture), keys, masks, device)
@@ -75,10 +79,19 @@ def check_against_host(
     own_loss, own_right = gpu.train_epoch(there, x.to(device), y.to(device), a_recipe(stage))
     plain, activations = deterministic(host.population.weights), host.population.models["activation"]
     judged, classes = gpu.evaluate(plain, architecture, activations, x, y)
-    own_judged, own_classes = gpu.evaluate({name: tensor.to(device) for name, tensor in plain.items()}, architecture, activations, x.to(device), y.to(device))
-    found = {"weights": difference(host, there), "loss": (loss - own_loss.cpu()).abs().max().item(), "evaluation": (judged - own_judged.cpu()).abs().max().item(),
-             "classes": (classes != own_classes.cpu()).sum().item(), "right": (right - own_right.cpu()).abs().max().item()}
-    return {"architecture": architecture, "stage": stage, **found, "well": found["weights"] < LIMIT and found["loss"] < LIMIT and found["evaluation"] < LIMIT}
+    own_judged, own_classes = gpu.evaluate(
+        {name: tensor.to(device) for name, tensor in plain.items()}, architecture, activations, x.to(device),
+        y.to(device),
+    )
+    found = {
+        "weights": difference(host, there), "loss": (loss - own_loss.cpu()).abs().max().item(),
+        "evaluation": (judged - own_judged.cpu()).abs().max().item(),
+        "classes": (classes != own_classes.cpu()).sum().item(), "right": (right - own_right.cpu()).abs().max().item(),
+    }
+    return {
+        "architecture": architecture, "stage": stage, **found,
+        "well": found["weights"] < LIMIT and found["loss"] < LIMIT and found["evaluation"] < LIMIT,
+    }
 
 
 def check_orders(
@@ -109,7 +122,10 @@ def check_alone(
     alone = begin(together.population[[middle]], together.keys[[middle]], masks, device)
     loss, _ = gpu.train_epoch(together, x, y, a_recipe(stage))
     own, _ = gpu.train_epoch(alone, x, y, a_recipe(stage))
-    return torch.equal(loss[[middle]], own) and all(torch.equal(tensor[middle], alone.population.weights[name][0]) for name, tensor in together.population.weights.items())
+    return torch.equal(loss[[middle]], own) and all(
+        torch.equal(tensor[middle], alone.population.weights[name][0])
+        for name, tensor in together.population.weights.items()
+    )
 
 
 def check(
@@ -137,7 +153,11 @@ def race(
         for stage in ("mp", "vd"):
             state = some_state(architecture, stage, 2, device, mixed=True)
             print(architecture, stage, gpu.train_epoch(state, x, y, a_recipe(stage))[0].tolist())
-        print(architecture, "evaluation", gpu.evaluate(deterministic(state.population.weights), architecture, ["tanh", "relu"], x, y)[0].tolist())
+        print(
+            architecture,
+            "evaluation",
+            gpu.evaluate(deterministic(state.population.weights), architecture, ["tanh", "relu"], x, y)[0].tolist(),
+        )
 
 
 def rate(
@@ -169,7 +189,10 @@ def peak(
     if device == "cpu":
         return None
     properties = torch.cuda.get_device_properties(0)
-    clock = subprocess.run(["nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits", "-i", "0"], capture_output=True, text=True, check=True).stdout
+    clock = subprocess.run(
+        ["nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits", "-i", "0"], capture_output=True,
+        text=True, check=True,
+    ).stdout
     units = 64 if (properties.major, properties.minor) == (8, 0) else 128
     return properties.multi_processor_count * units * 2 * float(clock) * 1e6
 
@@ -187,15 +210,36 @@ def rates(
             operations = dense_operations(architecture, stage == "vd")
             for models in counts:
                 state = some_state(architecture, stage, models, device)
-                found = rate(lambda x, y: gpu.train_epoch(state, x, y, a_recipe(stage)), architecture, models, device, images, seconds)  # noqa: B023
+                found = rate(
+                    lambda x, y, state=state, stage=stage: gpu.train_epoch(state, x, y, a_recipe(stage)),
+                    architecture, models, device, images, seconds,
+                )
                 share = found * operations / most if most else None
-                rows.append({"architecture": architecture, "stage": stage, "engine": "gpu", "models": models, "rate": found, "share_of_peak": share})
+                rows.append(
+                    {
+                        "architecture": architecture, "stage": stage, "engine": "gpu", "models": models, "rate": found,
+                        "share_of_peak": share,
+                    }
+                )
                 print(json.dumps(rows[-1]))
             models = max(count for count in counts if count <= max(1000, min(counts)))
             state = some_state(architecture, stage, models, device)
-            found = rate(lambda x, y: training.train_epoch(state, x, y, a_recipe(stage)), architecture, models, device, 20, seconds)  # noqa: B023
-            own = statistics.median(row["rate"] for row in rows if (row["architecture"], row["stage"], row["models"], row["engine"]) == (architecture, stage, models, "gpu"))
-            rows.append({"architecture": architecture, "stage": stage, "engine": "torch", "models": models, "rate": found, "gpu_times": own / found})
+            found = rate(
+                lambda x, y, state=state, stage=stage: training.train_epoch(state, x, y, a_recipe(stage)),
+                architecture, models, device, 20, seconds,
+            )
+            own = statistics.median(
+                row["rate"]
+                for row in rows
+                if (row["architecture"], row["stage"], row["models"], row["engine"])
+                == (architecture, stage, models, "gpu")
+            )
+            rows.append(
+                {
+                    "architecture": architecture, "stage": stage, "engine": "torch", "models": models, "rate": found,
+                    "gpu_times": own / found,
+                }
+            )
             print(json.dumps(rows[-1]))
     return rows
 

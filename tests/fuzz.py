@@ -1,7 +1,8 @@
 """Mutated files for every reader: `python tests/fuzz.py --n 10000 --seed 0 [--reader NAME] [--only CASE]`.
 
-Each input is a small valid one with one to four mutations, made from its seed and number alone. It is read in a worker that may use one GiB
-more than it has, and five seconds of processor time, four times as many by the clock. What may come of it:
+Each input is a small valid one with one to four mutations, made from its seed and number alone. It is read in a
+worker that may use one GiB more than it has, and five seconds of processor time, four times as many by the clock.
+What may come of it:
 
 - right: all numbers are those of the input before it was mutated
 - reason: some are missing, or something beside them, and the reader says how many and why
@@ -9,8 +10,8 @@ more than it has, and five seconds of processor time, four times as many by the 
 - remade: checksums were made anew after the mutation, so that nobody can tell it from a file that was meant
 - unnoticed: other numbers, from a format without checksums (metrics); in all other formats a failure
 
-Anything else is a failure: another exception, more lines than one, a crash, more time or more memory. A new reader is one more function with
-`@reader`, which writes a valid input and returns what reads it."""
+Anything else is a failure: another exception, more lines than one, a crash, more time or more memory. A new reader is
+one more function with `@reader`, which writes a valid input and returns what reads it."""
 import argparse
 import hashlib
 import io
@@ -98,16 +99,28 @@ def zoo_numbers(path: Path, records: bool = True) -> Read:
         names |= dict(zip(population.models["model"], population.models["parent"]))
     if records:
         columns = ["epoch", "train_loss", "train_acc", "test_loss", "test_acc"]
-        found |= {f"{names[model]} {row.epoch}": digest(pd.Series(row)) for model, rows in zoo.metrics.groupby("model") for row in rows[columns].itertuples(index=False)}
-    reasons = zoo.passed_over[zoo.passed_over["kind"].isin(["state", "part", "record", "value", "property"])]["times"].sum()
+        found |= {
+            f"{names[model]} {row.epoch}": digest(pd.Series(row))
+            for model, rows in zoo.metrics.groupby("model")
+            for row in rows[columns].itertuples(index=False)
+        }
+    reasons = zoo.passed_over[zoo.passed_over["kind"].isin(["state", "part", "record", "value", "property"])][
+        "times"
+    ].sum()
     return Read(found, len(zoo.left_out) + int(reasons), int(zoo.passed_over["times"].sum()))
 
 
 def small_zoo(folder: Path) -> Path:
     "Three models with two epochs in the authors' layout."
     populations = {epoch: sample_population(get_zoo("mnist_fixed"), 3, epoch) for epoch in (0, 1)}
-    rows = [{"zoo": "z", "method": "original", "level": np.nan, "model": m, "epoch": e, "train_loss": 1.0, "train_acc": 0.5, "test_loss": 1.1, "test_acc": 0.4, "sparsity": 0.0}
-            for m in range(3) for e in (0, 1)]
+    rows = [
+        {
+            "zoo": "z", "method": "original", "level": np.nan, "model": m, "epoch": e, "train_loss": 1.0,
+            "train_acc": 0.5, "test_loss": 1.1, "test_acc": 0.4, "sparsity": 0.0,
+        }
+        for m in range(3)
+        for e in (0, 1)
+    ]
     return write_zoo(populations, pd.DataFrame(rows), folder / "zoo")
 
 
@@ -138,10 +151,16 @@ def preprocessed(folder: Path) -> Reader:
     parts = {name: ModelDatasetBase() for name in ("trainset", "testset")}
     for part, indices in zip(parts.values(), ((0, 1), (2,))):
         states = [(i, epoch) for i in indices for epoch in (0, 1)]
-        part.data_in = [OrderedDict((key, tensor[i] * (1 + epoch)) for key, tensor in population.weights.items()) for i, epoch in states]
+        part.data_in = [
+            OrderedDict((key, tensor[i] * (1 + epoch)) for key, tensor in population.weights.items())
+            for i, epoch in states
+        ]
         part.labels_in = [f"/zoos/model_{i}_x_y#_#epoch_{epoch}#_#layer_[0, 3]" for i, epoch in states]
-        part.properties = {"test_acc": [np.float64(0.5)] * len(states), "ggap": [0.01] * len(states), "training_iteration": [e for _, e in states],
-                           "model::nlin": ["tanh"] * len(states), "optim::lr": [1e-3] * len(states)}
+        part.properties = {
+            "test_acc": [np.float64(0.5)] * len(states), "ggap": [0.01] * len(states),
+            "training_iteration": [e for _, e in states], "model::nlin": ["tanh"] * len(states),
+            "optim::lr": [1e-3] * len(states),
+        }
     torch.save(parts, folder / "dataset.pt")
     return Reader(zoo_numbers, "dataset.pt")
 
@@ -150,13 +169,20 @@ def preprocessed(folder: Path) -> Reader:
 def checkpoint(folder: Path) -> Reader:
     module = sample_population(get_zoo("mnist_seed"), 1).to_module(0)
     state = {f"module.{name}": tensor for name, tensor in module.state_dict().items()}
-    torch.save({"epoch": 3, "state_dict": state, "optimizer": torch.optim.Adam(module.parameters()).state_dict()}, folder / "model.pt")
-    return Reader(lambda path: Read({name: digest(tensor.numpy()) for name, tensor in read_checkpoint(path).items()}), "model.pt")
+    torch.save(
+        {"epoch": 3, "state_dict": state, "optimizer": torch.optim.Adam(module.parameters()).state_dict()},
+        folder / "model.pt",
+    )
+    return Reader(
+        lambda path: Read({name: digest(tensor.numpy()) for name, tensor in read_checkpoint(path).items()}), "model.pt"
+    )
 
 
 def population_numbers(path: Path) -> dict[str, str]:
     population = load_population(path)
-    return {name: digest(tensor.numpy()) for name, tensor in population.weights.items()} | {"factors": digest(population.models)}
+    return {name: digest(tensor.numpy()) for name, tensor in population.weights.items()} | {
+        "factors": digest(population.models)
+    }
 
 
 @reader
@@ -167,7 +193,11 @@ def population(folder: Path) -> Reader:
 
 
 def write_metrics(path: Path) -> None:
-    rows = [("z", "original", "", np.nan, model, epoch, *(0.1 * i for i in range(len(METRIC_COLUMNS) - 6))) for model in range(50) for epoch in range(5)]
+    rows = [
+        ("z", "original", "", np.nan, model, epoch, *(0.1 * i for i in range(len(METRIC_COLUMNS) - 6)))
+        for model in range(50)
+        for epoch in range(5)
+    ]
     pd.DataFrame(rows, columns=METRIC_COLUMNS).to_parquet(path)
 
 
@@ -189,7 +219,10 @@ def publication(folder: Path) -> Reader:
 
     def read(path: Path) -> Read:
         extra = check_hashes(path)
-        return Read(population_numbers(path / "original") | {"rows": digest(read_metrics(path / "metrics.parquet"))}, passed=len(extra))
+        return Read(
+            population_numbers(path / "original") | {"rows": digest(read_metrics(path / "metrics.parquet"))},
+            passed=len(extra),
+        )
 
     return Reader(read, "twins")
 
@@ -197,18 +230,32 @@ def publication(folder: Path) -> Reader:
 @reader
 def store(folder: Path) -> Reader:
     "A stage with a trajectory, and a block that was left half way."
-    zoo, models, later = folder / "digits_seed", *(sample_population(get_zoo("digits_seed"), 3, seed) for seed in (0, 1))
+    zoo, models, later = (
+        folder / "digits_seed",
+        *(sample_population(get_zoo("digits_seed"), 3, seed) for seed in (0, 1)),
+    )
     models.models["level"] = later.models["level"] = np.nan
-    rows = [("z", "vd", "", np.nan, model, epoch, *(0.1 * i for i in range(len(METRIC_COLUMNS) - 6))) for model in range(3) for epoch in (0, 1)]
+    rows = [
+        ("z", "vd", "", np.nan, model, epoch, *(0.1 * i for i in range(len(METRIC_COLUMNS) - 6)))
+        for model in range(3)
+        for epoch in (0, 1)
+    ]
     metrics = pd.DataFrame(rows, columns=METRIC_COLUMNS)
-    add_file(zoo / "vd", "vd-block", pack(Piece({0: models, 1: later}, metrics, 0, torch.zeros(3, 50, dtype=torch.uint8))))
+    add_file(
+        zoo / "vd", "vd-block", pack(Piece({0: models, 1: later}, metrics, 0, torch.zeros(3, 50, dtype=torch.uint8)))
+    )
     write_manifest(zoo, "vd", {"made": 3})
     save_part(zoo / "parts", "mp-block", {"weights/a": torch.ones(3)}, metrics, {"epoch": 1, "steps": 8})
 
     def read(path: Path) -> Read:
         found, left = read_stage(path, "vd", 0), read_part(path / "parts", "mp-block")
-        numbers = {name: digest(tensor.numpy()) for name, tensor in found.weights.items()} | {"factors": digest(found.models)}
-        numbers |= {"rows": digest(read_stage_metrics(path, "vd")), "predictions": digest(torch.stack(list(read_predictions(path, "vd").values())).numpy())}
+        numbers = {name: digest(tensor.numpy()) for name, tensor in found.weights.items()} | {
+            "factors": digest(found.models)
+        }
+        numbers |= {
+            "rows": digest(read_stage_metrics(path, "vd")),
+            "predictions": digest(torch.stack(list(read_predictions(path, "vd").values())).numpy()),
+        }
         if left is None:  # said, and begun again
             return Read(numbers, missing=1)
         return Read(numbers | {"left": digest(left[0]["weights/a"].numpy()), "epoch": str(left[2])})
@@ -219,10 +266,16 @@ def store(folder: Path) -> Reader:
 # ---- mutations
 
 EXTREMES = [0, 1, 127, 128, 255, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63 - 1, 2**64 - 1]
-VALUES = [None, True, -1, 0, 0.5, 93.5, 1600.0, 1e400, float("nan"), 10**400, "", "x", "93 %", "\n\x1b[2J", [], [[]], {}, {"a": {}}]
-PICKLES = [b"\x80\x02}K\x01K\x01\x86" + b"q\x00h\x00\x86" * 60 + b"K\x01s.", b"\x80\x02Nr\xff\xff\xff\x7f.", b"\x80\x05\x96" + (2**33).to_bytes(8, "little") + b".",
-           b"\x80\x02cos\nsystem\nX\x02\x00\x00\x00:;\x85R.", b"\x80\x02" + b"]" * 50_000 + b"a" * 49_999 + b".",
-           b"\x80\x02cpathlib\nPosixPath\nK\x01K\x01\x86" + b"q\x00h\x00\x86" * 60 + b"\x85R."]
+VALUES = [
+    None, True, -1, 0, 0.5, 93.5, 1600.0, 1e400, float("nan"), 10**400, "", "x", "93 %", "\n\x1b[2J", [], [[]], {},
+    {"a": {}},
+]
+PICKLES = [
+    b"\x80\x02}K\x01K\x01\x86" + b"q\x00h\x00\x86" * 60 + b"K\x01s.", b"\x80\x02Nr\xff\xff\xff\x7f.",
+    b"\x80\x05\x96" + (2**33).to_bytes(8, "little") + b".", b"\x80\x02cos\nsystem\nX\x02\x00\x00\x00:;\x85R.",
+    b"\x80\x02" + b"]" * 50_000 + b"a" * 49_999 + b".",
+    b"\x80\x02cpathlib\nPosixPath\nK\x01K\x01\x86" + b"q\x00h\x00\x86" * 60 + b"\x85R.",
+]
 
 
 def mutate_bytes(data: bytes, draw: random.Random) -> bytes:
@@ -307,7 +360,9 @@ def mutate(name: str, data: bytes, draw: random.Random) -> tuple[bytes, bool]:
 
 def mutate_file(path: Path, others: list[Path], draw: random.Random) -> bool:
     "Mutate a file in its folder; returns whether checksums were made anew."
-    kind = draw.choices(("content", "gone", "empty", "another", "folder", "pipe", "device", "name"), (40, 1, 1, 1, 1, 1, 1, 1))[0]
+    kind = draw.choices(
+        ("content", "gone", "empty", "another", "folder", "pipe", "device", "name"), (40, 1, 1, 1, 1, 1, 1, 1)
+    )[0]
     before, remade = path.read_bytes(), False
     if kind == "content":
         for _ in range(draw.choice((1, 1, 1, 2, 4))):
@@ -322,7 +377,10 @@ def mutate_file(path: Path, others: list[Path], draw: random.Random) -> bool:
         path.rename(path.with_name(draw.choice(("checkpoints", "x\ny", "params.json", "a" * 200))))
         return True
     path.unlink()
-    make = {"gone": lambda: None, "empty": path.touch, "folder": path.mkdir, "pipe": lambda: os.mkfifo(path), "device": lambda: path.symlink_to("/dev/zero")}
+    make = {
+        "gone": lambda: None, "empty": path.touch, "folder": path.mkdir, "pipe": lambda: os.mkfifo(path),
+        "device": lambda: path.symlink_to("/dev/zero"),
+    }
     make[kind]()
     return False
 
@@ -331,7 +389,9 @@ def spoil(folder: Path, name: str, draw: random.Random) -> bool:
     "Mutate one or two files of an input; returns whether it may count as a new valid input."
     remade = False
     for _ in range(draw.choice((1, 1, 1, 2))):
-        files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink() and os.access(path, os.R_OK))
+        files = sorted(
+            path for path in folder.rglob("*") if path.is_file() and not path.is_symlink() and os.access(path, os.R_OK)
+        )
         if files:
             remade |= mutate_file(draw.choice(files), files, draw)
     return remade
@@ -359,7 +419,9 @@ def judge(reader: Reader, path: Path, right: Read, remade: bool) -> str:
     except Late:
         return f"FAILURE more than {SECONDS} s"
     except BaseException as error:
-        return f"FAILURE {type(error).__name__}: {error} | " + " < ".join(f"{f.name}:{f.lineno}" for f in reversed(traceback.extract_tb(error.__traceback__)[-4:]))
+        return f"FAILURE {type(error).__name__}: {error} | " + " < ".join(
+            f"{f.name}:{f.lineno}" for f in reversed(traceback.extract_tb(error.__traceback__)[-4:])
+        )
     if found.numbers == right.numbers:
         return "right" if found.passed == right.passed and found.missing == right.missing else "reason"
     if found.numbers.items() <= right.numbers.items() and found.missing > right.missing:
@@ -372,7 +434,7 @@ def out_of_memory(text: str) -> bool:
 
 
 def set_clocks(seconds: float) -> None:
-    "Ring after so much processor time, or four times as much by the clock, which neighbours on the machine share; 0: not at all."
+    "Ring after so much processor time, or four times as much by the clock, which neighbours share; 0: not at all."
     signal.setitimer(signal.ITIMER_PROF, seconds)
     signal.setitimer(signal.ITIMER_REAL, 4 * seconds)
 
@@ -408,7 +470,9 @@ def run(name: str, cases: list[int], seed: int = 0) -> tuple[Counter, list[str]]
         right = reader.read(template / reader.name)
         while cases:
             here, there = multiprocessing.get_context("fork").Pipe(duplex=False)
-            worker = multiprocessing.get_context("fork").Process(target=work, args=(name, template, reader, right, cases, seed, there), daemon=True)
+            worker = multiprocessing.get_context("fork").Process(
+                target=work, args=(name, template, reader, right, cases, seed, there), daemon=True
+            )
             worker.start()
             there.close()
             cases = listen(here, worker, name, cases, counts, failures)

@@ -49,13 +49,22 @@ def left_over(plan):
     folder = plan.folder
     parts = list((folder / "parts").glob("*")) if (folder / "parts").exists() else []
     hidden = [path for path in folder.rglob(".*")]
-    strange = [path for path in folder.iterdir() if path.suffix not in (".json", ".lock") and path.name not in (*plans.STAGES, "parts")]
-    unlisted = [path for stage in plans.STAGES for path in finished_files(folder, stage) if path.name not in read_manifest(folder, stage)["files"]]
+    strange = [
+        path
+        for path in folder.iterdir()
+        if path.suffix not in (".json", ".lock") and path.name not in (*plans.STAGES, "parts")
+    ]
+    unlisted = [
+        path
+        for stage in plans.STAGES
+        for path in finished_files(folder, stage)
+        if path.name not in read_manifest(folder, stage)["files"]
+    ]
     return sorted({str(path.relative_to(folder)) for path in (*parts, *hidden, *strange, *unlisted)})
 
 
 def in_child(function: Callable[[], object]) -> int:
-    "Call a function in a forked process; give how that ended: 0, 1 for an exception, or minus the signal that killed it."
+    "Call a function in a forked process; give how it ended: 0, 1 for an exception, or minus the signal that killed it."
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
@@ -92,7 +101,9 @@ def killed_at(
 
         def audit(event, arguments):
             if event in EVENTS and arguments and str(arguments[0]).startswith(place):
-                writes = event != "open" or (arguments[1] or "r") != "r" or (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR)
+                writes = (
+                    event != "open" or (arguments[1] or "r") != "r" or (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR)
+                )
                 if writes:
                     count()
 

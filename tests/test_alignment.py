@@ -38,7 +38,11 @@ def test_a_permuted_and_flipped_model_is_the_same_function(architecture):
     x = torch.rand(IMAGES[architecture], generator=torch.Generator().manual_seed(0))
     moved = augmented(population)
     assert torch.allclose(class_logits(population, x), class_logits(moved, x), atol=1e-4)
-    assert not any(torch.equal(population.weights[name][i], tensor[i]) for i in range(4) for name, tensor in prunable(moved.weights).items())
+    assert not any(
+        torch.equal(population.weights[name][i], tensor[i])
+        for i in range(4)
+        for name, tensor in prunable(moved.weights).items()
+    )
     signs = random_symmetry(population).signs
     flipped = {path: (sign < 0).any(1).tolist() for path, sign in signs.items()}
     free = {layer.path for layer in hidden_layers(architecture) if layer.flips}
@@ -48,11 +52,17 @@ def test_a_permuted_and_flipped_model_is_the_same_function(architecture):
 
 def test_signs_are_not_free_before_max_pooling_nor_for_other_activations():
     x = torch.rand(IMAGES["cnn_small_1ch"], generator=torch.Generator().manual_seed(0))
-    for activation, path, free in (("tanh", "module_list.6", True), ("tanh", "module_list.3", False), ("relu", "module_list.6", False)):
+    for activation, path, free in (
+        ("tanh", "module_list.6", True),
+        ("tanh", "module_list.3", False),
+        ("relu", "module_list.6", False),
+    ):
         population = some(2, activation=activation)
         nothing = identity(population)
         flip = Symmetry({path: nothing.orders[path]}, {path: -nothing.signs[path]})
-        assert torch.allclose(class_logits(population, x), class_logits(transform(population, flip), x), atol=1e-4) == free
+        assert (
+            torch.allclose(class_logits(population, x), class_logits(transform(population, flip), x), atol=1e-4) == free
+        )
         assert next(layer.flips for layer in hidden_layers("cnn_small_1ch", activation) if layer.path == path) == free
 
 
@@ -99,7 +109,9 @@ def test_one_reference_serves_all_and_neighbours_do_not_matter():
     together = aligned(population, reference)
     assert all(same(aligned(population[[i]], reference), together[[i]]) for i in range(4))
     assert same(augmented(population)[[2]], augmented(population[[2]]))
-    assert not same(augmented(population, 0), augmented(population, 1)) and same(augmented(population, 1), augmented(population, 1))
+    assert not same(augmented(population, 0), augmented(population, 1)) and same(
+        augmented(population, 1), augmented(population, 1)
+    )
 
 
 def test_symmetries_follow_one_another():
@@ -117,11 +129,17 @@ def test_copies_keep_their_common_mask():
 
 def test_log_variances_move_with_their_weights_and_keep_their_sign():
     population = some()
-    noise = {name: -population.weights[name.replace("log_sigma2_bias", "bias").replace("log_sigma2", "weight")].abs() for name in noise_shapes("cnn_small_1ch")}
+    noise = {
+        name: -population.weights[name.replace("log_sigma2_bias", "bias").replace("log_sigma2", "weight")].abs()
+        for name in noise_shapes("cnn_small_1ch")
+    }
     population.weights |= noise
     moved = augmented(population)
     for name in noise:
-        assert torch.equal(moved.weights[name], -moved.weights[name.replace("log_sigma2_bias", "bias").replace("log_sigma2", "weight")].abs())
+        assert torch.equal(
+            moved.weights[name],
+            -moved.weights[name.replace("log_sigma2_bias", "bias").replace("log_sigma2", "weight")].abs(),
+        )
 
 
 def test_what_does_not_fit_is_refused(monkeypatch):
@@ -129,18 +147,36 @@ def test_what_does_not_fit_is_refused(monkeypatch):
         match(some(3), some(2))
     with pytest.raises(UserError, match="not with 3 of cnn_small_3ch"):
         match(some(3), some(3, "cnn_small_3ch"))
-    norm = lambda activation, dropout: ZooCNN([nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Tanh(), nn.Flatten(), nn.Linear(4 * 26 * 26, 10)])
-    for name, make, message in (("normed", norm, "has a BatchNorm2d"), ("tree", lambda activation, dropout: nn.Bilinear(2, 2, 2), "not a chain")):
+    norm = lambda activation, dropout: ZooCNN(
+        [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Tanh(), nn.Flatten(), nn.Linear(4 * 26 * 26, 10)]
+    )
+    for name, make, message in (
+        ("normed", norm, "has a BatchNorm2d"),
+        ("tree", lambda activation, dropout: nn.Bilinear(2, 2, 2), "not a chain"),
+    ):
         monkeypatch.setitem(ARCHITECTURES, name, make)
         with pytest.raises(UserError, match=message) as error:
             hidden_layers(name)
         assert "\n" not in str(error.value)
-    monkeypatch.setitem(ARCHITECTURES, "plain", lambda activation, dropout: nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 10)))
+    monkeypatch.setitem(
+        ARCHITECTURES,
+        "plain",
+        lambda activation, dropout: nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 10)),
+    )
     assert hidden_layers("plain") == (alignment.Hidden("1", "3", 3, True),)
 
 
 def test_a_mixed_pair_flips_only_where_both_are_free():
     population = some(2, activation=["tanh", "tanh"])
-    reference = concatenate([population[[0]], Population({name: tensor[[1]] for name, tensor in population.weights.items()}, plain_models(1, activation="relu"), "cnn_small_1ch")])
+    reference = concatenate(
+        [
+            population[[0]],
+            Population(
+                {name: tensor[[1]] for name, tensor in population.weights.items()},
+                plain_models(1, activation="relu"),
+                "cnn_small_1ch",
+            ),
+        ]
+    )
     found = match(augmented(population), reference)
     assert (found.signs["module_list.9"][0] < 0).any() and not (found.signs["module_list.9"][1] < 0).any()

@@ -69,7 +69,11 @@ def test_fifty_rounds_of_two_runs_and_a_reader_at_once(tmp_path, pair):
     for number in range(50):
         place = tmp_path / str(number)
         plan = small_plan(place, 4, levels="0,50,80")
-        others = [plan, plan] if pair == "equal" else [small_plan(place, 4, levels="50"), small_plan(place, 2, levels="0,80")]
+        others = (
+            [plan, plan]
+            if pair == "equal"
+            else [small_plan(place, 4, levels="50"), small_plan(place, 2, levels="0,80")]
+        )
         processes = [fork.Process(target=run, args=(other,)) for other in others]
         for process in processes:
             process.start()
@@ -116,7 +120,9 @@ def test_a_run_may_be_interrupted_at_any_moment(tmp_path, engine, rounds):
 def test_any_byte_of_a_store_may_change(tmp_path, trained):
     """Flipped, cut off or doubled: what is read is right, or one sentence says why it is not."""
     chance, before = random.Random(0), load_metrics(trained)
-    files = [path for stage in STAGES for path in (*finished_files(trained.folder, stage), trained.folder / f"{stage}.json")]
+    files = [
+        path for stage in STAGES for path in (*finished_files(trained.folder, stage), trained.folder / f"{stage}.json")
+    ]
     for number in range(200):
         place = tmp_path / str(number)
         shutil.copytree(trained.folder, place / "digits_seed")

@@ -24,7 +24,9 @@ def drawn(folder, n=3, epochs=3):
 
 def noisy(folder):
     "Variational twins of untrained models, whose every epoch is kept."
-    return next(iter(cut_blocks(make_stages(small_plan(folder))[2], TORCH, sample_population(get_zoo("digits_seed"), 3))))
+    return next(
+        iter(cut_blocks(make_stages(small_plan(folder))[2], TORCH, sample_population(get_zoo("digits_seed"), 3)))
+    )
 
 
 def equal(one: Piece, other: Piece):
@@ -32,10 +34,17 @@ def equal(one: Piece, other: Piece):
     weights = all(torch.equal(one.populations[epoch].weights[name], tensor)
                   for epoch, population in other.populations.items() for name, tensor in population.weights.items())
     predictions = one.predictions is other.predictions is None or torch.equal(one.predictions, other.predictions)
-    return weights and predictions and one.metrics.equals(other.metrics) and one.populations.keys() == other.populations.keys()
+    return (
+        weights
+        and predictions
+        and one.metrics.equals(other.metrics)
+        and one.populations.keys() == other.populations.keys()
+    )
 
 
-@pytest.mark.parametrize("engine, width, kinds", [(TORCH, 256, 1), (replace(TORCH, mixes=True, width=lambda: 16), 16, 2)])
+@pytest.mark.parametrize(
+    "engine, width, kinds", [(TORCH, 256, 1), (replace(TORCH, mixes=True, width=lambda: 16), 16, 2)]
+)
 def test_blocks_hold_what_an_engine_can_train_together(engine, width, kinds):
     models = model_table(get_zoo("mnist_fixed"), 400)
     parts = cut_rows(models.assign(level=float("nan")), engine)
@@ -59,7 +68,9 @@ def test_a_block_takes_its_originals_by_number(tmp_path):
 
 @pytest.mark.parametrize("kind", [drawn, noisy])
 @pytest.mark.parametrize("saving", [0.0, 1e9])
-def test_a_block_that_is_interrupted_after_any_epoch_goes_on_to_the_same_bits(tmp_path, images, engine, monkeypatch, kind, saving):
+def test_a_block_that_is_interrupted_after_any_epoch_goes_on_to_the_same_bits(
+    tmp_path, images, engine, monkeypatch, kind, saving
+):
     monkeypatch.setattr(blocks, "SAVE_EVERY", saving)
     block = kind(tmp_path)
     whole = list(train_block(block, images, engine))[-1]
@@ -104,7 +115,9 @@ def test_an_engine_that_fails_in_an_epoch_leaves_the_last_whole_one(tmp_path, im
         list(train_block(block, images, replace(engine, train_epoch=spoiled), parts=parts))
     state = start_of(block)
     resume(parts, block, state, STEPS)
-    assert state.epoch == 2 and equal(list(train_block(block, images, engine, parts=parts))[-1], list(train_block(block, images, engine))[-1])
+    assert state.epoch == 2 and equal(
+        list(train_block(block, images, engine, parts=parts))[-1], list(train_block(block, images, engine))[-1]
+    )
 
 
 def changes(block, state, frames):
@@ -133,7 +146,10 @@ def changes(block, state, frames):
 
 def test_unfinished_work_that_does_not_fit_is_begun_again(tmp_path, images, engine, capsys):
     block = drawn(tmp_path)
-    task, whole = train_block(block, images, engine, parts=tmp_path / "parts"), list(train_block(block, images, engine))[-1]
+    task, whole = (
+        train_block(block, images, engine, parts=tmp_path / "parts"),
+        list(train_block(block, images, engine))[-1],
+    )
     next(task), next(task)
     task.close()
     state = start_of(block)
@@ -156,7 +172,9 @@ def test_a_trajectory_that_has_a_gap_does_not_fit(tmp_path, images, engine, caps
     frames, kept = resume(parts, block, state, STEPS)
     assert sorted(kept) == [0, 1]
     keep(tmp_path / "gap", block, state, frames, {1: kept[1]})
-    assert resume(tmp_path / "gap", block, start_of(block), STEPS) == ([], {}) and "begun again" in capsys.readouterr().out
+    assert (
+        resume(tmp_path / "gap", block, start_of(block), STEPS) == ([], {}) and "begun again" in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize("images", [1, 2, 7, 8])
@@ -165,4 +183,6 @@ def test_predictions_that_travel_come_out_again(images, classes):
     predictions = (torch.arange(3 * images).reshape(3, images) % classes).to(torch.uint8)
     predictions[0, 0] = classes - 1
     packed = halved(predictions)
-    assert torch.equal(restored(packed, images), predictions) and packed.shape[1] == (images if classes > 16 else (images + 1) // 2)
+    assert torch.equal(restored(packed, images), predictions) and packed.shape[1] == (
+        images if classes > 16 else (images + 1) // 2
+    )

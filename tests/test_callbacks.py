@@ -109,7 +109,9 @@ def test_an_interruption_passes_through(tmp_path):
 
 def test_training_in_memory_is_heard(trained):
     ear, zoo = [], sample_population(trained.zoo, 3)
-    found = train(zoo, IMAGES, Recipe("digits_seed", "original", 2), progress=False, on_epoch=lambda *told: ear.append(told))
+    found = train(
+        zoo, IMAGES, Recipe("digits_seed", "original", 2), progress=False, on_epoch=lambda *told: ear.append(told)
+    )
     assert [(stage, epoch) for stage, _, epoch, _ in ear] == [("original", 0), ("original", 1), ("original", 2)]
     heard = pd.concat([metrics for *_, metrics in ear]).sort_values(["model", "epoch"], ignore_index=True)
     assert heard.equals(found.metrics) and ear[0][1]["seed"].tolist() == [1, 2, 3]
@@ -164,8 +166,13 @@ def test_the_recipe_for_mlflow(logged, monkeypatch, place):
     assert len(runs) == 6 and len(client.search_runs([names["experiment"]])) == 6
     run = runs["vd", "1"]
     wanted = metrics.query("method == 'vd' and model == 1")
-    assert [(m.step, m.value) for m in client.get_metric_history(run, "sparsity")] == list(zip(wanted["epoch"], wanted["sparsity"]))
-    assert client.get_run(run).data.params["seed"] == "2" and client.get_run(runs["mp", "0 at 0.9"]).data.params["level"] == "0.9"
+    assert [(m.step, m.value) for m in client.get_metric_history(run, "sparsity")] == list(
+        zip(wanted["epoch"], wanted["sparsity"])
+    )
+    assert (
+        client.get_run(run).data.params["seed"] == "2"
+        and client.get_run(runs["mp", "0 at 0.9"]).data.params["level"] == "0.9"
+    )
 
 
 def test_the_recipe_for_weights_and_biases(logged, tmp_path):

@@ -12,8 +12,17 @@ from zootwins.reported import read_reported
 
 CELLS = read_reported()
 PARAMETERS = {
-    "before": (0.87, 0.017), "mp": {0.0: 0.90, 0.5: 0.90, 0.7: 0.89, 0.8: 0.88, 0.9: 0.74}, "mp_std": 0.003, "vd_drop": 0.002, "vd_std": 0.002,
-    "keeps_order": 1.0, "gap": {0.0: 0.05, 0.5: 0.04, 0.7: 0.03, 0.8: 0.03, 0.9: 0.03}, "vd_gap": 0.03, "by_size": 1.0, "layer_std": 0.01, "agreement": 0.1,
+    "before": (0.87, 0.017),
+    "mp": {0.0: 0.90, 0.5: 0.90, 0.7: 0.89, 0.8: 0.88, 0.9: 0.74},
+    "mp_std": 0.003,
+    "vd_drop": 0.002,
+    "vd_std": 0.002,
+    "keeps_order": 1.0,
+    "gap": {0.0: 0.05, 0.5: 0.04, 0.7: 0.03, 0.8: 0.03, 0.9: 0.03},
+    "vd_gap": 0.03,
+    "by_size": 1.0,
+    "layer_std": 0.01,
+    "agreement": 0.1,
 }
 
 
@@ -27,10 +36,20 @@ def zoo(name="usps_seed", n=60, seed=0, **changes):
     parts = []
 
     def add(method, level, epoch, accuracy, sparsity, gap, agreement):
-        layers = {f"sparsity_{layer}": sparsity + 0.05 * p["by_size"] * rank[i] + random.normal(0, p["layer_std"], n) for i, layer in enumerate(LAYERS)}
-        columns = {"test_acc": accuracy, "ggap": gap + random.normal(0, 0.002, n), "sparsity": sparsity + random.normal(0, 1e-4, n) * (method == "vd"), "agreement": agreement}
-        rows = pd.DataFrame({"zoo": name, "method": method, "level": level, "model": range(n), "epoch": epoch, **columns, **layers})
-        parts.append(rows.assign(train_acc=rows["test_acc"] + rows["ggap"], train_loss=1 - accuracy, test_loss=1 - accuracy))
+        layers = {
+            f"sparsity_{layer}": sparsity + 0.05 * p["by_size"] * rank[i] + random.normal(0, p["layer_std"], n)
+            for i, layer in enumerate(LAYERS)
+        }
+        columns = {
+            "test_acc": accuracy, "ggap": gap + random.normal(0, 0.002, n),
+            "sparsity": sparsity + random.normal(0, 1e-4, n) * (method == "vd"), "agreement": agreement,
+        }
+        rows = pd.DataFrame(
+            {"zoo": name, "method": method, "level": level, "model": range(n), "epoch": epoch, **columns, **layers}
+        )
+        parts.append(
+            rows.assign(train_acc=rows["test_acc"] + rows["ggap"], train_loss=1 - accuracy, test_loss=1 - accuracy)
+        )
 
     def twins(mean, std):
         mixed = p["keeps_order"] * quality + (1 - abs(p["keeps_order"])) * random.normal(size=n)
@@ -44,7 +63,10 @@ def zoo(name="usps_seed", n=60, seed=0, **changes):
             add("mp", level, epoch, accuracy, level, p["gap"][level], accuracy - p["agreement"])
     for epoch in range(26):
         accuracy = twins(0.87 - p["vd_drop"] * epoch, p["vd_std"])
-        add("vd", np.nan, epoch, accuracy, 0.037 * epoch, p["vd_gap"] if epoch else 0.05, accuracy - p["agreement"] - 0.01)
+        add(
+            "vd", np.nan, epoch, accuracy, 0.037 * epoch, p["vd_gap"] if epoch else 0.05,
+            accuracy - p["agreement"] - 0.01,
+        )
     return with_selectors(pd.concat(parts, ignore_index=True))[METRIC_COLUMNS]
 
 
@@ -58,8 +80,19 @@ def verdicts(judge, rows):
 
 
 TRUE = {
-    c.pruning_better_up_to_80: 1, c.dropout_better_above_80: 1, c.both_degrade: 2, c.dropout_steadier: 2, c.accuracy_preserved: 2, c.gap_lower: 2,
-    c.performance_drops: 2, c.larger_layers_sparser: 2, c.layers_consistent: 2, c.agreement_high: 2, c.pruning_correlates: 2, c.best_stay_best: 2, c.best_is_best: 2,
+    c.pruning_better_up_to_80: 1,
+    c.dropout_better_above_80: 1,
+    c.both_degrade: 2,
+    c.dropout_steadier: 2,
+    c.accuracy_preserved: 2,
+    c.gap_lower: 2,
+    c.performance_drops: 2,
+    c.larger_layers_sparser: 2,
+    c.layers_consistent: 2,
+    c.agreement_high: 2,
+    c.pruning_correlates: 2,
+    c.best_stay_best: 2,
+    c.best_is_best: 2,
 }
 
 
@@ -111,10 +144,14 @@ def test_agreement_follows_accuracy_or_not(good):
     assert HOLDS not in verdicts(c.accuracy_is_proxy, noise) and FAILS in verdicts(c.accuracy_is_proxy, noise)
 
 
-@pytest.mark.parametrize("part", [
-    "method == 'original'", "method == 'mp'", "method == 'vd'", "method != 'mp'", "method != 'vd'", "model == 0", "model < 2", "model < 5",
-    "method != 'vd' or epoch < 1", "method != 'vd' or epoch < 3", "method != 'mp' or level < 0.75", "method != 'mp' or level > 0.75", "method != 'mp' or epoch == 0",
-])
+@pytest.mark.parametrize(
+    "part",
+    [
+        "method == 'original'", "method == 'mp'", "method == 'vd'", "method != 'mp'", "method != 'vd'", "model == 0",
+        "model < 2", "model < 5", "method != 'vd' or epoch < 1", "method != 'vd' or epoch < 3",
+        "method != 'mp' or level < 0.75", "method != 'mp' or level > 0.75", "method != 'mp' or epoch == 0",
+    ],
+)
 @pytest.mark.filterwarnings("error")
 def test_incomplete_runs_are_not_judged_beyond_what_they_have(good, part):
     rows = good.query(part)
@@ -129,7 +166,10 @@ def test_models_without_spread_are_no_evidence():
     flat = zoo(n=12)
     flat["test_acc"], flat["agreement"] = 0.9, 0.9
     found = c.all_claims(flat).set_index("claim")
-    for name in ("pruned accuracies correlate above 0.9", "accuracy is a proxy of agreement", "little variation", "variational dropout correlates less"):
+    for name in (
+        "pruned accuracies correlate above 0.9", "accuracy is a proxy of agreement", "little variation",
+        "variational dropout correlates less",
+    ):
         assert set(np.atleast_1d(found.loc[name, "verdict"])) == {OPEN}
 
 
@@ -139,21 +179,35 @@ def test_every_zoo_gets_its_verdicts(good):
     alone = c.all_claims(good)
     pd.testing.assert_frame_equal(found[found["zoo"] == "usps_seed"].reset_index(drop=True), alone)
     glance = c.verdict_table(found)
-    assert set(glance.index.get_level_values("claim")) == {claim.name for claim in CLAIMS} and glance.index.is_unique and list(glance) == ["usps_seed", "mnist_seed", "my_zoo"]
-    assert glance.loc[("larger layers get sparser", "MP"), "my_zoo"] == OPEN and glance.loc[("both degrade above 80 %", "VD"), "usps_seed"].endswith(HOLDS)
+    assert (
+        set(glance.index.get_level_values("claim")) == {claim.name for claim in CLAIMS}
+        and glance.index.is_unique
+        and list(glance) == ["usps_seed", "mnist_seed", "my_zoo"]
+    )
+    assert glance.loc[("larger layers get sparser", "MP"), "my_zoo"] == OPEN and glance.loc[
+        ("both degrade above 80 %", "VD"), "usps_seed"
+    ].endswith(HOLDS)
     table = c.claims_table(found)
-    assert len(table.layout) == len(found) and r"\%" in table.to_latex() and "MNIST (s) Seed: 60 models" in table.caption
+    assert (
+        len(table.layout) == len(found) and r"\%" in table.to_latex() and "MNIST (s) Seed: 60 models" in table.caption
+    )
 
 
 def test_a_collapsed_population_is_not_called_steady(good):
     collapsed = good.copy()
-    collapsed.loc[(collapsed["method"] == "mp") & (collapsed["level"] > 0.8), "test_acc"] = 0.1 + 1e-17 * collapsed["model"]
+    collapsed.loc[(collapsed["method"] == "mp") & (collapsed["level"] > 0.8), "test_acc"] = (
+        0.1 + 1e-17 * collapsed["model"]
+    )
     of = lambda rows: {found.of: found for found in c.dropout_steadier(rows)}
-    assert of(good)["spread"].verdict == HOLDS and of(collapsed)["spread"].verdict == OPEN and of(collapsed)["loss"].verdict == HOLDS
+    assert (
+        of(good)["spread"].verdict == HOLDS
+        and of(collapsed)["spread"].verdict == OPEN
+        and of(collapsed)["loss"].verdict == HOLDS
+    )
 
 
 def test_a_sparsity_that_few_models_reach_is_left_out(good):
-    """Above half of the models a level is tried as it is; below, each model is compared where its variational dropout ends."""
+    """At a level above half of the models it is tried as is; below, each model where its variational dropout ends."""
     models = good["model"].nunique()
     for kept, at_level in ((models // 2, True), (models // 2 - 1, False)):
         slow = good.copy()
@@ -168,14 +222,23 @@ def test_a_sparsity_that_few_models_reach_is_left_out(good):
 def test_the_end_of_variational_dropout_is_compared_on_a_straight_line(good):
     twins = good[good["method"] == "vd"]
     ends = {0: 0.75, 1: 0.79, 2: 0.9}
-    short = pd.concat([good[good["method"] != "vd"], *(twins[(twins["model"] == model) & (twins["sparsity"] <= end + 1e-9)] for model, end in ends.items()),
-        twins[twins["model"] > 2]])
+    short = pd.concat(
+        [
+            good[good["method"] != "vd"],
+            *(twins[(twins["model"] == model) & (twins["sparsity"] <= end + 1e-9)] for model, end in ends.items()),
+            twins[twins["model"] > 2],
+        ]
+    )
     found = c.at_the_end(short, (0.7, 0.8))
     low, high = c.pruned(good, 0.7), c.pruned(good, 0.8)
     for model in ends:
         rows = short[(short["method"] == "vd") & (short["model"] == model)].sort_values("sparsity")
         end = min(rows["sparsity"].max(), 0.8)
-        wanted = low[model] + (high[model] - low[model]) * (end - 0.7) / 0.1 - np.interp(end, rows["sparsity"], rows["test_acc"])
+        wanted = (
+            low[model]
+            + (high[model] - low[model]) * (end - 0.7) / 0.1
+            - np.interp(end, rows["sparsity"], rows["test_acc"])
+        )
         assert found[model] == pytest.approx(wanted)
     below = short[(short["method"] != "vd") | (short["sparsity"] < 0.6)]
     assert c.at_the_end(below, (0.7, 0.8)).isna().all()
@@ -208,7 +271,9 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
 
 
 def test_best_tenth_is_decided_by_number_among_equals():
-    assert c.best_tenth(pd.Series([0.5] * 20)).tolist() == [0, 1] and c.best_tenth(pd.Series([0.1, 0.9])).tolist() == [1]
+    assert c.best_tenth(pd.Series([0.5] * 20)).tolist() == [0, 1] and c.best_tenth(pd.Series([0.1, 0.9])).tolist() == [
+        1
+    ]
 
 
 def test_lower_bound_of_train_and_test_correlation_is_never_undercut():
@@ -217,15 +282,29 @@ def test_lower_bound_of_train_and_test_correlation_is_never_undercut():
         test = random.normal(0, random.uniform(0.5, 10), 500)
         train = random.uniform(-1, 2) * test + random.normal(0, random.uniform(0.1, 5), 500)
         gap, spread = (train - test).std(ddof=1), test.std(ddof=1)
-        cells = pd.DataFrame([
-            {"table": 5, "zoo": "z", "method": "mp", "level": 0.8, "epoch": 15, "metric": metric, "mean": 0.0, "std": std} for metric, std in (("test_acc", spread), ("ggap", gap))
-        ] + [{"table": 2, "zoo": "z", "method": "mp", "level": 0.8, "epoch": pd.NA, "metric": "pearson", "mean": 100 * np.corrcoef(train, test)[0, 1], "std": np.nan}])
+        cells = pd.DataFrame(
+            [
+                {
+                    "table": 5, "zoo": "z", "method": "mp", "level": 0.8, "epoch": 15, "metric": metric, "mean": 0.0,
+                    "std": std,
+                }
+                for metric, std in (("test_acc", spread), ("ggap", gap))
+            ]
+            + [
+                {
+                    "table": 2, "zoo": "z", "method": "mp", "level": 0.8, "epoch": pd.NA, "metric": "pearson",
+                    "mean": 100 * np.corrcoef(train, test)[0, 1], "std": np.nan,
+                }
+            ]
+        )
         found = d.least_train_test_correlation(cells)
         assert not found["excluded"].any()
 
 
 def test_the_definition_behind_a_printed_row_is_found(good):
-    twins = good[(good["method"] == "mp") & (good["level"] == 0.8)].pivot(index="model", columns="epoch", values="test_acc")
+    twins = good[(good["method"] == "mp") & (good["level"] == 0.8)].pivot(
+        index="model", columns="epoch", values="test_acc"
+    )
     agreement = pd.Series(np.random.default_rng(4).normal(size=len(twins)), index=twins.index)
     truth = 0.6 * (twins[15] - twins[15].mean()) / twins[15].std() + 0.8 * agreement
     changed = good.copy()
@@ -234,25 +313,41 @@ def test_the_definition_behind_a_printed_row_is_found(good):
     r, tau = (100 * twins[15].corr(truth, method) for method in ("pearson", "kendall"))
     printed = CELLS.copy()
     row = (printed["table"] == 2) & (printed["zoo"] == "usps_seed") & (printed["method"] == "mp")
-    printed.loc[row & (printed["metric"] == "pearson"), "mean"], printed.loc[row & (printed["metric"] == "kendall"), "mean"] = round(r, 1), round(tau, 1)
+    (
+        printed.loc[row & (printed["metric"] == "pearson"), "mean"],
+        printed.loc[row & (printed["metric"] == "kendall"), "mean"],
+    ) = round(r, 1), round(tau, 1)
     found = d.reproduces(changed, printed).query("method == 'mp'").set_index("family")
     assert found.loc["accuracy and agreement", "fits"] and abs(found.loc["accuracy and agreement", "z_pearson"]) < 0.1
-    assert not found.loc["original and twin", "fits"] and found.loc["original and twin", "printed_pearson"] == pytest.approx(round(r, 1) / 100)
+    assert not found.loc["original and twin", "fits"] and found.loc[
+        "original and twin", "printed_pearson"
+    ] == pytest.approx(round(r, 1) / 100)
     best = d.nearest_candidates(found.reset_index())
     assert best["worst"].is_monotonic_increasing and len(best) == found.index.nunique()
 
 
 def test_runs_without_the_printed_state_have_no_candidates(good):
-    assert d.reproduces(good[good["level"].isna() | (good["level"] < 0.75)], CELLS)["method"].unique().tolist() == ["vd"]
-    assert d.reproduces(good.assign(zoo="digits_seed"), CELLS).empty and d.nearest_candidates(d.reproduces(good.assign(zoo="digits_seed"))).empty
+    assert d.reproduces(good[good["level"].isna() | (good["level"] < 0.75)], CELLS)["method"].unique().tolist() == [
+        "vd"
+    ]
+    assert (
+        d.reproduces(good.assign(zoo="digits_seed"), CELLS).empty
+        and d.nearest_candidates(d.reproduces(good.assign(zoo="digits_seed"))).empty
+    )
 
 
 def test_gaps_are_shifted_by_whole_epochs(good):
     found = c.shifted_gaps(good, CELLS)
     assert found.index.get_level_values("epoch").tolist() == [0, 2, 4, 6, 8, 10, 13, 16, 19, 22, 25]
     twins = good[good["method"] == "vd"].pivot(index="model", columns="epoch", values=["train_acc", "test_acc"])
-    assert found.loc[("usps_seed", 10), "before"] == pytest.approx(100 * (twins["train_acc"][9] - twins["test_acc"][10]).mean())
-    assert np.isnan(found.loc[("usps_seed", 0), "before"]) and np.isnan(found.loc[("usps_seed", 25), "after"]) and found.loc[("usps_seed", 25), "paper"] == 6.0
+    assert found.loc[("usps_seed", 10), "before"] == pytest.approx(
+        100 * (twins["train_acc"][9] - twins["test_acc"][10]).mean()
+    )
+    assert (
+        np.isnan(found.loc[("usps_seed", 0), "before"])
+        and np.isnan(found.loc[("usps_seed", 25), "after"])
+        and found.loc[("usps_seed", 25), "paper"] == 6.0
+    )
 
 
 @pytest.mark.slow
@@ -265,9 +360,16 @@ def test_a_candidate_is_excluded_beyond_two_bootstrap_errors(good):
         for distance, fits in ((1.9, True), (2.0, False)):
             printed = CELLS.copy()
             for name in ("pearson", "kendall"):
-                row = (printed["table"] == 2) & (printed["zoo"] == "usps_seed") & (printed["method"] == "vd") & (printed["metric"] == name)
+                row = (
+                    (printed["table"] == 2)
+                    & (printed["zoo"] == "usps_seed")
+                    & (printed["method"] == "vd")
+                    & (printed["metric"] == name)
+                )
                 beyond = distance * errors[name] * np.sqrt(1 + 60 / 1000)
-                printed.loc[row, "mean"] = 100 * np.tanh(np.arctanh(min(tried[name], 0.9999)) + sign * beyond) + sign * 0.05
+                printed.loc[row, "mean"] = (
+                    100 * np.tanh(np.arctanh(min(tried[name], 0.9999)) + sign * beyond) + sign * 0.05
+                )
             again = d.reproduces(good, printed).query("method == 'vd' and family == 'original and twin'").iloc[0]
             assert abs(again["worst"]) == pytest.approx(distance, abs=0.03) and again["fits"] == fits
 
@@ -278,7 +380,9 @@ def test_errors_of_pooled_states_draw_models_not_states():
     x, noise = np.repeat(random.normal(size=40), 10), np.repeat(random.normal(size=40), 10)
     index = pd.MultiIndex.from_arrays([model, np.tile(range(10), 40)], names=["model", "epoch"])
     pooled = d.fisher_errors(pd.Series(x, index), pd.Series(x + noise, index), resamples=2000)
-    single = d.fisher_errors(pd.Series(x[::10]).rename_axis("model"), pd.Series((x + noise)[::10]).rename_axis("model"), resamples=2000)
+    single = d.fisher_errors(
+        pd.Series(x[::10]).rename_axis("model"), pd.Series((x + noise)[::10]).rename_axis("model"), resamples=2000
+    )
     assert pooled["pearson"] == pytest.approx(single["pearson"], rel=0.25) and pooled["pearson"] > 0.1
     normal = pd.Series(random.normal(size=400)).rename_axis("model")
     error = d.fisher_errors(normal, (0.7 * normal + random.normal(size=400)).rename("y"), resamples=2000)
@@ -286,8 +390,13 @@ def test_errors_of_pooled_states_draw_models_not_states():
 
 
 def test_common_candidates_are_judged_where_they_do_worst():
-    tried = pd.DataFrame([("a", "mp", "f", "one", 1.0), ("b", "mp", "f", "one", 3.0), ("a", "mp", "f", "two", 2.0), ("b", "mp", "f", "two", 0.5), ("a", "mp", "g", "three", 0.1)],
-                         columns=["zoo", "method", "family", "definition", "worst"])
+    tried = pd.DataFrame(
+        [
+            ("a", "mp", "f", "one", 1.0), ("b", "mp", "f", "one", 3.0), ("a", "mp", "f", "two", 2.0),
+            ("b", "mp", "f", "two", 0.5), ("a", "mp", "g", "three", 0.1),
+        ],
+        columns=["zoo", "method", "family", "definition", "worst"],
+    )
     found = d.common_candidates(tried)
     assert found[["definition", "worst", "zoo"]].to_numpy().tolist() == [["two", 2.0, "a"], ["one", 3.0, "b"]]
 
@@ -297,8 +406,10 @@ def states(**of):
     parts = []
     for (method, level, epoch), columns in of["rows"].items():
         n = max(np.size(value) for value in columns.values())
-        base = {"zoo": "usps_seed", "method": method, "level": level, "model": range(n), "epoch": epoch, "test_acc": 0.9, "train_acc": 0.9, "ggap": 0.05, "train_loss": 1.0,
-            "test_loss": 1.0, "sparsity": 0.0, "agreement": 1.0}
+        base = {
+            "zoo": "usps_seed", "method": method, "level": level, "model": range(n), "epoch": epoch, "test_acc": 0.9,
+            "train_acc": 0.9, "ggap": 0.05, "train_loss": 1.0, "test_loss": 1.0, "sparsity": 0.0, "agreement": 1.0,
+        }
         parts.append(pd.DataFrame(base | {f"sparsity_{layer}": 0.0 for layer in LAYERS} | columns))
     return with_selectors(pd.concat(parts, ignore_index=True))[METRIC_COLUMNS]
 
@@ -313,8 +424,13 @@ def only(findings):
 
 @pytest.mark.parametrize("share, verdict", [(0.9501, HOLDS), (0.9499, FAILS)])
 def test_preserved_is_95_percent_at_half_of_the_weights(share, verdict):
-    rows = states(rows={ORIGINAL: {"test_acc": np.full(N, 0.8)}, ("mp", 0.5, 15): {"test_acc": np.full(N, 0.8 * share)}, ("mp", 0.6, 15): {"test_acc": np.full(N, 0.1)},
-                        ("vd", np.nan, 0): {"test_acc": np.full(N, 0.8)}, ("vd", np.nan, 1): {"test_acc": np.full(N, 0.8 - 1.6 * (1 - share) * 0.8), "sparsity": 0.8}})
+    rows = states(
+        rows={
+            ORIGINAL: {"test_acc": np.full(N, 0.8)}, ("mp", 0.5, 15): {"test_acc": np.full(N, 0.8 * share)},
+            ("mp", 0.6, 15): {"test_acc": np.full(N, 0.1)}, ("vd", np.nan, 0): {"test_acc": np.full(N, 0.8)},
+            ("vd", np.nan, 1): {"test_acc": np.full(N, 0.8 - 1.6 * (1 - share) * 0.8), "sparsity": 0.8},
+        }
+    )
     found = c.accuracy_preserved(rows)
     assert only(found)[0] == verdict and found[0].value == pytest.approx(share)
 
@@ -326,13 +442,22 @@ def test_little_variation_is_at_most_twice_the_originals(ratio, verdict):
     assert only(c.variation_low(rows)) == [verdict]
 
 
-@pytest.mark.parametrize("agreement, high, between", [(0.601, HOLDS, HOLDS), (0.599, FAILS, FAILS), (0.799, HOLDS, HOLDS), (0.801, HOLDS, FAILS)])
+@pytest.mark.parametrize(
+    "agreement, high, between",
+    [(0.601, HOLDS, HOLDS), (0.599, FAILS, FAILS), (0.799, HOLDS, HOLDS), (0.801, HOLDS, FAILS)],
+)
 def test_high_agreement_is_60_and_relatively_high_ends_at_80(agreement, high, between):
     rows = states(rows={ORIGINAL: {"test_acc": np.full(N, 0.9)}, ("mp", 0.9, 15): {"agreement": np.full(N, agreement)}})
     assert only(c.agreement_high(rows)) == [high] and only(c.agreement_60_to_80(rows)) == [between]
 
 
-@pytest.mark.parametrize("more, verdict", [(0, FAILS), (50, FAILS), (100, OPEN), (150, HOLDS), (200, HOLDS), (250, HOLDS), (300, OPEN), (350, FAILS), (400, FAILS)])
+@pytest.mark.parametrize(
+    "more, verdict",
+    [
+        (0, FAILS), (50, FAILS), (100, OPEN), (150, HOLDS), (200, HOLDS), (250, HOLDS), (300, OPEN), (350, FAILS),
+        (400, FAILS),
+    ],
+)
 def test_no_preference_is_between_a_quarter_and_three_quarters(more, verdict):
     agreement = np.where(np.arange(400) < more, 0.9, 0.7)
     rows = states(rows={ORIGINAL: {"test_acc": np.full(400, 0.9)}, ("mp", 0.9, 15): {"agreement": agreement},
@@ -377,23 +502,39 @@ def test_phases_are_more_than_an_epoch_apart(span, verdict):
     random, moments = np.random.default_rng(0), dict(zip(LAYERS, [0.7, 0.5, 0.6, 0.5 + span, 0.8]))
     rise = lambda epoch, moment: np.clip((epoch - (moment - 0.5)), 0, 1)
     shift = 0.02 * random.normal(size=N)
-    rows = states(rows={("vd", np.nan, epoch): {f"sparsity_{layer}": 0.8 * rise(epoch, moment + shift) for layer, moment in moments.items()} for epoch in range(4)})
+    rows = states(
+        rows={
+            ("vd", np.nan, epoch): {
+                f"sparsity_{layer}": 0.8 * rise(epoch, moment + shift) for layer, moment in moments.items()
+            }
+            for epoch in range(4)
+        }
+    )
     found = c.layers_in_phases(rows)
     halves = c.half_epochs(rows)
     assert list(halves) == LAYERS and len(halves) == N and only(found) == [verdict]
-    assert found[0].quantity.startswith("epochs from the half of conv2 to the half of fc1") and found[0].value == pytest.approx(np.ptp(halves.mean()))
+    assert found[0].quantity.startswith("epochs from the half of conv2 to the half of fc1") and found[
+        0
+    ].value == pytest.approx(np.ptp(halves.mean()))
 
 
 def test_half_of_a_layer_is_met_on_a_straight_line():
     layers = lambda values: {f"sparsity_{layer}": values for layer in LAYERS}
-    rows = states(rows={("vd", np.nan, epoch): layers(np.array([s, s / 2, 0.0])) for epoch, s in enumerate([0.1, 0.3, 0.7, 0.9])})
+    rows = states(
+        rows={("vd", np.nan, epoch): layers(np.array([s, s / 2, 0.0])) for epoch, s in enumerate([0.1, 0.3, 0.7, 0.9])}
+    )
     found = c.half_epochs(rows)
     assert found.index.tolist() == [0, 1] and np.allclose(found.to_numpy(), 1.5)
     assert c.half_epochs(rows.assign(epoch=rows["epoch"] * 2)).iloc[0, 0] == pytest.approx(3.0)
 
 
-@pytest.mark.parametrize("shared, of, verdict", [(10, 10, HOLDS), (9, 10, HOLDS), (8, 10, OPEN), (5, 10, OPEN), (2, 10, OPEN), (1, 10, FAILS), (0, 10, FAILS),
-    (62, 100, HOLDS), (38, 100, FAILS)])
+@pytest.mark.parametrize(
+    "shared, of, verdict",
+    [
+        (10, 10, HOLDS), (9, 10, HOLDS), (8, 10, OPEN), (5, 10, OPEN), (2, 10, OPEN), (1, 10, FAILS), (0, 10, FAILS),
+        (62, 100, HOLDS), (38, 100, FAILS),
+    ],
+)
 def test_likely_is_more_often_than_not(shared, of, verdict):
     n = 10 * of
     before = np.arange(n, dtype=float)[::-1]
@@ -404,7 +545,9 @@ def test_likely_is_more_often_than_not(shared, of, verdict):
     assert found.verdict == verdict and found.value == shared / of and found.n == n
 
 
-@pytest.mark.parametrize("better, n, verdict", [(1, 10, HOLDS), (2, 10, FAILS), (1, 9, OPEN), (2, 20, HOLDS), (3, 20, FAILS)])
+@pytest.mark.parametrize(
+    "better, n, verdict", [(1, 10, HOLDS), (2, 10, FAILS), (1, 9, OPEN), (2, 20, HOLDS), (3, 20, FAILS)]
+)
 def test_among_the_best_is_a_tenth(better, n, verdict):
     before, after = np.linspace(0.9, 0.8, n), np.linspace(0.7, 0.6, n)
     after[0] = after[better] + 0.5 * (after[0] - after[1]) - (after[0] - after[1])
@@ -418,19 +561,32 @@ def test_friendly_is_what_shows_again():
     n, quality = 200, np.linspace(-1, 1, 200)
     friendly = random.normal(size=n)
     twin = lambda share: 0.7 + 0.05 * quality + 0.03 * share * friendly + 0.01 * random.normal(size=n)
-    frame = lambda share: states(rows={
-        ORIGINAL: {"test_acc": 0.9 + 0.1 * quality}, ("mp", 0.7, 15): {"test_acc": twin(1)}, ("mp", 0.8, 15): {"test_acc": twin(share)},
-        ("vd", np.nan, 0): {"test_acc": 0.9 + 0.1 * quality}, ("vd", np.nan, 1): {"test_acc": twin(1), "sparsity": 0.8}})
+    frame = lambda share: states(
+        rows={
+            ORIGINAL: {"test_acc": 0.9 + 0.1 * quality}, ("mp", 0.7, 15): {"test_acc": twin(1)},
+            ("mp", 0.8, 15): {"test_acc": twin(share)}, ("vd", np.nan, 0): {"test_acc": 0.9 + 0.1 * quality},
+            ("vd", np.nan, 1): {"test_acc": twin(1), "sparsity": 0.8},
+        }
+    )
     by = lambda rows: {found.of: found.verdict for found in c.friendly_models(rows)}
-    assert by(frame(1)) == {"levels": HOLDS, "methods": HOLDS} and by(frame(-1)) == {"levels": FAILS, "methods": FAILS} and by(frame(0)) == {"levels": OPEN, "methods": OPEN}
+    assert (
+        by(frame(1)) == {"levels": HOLDS, "methods": HOLDS}
+        and by(frame(-1)) == {"levels": FAILS, "methods": FAILS}
+        and by(frame(0)) == {"levels": OPEN, "methods": OPEN}
+    )
     kept = c.kept_beyond(0.9 + 0.1 * quality, 0.5 + 0.7 * (0.9 + 0.1 * quality))
     assert np.allclose(kept, 0) and c.kept_beyond(np.ones(3), np.array([1.0, 2.0, 6.0])).tolist() == [-2, -1, 3]
 
 
 @pytest.mark.parametrize("accuracy, judged", [(0.199, False), (0.201, True)])
 def test_collapsed_is_below_twice_guessing(accuracy, judged):
-    rows = states(rows={ORIGINAL: {"test_acc": np.full(N, 0.9)}, ("mp", 0.8, 15): {"test_acc": 0.8 + 0.01 * SPREAD}, ("mp", 0.9, 15): {"test_acc": accuracy + 0.01 * SPREAD},
-                        ("vd", np.nan, 0): {"test_acc": np.full(N, 0.9)}, ("vd", np.nan, 1): {"test_acc": 0.7 + 0.002 * SPREAD, "sparsity": 0.95}})
+    rows = states(
+        rows={
+            ORIGINAL: {"test_acc": np.full(N, 0.9)}, ("mp", 0.8, 15): {"test_acc": 0.8 + 0.01 * SPREAD},
+            ("mp", 0.9, 15): {"test_acc": accuracy + 0.01 * SPREAD}, ("vd", np.nan, 0): {"test_acc": np.full(N, 0.9)},
+            ("vd", np.nan, 1): {"test_acc": 0.7 + 0.002 * SPREAD, "sparsity": 0.95},
+        }
+    )
     assert [found.verdict for found in c.dropout_steadier(rows) if found.of == "spread"] == [HOLDS if judged else OPEN]
 
 
@@ -439,13 +595,24 @@ def test_the_smallest_advantage_is_judged_with_a_wider_interval():
     values = pd.Series(random.normal(1, 1, 40))
     one = c.smallest_advantage({"50%": values}, "x")[0]
     two = c.smallest_advantage({"50%": values, "60%": values + 1, "70%": values * np.nan}, "x")[0]
-    assert one.value == two.value and two.high - two.low > one.high - one.low and "50%, where it is smallest of 50%, 60%" in two.quantity
-    assert (two.value, two.low, two.high) == pytest.approx(c.mean_interval(values, 0.975)) and c.smallest_advantage({"50%": values[:1]}, "x") == []
+    assert (
+        one.value == two.value
+        and two.high - two.low > one.high - one.low
+        and "50%, where it is smallest of 50%, 60%" in two.quantity
+    )
+    assert (two.value, two.low, two.high) == pytest.approx(c.mean_interval(values, 0.975)) and c.smallest_advantage(
+        {"50%": values[:1]}, "x"
+    ) == []
 
 
 def test_moderate_is_50_to_70_percent():
     gaps = {0.0: 0.05, 0.4: 0.5, 0.5: 0.04, 0.7: 0.02, 0.8: 0.5}
-    rows = states(rows={ORIGINAL: {"ggap": np.full(N, 0.3)}, **{("mp", level, 15): {"ggap": np.full(N, gap)} for level, gap in gaps.items()}})
+    rows = states(
+        rows={
+            ORIGINAL: {"ggap": np.full(N, 0.3)},
+            **{("mp", level, 15): {"ggap": np.full(N, gap)} for level, gap in gaps.items()},
+        }
+    )
     found = c.gap_lower(rows)
     assert found[0].value == pytest.approx(0.03 - 0.05) and "level 0" in found[0].quantity
     without = c.gap_lower(rows[rows["level"] != 0.0])
@@ -454,20 +621,38 @@ def test_moderate_is_50_to_70_percent():
 
 def test_verdicts_of_intervals():
     judge = lambda low, high, **bounds: c.finding("", (0.5, low, high), 9, **bounds).verdict
-    assert judge(0.1, 0.9, above=0.0) == HOLDS and judge(0.1, 0.9, above=0.1) == OPEN and judge(0.1, 0.9, above=0.9) == OPEN and judge(0.1, 0.9, above=0.91) == FAILS
-    assert judge(0.1, 0.9, below=1.0) == HOLDS and judge(0.1, 0.9, below=0.9) == OPEN and judge(0.1, 0.9, below=0.1) == OPEN and judge(0.1, 0.9, below=0.09) == FAILS
+    assert (
+        judge(0.1, 0.9, above=0.0) == HOLDS
+        and judge(0.1, 0.9, above=0.1) == OPEN
+        and judge(0.1, 0.9, above=0.9) == OPEN
+        and judge(0.1, 0.9, above=0.91) == FAILS
+    )
+    assert (
+        judge(0.1, 0.9, below=1.0) == HOLDS
+        and judge(0.1, 0.9, below=0.9) == OPEN
+        and judge(0.1, 0.9, below=0.1) == OPEN
+        and judge(0.1, 0.9, below=0.09) == FAILS
+    )
 
 
 def test_changed_verdicts_are_those_of_today():
     moved = pd.DataFrame(c.CHANGES, columns=["date", "rule", "zoo", "claim", "of", "before", "after"])
     assert (moved["before"] != moved["after"]).all() and set(moved["claim"]) <= {claim.name for claim in CLAIMS}
-    claims = moved.rename(columns={"after": "verdict"})[["zoo", "claim", "of", "verdict"]].drop_duplicates(["zoo", "claim", "of"], keep="last")
+    claims = moved.rename(columns={"after": "verdict"})[["zoo", "claim", "of", "verdict"]].drop_duplicates(
+        ["zoo", "claim", "of"], keep="last"
+    )
     assert len(c.changed_verdicts(claims)) == len(moved) and c.changed_verdicts(claims.query("zoo == 'none'")).empty
 
 
 def test_the_latent_space_is_compared_property_by_property():
-    table = pd.DataFrame([("z", "hyper-representation", "test_acc", 0.7), ("z", "layer statistics", "test_acc", 0.6), ("z", "hyper-representation", "epoch", 0.5),
-                          ("z", "layer statistics", "epoch", 0.8), ("z", "hyper-representation", "weights", 0.9)], columns=["zoo", "features", "property", "r2"])
+    table = pd.DataFrame(
+        [
+            ("z", "hyper-representation", "test_acc", 0.7), ("z", "layer statistics", "test_acc", 0.6),
+            ("z", "hyper-representation", "epoch", 0.5), ("z", "layer statistics", "epoch", 0.8),
+            ("z", "hyper-representation", "weights", 0.9),
+        ],
+        columns=["zoo", "features", "property", "r2"],
+    )
     assert c.latent_space_wins(table).set_index("property")["wins"].to_dict() == {"test_acc": True, "epoch": False}
 
 
@@ -482,5 +667,9 @@ def test_student_intervals_are_scipys():
     for confidence in (0.95, 0.99):
         low, high = stats.t.interval(confidence, 11, values.mean(), stats.sem(values))
         assert c.mean_interval(np.append(values, np.nan), confidence) == pytest.approx((values.mean(), low, high))
-    assert np.isnan(c.mean_interval([1.0])[1]) and np.isnan(c.mean_interval([])[0]) and np.isnan(c.bootstrap(np.mean, np.ones(2))[0]) and c.bootstrap(np.mean,
-        np.ones(3)) == (1, 1, 1)
+    assert (
+        np.isnan(c.mean_interval([1.0])[1])
+        and np.isnan(c.mean_interval([])[0])
+        and np.isnan(c.bootstrap(np.mean, np.ones(2))[0])
+        and c.bootstrap(np.mean, np.ones(3)) == (1, 1, 1)
+    )

@@ -29,15 +29,23 @@ def command(*words):
 def made(tmp_path_factory):
     "Two models of a zoo and their pruned twins, by the command; what it said."
     folder = tmp_path_factory.mktemp("made")
-    done = command("run", "digits_seed", "-n", 2, "--levels", 50, "--methods", "mp", "--store", folder / "zoos", "--figures", folder / "figures")
+    done = command(
+        "run", "digits_seed", "-n", 2, "--levels", 50, "--methods", "mp", "--store", folder / "zoos", "--figures",
+        folder / "figures",
+    )
     assert done.exit_code == 0, done.output
     return folder, done.output
 
 
 @pytest.mark.slow
 def test_papermill_and_the_command_agree(tmp_path, made):
-    given = {"zoo": "digits_seed", "n_models": 2, "levels": "50", "methods": "mp", "store": str(tmp_path / "zoos"), "figures": str(tmp_path / "figures")}
-    papermill.execute_notebook(str(ROOT / "nbs/run_zoo.ipynb"), str(tmp_path / "out.ipynb"), given, kernel_name="python3", progress_bar=False)
+    given = {
+        "zoo": "digits_seed", "n_models": 2, "levels": "50", "methods": "mp", "store": str(tmp_path / "zoos"),
+        "figures": str(tmp_path / "figures"),
+    }
+    papermill.execute_notebook(
+        str(ROOT / "nbs/run_zoo.ipynb"), str(tmp_path / "out.ipynb"), given, kernel_name="python3", progress_bar=False
+    )
     ours, theirs = (folder / "figures" / "digits_seed" for folder in (made[0], tmp_path))
     assert {p.name for p in ours.iterdir()} == {p.name for p in theirs.iterdir()} and len(list(ours.glob("*.csv"))) >= 6
     for path in ours.iterdir():
@@ -46,14 +54,20 @@ def test_papermill_and_the_command_agree(tmp_path, made):
     records = [json.loads((folder / "run.json").read_text()) for folder in (ours, theirs)]
     same = ("zoo", "n_models", "methods", "levels", "seed", "engine", "arithmetic", "device", "images")
     assert all(records[0][name] == records[1][name] for name in same)
-    assert [stage["made"] for stage in records[0]["stages"]] == [0, 0] and [h["made"] for h in records[0]["history"]] == [2, 2]
+    assert [stage["made"] for stage in records[0]["stages"]] == [0, 0] and [
+        h["made"] for h in records[0]["history"]
+    ] == [2, 2]
 
 
 def test_a_run_says_where_its_figures_are_and_asked_again_makes_nothing(made):
     folder, said = made
     assert f"digits_seed: 2 models; tables and figures are in {folder / 'figures' / 'digits_seed'}" in said
-    assert (folder / "figures" / "digits_seed.ipynb").is_file() and not list((folder / "figures").glob("*.unfinished.ipynb"))
-    assert [record["made"] for record in json.loads((folder / "zoos/digits_seed/mp.json").read_text())["history"]] == [2]
+    assert (folder / "figures" / "digits_seed.ipynb").is_file() and not list(
+        (folder / "figures").glob("*.unfinished.ipynb")
+    )
+    assert [record["made"] for record in json.loads((folder / "zoos/digits_seed/mp.json").read_text())["history"]] == [
+        2
+    ]
 
 
 def test_every_parameter_of_the_notebook_is_an_option():
@@ -61,14 +75,20 @@ def test_every_parameter_of_the_notebook_is_an_option():
     assert options == set(PARAMETERS) - {"zoo"} == set(cli.defaults_of(cli.find_notebook())) - {"zoo"}
 
 
-@pytest.mark.parametrize("words, code, told", [
-    (["run", "digits_sed"], 1, "did you mean 'digits_seed'"), (["run", "digits_seed", "-n", "0"], 1, "is not a number of models"),
-    (["run", "digits_seed", "--levels", "150"], 1, "are not levels of pruning"),
-    (["run", "digits_seed", "--selector", "lamb"], 1, "did you mean 'lamp'"), (["run", "digits_seed", "--workers", "dusk"], 1, "'dusk' are no workers"),
-    (["run", "digits_seed", "--source", "/nowhere"], 1, "There is no zoo at"), (["show", "/nowhere"], 1, "/nowhere is no store"),
-    (["run"], 2, "Missing argument 'ZOO...'"), (["run", "digits_seed", "-n", "few"], 2, "neither a whole number nor the word all"),
-    (["ran"], 2, "No such command 'ran'"),
-])
+@pytest.mark.parametrize(
+    "words, code, told",
+    [
+        (["run", "digits_sed"], 1, "did you mean 'digits_seed'"),
+        (["run", "digits_seed", "-n", "0"], 1, "is not a number of models"),
+        (["run", "digits_seed", "--levels", "150"], 1, "are not levels of pruning"),
+        (["run", "digits_seed", "--selector", "lamb"], 1, "did you mean 'lamp'"),
+        (["run", "digits_seed", "--workers", "dusk"], 1, "'dusk' are no workers"),
+        (["run", "digits_seed", "--source", "/nowhere"], 1, "There is no zoo at"),
+        (["show", "/nowhere"], 1, "/nowhere is no store"), (["run"], 2, "Missing argument 'ZOO...'"),
+        (["run", "digits_seed", "-n", "few"], 2, "neither a whole number nor the word all"),
+        (["ran"], 2, "No such command 'ran'"),
+    ],
+)
 def test_mistakes_are_told_with_an_exit_code(tmp_path, words, code, told):
     places = ["--store", tmp_path, "--figures", tmp_path] if words[:1] == ["run"] and len(words) > 1 else []
     done = command(*words, *places)
@@ -79,7 +99,9 @@ def test_mistakes_are_told_with_an_exit_code(tmp_path, words, code, told):
 
 def test_a_zoo_given_twice_is_made_once_and_all_means_all(tmp_path):
     notebook = cli.find_notebook()
-    plans = cli.plans_of(["digits_seed", "usps_seed", "digits_seed"], {"n_models": None, "store": str(tmp_path)}, notebook)
+    plans = cli.plans_of(
+        ["digits_seed", "usps_seed", "digits_seed"], {"n_models": None, "store": str(tmp_path)}, notebook
+    )
     assert [(plan.zoo.name, plan.n_models) for plan in plans] == [("digits_seed", 1000), ("usps_seed", 1000)]
     assert cli.plans_of(["digits_seed"], {}, notebook)[0].n_models == 32
     assert list(cli.images_of(plans[:1])) == ["digits_seed"]
@@ -115,16 +137,25 @@ def test_a_zoo_that_cannot_be_drawn_is_told_and_its_models_are_kept(tmp_path, ma
     broken = json.loads((ROOT / "nbs/run_zoo.ipynb").read_text())
     broken["cells"][2]["source"] = ["raise ValueError('no ink')"]
     (tmp_path / "run_zoo.ipynb").write_text(json.dumps(broken))
-    plan, = cli.plans_of(["digits_seed"], {"store": str(tmp_path), "figures": str(tmp_path / "figures")}, tmp_path / "run_zoo.ipynb")
+    (plan,) = cli.plans_of(
+        ["digits_seed"], {"store": str(tmp_path), "figures": str(tmp_path / "figures")}, tmp_path / "run_zoo.ipynb"
+    )
     with pytest.raises(UserError, match="digits_seed could not be drawn .no ink."):
         cli.draw(plan, {}, tmp_path / "run_zoo.ipynb")
-    assert not (tmp_path / "figures/digits_seed.ipynb").exists() and (tmp_path / "figures/digits_seed.unfinished.ipynb").exists()
+    assert (
+        not (tmp_path / "figures/digits_seed.ipynb").exists()
+        and (tmp_path / "figures/digits_seed.unfinished.ipynb").exists()
+    )
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_ctrl_c_is_one_line(tmp_path, sent):
-    words = ["-m", "zootwins.cli", "run", "digits_seed", "-n", "64", "--store", str(tmp_path), "--figures", str(tmp_path)]
-    process = subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    words = [
+        "-m", "zootwins.cli", "run", "digits_seed", "-n", "64", "--store", str(tmp_path), "--figures", str(tmp_path),
+    ]
+    process = subprocess.Popen(
+        [sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    )
     while not (tmp_path / "digits_seed" / "original.lock").exists():
         assert process.poll() is None
         time.sleep(0.02)
@@ -132,4 +163,8 @@ def test_ctrl_c_is_one_line(tmp_path, sent):
     process.send_signal(sent)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in err
-    assert err.strip().splitlines()[-1].endswith(f"Interrupted: what is done is kept in {tmp_path / 'digits_seed'}; run again to go on.")
+    assert (
+        err.strip()
+        .splitlines()[-1]
+        .endswith(f"Interrupted: what is done is kept in {tmp_path / 'digits_seed'}; run again to go on.")
+    )

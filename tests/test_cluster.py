@@ -1,4 +1,4 @@
-"""Blocks made by processes, by Dask, by Ray and on two hosts: always the bits of one machine's threads, and nothing left behind."""
+"""Blocks made by processes, Dask, Ray and on two hosts: always the bits of one machine's threads, nothing is left."""
 import contextlib
 import os
 import pickle
@@ -35,13 +35,19 @@ from zootwins.workers import open_workers
 from zootwins.zoos import get_zoo
 
 HERE = Path(__file__).parent
-EPOCHS = {"epochs": 2, "mp_epochs": 1, "vd_epochs": 1}  # the images have to be whole, because workers load them themselves
+EPOCHS = {
+    "epochs": 2,
+    "mp_epochs": 1,
+    "vd_epochs": 1,
+}  # the images have to be whole, because workers load them themselves
 
 
 def plan_in(folder, n=32, **changes):
     "A plan of six blocks."
     zoo = replace(get_zoo("digits_seed"), **{**EPOCHS, **changes})
-    return replace(make_plan("digits_seed", n, levels="90", store=str(folder / "zoos"), figures=str(folder / "figures")), zoo=zoo)
+    return replace(
+        make_plan("digits_seed", n, levels="90", store=str(folder / "zoos"), figures=str(folder / "figures")), zoo=zoo
+    )
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +81,9 @@ def assert_same_bits(one, other):
 
 def made(plan):
     "How many blocks are finished."
-    return sum(not path.name.startswith(".") for stage in make_stages(plan) for path in finished_files(plan.folder, stage.name))
+    return sum(
+        not path.name.startswith(".") for stage in make_stages(plan) for path in finished_files(plan.folder, stage.name)
+    )
 
 
 def wait_for(condition, process=None, seconds=90):
@@ -98,12 +106,24 @@ def test_a_pool_of_processes_gives_the_same_bits(tmp_path, images, alone):
 def test_two_zoos_share_a_dask_cluster_one_bar_and_the_bits_of_threads(tmp_path, images, alone, capsys):
     pytest.importorskip("distributed")
     plan = plan_in(tmp_path)
-    other = replace(plan_in(tmp_path / "b", n=2), zoo=replace(plan.zoo, name="mnist_seed"), folder=tmp_path / "b" / "zoos" / "mnist_seed")
+    other = replace(
+        plan_in(tmp_path / "b", n=2),
+        zoo=replace(plan.zoo, name="mnist_seed"),
+        folder=tmp_path / "b" / "zoos" / "mnist_seed",
+    )
     with open_workers("dask") as executor:
-        done = [one.zoo.name for one, _ in make_zoos([plan, other], {"digits_seed": images, "mnist_seed": images}, True, executor)]
+        done = [
+            one.zoo.name
+            for one, _ in make_zoos([plan, other], {"digits_seed": images, "mnist_seed": images}, True, executor)
+        ]
     assert sorted(done) == ["digits_seed", "mnist_seed"] and made(other) == 3
     told = capsys.readouterr().err
-    assert "2 zoos:" in told and "block 9 of 9" in told and "100 % of the run" in told and f" on {w.me().rpartition(':')[0]}" in told
+    assert (
+        "2 zoos:" in told
+        and "block 9 of 9" in told
+        and "100 % of the run" in told
+        and f" on {w.me().rpartition(':')[0]}" in told
+    )
     assert_same_bits(plan, alone)
 
 
@@ -143,17 +163,32 @@ class Here:
         return future
 
 
-@pytest.mark.parametrize("change, code, told", [
-    (lambda block, terms: (block, terms), "0" * 32, "another version of zootwins than the driver"),
-    (lambda block, terms: (block, replace(terms, arithmetic="lanes on paper")), w.CODE, "lanes on paper, and their bits differ"),
-    (lambda block, terms: (block, replace(terms, images=terms.images | {"test": "0"})), w.CODE, "other images of digits than the driver (test differ)"),
-    (lambda block, terms: (block, replace(terms, dataset="dogs")), w.CODE, "no images of dogs"),
-])
+@pytest.mark.parametrize(
+    "change, code, told",
+    [
+        (lambda block, terms: (block, terms), "0" * 32, "another version of zootwins than the driver"),
+        (
+            lambda block, terms: (block, replace(terms, arithmetic="lanes on paper")),
+            w.CODE,
+            "lanes on paper, and their bits differ",
+        ),
+        (
+            lambda block, terms: (block, replace(terms, images=terms.images | {"test": "0"})),
+            w.CODE,
+            "other images of digits than the driver (test differ)",
+        ),
+        (lambda block, terms: (block, replace(terms, dataset="dogs")), w.CODE, "no images of dogs"),
+    ],
+)
 def test_a_worker_that_does_not_fit_is_told_in_one_sentence_and_mixes_nothing(tmp_path, images, change, code, told):
     plan = plan_in(tmp_path, n=2)
     with pytest.raises(UserError) as error:
         make_twins(plan, images, progress=False, workers=Here(change, code))
-    assert told in str(error.value) and str(error.value).startswith(f"Worker {w.me()} cannot take part. ") and "\n" not in str(error.value)
+    assert (
+        told in str(error.value)
+        and str(error.value).startswith(f"Worker {w.me()} cannot take part. ")
+        and "\n" not in str(error.value)
+    )
     assert made(plan) == 0
 
 
@@ -186,11 +221,17 @@ def test_a_folder_of_the_same_name_on_another_host_is_not_shared(tmp_path, image
     assert w.shared_parts(terms) == tmp_path / "parts"
 
 
-@pytest.mark.parametrize("error, told", [
-    (ModuleNotFoundError("No module named 'zootwins'"), "A worker cannot load this version of zootwins"),
-    (AttributeError("Can't get attribute 'work_off' on <module 'zootwins.workers'>"), "A worker cannot load this version of zootwins"),
-    (ConnectionError("gone"), r"The workers have failed \(ConnectionError: gone\)"),
-])
+@pytest.mark.parametrize(
+    "error, told",
+    [
+        (ModuleNotFoundError("No module named 'zootwins'"), "A worker cannot load this version of zootwins"),
+        (
+            AttributeError("Can't get attribute 'work_off' on <module 'zootwins.workers'>"),
+            "A worker cannot load this version of zootwins",
+        ),
+        (ConnectionError("gone"), r"The workers have failed \(ConnectionError: gone\)"),
+    ],
+)
 def test_lost_workers_are_told_in_one_sentence(tmp_path, images, error, told):
     class Lost:
         def submit(self, function, /, *arguments):
@@ -268,15 +309,19 @@ def script(folder):
 
 def environment(**changes):
     "Of a process on this machine that finds the package and these tests."
-    return os.environ | {"PYTHONPATH": f"{HERE.parent}:{HERE}", "OMP_NUM_THREADS": "1", "ZOOTWINS_BARS": "text", **changes}
+    return os.environ | {
+        "PYTHONPATH": f"{HERE.parent}:{HERE}", "OMP_NUM_THREADS": "1", "ZOOTWINS_BARS": "text", **changes,
+    }
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_ctrl_c_ends_a_driver_and_its_local_cluster_within_seconds(tmp_path, images, alone, sent):
     pytest.importorskip("distributed")
     plan = plan_in(tmp_path)
-    process = subprocess.Popen([sys.executable, script(tmp_path), tmp_path, "dask", "{}"], env=environment(), start_new_session=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, script(tmp_path), tmp_path, "dask", "{}"], env=environment(), start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )
     wait_for(lambda: made(plan) >= 2, process)
     begun = time.monotonic()
     if sent == signal.SIGINT:
@@ -292,7 +337,7 @@ def test_ctrl_c_ends_a_driver_and_its_local_cluster_within_seconds(tmp_path, ima
 
 
 class Host:
-    "A host of its own: a network namespace with a name, a HOME, a TMPDIR and data, that does not see the other host's files."
+    "A host of its own: a network namespace with a name, HOME, TMPDIR and data, blind to the other host's files."
 
     def __init__(self, name, folder, address):
         self.name, self.folder, self.address, self.space = name, folder, address, f"zt{secrets.token_hex(3)}{name}"
@@ -306,11 +351,19 @@ class Host:
 
     def start(self, *command, **changes):
         "Begin a process on this host; its id is that of the command itself."
-        where = {"HOME": self.folder / "home", "TMPDIR": self.folder / "tmp", "ZOOTWINS_DATA": self.folder / "data", **changes}
+        where = {
+            "HOME": self.folder / "home", "TMPDIR": self.folder / "tmp", "ZOOTWINS_DATA": self.folder / "data",
+            **changes,
+        }
         hide = " && ".join(["true", *(f"mount -t tmpfs none '{path}'" for path in self.hidden)])
-        words = ["ip", "netns", "exec", self.space, "unshare", "--mount", "--uts", "sh", "-c", f'hostname {self.name} && {hide} && exec "$@"', "sh"]
-        process = subprocess.Popen([*words, *map(str, command)], env=environment(**{name: str(value) for name, value in where.items()}), cwd=self.folder,
-                                   stdout=(self.folder / f"{len(self.processes)}.log").open("w"), stderr=subprocess.STDOUT)
+        words = [
+            "ip", "netns", "exec", self.space, "unshare", "--mount", "--uts", "sh", "-c",
+            f'hostname {self.name} && {hide} && exec "$@"', "sh",
+        ]
+        process = subprocess.Popen(
+            [*words, *map(str, command)], env=environment(**{name: str(value) for name, value in where.items()}),
+            cwd=self.folder, stdout=(self.folder / f"{len(self.processes)}.log").open("w"), stderr=subprocess.STDOUT,
+        )
         self.processes.append(process)
         return process
 
@@ -336,7 +389,14 @@ def hosts(tmp_path):
             stack.callback(anna.close)
             berta = Host("berta", tmp_path / "berta", "10.77.0.2")
             stack.callback(berta.close)
-            subprocess.run(["ip", "-n", anna.space, "link", "add", "wire", "type", "veth", "peer", "name", "wire", "netns", berta.space], check=True, capture_output=True)
+            subprocess.run(
+                [
+                    "ip", "-n", anna.space, "link", "add", "wire", "type", "veth", "peer", "name", "wire", "netns",
+                    berta.space,
+                ],
+                check=True,
+                capture_output=True,
+            )
         except subprocess.CalledProcessError as error:
             pytest.skip(f"network namespaces cannot be made here: {error.stderr.decode().strip()}")
         for host, other in ((anna, berta), (berta, anna)):
@@ -348,15 +408,19 @@ def hosts(tmp_path):
 
 def dask_worker(host, scheduler, **changes):
     "A worker of one thread that is not begun anew when it is killed."
-    return host.start(sys.executable, "-m", "distributed.cli.dask_worker", scheduler, "--nthreads", 1, "--no-nanny", "--no-dashboard",
-                      "--host", host.address, **changes)
+    return host.start(
+        sys.executable, "-m", "distributed.cli.dask_worker", scheduler, "--nthreads", 1, "--no-nanny", "--no-dashboard",
+        "--host", host.address, **changes,
+    )
 
 
 def dask_hosts(anna, berta):
     "A scheduler and a worker on one host, a worker on the other: the address and the worker there."
     pytest.importorskip("distributed")
     scheduler = f"tcp://{anna.address}:8786"
-    anna.start(sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", scheduler, "--no-dashboard", "--no-show")
+    anna.start(
+        sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", scheduler, "--no-dashboard", "--no-show"
+    )
     return scheduler
 
 
@@ -378,7 +442,9 @@ def test_two_hosts_without_a_shared_folder_and_one_worker_killed_in_the_middle(t
     victim = dask_worker(berta, scheduler)
     slow = {"epochs": 8}
     driver = DRIVER.replace("if __name__", BUSY + "\nif __name__").replace(
-        'print("open"', f'threading.Thread(target=busy, args=(executor, "{berta.address}"), daemon=True).start(); print("open"')
+        'print("open"',
+        f'threading.Thread(target=busy, args=(executor, "{berta.address}"), daemon=True).start(); print("open"',
+    )
     (anna.folder / "driver.py").write_text(driver)
     process = anna.start(sys.executable, anna.folder / "driver.py", anna.folder, scheduler, repr(slow))
     wait_for(lambda: "busy" in anna.log(2), process)
@@ -422,19 +488,31 @@ def no_compiler(folder):
 ])
 def test_a_dask_worker_that_does_not_fit_ends_the_run_in_one_sentence(tmp_path, images, alone, spoil, told):
     distributed = pytest.importorskip("distributed")
-    plan, begin = plan_in(tmp_path), [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0",
-                                      "--scheduler-file", tmp_path / "scheduler.json", "--no-dashboard", "--no-show"]
+    plan, begin = (
+        plan_in(tmp_path),
+        [
+            sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0",
+            "--scheduler-file", tmp_path / "scheduler.json", "--no-dashboard", "--no-show",
+        ],
+    )
     (tmp_path / "other").mkdir()
     with contextlib.ExitStack() as stack, (tmp_path / "log").open("w") as log:
         def start(command, **changes):
-            process = subprocess.Popen(list(map(str, command)), env=environment(**{name: str(value) for name, value in changes.items()}),
-                                       stdout=log, stderr=log, cwd=tmp_path / "other")
+            process = subprocess.Popen(
+                list(map(str, command)), env=environment(**{name: str(value) for name, value in changes.items()}),
+                stdout=log, stderr=log, cwd=tmp_path / "other",
+            )
             stack.callback(process.wait)
             stack.callback(process.kill)
         start(begin)
         wait_for((tmp_path / "scheduler.json").exists)
-        start([sys.executable, "-m", "distributed.cli.dask_worker", "--scheduler-file", tmp_path / "scheduler.json", "--nthreads", 1, "--no-nanny", "--no-dashboard"],
-              **spoil(tmp_path / "other"))
+        start(
+            [
+                sys.executable, "-m", "distributed.cli.dask_worker", "--scheduler-file", tmp_path / "scheduler.json",
+                "--nthreads", 1, "--no-nanny", "--no-dashboard",
+            ],
+            **spoil(tmp_path / "other"),
+        )
         with distributed.Client(scheduler_file=str(tmp_path / "scheduler.json")) as client:
             address = client.scheduler.address
         with open_workers(address) as executor, pytest.raises(UserError) as error:
@@ -450,7 +528,9 @@ def tagged(tag, start):
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if (folder / "cmdline").read_bytes().startswith(start) and tag.encode() in (folder / "environ").read_bytes():
+            if (folder / "cmdline").read_bytes().startswith(start) and tag.encode() in (
+                folder / "environ"
+            ).read_bytes():
                 found.append(int(folder.name))
     return found
 
@@ -460,7 +540,10 @@ def test_ray_goes_on_when_one_of_its_workers_is_killed_in_the_middle(tmp_path, i
     pytest.importorskip("ray")
     slow, tag = {"epochs": 40}, f"tag{secrets.token_hex(8)}"
     with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen([sys.executable, script(tmp_path), tmp_path, "ray", repr(slow)], env=environment(ZOOTWINS_TEST=tag), stdout=log, stderr=log)
+        process = subprocess.Popen(
+            [sys.executable, script(tmp_path), tmp_path, "ray", repr(slow)], env=environment(ZOOTWINS_TEST=tag),
+            stdout=log, stderr=log,
+        )
     wait_for(lambda: tagged(tag, b"ray::work_off"), process, 200)
     time.sleep(0.5)
     os.kill(tagged(tag, b"ray::work_off")[0], signal.SIGKILL)
@@ -518,12 +601,18 @@ def ray_hosts(hosts):
     pytest.importorskip("ray")
     ray, tags = Path(sys.executable).with_name("ray"), [f"tag{secrets.token_hex(8)}" for _ in hosts]
     before = set(tagged("", b"ray::"))  # Ray's own agents overwrite their environment
-    common = ("--num-cpus", 1, "--min-worker-port", 20000, "--max-worker-port", 20100, "--disable-usage-stats", "--block")
-    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as sockets:  # their names must be short
+    common = (
+        "--num-cpus", 1, "--min-worker-port", 20000, "--max-worker-port", 20100, "--disable-usage-stats", "--block",
+    )
+    with tempfile.TemporaryDirectory(
+        prefix="ray", dir="/tmp", ignore_cleanup_errors=True
+    ) as sockets:  # their names must be short
         try:
             head = ("--head", "--port", 6379, "--include-dashboard", "false", "--temp-dir", sockets)
             for host, tag, words in zip(hosts, tags, (head, ("--address", f"{hosts[0].address}:6379"))):
-                process = host.start(ray, "start", *words, "--node-ip-address", host.address, *common, ZOOTWINS_TEST=tag)
+                process = host.start(
+                    ray, "start", *words, "--node-ip-address", host.address, *common, ZOOTWINS_TEST=tag
+                )
                 wait_for(lambda host=host: "Ray runtime started" in host.log(0), process)
             yield *hosts, tags[1]
         finally:
@@ -535,7 +624,9 @@ def ray_hosts(hosts):
 @pytest.mark.slow
 def test_two_hosts_under_ray_and_one_worker_killed_in_the_middle(tmp_path, images, ray_hosts):
     (anna, berta, there), slow = ray_hosts, {"epochs": 40}
-    process = anna.start(sys.executable, script(anna.folder), anna.folder, "ray", repr(slow), RAY_ADDRESS=f"{anna.address}:6379")
+    process = anna.start(
+        sys.executable, script(anna.folder), anna.folder, "ray", repr(slow), RAY_ADDRESS=f"{anna.address}:6379"
+    )
     wait_for(lambda: tagged(there, b"ray::work_off"), process, 120)
     time.sleep(0.5)
     os.kill(tagged(there, b"ray::work_off")[0], signal.SIGKILL)
@@ -550,9 +641,19 @@ def test_the_recipe_for_slurm_gives_jobs_of_single_threaded_workers(tmp_path):
     jobqueue = pytest.importorskip("dask_jobqueue")
     import dask
 
-    text = next(cell.source for cell in nbformat.read(HERE.parent / "nbs/29_workers.ipynb", 4).cells if "```yaml" in cell.source)
+    text = next(
+        cell.source for cell in nbformat.read(HERE.parent / "nbs/29_workers.ipynb", 4).cells if "```yaml" in cell.source
+    )
     recipe = yaml.safe_load(text.partition("```yaml")[2].partition("```")[0])["jobqueue"]["slurm"]
-    with dask.config.set({f"jobqueue.slurm.{name}": value for name, value in recipe.items()}), jobqueue.SLURMCluster(log_directory=str(tmp_path)) as cluster:
+    with (
+        dask.config.set({f"jobqueue.slurm.{name}": value for name, value in recipe.items()}),
+        jobqueue.SLURMCluster(log_directory=str(tmp_path)) as cluster,
+    ):
         script = cluster.job_script()
-    assert "#SBATCH --cpus-per-task=32" in script and "#SBATCH -p short" in script and "--nthreads 1 " in script and "--nworkers 32 " in script
+    assert (
+        "#SBATCH --cpus-per-task=32" in script
+        and "#SBATCH -p short" in script
+        and "--nthreads 1 " in script
+        and "--nworkers 32 " in script
+    )
     assert script.index("activate") < script.index("distributed.cli.dask_worker")

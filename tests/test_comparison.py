@@ -7,14 +7,18 @@ from hypothesis import strategies as some
 from scipy import stats
 
 from zootwins.comparison import (
-    COMPARED, COMPARISON, DISTURBANCES, EQUIVALENT, HALF_POINT, LEVEL, NEAR, POINT, SMALL, TESTED, VERDICTS, adjusted, as_designs, as_samples, beside_print, beside_recorded,
-    by_design, calibrated, compare, compare_correlations, compare_layer_spread, compare_means, compare_windows, contrasts, distinct_states, disturbed_scores,
-    figure_disturbances, figure_recorded, figure_scorecard, first_rule, grid_mean, judge, match, matched_models, our_originals, reached, recorded_by_factor,
-    recorded_epochs, regenerated, scorecard, share_grid, shifted_verdicts, side_by_side, smallest_error, within, worst,
+    COMPARED, COMPARISON, DISTURBANCES, EQUIVALENT, HALF_POINT, LEVEL, NEAR, POINT, SMALL, TESTED, VERDICTS, adjusted,
+    as_designs, as_samples, beside_print, beside_recorded, by_design, calibrated, compare, compare_correlations,
+    compare_layer_spread, compare_means, compare_windows, contrasts, distinct_states, disturbed_scores,
+    figure_disturbances, figure_recorded, figure_scorecard, first_rule, grid_mean, judge, match, matched_models,
+    our_originals, reached, recorded_by_factor, recorded_epochs, regenerated, scorecard, share_grid, shifted_verdicts,
+    side_by_side, smallest_error, within, worst,
 )
 from zootwins.layers import FREQUENCY_COLUMNS, layer_sizes
 from zootwins.metrics import LAYERS, METRIC_COLUMNS, with_selectors
-from zootwins.reported import ROUNDING, layer_average, read_recorded, read_recorded_curves, read_reported, recorded_factors, shifted_windows
+from zootwins.reported import (
+    ROUNDING, layer_average, read_recorded, read_recorded_curves, read_reported, recorded_factors, shifted_windows,
+)
 from zootwins.zoos import FACTORS, ZOOS, get_zoo, model_table
 
 CELLS = read_reported()
@@ -31,17 +35,33 @@ def drawn_zoo(zoo="usps_seed", n=200, seed=0, shift=0.0):
         layers = {f"sparsity_{layer}": random.normal(layers.get(layer, 0), 1.0, n) / 100 for layer in LAYERS}
         parts.append(rows.assign(**layers, train_acc=rows["test_acc"] + rows["ggap"], train_loss=1.0, test_loss=1.0))
 
-    pairs = lambda rows: {cell.metric: (cell.mean + (shift * cell.std if cell.metric == "test_acc" else 0), cell.std) for cell in rows.itertuples()}
+    pairs = lambda rows: {
+        cell.metric: (cell.mean + (shift * cell.std if cell.metric == "test_acc" else 0), cell.std)
+        for cell in rows.itertuples()
+    }
     for (level, epoch), rows in of_zoo[of_zoo["table"] == 5].groupby(["level", "epoch"]):
-        layers = of_zoo[(of_zoo["table"] == 8) & np.isclose(of_zoo["level"], level) & (of_zoo["layer"] != "")].set_index("layer")["mean"]
+        layers = of_zoo[
+            (of_zoo["table"] == 8) & np.isclose(of_zoo["level"], level) & (of_zoo["layer"] != "")
+        ].set_index("layer")["mean"]
         add("mp", level, epoch, pairs(rows) | {"sparsity": (100 * level, 0), "agreement": (74.3, 17.3)}, layers)
     seven = of_zoo[(of_zoo["table"] == 7)]
     averages = layer_average(of_zoo, 7).set_index("epoch")["mean"]
     for epoch in sorted({*of_zoo.loc[of_zoo["table"] == 6, "epoch"], *seven["epoch"]}):
-        rows = pd.concat([of_zoo[(of_zoo["table"] == 6) & (of_zoo["epoch"] == epoch)], seven[(seven["layer"] == "") & (seven["epoch"] == epoch)]]).drop_duplicates("metric")
+        rows = pd.concat(
+            [
+                of_zoo[(of_zoo["table"] == 6) & (of_zoo["epoch"] == epoch)],
+                seven[(seven["layer"] == "") & (seven["epoch"] == epoch)],
+            ]
+        ).drop_duplicates("metric")
         measures = {"sparsity": (averages.get(epoch, 0), 0.6)} | pairs(rows) | {"agreement": (86.6, 1.1)}
-        add("vd", np.nan, epoch, measures, seven[(seven["layer"] != "") & (seven["epoch"] == epoch)].set_index("layer")["mean"])
-    add("original", np.nan, 50, {"test_acc": (87.0, 1.7), "ggap": (5.1, 0.6), "sparsity": (0, 0), "agreement": (100, 0)}, {})
+        add(
+            "vd", np.nan, epoch, measures,
+            seven[(seven["layer"] != "") & (seven["epoch"] == epoch)].set_index("layer")["mean"],
+        )
+    add(
+        "original", np.nan, 50,
+        {"test_acc": (87.0, 1.7), "ggap": (5.1, 0.6), "sparsity": (0, 0), "agreement": (100, 0)}, {},
+    )
     return with_selectors(pd.concat(parts, ignore_index=True))[METRIC_COLUMNS].astype({"epoch": int})
 
 
@@ -64,32 +84,59 @@ def test_every_printed_cell_has_one_row(comparison):
     assert list(comparison.columns) == COMPARISON and len(comparison) == CELLS["table"].isin(list(COMPARED)).sum()
     assert set(comparison["verdict"]) <= set(VERDICTS)
     printed = CELLS[CELLS["table"].isin(list(COMPARED))]
-    assert comparison[["table", "row", "metric", "layer"]].to_numpy().tolist() == printed[["table", "row", "metric", "layer"]].to_numpy().tolist()
+    assert (
+        comparison[["table", "row", "metric", "layer"]].to_numpy().tolist()
+        == printed[["table", "row", "metric", "layer"]].to_numpy().tolist()
+    )
     assert np.array_equal(comparison["paper_mean"], printed["mean"], equal_nan=True)
 
 
 def test_a_zoo_that_follows_the_paper_agrees(comparison):
     known = comparison[comparison["table"].isin([5, 6, 7, 8]) & comparison["verdict"].isin(TESTED)]
-    assert len(known) == 24 + 33 + 42 + 21 and (known["verdict"] == "equivalent").mean() > 0.97 and (known["first"] == "agrees").mean() > 0.97
+    assert (
+        len(known) == 24 + 33 + 42 + 21
+        and (known["verdict"] == "equivalent").mean() > 0.97
+        and (known["first"] == "agrees").mean() > 0.97
+    )
     assert known["spread"].dropna().between(0.4, 1.7).all()
 
 
 def test_a_shifted_zoo_differs():
     found = compare(drawn_zoo(shift=2.0))
-    accuracies = found[(found["metric"] == "test_acc") & found["table"].isin([5, 6, 7, 8]) & found["verdict"].isin(TESTED)]
+    accuracies = found[
+        (found["metric"] == "test_acc") & found["table"].isin([5, 6, 7, 8]) & found["verdict"].isin(TESTED)
+    ]
     assert len(accuracies) > 30 and set(accuracies["verdict"]) == {"different"}
     others = found[(found["metric"] == "ggap") & found["verdict"].isin(TESTED)]
     assert (others["verdict"] == "equivalent").all()
     least = worst(found, 5)
-    assert len(least) == 5 and not (least["verdict"] == "equivalent").any() and least["effect"].abs().is_monotonic_decreasing
-    assert least["effect"].abs().min() >= found[(found["verdict"] == "different") & ~found.index.isin(least.index)]["effect"].abs().max()
+    assert (
+        len(least) == 5
+        and not (least["verdict"] == "equivalent").any()
+        and least["effect"].abs().is_monotonic_decreasing
+    )
+    assert (
+        least["effect"].abs().min()
+        >= found[(found["verdict"] == "different") & ~found.index.isin(least.index)]["effect"].abs().max()
+    )
 
 
 def test_numbers_are_those_of_the_tables(metrics, comparison):
-    cell = comparison[(comparison["table"] == 6) & (comparison["zoo"] == "usps_seed") & (comparison["epoch"] == 13) & (comparison["metric"] == "ggap")].iloc[0]
+    cell = comparison[
+        (comparison["table"] == 6)
+        & (comparison["zoo"] == "usps_seed")
+        & (comparison["epoch"] == 13)
+        & (comparison["metric"] == "ggap")
+    ].iloc[0]
     values = 100 * metrics[(metrics["method"] == "vd") & (metrics["epoch"] == 13)]["ggap"]
-    assert (cell["ours_mean"], cell["ours_std"], cell["ours_n"]) == (pytest.approx(values.mean()), pytest.approx(values.std()), 200)
-    assert (cell["paper_mean"], cell["paper_std"], cell["paper_n"]) == (4.7, 1.2, 1000) and cell["difference"] == pytest.approx(values.mean() - 4.7)
+    assert (cell["ours_mean"], cell["ours_std"], cell["ours_n"]) == (
+        pytest.approx(values.mean()),
+        pytest.approx(values.std()),
+        200,
+    )
+    assert (cell["paper_mean"], cell["paper_std"], cell["paper_n"]) == (4.7, 1.2, 1000) and cell[
+        "difference"
+    ] == pytest.approx(values.mean() - 4.7)
     every = comparison[(comparison["table"] == 5) & (comparison["zoo"] == "")]
     assert every["paper_n"].eq(13_120).all() and every["by_design"].all() and every["ours_n"].eq(200).all()
 
@@ -97,9 +144,14 @@ def test_numbers_are_those_of_the_tables(metrics, comparison):
 def test_several_zoos_are_matched_each_with_its_own():
     both = compare(pd.concat([drawn_zoo(), drawn_zoo("mnist_seed", seed=1)], ignore_index=True))
     alone = compare(drawn_zoo())
-    select = lambda found: found[(found["zoo"] == "usps_seed") & found["table"].isin([5, 6, 7, 8])].reset_index(drop=True)
+    select = lambda found: found[(found["zoo"] == "usps_seed") & found["table"].isin([5, 6, 7, 8])].reset_index(
+        drop=True
+    )
     pd.testing.assert_frame_equal(select(both), select(alone))
-    assert both[both["zoo"] == "mnist_seed"]["ours_mean"].notna().all() and both[(both["table"] == 5) & (both["zoo"] == "")]["ours_n"].eq(400).all()
+    assert (
+        both[both["zoo"] == "mnist_seed"]["ours_mean"].notna().all()
+        and both[(both["table"] == 5) & (both["zoo"] == "")]["ours_n"].eq(400).all()
+    )
 
 
 def of_means(**columns):
@@ -109,21 +161,27 @@ def of_means(**columns):
 def test_welch_is_scipys_once_rounding_is_given_away():
     random = np.random.default_rng(3)
     x, y = random.normal(87, 1.7, 40), random.normal(88.2, 1.7, 1000)
-    found = of_means(ours_mean=x.mean(), ours_std=x.std(ddof=1), ours_n=40, paper_mean=y.mean(), paper_std=y.std(ddof=1))
+    found = of_means(
+        ours_mean=x.mean(), ours_std=x.std(ddof=1), ours_n=40, paper_mean=y.mean(), paper_std=y.std(ddof=1)
+    )
     exact = stats.ttest_ind(x, y, equal_var=False).pvalue
     assert exact < found["p"][0] < 3 * exact
     assert found["effect"][0] == pytest.approx((x.mean() - y.mean() + 0.05) / (y.std(ddof=1) + 0.05))
     beyond, spread = abs(x.mean() - y.mean()) - ROUNDING, y.std(ddof=1) + ROUNDING
     welch = stats.ttest_ind_from_stats(beyond, x.std(ddof=1), 40, 0, spread, 1000, equal_var=False)
     a, b = x.var(ddof=1) / 40, spread**2 / 1000
-    assert found["p"][0] == pytest.approx(welch.pvalue) and found["df"][0] == pytest.approx((a + b) ** 2 / (a**2 / 39 + b**2 / 999))
+    assert found["p"][0] == pytest.approx(welch.pvalue) and found["df"][0] == pytest.approx(
+        (a + b) ** 2 / (a**2 / 39 + b**2 / 999)
+    )
     assert found["error"][0] == pytest.approx(np.sqrt(x.var(ddof=1) / 40 + spread**2 / 1000) / spread)
 
 
 @pytest.mark.parametrize("ours, theirs", [(20, 2000), (2000, 20)])
 def test_each_side_has_its_own_number_of_models_and_spread(ours, theirs):
     found = of_means(ours_mean=81.0, ours_std=2.0, ours_n=ours, paper_mean=80.0, paper_std=3.0, paper_n=theirs)
-    assert found["p"][0] == pytest.approx(stats.ttest_ind_from_stats(0.95, 2.0, ours, 0, 3.05, theirs, equal_var=False).pvalue)
+    assert found["p"][0] == pytest.approx(
+        stats.ttest_ind_from_stats(0.95, 2.0, ours, 0, 3.05, theirs, equal_var=False).pvalue
+    )
 
 
 def test_rounding_alone_is_no_difference():
@@ -151,10 +209,16 @@ def test_equivalence_is_two_one_sided_tests_at_its_bound(side):
     error = np.sqrt(std**2 / n + (paper + ROUNDING) ** 2 / 1000)
     df = of_means(ours_mean=80.0, ours_std=std, ours_n=n, paper_mean=80.0, paper_std=paper)["df"][0]
     largest = 0.5 * paper + ROUNDING - stats.t.ppf(0.95, df) * error
-    inside, outside = (of_means(ours_mean=80 + side * (largest + hair), ours_std=std, ours_n=n, paper_mean=80.0, paper_std=paper) for hair in (-1e-6, 1e-6))
+    inside, outside = (
+        of_means(ours_mean=80 + side * (largest + hair), ours_std=std, ours_n=n, paper_mean=80.0, paper_std=paper)
+        for hair in (-1e-6, 1e-6)
+    )
     assert inside["equivalent"][0] and not outside["equivalent"][0]
     point = 1.0 - stats.t.ppf(0.95, df) * error
-    inside, outside = (of_means(ours_mean=80 + side * (point + hair), ours_std=std, ours_n=n, paper_mean=80.0, paper_std=paper) for hair in (-1e-6, 1e-6))
+    inside, outside = (
+        of_means(ours_mean=80 + side * (point + hair), ours_std=std, ours_n=n, paper_mean=80.0, paper_std=paper)
+        for hair in (-1e-6, 1e-6)
+    )
     assert inside["within_point"][0] and not outside["within_point"][0]
 
 
@@ -165,7 +229,9 @@ def coefficients(**columns):
 
 def around(r, error):
     "Limits of a 95 % interval of r, in %, from the error of its Fisher transform."
-    return {f"{name}": 100 * np.tanh(np.arctanh(r) + sign * 1.959964 * error) for name, sign in (("low", -1), ("high", 1))}
+    return {
+        f"{name}": 100 * np.tanh(np.arctanh(r) + sign * 1.959964 * error) for name, sign in (("low", -1), ("high", 1))
+    }
 
 
 def test_correlations_are_compared_on_fishers_scale_by_our_bootstrap():
@@ -189,67 +255,108 @@ def test_equivalence_of_correlations_at_its_bound(side):
     for hair, wanted in ((-0.01, True), (0.01, False)):
         far = 50 + side * (1 + hair)
         r = np.tanh(np.arctanh(far / 100) - side * stats.norm.ppf(0.95) * tight * np.sqrt(1.1))
-        assert compare_correlations(coefficients(ours_mean=[100 * r], paper_mean=50.0, **around(r, tight)))["within_point"][0] == wanted
+        assert (
+            compare_correlations(coefficients(ours_mean=[100 * r], paper_mean=50.0, **around(r, tight)))[
+                "within_point"
+            ][0]
+            == wanted
+        )
 
 
 def test_few_models_have_no_test_of_correlation():
-    frame = coefficients(ours_mean=[50.0, 50.0, 100.0, 60.0], ours_n=[4, 5, 50, 50], paper_mean=90.0, low=[10.0, 10.0, 99.0, 60.0], high=[80.0, 80.0, 100.0, 60.0])
+    frame = coefficients(
+        ours_mean=[50.0, 50.0, 100.0, 60.0], ours_n=[4, 5, 50, 50], paper_mean=90.0, low=[10.0, 10.0, 99.0, 60.0],
+        high=[80.0, 80.0, 100.0, 60.0],
+    )
     found = compare_correlations(frame)
     assert found["p"].isna().tolist() == [True, False, False, True] and np.isfinite(found["effect"]).all()
     assert not found["equivalent"][0] and not found["within_point"][0]
     assert compare_correlations(frame.assign(ours_mean=90.04, ours_n=400))["p"][:3].eq(1).all()
 
 
-PLAIN = {"kind": "mean", "effect": 0.0, "difference": 0.0, "p_adjusted": 0.001, "equivalent": False, "doubtful": "", "by_design": False, "ours_mean": 80.0}
+PLAIN = {
+    "kind": "mean", "effect": 0.0, "difference": 0.0, "p_adjusted": 0.001, "equivalent": False, "doubtful": "",
+    "by_design": False, "ours_mean": 80.0,
+}
 
 
-@pytest.mark.parametrize("case, verdict", [
-    ({"equivalent": True}, "equivalent"), ({}, "different"), ({"p_adjusted": np.nan}, "undecided"), ({"p_adjusted": LEVEL - 1e-9}, "different"),
-    ({"p_adjusted": LEVEL}, "undecided"),
-    ({"equivalent": True, "p_adjusted": 0.9}, "equivalent"), ({"doubtful": "lost", "equivalent": True}, "doubtful"), ({"ours_mean": np.nan, "doubtful": "lost"}, "not run"),
-    ({"by_design": True, "equivalent": True}, "by design"), ({"by_design": True, "effect": 1.0, "difference": 3.0}, "by design"),
-    ({"by_design": True, "effect": 1.01, "difference": 3.0}, "different"),
-    ({"by_design": True, "effect": 3.0, "difference": -0.5}, "by design"), ({"by_design": True, "effect": -3.0, "difference": -0.51}, "different"),
-])
+@pytest.mark.parametrize(
+    "case, verdict",
+    [
+        ({"equivalent": True}, "equivalent"), ({}, "different"), ({"p_adjusted": np.nan}, "undecided"),
+        ({"p_adjusted": LEVEL - 1e-9}, "different"), ({"p_adjusted": LEVEL}, "undecided"),
+        ({"equivalent": True, "p_adjusted": 0.9}, "equivalent"), ({"doubtful": "lost", "equivalent": True}, "doubtful"),
+        ({"ours_mean": np.nan, "doubtful": "lost"}, "not run"), ({"by_design": True, "equivalent": True}, "by design"),
+        ({"by_design": True, "effect": 1.0, "difference": 3.0}, "by design"),
+        ({"by_design": True, "effect": 1.01, "difference": 3.0}, "different"),
+        ({"by_design": True, "effect": 3.0, "difference": -0.5}, "by design"),
+        ({"by_design": True, "effect": -3.0, "difference": -0.51}, "different"),
+    ],
+)
 def test_the_rule(case, verdict):
     assert judge(pd.DataFrame([PLAIN | case])).tolist() == [verdict]
 
 
-@pytest.mark.parametrize("case, verdict", [
-    ({}, "agrees"), ({"effect": 0.9, "difference": 3.0, "p_adjusted": 0.2}, "agrees"), ({"effect": 0.9, "difference": 3.0}, "near"),
-    ({"effect": 0.2, "difference": 3.0}, "agrees"), ({"effect": -0.21, "difference": 3.0}, "near"), ({"effect": 1.0, "difference": 3.0}, "near"),
-    ({"effect": -1.01, "difference": 3.0}, "differs"),
-    ({"effect": 1.1, "difference": 3.0, "p_adjusted": 0.2}, "differs"), ({"effect": 4.0, "difference": HALF_POINT}, "agrees"),
-    ({"effect": 4.0, "difference": -HALF_POINT - 0.01}, "differs"),
-    ({"effect": 0.1, "kind": "correlation", "difference": 3.0}, "agrees"), ({"effect": 0.11, "kind": "correlation", "difference": 3.0}, "near"),
-    ({"effect": 0.3, "kind": "correlation", "difference": 3.0}, "near"), ({"effect": 0.31, "kind": "correlation", "difference": 3.0, "p_adjusted": 0.9}, "differs"),
-    ({"effect": 0.9, "difference": 3.0, "p_adjusted": np.nan}, "agrees"), ({"effect": 0.9, "difference": 3.0, "p_adjusted": LEVEL}, "agrees"),
-    ({"verdict": "doubtful"}, "doubtful"),
-])
+@pytest.mark.parametrize(
+    "case, verdict",
+    [
+        ({}, "agrees"), ({"effect": 0.9, "difference": 3.0, "p_adjusted": 0.2}, "agrees"),
+        ({"effect": 0.9, "difference": 3.0}, "near"), ({"effect": 0.2, "difference": 3.0}, "agrees"),
+        ({"effect": -0.21, "difference": 3.0}, "near"), ({"effect": 1.0, "difference": 3.0}, "near"),
+        ({"effect": -1.01, "difference": 3.0}, "differs"),
+        ({"effect": 1.1, "difference": 3.0, "p_adjusted": 0.2}, "differs"),
+        ({"effect": 4.0, "difference": HALF_POINT}, "agrees"),
+        ({"effect": 4.0, "difference": -HALF_POINT - 0.01}, "differs"),
+        ({"effect": 0.1, "kind": "correlation", "difference": 3.0}, "agrees"),
+        ({"effect": 0.11, "kind": "correlation", "difference": 3.0}, "near"),
+        ({"effect": 0.3, "kind": "correlation", "difference": 3.0}, "near"),
+        ({"effect": 0.31, "kind": "correlation", "difference": 3.0, "p_adjusted": 0.9}, "differs"),
+        ({"effect": 0.9, "difference": 3.0, "p_adjusted": np.nan}, "agrees"),
+        ({"effect": 0.9, "difference": 3.0, "p_adjusted": LEVEL}, "agrees"), ({"verdict": "doubtful"}, "doubtful"),
+    ],
+)
 def test_the_first_rule(case, verdict):
     assert first_rule(pd.DataFrame([PLAIN | {"verdict": "undecided"} | case])).tolist() == [verdict]
 
 
 def test_the_constants_of_the_rules_are_those_in_words():
     assert (LEVEL, POINT, HALF_POINT, EQUIVALENT, SMALL, NEAR) == (
-        0.05, 1.0, 0.5, {"mean": 0.5, "correlation": 0.2}, {"mean": 0.2, "correlation": 0.1}, {"mean": 1.0, "correlation": 0.3})
-    frame = pd.DataFrame({"kind": ["mean", "correlation", "mean"], "effect": [0.2, 0.2, 9.0], "difference": [3.0, 3.0, 0.5]})
+        0.05,
+        1.0,
+        0.5,
+        {"mean": 0.5, "correlation": 0.2},
+        {"mean": 0.2, "correlation": 0.1},
+        {"mean": 1.0, "correlation": 0.3},
+    )
+    frame = pd.DataFrame(
+        {"kind": ["mean", "correlation", "mean"], "effect": [0.2, 0.2, 9.0], "difference": [3.0, 3.0, 0.5]}
+    )
     assert within(frame, SMALL).tolist() == [True, False, True]
 
 
 @settings(deadline=None, max_examples=60)
 @given(some.floats(0, 30), some.floats(0, 30), some.floats(0.1, 20), some.floats(0.1, 20), some.integers(2, 1000))
 def test_a_larger_difference_is_never_judged_better(first, second, ours_std, paper_std, n):
-    frame = as_samples(pairs(ours_mean=80 + np.sort([first, second]), ours_std=ours_std, ours_n=n, paper_mean=80.0, paper_std=paper_std))
-    found = frame.join(compare_means(frame)).assign(kind="mean", doubtful="", by_design=False, difference=lambda rows: rows["ours_mean"] - rows["paper_mean"])
+    frame = as_samples(
+        pairs(
+            ours_mean=80 + np.sort([first, second]), ours_std=ours_std, ours_n=n, paper_mean=80.0, paper_std=paper_std
+        )
+    )
+    found = frame.join(compare_means(frame)).assign(
+        kind="mean", doubtful="", by_design=False, difference=lambda rows: rows["ours_mean"] - rows["paper_mean"]
+    )
     found["verdict"] = judge(found.assign(p_adjusted=found["p"]))
     assert found["verdict"].map(TESTED.index).is_monotonic_increasing and found["p"][0] >= found["p"][1]
     assert found["within_point"][0] >= found["within_point"][1]
-    assert first_rule(found.assign(p_adjusted=found["p"])).map(["agrees", "near", "differs"].index).is_monotonic_increasing
+    assert (
+        first_rule(found.assign(p_adjusted=found["p"])).map(["agrees", "near", "differs"].index).is_monotonic_increasing
+    )
 
 
 def test_more_models_of_the_same_kind_prove_more():
-    verdicts = [of_means(ours_mean=80.2, ours_std=1.0, ours_n=n, paper_mean=80.0)["equivalent"][0] for n in (4, 16, 64, 256)]
+    verdicts = [
+        of_means(ours_mean=80.2, ours_std=1.0, ours_n=n, paper_mean=80.0)["equivalent"][0] for n in (4, 16, 64, 256)
+    ]
     assert verdicts == sorted(verdicts) and verdicts[0] != verdicts[-1]
 
 
@@ -270,9 +377,13 @@ def test_settings_are_not_findings(comparison):
 
 def test_what_was_not_run_is_a_gap(metrics):
     pruned = compare(metrics[metrics["method"] != "vd"])
-    assert (pruned[pruned["method"] == "vd"]["verdict"] == "not run").all() and pruned[(pruned["table"] == 8) & (pruned["zoo"] == "usps_seed")]["ours_mean"].notna().all()
+    assert (pruned[pruned["method"] == "vd"]["verdict"] == "not run").all() and pruned[
+        (pruned["table"] == 8) & (pruned["zoo"] == "usps_seed")
+    ]["ours_mean"].notna().all()
     dropped = compare(metrics[metrics["method"] != "mp"])
-    assert (dropped[dropped["method"] == "mp"]["verdict"] == "not run").all() and dropped[(dropped["table"] == 7) & (dropped["zoo"] == "usps_seed")]["ours_mean"].notna().all()
+    assert (dropped[dropped["method"] == "mp"]["verdict"] == "not run").all() and dropped[
+        (dropped["table"] == 7) & (dropped["zoo"] == "usps_seed")
+    ]["ours_mean"].notna().all()
     early = compare(metrics[(metrics["method"] != "vd") | (metrics["epoch"] <= 4)])
     states = early[early["table"].isin([1, 2, 9]) & (early["method"] == "vd")]
     assert (states["verdict"] == "not run").all() and (early[early["table"] == 6]["verdict"] != "not run").sum() == 9
@@ -286,13 +397,19 @@ def test_a_zoo_that_the_paper_does_not_have_leaves_everything_open(metrics):
     ours = compare(metrics.assign(zoo="digits_seed").query("method != 'mp'"))
     assert (ours["verdict"] == "not run").all()
     score = scorecard(ours)
-    assert score.loc["all", [*TESTED, "predicted", "calibrated", "distinct"]].eq(0).all() and len(figure_scorecard(ours).axes) == 2
+    assert (
+        score.loc["all", [*TESTED, "predicted", "calibrated", "distinct"]].eq(0).all()
+        and len(figure_scorecard(ours).axes) == 2
+    )
     assert len(side_by_side(ours).layout) == 0 and worst(ours).empty
 
 
 def test_doubtful_cells_are_not_judged(comparison):
     doubtful = comparison[comparison["doubtful"] != ""]
-    assert set(doubtful["verdict"]) == {"doubtful", "not run"} and doubtful[doubtful["zoo"] == "usps_seed"]["verdict"].eq("doubtful").all()
+    assert (
+        set(doubtful["verdict"]) == {"doubtful", "not run"}
+        and doubtful[doubtful["zoo"] == "usps_seed"]["verdict"].eq("doubtful").all()
+    )
     assert doubtful["p_adjusted"].isna().all()
 
 
@@ -302,10 +419,16 @@ COUNTS = ["not run", "by design", "doubtful", "calibrated", *TESTED]
 @pytest.mark.parametrize("by", ["table", "zoo", "metric"])
 def test_scores_add_up(comparison, by):
     score = scorecard(comparison, by)
-    assert (score["printed"] == score[COUNTS].sum(axis=1)).all() and (score["predicted"] == score[TESTED].sum(axis=1)).all()
+    assert (score["printed"] == score[COUNTS].sum(axis=1)).all() and (
+        score["predicted"] == score[TESTED].sum(axis=1)
+    ).all()
     parts, total = score.drop(index="all"), score.loc["all"]
     adds = ["printed", *COUNTS, "of these equivalent", "predicted", "within a point", "agrees (first rule)"]
-    assert (parts[adds].sum() == total[adds]).all() and (score["distinct"] <= score["predicted"]).all() and score["calibrated"].eq(0).all()
+    assert (
+        (parts[adds].sum() == total[adds]).all()
+        and (score["distinct"] <= score["predicted"]).all()
+        and score["calibrated"].eq(0).all()
+    )
     assert total["within a point"] == comparison[comparison["verdict"].isin(TESTED)]["within_point"].sum()
     assert total["agrees (first rule)"] == (comparison["first"] == "agrees").sum()
 
@@ -313,7 +436,9 @@ def test_scores_add_up(comparison, by):
 def test_distinct_states_of_all_zoos_are_those_of_each():
     both = compare(pd.concat([drawn_zoo(n=40), drawn_zoo("mnist_seed", n=40)], ignore_index=True))
     score = scorecard(both[both["zoo"] != ""], "zoo")
-    assert score.loc["all", "distinct"] == score.loc["usps_seed", "distinct"] + score.loc["mnist_seed", "distinct"] > 200
+    assert (
+        score.loc["all", "distinct"] == score.loc["usps_seed", "distinct"] + score.loc["mnist_seed", "distinct"] > 200
+    )
 
 
 def test_what_was_fitted_is_counted_apart():
@@ -323,24 +448,49 @@ def test_what_was_fitted_is_counted_apart():
     assert calibrated(comparison).equals(comparison["calibrated"])
     score = scorecard(comparison[comparison["zoo"] == "cifar10_seed"]).loc["all"]
     judged = fitted[fitted["verdict"].isin(TESTED)]
-    assert score["calibrated"] == len(judged) > 60 and score["of these equivalent"] == (judged["verdict"] == "equivalent").sum()
-    assert score["predicted"] + score["calibrated"] == (comparison["verdict"].isin(TESTED) & (comparison["zoo"] != "")).sum()
-    assert ", calibrated" in " ".join(side_by_side(comparison).layout["Verdict"]) and not compare(drawn_zoo())["calibrated"].any()
+    assert (
+        score["calibrated"] == len(judged) > 60
+        and score["of these equivalent"] == (judged["verdict"] == "equivalent").sum()
+    )
+    assert (
+        score["predicted"] + score["calibrated"]
+        == (comparison["verdict"].isin(TESTED) & (comparison["zoo"] != "")).sum()
+    )
+    assert (
+        ", calibrated" in " ".join(side_by_side(comparison).layout["Verdict"])
+        and not compare(drawn_zoo())["calibrated"].any()
+    )
 
 
 def test_one_state_counts_once(comparison):
-    of = lambda **state: comparison[np.logical_and.reduce([comparison[name].eq(value) for name, value in state.items()])]
-    assert distinct_states(of(zoo="usps_seed", metric="test_acc", level=0.9, epoch=15)) == 1 < len(of(zoo="usps_seed", metric="test_acc", level=0.9, epoch=15))
-    start = comparison[(comparison["zoo"] == "usps_seed") & (comparison["metric"] == "test_acc") & (comparison["epoch"] == 0) & ~(comparison["level"] > 0)]
+    of = lambda **state: comparison[
+        np.logical_and.reduce([comparison[name].eq(value) for name, value in state.items()])
+    ]
+    assert (
+        distinct_states(of(zoo="usps_seed", metric="test_acc", level=0.9, epoch=15))
+        == 1
+        < len(of(zoo="usps_seed", metric="test_acc", level=0.9, epoch=15))
+    )
+    start = comparison[
+        (comparison["zoo"] == "usps_seed")
+        & (comparison["metric"] == "test_acc")
+        & (comparison["epoch"] == 0)
+        & ~(comparison["level"] > 0)
+    ]
     assert len(start) == 3 and distinct_states(start) == 1
     pruned = of(zoo="usps_seed", metric="test_acc", level=0.5, epoch=0)
-    assert distinct_states(pd.concat([start, pruned])) == 2 and distinct_states(of(zoo="usps_seed", metric="test_acc", level=0.0)) == 2
+    assert (
+        distinct_states(pd.concat([start, pruned])) == 2
+        and distinct_states(of(zoo="usps_seed", metric="test_acc", level=0.0)) == 2
+    )
 
 
 def test_heat_map_shows_every_zoo(comparison):
     fig, grid = figure_scorecard(comparison), share_grid(comparison)
     ax = fig.axes[0]
-    assert len(ax.get_yticks()) == sum(zoo.in_paper for zoo in ZOOS.values()) and len(ax.get_xticks()) == len(COMPARED) + 1
+    assert (
+        len(ax.get_yticks()) == sum(zoo.in_paper for zoo in ZOOS.values()) and len(ax.get_xticks()) == len(COMPARED) + 1
+    )
     texts = [text.get_text() for text in ax.texts]
     assert sum(" of " in text for text in texts) == (grid["tested"] > 0).sum() < len(grid)
     assert texts.count("not run") == ((grid["tested"] == 0) & (grid["printed"] > 0)).sum() > 0
@@ -369,8 +519,12 @@ def test_layer_spread_is_brought_to_the_papers_number_of_models():
     random, n, weights, std = np.random.default_rng(0), 40, 20_000, 0.13
     shares = (0.55 + std * random.uniform(-(3**0.5), 3**0.5, weights)).clip(0, 1)
     counted = random.binomial(n, shares) / n
-    frame = pd.DataFrame({"zoo": "usps_seed", "method": "vd", "selector": "", "level": np.nan, "epoch": 5, "layer": "conv1", "weight": range(weights),
-        "frequency": counted, "models": n})
+    frame = pd.DataFrame(
+        {
+            "zoo": "usps_seed", "method": "vd", "selector": "", "level": np.nan, "epoch": 5, "layer": "conv1",
+            "weight": range(weights), "frequency": counted, "models": n,
+        }
+    )
     found = compare_layer_spread(frame[FREQUENCY_COLUMNS])
     assert found[["table", "epoch", "paper_mean", "paper_std", "n"]].to_numpy().tolist() == [[7, 5, 55.4, 13.0, n]]
     assert found["ours_std"][0] == pytest.approx(100 * std, abs=0.3) and 100 * counted.std() > found["ours_std"][0] + 1
@@ -390,14 +544,25 @@ def test_regenerated_cells_are_in_printed_form(metrics):
 def grid_draw(n, seed, noise=1.0):
     "Factors and values of a draw from mnist_fixed with known effects, and the mean of the balanced grid."
     random, factors = np.random.default_rng(seed), model_table(get_zoo("mnist_fixed")).sample(n, random_state=seed)
-    effect = lambda rows: 80 - 30 * (rows["optimizer"] == "sgd") + 8 * (rows["activation"] == "tanh") - 12 * ((rows["dropout"] == 0.5) & (rows["init"] == "normal"))
+    effect = lambda rows: (
+        80
+        - 30 * (rows["optimizer"] == "sgd")
+        + 8 * (rows["activation"] == "tanh")
+        - 12 * ((rows["dropout"] == 0.5) & (rows["init"] == "normal"))
+    )
     return factors, effect(factors) + noise * random.normal(size=n), effect(model_table(get_zoo("mnist_fixed"))).mean()
 
 
 def test_the_mean_of_a_grid_is_exact_without_noise():
     factors, values, truth = grid_draw(128, 0, noise=0.0)
     mean, error, df, residual = grid_mean(values.to_numpy(), factors, "mnist_fixed")
-    assert mean == pytest.approx(truth) and error < 1e-6 and df == 128 - 50 and residual < 1e-6 and abs(values.mean() - truth) > 0.3
+    assert (
+        mean == pytest.approx(truth)
+        and error < 1e-6
+        and df == 128 - 50
+        and residual < 1e-6
+        and abs(values.mean() - truth) > 0.3
+    )
 
 
 @pytest.mark.parametrize("n, coefficients", [(100, 50), (99, 11), (22, 11), (21, 1), (2, 1)])
@@ -425,7 +590,11 @@ def test_a_level_that_was_not_drawn_leaves_a_sample():
 
 
 def test_intervals_of_a_real_grid_hold_its_mean():
-    records, factors, held = read_recorded().query("zoo == 'mnist_fixed'")["test_acc"].to_numpy(), recorded_factors("mnist_fixed"), []
+    records, factors, held = (
+        read_recorded().query("zoo == 'mnist_fixed'")["test_acc"].to_numpy(),
+        recorded_factors("mnist_fixed"),
+        [],
+    )
     random = np.random.default_rng(1)
     for _ in range(150):
         drawn = random.choice(2560, 128, replace=False)
@@ -439,23 +608,43 @@ def grid_metrics(n=128):
     table, records = model_table(get_zoo("mnist_fixed")).head(n), recorded_factors("mnist_fixed")
     records["test_acc"] = read_recorded().query("zoo == 'mnist_fixed'")["test_acc"].to_numpy()
     drawn = table.merge(records[records["seed_place"] == 3], on=list(FACTORS))
-    rows = pd.DataFrame({"zoo": "mnist_fixed", "model": drawn["model"], "test_acc": drawn["test_acc"], "train_acc": drawn["test_acc"], "ggap": 0.0, "train_loss": 1.0,
-        "test_loss": 1.0, "sparsity": 0.0, "agreement": 1.0})
+    rows = pd.DataFrame(
+        {
+            "zoo": "mnist_fixed", "model": drawn["model"], "test_acc": drawn["test_acc"],
+            "train_acc": drawn["test_acc"], "ggap": 0.0, "train_loss": 1.0, "test_loss": 1.0, "sparsity": 0.0,
+            "agreement": 1.0,
+        }
+    )
     rows = rows.assign(**{f"sparsity_{layer}": 0.0 for layer in LAYERS})
     parts = [rows.assign(method="original", level=np.nan, epoch=epoch) for epoch in (10, 49, 50)]
-    parts += [rows.assign(method="mp", level=0.5, epoch=epoch) for epoch in (0, 15)] + [rows.assign(method="vd", level=np.nan, epoch=epoch) for epoch in (0, 2)]
+    parts += [rows.assign(method="mp", level=0.5, epoch=epoch) for epoch in (0, 15)] + [
+        rows.assign(method="vd", level=np.nan, epoch=epoch) for epoch in (0, 2)
+    ]
     return with_selectors(pd.concat(parts, ignore_index=True))[METRIC_COLUMNS]
 
 
 def test_grids_are_judged_by_their_design():
     metrics = grid_metrics()
     found = compare(metrics)
-    cell = found[(found["table"] == 6) & (found["zoo"] == "mnist_fixed") & (found["epoch"] == 2) & (found["metric"] == "test_acc")].iloc[0]
+    cell = found[
+        (found["table"] == 6)
+        & (found["zoo"] == "mnist_fixed")
+        & (found["epoch"] == 2)
+        & (found["metric"] == "test_acc")
+    ].iloc[0]
     values = 100 * metrics[(metrics["method"] == "vd") & (metrics["epoch"] == 2)].set_index("model")["test_acc"]
-    mean, error, df, residual = grid_mean(values.to_numpy(), model_table(get_zoo("mnist_fixed")).set_index("model").loc[values.index], "mnist_fixed")
-    assert cell["ours_mean"] == pytest.approx(values.mean()) and cell["estimate"] == pytest.approx(mean) and cell["difference"] == pytest.approx(mean - cell["paper_mean"])
+    mean, error, df, residual = grid_mean(
+        values.to_numpy(), model_table(get_zoo("mnist_fixed")).set_index("model").loc[values.index], "mnist_fixed"
+    )
+    assert (
+        cell["ours_mean"] == pytest.approx(values.mean())
+        and cell["estimate"] == pytest.approx(mean)
+        and cell["difference"] == pytest.approx(mean - cell["paper_mean"])
+    )
     theirs = (residual + ROUNDING) / np.sqrt(2493)
-    assert cell["error"] == pytest.approx(np.hypot(error, theirs) / (cell["unit"] + ROUNDING)) and cell["error"] < 0.8 * values.std() / np.sqrt(128) / (cell["unit"] + ROUNDING)
+    assert cell["error"] == pytest.approx(np.hypot(error, theirs) / (cell["unit"] + ROUNDING)) and cell[
+        "error"
+    ] < 0.8 * values.std() / np.sqrt(128) / (cell["unit"] + ROUNDING)
     unnumbered = metrics.assign(model=metrics["model"] + 5000)
     both = as_samples(match(unnumbered, CELLS))
     pd.testing.assert_frame_equal(as_designs(both, unnumbered), both)
@@ -464,24 +653,40 @@ def test_grids_are_judged_by_their_design():
 # --- what the score would catch
 
 def test_a_shift_turns_verdicts(comparison):
-    tested = comparison[(comparison["zoo"] == "usps_seed") & comparison["verdict"].isin(TESTED) & np.isfinite(comparison["df"])]
+    tested = comparison[
+        (comparison["zoo"] == "usps_seed") & comparison["verdict"].isin(TESTED) & np.isfinite(comparison["df"])
+    ]
     assert (shifted_verdicts(tested, 0.0) == tested["verdict"]).mean() > 0.97
-    assert (shifted_verdicts(tested, 3.0) == "different").all() and (shifted_verdicts(tested, -3.0) == "different").all()
+    assert (shifted_verdicts(tested, 3.0) == "different").all() and (
+        shifted_verdicts(tested, -3.0) == "different"
+    ).all()
     power = smallest_error(comparison).loc["usps_seed"]
     multiple = power["standard deviations"]
     share = lambda shift: min((shifted_verdicts(tested, sign * shift) == "different").mean() for sign in (-1, 1))
     assert share(multiple) >= 0.8 > share(multiple - 0.05) and power["cells"] == len(tested)
-    assert power["points of accuracy"] == pytest.approx(multiple * tested.loc[tested["metric"] == "test_acc", "unit"].median())
+    assert power["points of accuracy"] == pytest.approx(
+        multiple * tested.loc[tested["metric"] == "test_acc", "unit"].median()
+    )
     few = compare(drawn_zoo(n=6))
     assert smallest_error(few).loc["usps_seed", "standard deviations"] > 2 * multiple
     assert smallest_error(comparison[comparison["verdict"] == "not run"]).empty
 
 
 def test_a_shift_is_judged_as_the_rule_would(comparison):
-    tested = comparison[(comparison["zoo"] == "usps_seed") & comparison["verdict"].isin(TESTED) & np.isfinite(comparison["df"])]
-    moved = as_samples(tested.assign(ours_mean=tested["ours_mean"] + 0.45 * tested["unit"], paper_std=tested["paper_std"].where(tested["layer"] == "")))
+    tested = comparison[
+        (comparison["zoo"] == "usps_seed") & comparison["verdict"].isin(TESTED) & np.isfinite(comparison["df"])
+    ]
+    moved = as_samples(
+        tested.assign(
+            ours_mean=tested["ours_mean"] + 0.45 * tested["unit"],
+            paper_std=tested["paper_std"].where(tested["layer"] == ""),
+        )
+    )
     found = compare_means(moved)
-    found = found.assign(p_adjusted=adjusted(found["p"]), kind="mean", difference=moved["ours_mean"] - moved["paper_mean"], doubtful="", by_design=False, ours_mean=1.0)
+    found = found.assign(
+        p_adjusted=adjusted(found["p"]), kind="mean", difference=moved["ours_mean"] - moved["paper_mean"], doubtful="",
+        by_design=False, ours_mean=1.0,
+    )
     assert judge(found).equals(shifted_verdicts(tested, 0.45).rename(None))
 
 
@@ -489,10 +694,20 @@ def test_every_deliberate_error_shows():
     runs = pd.concat([drawn_zoo(n=60), grid_metrics(60)], ignore_index=True)
     scores = disturbed_scores(runs).set_index(["zoo", "disturbance"])
     usps = scores.loc["usps_seed"]
-    assert list(usps.index) == list(DISTURBANCES) and (usps[TESTED].sum(axis=1) == usps["tested"]).all() and usps.loc["as it is", "lost"] == 0
-    for name in ("dropout one epoch late", "levels 70 and 80 % swapped", "accuracy half a std too high", "training for test accuracy", "an eighth of the models"):
+    assert (
+        list(usps.index) == list(DISTURBANCES)
+        and (usps[TESTED].sum(axis=1) == usps["tested"]).all()
+        and usps.loc["as it is", "lost"] == 0
+    )
+    for name in (
+        "dropout one epoch late", "levels 70 and 80 % swapped", "accuracy half a std too high",
+        "training for test accuracy", "an eighth of the models",
+    ):
         assert usps.loc[name, "equivalent"] < usps.loc["as it is", "equivalent"] and usps.loc[name, "lost"] > 0
-    assert usps.loc["one activation left out"].equals(usps.loc["as it is"]) and (usps["within a point"] <= usps["tested"]).all()
+    assert (
+        usps.loc["one activation left out"].equals(usps.loc["as it is"])
+        and (usps["within a point"] <= usps["tested"]).all()
+    )
     assert usps.loc["as it is", "within a point"] > usps.loc["an eighth of the models", "within a point"]
     assert len(figure_disturbances(scores.reset_index()).axes) == 2
 
@@ -500,27 +715,43 @@ def test_every_deliberate_error_shows():
 def test_deliberate_errors_are_what_they_say():
     rows = drawn_zoo(n=24)
     at = lambda frame, level: frame["level"].isna() if level is None else np.isclose(frame["level"], level)
-    state = lambda frame, method, epoch, level=None: frame[(frame["method"] == method) & (frame["epoch"] == epoch) & at(frame, level)].set_index("model").sort_index()
+    state = lambda frame, method, epoch, level=None: (
+        frame[(frame["method"] == method) & (frame["epoch"] == epoch) & at(frame, level)]
+        .set_index("model")
+        .sort_index()
+    )
     late = DISTURBANCES["dropout one epoch late"](rows)
     epochs = sorted(rows.loc[rows["method"] == "vd", "epoch"].unique())
-    assert state(late, "vd", 4)["test_acc"].equals(state(rows, "vd", 5)["test_acc"]) and state(late, "vd", 0)["test_acc"].equals(state(rows, "vd", 0)["test_acc"])
-    assert state(late, "vd", epochs[-1])["test_acc"].equals(state(rows, "vd", epochs[-1])["test_acc"]) and len(late[late["method"] != "vd"]) == len(rows[rows["method"] != "vd"])
+    assert state(late, "vd", 4)["test_acc"].equals(state(rows, "vd", 5)["test_acc"]) and state(late, "vd", 0)[
+        "test_acc"
+    ].equals(state(rows, "vd", 0)["test_acc"])
+    assert state(late, "vd", epochs[-1])["test_acc"].equals(state(rows, "vd", epochs[-1])["test_acc"]) and len(
+        late[late["method"] != "vd"]
+    ) == len(rows[rows["method"] != "vd"])
     swapped = DISTURBANCES["levels 70 and 80 % swapped"](rows)
-    assert state(swapped, "mp", 15, 0.7)["test_acc"].equals(state(rows, "mp", 15, 0.8)["test_acc"]) and state(swapped, "mp", 15,
-        0.8)["test_acc"].equals(state(rows, "mp", 15, 0.7)["test_acc"])
-    assert state(swapped, "mp", 15, 0.7)["sparsity"].equals(state(rows, "mp", 15, 0.7)["sparsity"]) and state(swapped, "vd", 4)["test_acc"].equals(state(rows, "vd", 4)["test_acc"])
+    assert state(swapped, "mp", 15, 0.7)["test_acc"].equals(state(rows, "mp", 15, 0.8)["test_acc"]) and state(
+        swapped, "mp", 15, 0.8
+    )["test_acc"].equals(state(rows, "mp", 15, 0.7)["test_acc"])
+    assert state(swapped, "mp", 15, 0.7)["sparsity"].equals(state(rows, "mp", 15, 0.7)["sparsity"]) and state(
+        swapped, "vd", 4
+    )["test_acc"].equals(state(rows, "vd", 4)["test_acc"])
     raised = DISTURBANCES["accuracy half a std too high"](rows)
     before = state(rows, "mp", 15, 0.5)["test_acc"]
     assert np.allclose(state(raised, "mp", 15, 0.5)["test_acc"] - before, before.std() / 2)
     longer = pd.concat([rows, rows[(rows["method"] == "mp") & (rows["epoch"] == 0)].assign(epoch=5)])
     short = DISTURBANCES["a third of the fine-tuning"](longer)
-    assert state(short, "mp", 15, 0.5)["test_acc"].equals(state(rows, "mp", 0, 0.5)["test_acc"]) and state(short, "mp", 0,
-        0.5)["test_acc"].equals(state(rows, "mp", 0, 0.5)["test_acc"])
+    assert state(short, "mp", 15, 0.5)["test_acc"].equals(state(rows, "mp", 0, 0.5)["test_acc"]) and state(
+        short, "mp", 0, 0.5
+    )["test_acc"].equals(state(rows, "mp", 0, 0.5)["test_acc"])
     assert DISTURBANCES["training for test accuracy"](rows)["test_acc"].equals(rows["train_acc"].rename("test_acc"))
     assert DISTURBANCES["an eighth of the models"](rows)["model"].nunique() == 3
     grid = grid_metrics(40)
     left = DISTURBANCES["one activation left out"](grid)["model"].unique()
-    assert set(model_table(get_zoo("mnist_fixed")).set_index("model").loc[left, "activation"]) == {"relu", "sigmoid", "gelu"} and 0 < len(left) < 40
+    assert (
+        set(model_table(get_zoo("mnist_fixed")).set_index("model").loc[left, "activation"])
+        == {"relu", "sigmoid", "gelu"}
+        and 0 < len(left) < 40
+    )
 
 
 # --- shifted windows and recorded models
@@ -529,21 +760,36 @@ def test_windows_are_cut_from_the_flat_weights():
     sizes = layer_sizes("cnn_small_3ch")
     shares = np.random.default_rng(0).uniform(size=sum(sizes.values()))
     layers = np.repeat(list(sizes), list(sizes.values()))
-    frame = pd.DataFrame({"zoo": "cifar10_seed", "method": "mp", "selector": "global", "level": np.float32(0.7), "epoch": 15, "layer": layers, "weight": range(len(shares)),
-        "frequency": shares, "models": 10**9})
+    frame = pd.DataFrame(
+        {
+            "zoo": "cifar10_seed", "method": "mp", "selector": "global", "level": np.float32(0.7), "epoch": 15,
+            "layer": layers, "weight": range(len(shares)), "frequency": shares, "models": 10**9,
+        }
+    )
     found = compare_windows(frame[FREQUENCY_COLUMNS]).set_index("layer")
     assert found.index.tolist() == list(sizes) and (found["level"] == 0.7).all()
     for layer, (first, last) in shifted_windows("cnn_small_3ch").items():
         own = 100 * shares[layers == layer]
-        assert found.loc[layer, "window_mean"] == pytest.approx(100 * shares[first:last].mean()) and found.loc[layer, "layer_mean"] == pytest.approx(own.mean())
+        assert found.loc[layer, "window_mean"] == pytest.approx(100 * shares[first:last].mean()) and found.loc[
+            layer, "layer_mean"
+        ] == pytest.approx(own.mean())
         share = shares[first:last].mean()
-        assert found.loc[layer, "window_std"] == pytest.approx(100 * np.sqrt(shares[first:last].var(ddof=1) + share * (1 - share) / 1000), rel=1e-4)
-    assert found.loc["fc2", "window_difference"] == pytest.approx(found.loc["fc2", "window_mean"] - 68.1) and found.loc["conv1",
-        "layer_difference"] == pytest.approx(found.loc["conv1", "layer_mean"] - 61.2)
+        assert found.loc[layer, "window_std"] == pytest.approx(
+            100 * np.sqrt(shares[first:last].var(ddof=1) + share * (1 - share) / 1000), rel=1e-4
+        )
+    assert found.loc["fc2", "window_difference"] == pytest.approx(found.loc["fc2", "window_mean"] - 68.1) and found.loc[
+        "conv1", "layer_difference"
+    ] == pytest.approx(found.loc["conv1", "layer_mean"] - 61.2)
     ten = compare_windows(frame[FREQUENCY_COLUMNS].assign(models=10)).set_index("layer")
     share = found.loc["conv1", "window_mean"] / 100
-    assert ten.loc["conv1", "window_std"] == pytest.approx(100 * np.sqrt(max(0, shares[:400].var(ddof=1) - share * (1 - share) / 10) + share * (1 - share) / 1000), rel=1e-6)
-    assert compare_windows(frame[FREQUENCY_COLUMNS].assign(zoo="usps_seed")).empty and compare_windows(frame[FREQUENCY_COLUMNS].assign(epoch=0)).empty
+    assert ten.loc["conv1", "window_std"] == pytest.approx(
+        100 * np.sqrt(max(0, shares[:400].var(ddof=1) - share * (1 - share) / 10) + share * (1 - share) / 1000),
+        rel=1e-6,
+    )
+    assert (
+        compare_windows(frame[FREQUENCY_COLUMNS].assign(zoo="usps_seed")).empty
+        and compare_windows(frame[FREQUENCY_COLUMNS].assign(epoch=0)).empty
+    )
 
 
 def test_recorded_distributions_are_beside_ours():
@@ -552,42 +798,77 @@ def test_recorded_distributions_are_beside_ours():
     values = metrics[(metrics["method"] == "original") & (metrics["epoch"] == 49)]["test_acc"]
     real = read_recorded().query("zoo == 'mnist_fixed'")["test_acc"]
     ours = found.loc[("mnist_fixed", "ours")]
-    assert ours["models"] == 128 and ours["mean"] == pytest.approx(100 * values.mean()) and ours["50%"] == pytest.approx(100 * values.median())
-    assert ours["failed"] == pytest.approx(100 * (values < 0.2).mean()) and (values < 0.2).any() and ours["p"] == pytest.approx(stats.ks_2samp(values, real).pvalue)
-    assert found.loc[("mnist_fixed", "real"), "mean"] == pytest.approx(100 * real.mean()) and found.loc[("mnist_fixed", "real"), "std"] == pytest.approx(100 * real.std())
+    assert (
+        ours["models"] == 128
+        and ours["mean"] == pytest.approx(100 * values.mean())
+        and ours["50%"] == pytest.approx(100 * values.median())
+    )
+    assert (
+        ours["failed"] == pytest.approx(100 * (values < 0.2).mean())
+        and (values < 0.2).any()
+        and ours["p"] == pytest.approx(stats.ks_2samp(values, real).pvalue)
+    )
+    assert found.loc[("mnist_fixed", "real"), "mean"] == pytest.approx(100 * real.mean()) and found.loc[
+        ("mnist_fixed", "real"), "std"
+    ] == pytest.approx(100 * real.std())
     assert beside_recorded(metrics.assign(zoo="usps_seed")).empty
     finer = metrics.assign(test_acc=metrics["test_acc"] + 0.0009)
-    assert np.allclose(our_originals(finer)["test_acc"], our_originals(metrics)["test_acc"]) and set(our_originals(metrics, 50)["model"]) == set(range(128))
+    assert np.allclose(our_originals(finer)["test_acc"], our_originals(metrics)["test_acc"]) and set(
+        our_originals(metrics, 50)["model"]
+    ) == set(range(128))
 
 
 def test_models_are_matched_by_their_factors():
     metrics = grid_metrics()
     matched = matched_models(metrics)
-    records = recorded_factors("mnist_fixed").assign(test_acc=read_recorded().query("zoo == 'mnist_fixed'")["test_acc"].to_numpy())
+    records = recorded_factors("mnist_fixed").assign(
+        test_acc=read_recorded().query("zoo == 'mnist_fixed'")["test_acc"].to_numpy()
+    )
     row = matched.iloc[17]
     same = records[np.logical_and.reduce([records[factor] == row[factor] for factor in FACTORS])]
-    assert len(same) == 10 and row["real"] == pytest.approx(100 * same["test_acc"].mean()) and row["difference"] == pytest.approx(row["ours"] - row["real"])
+    assert (
+        len(same) == 10
+        and row["real"] == pytest.approx(100 * same["test_acc"].mean())
+        and row["difference"] == pytest.approx(row["ours"] - row["real"])
+    )
     assert row["ours"] == pytest.approx(100 * same.loc[same["seed_place"] == 3, "test_acc"].item())
     by_factor = recorded_by_factor(matched)
     whole = by_factor.loc[("mnist_fixed", "all", "")]
-    assert whole["difference"] == pytest.approx(matched["difference"].mean()) and whole["error"] == pytest.approx(matched["difference"].sem()) and whole["models"] == 128
-    assert by_factor.loc[("mnist_fixed", "optimizer", "adam"), "ours"] == pytest.approx(matched.loc[matched["optimizer"] == "adam", "ours"].mean())
-    assert matched_models(drawn_zoo("mnist_seed", n=5)).empty and recorded_by_factor(matched_models(drawn_zoo(n=5))).empty
+    assert (
+        whole["difference"] == pytest.approx(matched["difference"].mean())
+        and whole["error"] == pytest.approx(matched["difference"].sem())
+        and whole["models"] == 128
+    )
+    assert by_factor.loc[("mnist_fixed", "optimizer", "adam"), "ours"] == pytest.approx(
+        matched.loc[matched["optimizer"] == "adam", "ours"].mean()
+    )
+    assert (
+        matched_models(drawn_zoo("mnist_seed", n=5)).empty and recorded_by_factor(matched_models(drawn_zoo(n=5))).empty
+    )
 
 
 def test_curves_are_beside_the_recorded_ones():
     metrics = grid_metrics()
-    found, real = recorded_epochs(metrics), read_recorded_curves().query("zoo == 'mnist_fixed' and epoch == 10")["test_acc"]
-    assert found.loc[("mnist_fixed", 10), ("real", "mean")] == pytest.approx(100 * real.mean()) and found.loc[("mnist_fixed", 10), ("real", "models")] == 50
+    found, real = (
+        recorded_epochs(metrics),
+        read_recorded_curves().query("zoo == 'mnist_fixed' and epoch == 10")["test_acc"],
+    )
+    assert (
+        found.loc[("mnist_fixed", 10), ("real", "mean")] == pytest.approx(100 * real.mean())
+        and found.loc[("mnist_fixed", 10), ("real", "models")] == 50
+    )
     values = metrics[(metrics["method"] == "original") & (metrics["epoch"] == 10)]["test_acc"]
-    assert found.loc[("mnist_fixed", 10), ("ours", "25%")] == pytest.approx(100 * values.quantile(0.25)) and found.loc[("mnist_fixed", 10),
-        ("ours", "75%")] == pytest.approx(100 * values.quantile(0.75))
+    assert found.loc[("mnist_fixed", 10), ("ours", "25%")] == pytest.approx(100 * values.quantile(0.25)) and found.loc[
+        ("mnist_fixed", 10), ("ours", "75%")
+    ] == pytest.approx(100 * values.quantile(0.75))
     assert len(figure_recorded(metrics).axes) == 2
 
 
 def test_table_2_needs_the_printed_sparsity(metrics):
     most = metrics[metrics["method"] == "vd"].groupby("epoch")["sparsity"].mean().max()
-    assert reached(metrics, 2, "usps_seed") and not reached(metrics.assign(sparsity=metrics["sparsity"] * 0.8849 / most), 2, "usps_seed")
+    assert reached(metrics, 2, "usps_seed") and not reached(
+        metrics.assign(sparsity=metrics["sparsity"] * 0.8849 / most), 2, "usps_seed"
+    )
     assert reached(metrics.assign(sparsity=metrics["sparsity"] * 0.88501 / most), 2, "usps_seed")
 
 
@@ -606,5 +887,7 @@ def test_shares_of_the_heat_map(comparison):
 
 
 def test_originals_alone_are_compared_with_nothing():
-    alone = compare(pd.DataFrame({"zoo": "usps_seed", "method": "original", "level": np.nan, "model": [0, 1], "epoch": 50}))
+    alone = compare(
+        pd.DataFrame({"zoo": "usps_seed", "method": "original", "level": np.nan, "model": [0, 1], "epoch": 50})
+    )
     assert alone.empty and list(alone.columns) == COMPARISON

@@ -56,7 +56,10 @@ def idx(values):
 
 
 def libsvm(x, y):
-    lines = [f"{label + 1} " + " ".join(f"{i}:{(v + .5) / 255 * 2 - 1:.6f}" for i, v in enumerate(image.ravel(), 1)) for image, label in zip(x, y, strict=True)]
+    lines = [
+        f"{label + 1} " + " ".join(f"{i}:{(v + 0.5) / 255 * 2 - 1:.6f}" for i, v in enumerate(image.ravel(), 1))
+        for image, label in zip(x, y, strict=True)
+    ]
     return bz2.compress("\n".join(lines).encode())
 
 
@@ -74,11 +77,16 @@ def official_bytes(name, halves, folder):
         return {"usps.bz2": libsvm(x, y), "usps.t.bz2": libsvm(u, v)}
     if name == "svhn":
         for key, images, labels in [("train", x, y), ("test", u, v)]:
-            savemat(folder / f"{key}.mat", {"X": images.transpose(1, 2, 3, 0), "y": np.where(labels == 0, 10, labels)[:, None].astype(np.uint8)})
+            savemat(
+                folder / f"{key}.mat",
+                {"X": images.transpose(1, 2, 3, 0), "y": np.where(labels == 0, 10, labels)[:, None].astype(np.uint8)},
+            )
         return {f"{key}_32x32.mat": (folder / f"{key}.mat").read_bytes() for key in ("train", "test")}
     if name == "cifar10":
         parts = np.array_split(np.arange(len(x)), 5)
-        return {f"data_batch_{i}": cifar(x[part], y[part]) for i, part in enumerate(parts, 1)} | {"test_batch": cifar(u, v)}
+        return {f"data_batch_{i}": cifar(x[part], y[part]) for i, part in enumerate(parts, 1)} | {
+            "test_batch": cifar(u, v)
+        }
     return {f"{key}_{kind}.bin": content for key, images, labels in [("train", x, y), ("test", u, v)]
             for kind, content in [("X", images.transpose(0, 3, 2, 1).tobytes()), ("y", bytes(labels + 1))]}
 
@@ -91,10 +99,19 @@ def tiny(name, folder, monkeypatch, url=CLOSED):
     contents = official_bytes(name, halves, folder / "scratch")
 
     def known(files):
-        return tuple(ImageFile(file.name, hashlib.md5(contents[file.name]).hexdigest(), file.url and url + file.name) for file in files)
+        return tuple(
+            ImageFile(file.name, hashlib.md5(contents[file.name]).hexdigest(), file.url and url + file.name)
+            for file in files
+        )
 
     archive = entry.archive and replace(entry.archive, url=url + entry.archive.name)
-    monkeypatch.setitem(DATA_SETS, name, replace(entry, train=known(entry.train), test=known(entry.test), archive=archive, n_train=10, n_val=3, n_test=5))
+    monkeypatch.setitem(
+        DATA_SETS,
+        name,
+        replace(
+            entry, train=known(entry.train), test=known(entry.test), archive=archive, n_train=10, n_val=3, n_test=5
+        ),
+    )
     return halves, contents
 
 
@@ -121,8 +138,11 @@ def by_hand(images, entry, size):
     return torch.stack(result)
 
 
-LAYOUTS = [("mnist", ""), ("mnist", "mnist"), ("mnist", "MNIST/raw"), ("fmnist", "fmnist"), ("fmnist", "FashionMNIST/raw"), ("svhn", ""), ("svhn", "svhn"),
-           ("usps", ""), ("usps", "usps"), ("cifar10", ""), ("cifar10", "cifar-10-batches-py"), ("stl10", "stl10_binary"), ("stl10", "stl10")]
+LAYOUTS = [
+    ("mnist", ""), ("mnist", "mnist"), ("mnist", "MNIST/raw"), ("fmnist", "fmnist"), ("fmnist", "FashionMNIST/raw"),
+    ("svhn", ""), ("svhn", "svhn"), ("usps", ""), ("usps", "usps"), ("cifar10", ""), ("cifar10", "cifar-10-batches-py"),
+    ("stl10", "stl10_binary"), ("stl10", "stl10"),
+]
 
 
 @pytest.mark.parametrize("name,place", LAYOUTS)
@@ -136,14 +156,20 @@ def test_files_in_their_layouts_give_the_images_prepared_and_split(name, place, 
         assert torch.equal(images.x_train, by_hand(x[order[0].indices], entry, size))
         assert torch.equal(images.x_val, by_hand(x[order[1].indices], entry, size))
         assert torch.equal(images.x_test, by_hand(u, entry, size))
-        assert images.y_train.tolist() == y[order[0].indices].tolist() and images.y_val.tolist() == y[order[1].indices].tolist()
+        assert (
+            images.y_train.tolist() == y[order[0].indices].tolist()
+            and images.y_val.tolist() == y[order[1].indices].tolist()
+        )
         assert images.y_test.tolist() == v.tolist() and images.y_test.dtype == torch.int64
         assert images.x_train.shape == (10, entry.channels, size, size) and images.x_train.is_contiguous()
 
 
 def test_unpacked_idx_files_are_used(tmp_path, monkeypatch):
     ((x, _), _), contents = tiny("fmnist", tmp_path / "elsewhere", monkeypatch)
-    write(tmp_path / "FashionMNIST" / "raw", {name.removesuffix(".gz"): gzip.decompress(content) for name, content in contents.items()})
+    write(
+        tmp_path / "FashionMNIST" / "raw",
+        {name.removesuffix(".gz"): gzip.decompress(content) for name, content in contents.items()},
+    )
     assert (decode_files(DATA_SETS["fmnist"], (tmp_path,))["x_train"] == x).all()
 
 
@@ -226,7 +252,10 @@ def test_archive_is_downloaded(server, tmp_path, monkeypatch):
     ((x, _), _), contents = tiny("cifar10", tmp_path / "elsewhere", monkeypatch, url)
     pack("cifar10", contents, served / "cifar-10-python.tar.gz", monkeypatch, "cifar-10-batches-py")
     load_images("cifar10", 28, tmp_path / "data")
-    assert asked == ["/cifar-10-python.tar.gz"] and sorted(path.name for path in (tmp_path / "data").glob("*.npz")) == ["cifar10-28.npz", "cifar10.npz"]
+    assert asked == ["/cifar-10-python.tar.gz"] and sorted(path.name for path in (tmp_path / "data").glob("*.npz")) == [
+        "cifar10-28.npz",
+        "cifar10.npz",
+    ]
     assert (np.load(tmp_path / "data" / "cifar10.npz")["x_train"] == x).all()
     assert (np.load(tmp_path / "data" / "cifar10-28.npz")["x_train"] == resize(x, 28)).all()
 
@@ -271,7 +300,13 @@ def test_damaged_official_file_is_named(name, tmp_path, monkeypatch):
     assert not list((tmp_path / "data").glob("*.npz"))
 
 
-@pytest.mark.parametrize("damage", [lambda content: content[:-1], lambda content: b"\0" * 99, lambda content: b"", lambda content: content[:4] + b"\0\0\0\1" + content[8:]])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[:-1], lambda content: b"\0" * 99, lambda content: b"",
+        lambda content: content[:4] + b"\0\0\0\1" + content[8:],
+    ],
+)
 def test_damaged_unpacked_file_is_named(damage, tmp_path, monkeypatch):
     _, contents = tiny("mnist", tmp_path / "elsewhere", monkeypatch)
     plain = {name.removesuffix(".gz"): gzip.decompress(content) for name, content in contents.items()}
@@ -286,7 +321,13 @@ def flip(content):
     return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:]
 
 
-@pytest.mark.parametrize("damage", [flip, lambda content: content[:-30], lambda content: content[:50], lambda content: b"", lambda content: b"no zip at all"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        flip, lambda content: content[:-30], lambda content: content[:50], lambda content: b"",
+        lambda content: b"no zip at all",
+    ],
+)
 def test_damaged_cache_is_named_and_kept(damage, tmp_path, monkeypatch):
     _, contents = tiny("usps", tmp_path / "elsewhere", monkeypatch)
     write(tmp_path, contents)
@@ -414,7 +455,13 @@ def test_hostile_batch_is_refused_unexecuted(tmp_path, monkeypatch):
     assert not (tmp_path / "made").exists()
 
 
-@pytest.mark.parametrize("line", [b"cbuiltins\neval\n", b"cos\nsystem\n", b"cnumpy\nload\n", b"cnumpy.core.multiarray\nscalar\n", b"c_codecs\nencode\n"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"cbuiltins\neval\n", b"cos\nsystem\n", b"cnumpy\nload\n", b"cnumpy.core.multiarray\nscalar\n",
+        b"c_codecs\nencode\n",
+    ],
+)
 def test_other_names_are_refused(line):
     with pytest.raises(pickle.UnpicklingError, match="no image file needs"):
         decode_cifar(b"\x80\x02" + line + b".")
@@ -428,16 +475,28 @@ def test_libsvm_lines_must_be_whole():
             decode_usps(bz2.compress(wrong))
 
 
-@pytest.mark.parametrize("shape,size", [((41, 8, 8), 28), ((41, 16, 16), 28), ((41, 32, 32, 3), 28), ((11, 96, 96, 3), 28), ((11, 96, 96, 3), 32), ((1, 16, 16), 28)])
+@pytest.mark.parametrize(
+    "shape,size",
+    [
+        ((41, 8, 8), 28), ((41, 16, 16), 28), ((41, 32, 32, 3), 28), ((11, 96, 96, 3), 28), ((11, 96, 96, 3), 32),
+        ((1, 16, 16), 28),
+    ],
+)
 def test_resize_equals_single_calls_of_pil(shape, size):
     x = np.random.default_rng(3).integers(0, 256, shape, np.uint8)
-    alone = np.stack([np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR)) for image in x])
+    alone = np.stack(
+        [np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR)) for image in x]
+    )
     for at_once in (1, 10, 2000):
         assert (resize(x, size, at_once) == alone).all()
 
 
 def test_grey_is_the_weighted_sum_for_every_primary():
-    values = np.array(np.meshgrid(np.arange(0, 256, 5), np.arange(0, 256, 5), np.arange(0, 256, 5))).reshape(3, -1).T.astype(np.uint8)
+    values = (
+        np.array(np.meshgrid(np.arange(0, 256, 5), np.arange(0, 256, 5), np.arange(0, 256, 5)))
+        .reshape(3, -1)
+        .T.astype(np.uint8)
+    )
     x = values[:140_608].reshape(1, 208, 676, 3)
     assert (to_grey(x) == (x.astype(int) @ [19595, 38470, 7471] + 2**15) >> 16).all()
 
@@ -452,8 +511,11 @@ def test_split_is_torchs_random_split(entry):
 
 def test_split_sizes_are_those_of_the_zoos():
     sizes = {name: (entry.n_train, entry.n_val, entry.n_test) for name, entry in DATA_SETS.items()}
-    assert sizes == {"mnist": (50_000, 10_000, 10_000), "fmnist": (50_000, 10_000, 10_000), "svhn": (60_000, 13_257, 26_032), "usps": (6_000, 1_291, 2_007),
-                     "cifar10": (42_000, 8_000, 10_000), "stl10": (4_200, 800, 8_000), "digits": (1_200, 97, 500)}
+    assert sizes == {
+        "mnist": (50_000, 10_000, 10_000), "fmnist": (50_000, 10_000, 10_000), "svhn": (60_000, 13_257, 26_032),
+        "usps": (6_000, 1_291, 2_007), "cifar10": (42_000, 8_000, 10_000), "stl10": (4_200, 800, 8_000),
+        "digits": (1_200, 97, 500),
+    }
 
 
 def test_digits_are_each_used_once_and_need_no_folder(tmp_path, monkeypatch):
@@ -462,7 +524,9 @@ def test_digits_are_each_used_once_and_need_no_folder(tmp_path, monkeypatch):
     entry, (x, y) = DATA_SETS["digits"], datasets.decode_digits()
     parts = split_order(1797, 1200, 97, 500)
     assert sorted(np.concatenate(parts)) == list(range(1797))
-    assert torch.equal(images.x_test, by_hand(x[parts[2]], entry, 28)) and torch.equal(images.x_train, by_hand(x[parts[0]], entry, 28))
+    assert torch.equal(images.x_test, by_hand(x[parts[2]], entry, 28)) and torch.equal(
+        images.x_train, by_hand(x[parts[0]], entry, 28)
+    )
     assert images.y_val.tolist() == y[parts[1]].tolist()
     assert not (tmp_path / "nowhere").exists()
 
@@ -487,7 +551,9 @@ def test_wrong_names_and_sizes_list_the_valid_ones():
 
 
 def test_published_checksums_are_md5_sums_and_unique():
-    files = [file for entry in DATA_SETS.values() for file in (*entry.train, *entry.test, *filter(None, [entry.archive]))]
+    files = [
+        file for entry in DATA_SETS.values() for file in (*entry.train, *entry.test, *filter(None, [entry.archive]))
+    ]
     assert len({file.md5 for file in files}) == len(files) == 24
     assert all(len(file.md5) == 32 and int(file.md5, 16) for file in files)
 
@@ -524,7 +590,9 @@ def test_real_usps():
     images = load_images("usps")
     assert images.x_train.shape == (6000, 1, 28, 28) and images.x_test.shape == (2007, 1, 28, 28)
     assert np.bincount(images.y_test).tolist() == [359, 264, 198, 166, 200, 160, 170, 147, 166, 177]
-    assert (np.bincount(images.y_train) + np.bincount(images.y_val)).tolist() == [1194, 1005, 731, 658, 652, 556, 664, 645, 542, 644]
+    assert (np.bincount(images.y_train) + np.bincount(images.y_val)).tolist() == [
+        1194, 1005, 731, 658, 652, 556, 664, 645, 542, 644,
+    ]
 
 
 @real("mnist/train-images-idx3-ubyte.gz")

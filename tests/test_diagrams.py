@@ -36,10 +36,19 @@ def test_the_same_weights_give_the_same_bytes(tmp_path, draw, suffix):
 def test_no_text_leaves_the_figure_and_no_two_texts_overlap(draw):
     fig = draw()
     fig.draw_without_rendering()
-    texts = [text for ax in [fig.axes[0], *fig.axes[0].child_axes] for text in (*ax.texts, ax._left_title) if text.get_text()]
+    texts = [
+        text for ax in [fig.axes[0], *fig.axes[0].child_axes] for text in (*ax.texts, ax._left_title) if text.get_text()
+    ]
     boxes = [text.get_window_extent() for text in texts]
-    assert len(boxes) > 12 and all(fig.bbox.x0 <= b.x0 and b.x1 <= fig.bbox.x1 and fig.bbox.y0 <= b.y0 and b.y1 <= fig.bbox.y1 for b in boxes)
-    overlapping = [(a.get_text(), b.get_text()) for i, a in enumerate(texts) for j, b in enumerate(texts) if i < j and boxes[i].overlaps(boxes[j])]
+    assert len(boxes) > 12 and all(
+        fig.bbox.x0 <= b.x0 and b.x1 <= fig.bbox.x1 and fig.bbox.y0 <= b.y0 and b.y1 <= fig.bbox.y1 for b in boxes
+    )
+    overlapping = [
+        (a.get_text(), b.get_text())
+        for i, a in enumerate(texts)
+        for j, b in enumerate(texts)
+        if i < j and boxes[i].overlaps(boxes[j])
+    ]
     assert overlapping == []
 
 

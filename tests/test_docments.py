@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from docments import WIDTH, comments_of, sections_of, with_sections
+from docments import WIDTH, comments_of, sections_of, with_sections, within_width
 from zootwins.twins import make_twins
 
 PACKAGE = Path(__file__).resolve().parents[1] / "zootwins"
@@ -119,5 +119,17 @@ def test_the_package_says_what_its_comments_say(path):
 
 def test_help_shows_every_parameter():
     text = pydoc.plain(pydoc.render_doc(make_twins))
-    assert 'only: "original" and METHODS; none: all of the plan' in text and "list[Report]: what each stage cost" in text
+    assert (
+        'only: "original" and METHODS; none: all of the plan' in text and "list[Report]: what each stage cost" in text
+    )
     assert all(f"    {name}: " in text for name in inspect.signature(make_twins).parameters)
+
+
+def test_what_stands_above_the_first_cell_fits_into_lines():
+    names = [f"name_{i}" for i in range(40)]
+    long = f'"""{"word " * 40}end"""\n\n__all__ = {names!r}\nx = 1\n'
+    short = within_width(long)
+    assert max(map(len, short.splitlines())) <= WIDTH and within_width(short) == short
+    assert ast.literal_eval(ast.parse(short).body[1].value) == names and short.endswith("x = 1\n")
+    assert ast.get_docstring(ast.parse(short)).replace("\n", " ") == "word " * 40 + "end"
+    assert within_width("__all__ = ['a']\n") == "__all__ = ['a']\n"

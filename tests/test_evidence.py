@@ -27,7 +27,7 @@ def saved(numbers):
 
 
 def differences(kept, made):
-    "What differs between a kept CSV and the numbers made again, in words; other processors may round the last digits differently."
+    "What differs between a kept CSV and the numbers made again, in words; other processors may round the last digits."
     if list(kept) != list(made) or len(kept) != len(made):
         return [f"columns or rows: {kept.shape} for {made.shape}"]
     found = []
@@ -62,23 +62,34 @@ def rows(comparison, metrics):
 
 @pytest.mark.parametrize("zoo", KEPT)
 def test_kept_tables_follow_from_the_metrics(zoo, made):
-    assert {"table_1", "table_2", "table_5", "table_6", "table_7", "table_8", "table_9", "claims"} <= set(made[zoo]) and ("comparison" in made[zoo]) == ZOOS[zoo].in_paper
-    wrong = {name: differences(pd.read_csv(ROOT / "figures" / zoo / f"{name}.csv"), saved(table.numbers)) for name, table in made[zoo].items()}
+    assert {"table_1", "table_2", "table_5", "table_6", "table_7", "table_8", "table_9", "claims"} <= set(
+        made[zoo]
+    ) and ("comparison" in made[zoo]) == ZOOS[zoo].in_paper
+    wrong = {
+        name: differences(pd.read_csv(ROOT / "figures" / zoo / f"{name}.csv"), saved(table.numbers))
+        for name, table in made[zoo].items()
+    }
     assert not any(wrong.values()), wrong
 
 
 def test_the_papers_tables_follow_from_the_metrics(metrics, made, comparison):
     folder, every = ROOT / "figures" / "paper", pd.concat(metrics.values(), ignore_index=True)
-    tables = {table.name: table.numbers for table in all_tables(every)} | {"comparison": side_by_side(comparison).numbers}
+    tables = {table.name: table.numbers for table in all_tables(every)} | {
+        "comparison": side_by_side(comparison).numbers
+    }
     tables |= {f"table_{number}_beside": beside_print(comparison, number).numbers for number in COMPARED}
     order = [claim.name for claim in CLAIMS]
-    tables["claims"] = pd.concat([made[zoo]["claims"].numbers for zoo in KEPT]).sort_values("claim", key=lambda names: names.map(order.index), kind="stable", ignore_index=True)
+    tables["claims"] = pd.concat([made[zoo]["claims"].numbers for zoo in KEPT]).sort_values(
+        "claim", key=lambda names: names.map(order.index), kind="stable", ignore_index=True
+    )
     wrong = {name: differences(pd.read_csv(folder / f"{name}.csv"), saved(numbers)) for name, numbers in tables.items()}
     assert not any(wrong.values()), wrong
 
 
 def test_a_falsified_table_is_found(metrics):
-    made = saved(next(table.numbers for table in tables_of(metrics["digits_seed"].query("model < 8")) if table.name == "table_6"))
+    made = saved(
+        next(table.numbers for table in tables_of(metrics["digits_seed"].query("model < 8")) if table.name == "table_6")
+    )
     assert differences(made, made) == [] and differences(made.head(-1), made)
     for name in ("mean", "std", "n", "metric"):
         false = made.astype({"n": float})
@@ -91,7 +102,10 @@ def test_a_falsified_table_is_found(metrics):
 def tables_in(text):
     "Tables of a page in Markdown: heading and rows as lists of cells."
     blocks = re.findall(r"(?:^\|.*\|\n)+", text, re.M)
-    lines = [[[cell.strip() for cell in line.strip("|").split("|")] for line in block.strip().split("\n")] for block in blocks]
+    lines = [
+        [[cell.strip() for cell in line.strip("|").split("|")] for line in block.strip().split("\n")]
+        for block in blocks
+    ]
     return [(of[0], of[2:]) for of in lines if len(of) > 2]
 
 
@@ -102,19 +116,30 @@ def score_rows(comparison, models):
     rows = {}
     for zoo in [*KEPT, "all"]:
         of_zoo = tested if zoo == "all" else tested[tested["zoo"] == zoo]
-        first = {column: str((of_zoo["first"] == word).sum()) for column, word in (("agree", "agrees"), ("near", "near"), ("differ", "differs"))}
-        row = {"models": "" if zoo == "all" else str(models[zoo]), "cells judged": str(len(of_zoo)), **first} | (lines.loc[zoo].to_dict() if zoo in lines.index else {})
+        first = {
+            column: str((of_zoo["first"] == word).sum())
+            for column, word in (("agree", "agrees"), ("near", "near"), ("differ", "differs"))
+        }
+        row = {"models": "" if zoo == "all" else str(models[zoo]), "cells judged": str(len(of_zoo)), **first} | (
+            lines.loc[zoo].to_dict() if zoo in lines.index else {}
+        )
         rows[zoo_title(zoo)] = row | {"folder": f"`figures/{'paper' if zoo == 'all' else zoo}/`"}
     return rows
 
 
 def state_cell(zoo, label, metric, metrics):
     "Ours and the printed cell of a row such as 'Pruned by 50 %, fine-tuned'."
-    pruned, dropped = re.match(r"Pruned by (\d+) %, (before fine-tuning|fine-tuned)", label), re.match(r"Variational dropout, epoch (\d+)", label)
+    pruned, dropped = (
+        re.match(r"Pruned by (\d+) %, (before fine-tuning|fine-tuned)", label),
+        re.match(r"Variational dropout, epoch (\d+)", label),
+    )
     rows = metrics[zoo]
     if pruned:
         level, epoch = int(pruned[1]) / 100, 0 if pruned[2].startswith("before") else ZOOS[zoo].mp_epochs
-        rows, state = rows[(rows["method"] == "mp") & np.isclose(rows["level"], level) & (rows["epoch"] == epoch)], ("mp", level, epoch)
+        rows, state = (
+            rows[(rows["method"] == "mp") & np.isclose(rows["level"], level) & (rows["epoch"] == epoch)],
+            ("mp", level, epoch),
+        )
     else:
         epoch = int(dropped[1]) if dropped else 0
         rows, state = rows[(rows["method"] == "vd") & (rows["epoch"] == epoch)], ("vd", None, epoch)
@@ -134,7 +159,9 @@ def wrong_cells(text, rows, metrics):
             wrong += [f"{title} is missing" for title in set(titles) - {line[0] for line in lines}]
         elif heading[0] in titles and any(name.startswith("accuracy") for name in heading):
             zoo = titles[heading[0]]
-            wrong += [name for name in heading if "models" in name and f"{metrics[zoo]['model'].nunique()} models" not in name]
+            wrong += [
+                name for name in heading if "models" in name and f"{metrics[zoo]['model'].nunique()} models" not in name
+            ]
             for label, *cells in lines:
                 wanted = [*state_cell(zoo, label, "test_acc", metrics), *state_cell(zoo, label, "ggap", metrics)]
                 seen += len(cells)
@@ -152,8 +179,14 @@ def test_any_falsified_number_in_readme_is_found(rows, metrics):
     for heading, lines in tables_in(text):
         if heading[:2] == ["zoo", "models"] or heading[0] in {zoo_title(zoo) for zoo in KEPT}:
             for line in lines:
-                original = next(row for row in text.split("\n") if row.startswith("|") and [cell.strip() for cell in row.strip("|").split("|")] == line)
-                for place in (i for i, cell in enumerate(line) if i and re.search(r"\d", cell) and "figures" not in cell):
+                original = next(
+                    row
+                    for row in text.split("\n")
+                    if row.startswith("|") and [cell.strip() for cell in row.strip("|").split("|")] == line
+                )
+                for place in (
+                    i for i, cell in enumerate(line) if i and re.search(r"\d", cell) and "figures" not in cell
+                ):
                     false = [*line]
                     false[place] = re.sub(r"\d", lambda digit: str((int(digit[0]) + 1) % 10), line[place], count=1)
                     falsified = text.replace(original, "| " + " | ".join(false) + " |")
@@ -203,15 +236,26 @@ def test_any_falsified_number_in_the_prose_is_found(facts):
     for _, _, text in PROSE:
         for found in TOLD.finditer(text):
             said = found["text"]
-            false = re.sub(r"\d", lambda digit: str((int(digit[0]) + 1) % 10), said[::-1], count=1)[::-1] if re.search(r"\d", said) else "never holds"
+            false = (
+                re.sub(r"\d", lambda digit: str((int(digit[0]) + 1) % 10), said[::-1], count=1)[::-1]
+                if re.search(r"\d", said)
+                else "never holds"
+            )
             assert false_numbers(text[: found.start("text")] + false + text[found.end("text"):], facts), said
 
 
 def unkeyed(text):
     "Numbers of a text without a key; quotations, equations, code, links and names such as 'Table 5' do not count."
     text = TOLD.sub("", text)
-    text = re.sub(r"^>.*$|\$\$.*?\$\$|\$[^$]*\$|`[^`]*`|\]\([^)]*\)|\[\d\d_\w+", "", text, flags=re.M | re.S if "$$" in text else re.M)
-    text = re.sub(r"\b(Tables?|Figures?|Equations?|Sections?|epochs?) \d[\d.]*((, | to | and )\d+(?!\.?\d))*|\b(CIFAR|STL)-10\b", "", text)
+    text = re.sub(
+        r"^>.*$|\$\$.*?\$\$|\$[^$]*\$|`[^`]*`|\]\([^)]*\)|\[\d\d_\w+", "", text,
+        flags=re.M | re.S if "$$" in text else re.M,
+    )
+    text = re.sub(
+        r"\b(Tables?|Figures?|Equations?|Sections?|epochs?) \d[\d.]*((, | to | and )\d+(?!\.?\d))*|\b(CIFAR|STL)-10\b",
+        "",
+        text,
+    )
     text = re.sub(r"\b20\d\d\b|^#+ \d.*$|\barXiv\S*|\d\d_\w+", "", text, flags=re.M)
     return set(re.findall(r"\d(?:[\d,]*\d)?(?:\.\d+)?(?:e-\d)?", text))
 
@@ -230,10 +274,14 @@ def test_what_the_prose_reads_is_what_the_metrics_give(kept, comparison, made):
         assert not differences(kept.table(zoo, "claims"), saved(made[zoo]["claims"].numbers))
 
 
-@pytest.mark.parametrize("key, problem", [
-    ("mean usps_seed test_acc mp 0.85", "has no mp at 0.85"), ("mean usps_sed test_acc mp 0.8", "usps_sed"), ("men usps_seed", "Valid: mean"),
-    ("claim usps_seed 'agreement is high' XY value", "names 0 numbers"), ("printed mnist_fixed agreement mp 0.8", "prints no"), ("mean usps_seed", "does not name"),
-])
+@pytest.mark.parametrize(
+    "key, problem",
+    [
+        ("mean usps_seed test_acc mp 0.85", "has no mp at 0.85"), ("mean usps_sed test_acc mp 0.8", "usps_sed"),
+        ("men usps_seed", "Valid: mean"), ("claim usps_seed 'agreement is high' XY value", "names 0 numbers"),
+        ("printed mnist_fixed agreement mp 0.8", "prints no"), ("mean usps_seed", "does not name"),
+    ],
+)
 def test_a_key_that_names_nothing_is_refused(kept, key, problem):
     with pytest.raises(UserError, match=problem) as error:
         fact(kept, key)
@@ -241,13 +289,27 @@ def test_a_key_that_names_nothing_is_refused(kept, key, problem):
 
 
 def test_numbers_keep_their_form(kept, tmp_path):
-    assert [written(1234.5678, like) for like in ("0", "0.0", "+0.00", "9,999")] == ["1,235", "1,234.6", "+1,234.57", "1,235"]
+    assert [written(1234.5678, like) for like in ("0", "0.0", "+0.00", "9,999")] == [
+        "1,235", "1,234.6", "+1,234.57", "1,235",
+    ]
     assert written(-0.001, "0.0") == "0.0" and written("holds", "fails") == "holds"
-    text = "It is 0.0<!-- mean usps_seed test_acc mp 0.8 --> %, and **no<!-- claim usps_seed 'agreement is high' VD verdict -->**."
+    text = (
+        "It is 0.0<!-- mean usps_seed test_acc mp 0.8 --> %, "
+        "and **no<!-- claim usps_seed 'agreement is high' VD verdict -->**."
+    )
     filled = fill(kept, text)
     assert fill(kept, filled) == filled and "holds<!--" in filled and "88.7<!--" in filled
     path = tmp_path / "some.ipynb"
-    path.write_text(json.dumps({"cells": [{"cell_type": "markdown", "id": "a", "source": [text]}, {"cell_type": "code", "id": "b", "source": [text]}]}))
+    path.write_text(
+        json.dumps(
+            {
+                "cells": [
+                    {"cell_type": "markdown", "id": "a", "source": [text]},
+                    {"cell_type": "code", "id": "b", "source": [text]},
+                ]
+            }
+        )
+    )
     assert refill(kept, path) == ["a"] and refill(kept, path) == []
     assert ["".join(cell["source"]) for cell in read_json(path)["cells"]] == [filled, text]
 

@@ -8,8 +8,9 @@ import torch
 from zootwins.architectures import build, layer_names
 from zootwins.core import UserError
 from zootwins.figures import (
-    FIGURES, accuracy_over_sparsity, agreement_range, bin_layers, correlation_curve, figure_2, figure_3, figure_4, figure_5,
-    figure_agreement, figure_individuals, figure_layers, figure_twins, frequency_matrix, spaced, stretch, stretched_ticks, unstretch,
+    FIGURES, accuracy_over_sparsity, agreement_range, bin_layers, correlation_curve, figure_2, figure_3, figure_4,
+    figure_5, figure_agreement, figure_individuals, figure_layers, figure_twins, frequency_matrix, spaced, stretch,
+    stretched_ticks, unstretch,
 )
 from zootwins.individuals import accuracy_changes, hardness, individuals
 from zootwins.style import RINGS, printed_means, save_figure, zoo_looks
@@ -27,7 +28,9 @@ def run(n=12, zoo="usps_seed", levels=(0.0, 0.5, 0.9), vd_epochs=25):
 
     def rows(method, level, epoch, drop, share):
         test_acc = torch.tensor(skill - drop - random.normal(0, 0.005, n)).clip(0, 1)
-        parts = {"sparsity": torch.full((n,), share)} | {f"sparsity_{layer}": torch.full((n,), share) for layer in LAYERS}
+        parts = {"sparsity": torch.full((n,), share)} | {
+            f"sparsity_{layer}": torch.full((n,), share) for layer in LAYERS
+        }
         return tidy(zoo, method, level, epoch, range(n), (test_acc, test_acc), (test_acc, test_acc), parts, test_acc)
 
     parts = [rows("original", None, epoch, 0.75 * 0.9**epoch, 0.0) for epoch in range(51)]
@@ -40,15 +43,28 @@ def removal(zoo="usps_seed", n=3, methods="vd mp"):
     population = sample_population(ZOOS[zoo], n)
     names = layer_names(build(population.architecture))
     share = lambda level: removal_frequency(prune(population, level)[1], names)
-    states = {(zoo, "vd", "", None, epoch): share(0.03 * epoch) for epoch in range(26)} | {(zoo, "mp", "global", level, 15): share(level) for level in (0.0, 0.5, 0.9)}
+    states = {(zoo, "vd", "", None, epoch): share(0.03 * epoch) for epoch in range(26)} | {
+        (zoo, "mp", "global", level, 15): share(level) for level in (0.0, 0.5, 0.9)
+    }
     return stack_frequencies({state: frequency for state, frequency in states.items() if state[1] in methods.split()})
 
 
-@pytest.mark.parametrize("name, suffix", [*((name, ".png") for name in FIGURES), *((name, kind) for name in ("figure_2", "figure_agreement") for kind in (".pdf", ".svg"))])
+@pytest.mark.parametrize(
+    "name, suffix",
+    [
+        *((name, ".png") for name in FIGURES),
+        *((name, kind) for name in ("figure_2", "figure_agreement") for kind in (".pdf", ".svg")),
+    ],
+)
 def test_the_same_metrics_give_the_same_bytes(tmp_path, name, suffix):
     metrics = run()
     save_figure(FIGURES[name](metrics), tmp_path / f"one{suffix}")
-    with plt.rc_context({"axes.facecolor": "red", "font.size": 20, "lines.linewidth": 9, "savefig.dpi": 30, "axes.grid": False, "image.cmap": "hot", "scatter.marker": "x"}):
+    with plt.rc_context(
+        {
+            "axes.facecolor": "red", "font.size": 20, "lines.linewidth": 9, "savefig.dpi": 30, "axes.grid": False,
+            "image.cmap": "hot", "scatter.marker": "x",
+        }
+    ):
         save_figure(FIGURES[name](metrics), tmp_path / f"two{suffix}")
     assert (tmp_path / f"one{suffix}").read_bytes() == (tmp_path / f"two{suffix}").read_bytes()
 
@@ -76,7 +92,9 @@ def test_poor_data_are_drawn_without_a_warning(tmp_path, recwarn, name, n, metho
     metrics = run(n)
     save_figure(FIGURES[name](metrics[metrics["method"].isin(methods.split())]), tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 1000
-    assert [str(warning.message) for warning in recwarn if issubclass(warning.category, (UserWarning, RuntimeWarning))] == []
+    assert [
+        str(warning.message) for warning in recwarn if issubclass(warning.category, (UserWarning, RuntimeWarning))
+    ] == []
     assert plt.get_fignums() == []
 
 
@@ -96,14 +114,18 @@ def test_figure_5_tells_many_zoos_apart():
     assert len({(line.get_color(), line.get_linestyle()) for line in axes.lines}) == 6
     assert [text.get_text() for text in axes.texts] == ["USPS (s) Seed", "MNIST (s) Seed", "SVHN (s) Seed"]
     places = sorted(text.xyann[1] for text in axes.texts)
-    assert np.diff(places).min() >= 0.052 * 1.02 - 1e-9 and all(text.xy == pytest.approx((0.9, text.xy[1])) for text in axes.texts)
+    assert np.diff(places).min() >= 0.052 * 1.02 - 1e-9 and all(
+        text.xy == pytest.approx((0.9, text.xy[1])) for text in axes.texts
+    )
 
 
 def test_labels_keep_their_order_and_their_distance():
     random = np.random.default_rng(0)
     for wanted in (random.random(14), np.zeros(5), [0.3]):
         places = spaced(wanted, 0.05)
-        assert (np.diff(np.sort(places)) >= 0.05 - 1e-9).all() and (np.argsort(places, kind="stable") == np.argsort(wanted, kind="stable")).all()
+        assert (np.diff(np.sort(places)) >= 0.05 - 1e-9).all() and (
+            np.argsort(places, kind="stable") == np.argsort(wanted, kind="stable")
+        ).all()
         assert places.mean() == pytest.approx(np.mean(wanted))
     assert spaced([0.1, 0.2], 0.05).tolist() == [0.1, 0.2] and spaced([0.1, 0.2], 0.2) == pytest.approx([0.05, 0.25])
 
@@ -117,7 +139,9 @@ def rings(ax, kind="printed 2023"):
 
 def test_printed_means_are_those_of_tables_5_to_8():
     cells = read_reported()
-    assert printed_means(cells, "usps_seed", "mp", "test_acc")["value"].to_dict() == pytest.approx({0: 0.91, 0.5: 0.901, 0.6: 0.899, 0.7: 0.895, 0.8: 0.885, 0.9: 0.738})
+    assert printed_means(cells, "usps_seed", "mp", "test_acc")["value"].to_dict() == pytest.approx(
+        {0: 0.91, 0.5: 0.901, 0.6: 0.899, 0.7: 0.895, 0.8: 0.885, 0.9: 0.738}
+    )
     dropout = printed_means(cells, "usps_seed", "vd", "test_acc")["value"]
     assert [*dropout[[0, 2, 5, 25]]] == pytest.approx([0.87, 0.874, 0.865, 0.714])
     layer = printed_means(cells, "usps_seed", "vd", "sparsity", "conv2")["value"]
@@ -134,14 +158,20 @@ def test_rings_stand_where_the_paper_printed_them():
     left, right = figure_2(metrics, cells).axes
     assert rings(left) == [(50, 0.87)] and {(25, 0.714), (25, 0.945), (5, 0.865)} <= set(rings(right))
     first = figure_4(metrics, cells).axes[0]
-    assert {y for _, y in rings(first)} == {0.554, 0.808, 0.306, 0.582, 0.192} and {x for x, _ in rings(first)} == {200, 1200, 96, 720}
+    assert {y for _, y in rings(first)} == {0.554, 0.808, 0.306, 0.582, 0.192} and {x for x, _ in rings(first)} == {
+        200, 1200, 96, 720,
+    }
     dropout, pruning = figure_layers(metrics, cells).axes
     assert (25, 0.969) in rings(dropout) and (0.9, 0.995) in rings(pruning) and len(rings(pruning)) == 15
 
 
 def test_contradicted_numbers_have_rings_of_their_own():
     axes = figure_layers(run(zoo="cifar10_seed"), read_reported()).axes
-    assert len(rings(axes[1])) == 0 and len(rings(axes[1], "printed, but contradicted")) == 15 and len(rings(axes[0])) == 30
+    assert (
+        len(rings(axes[1])) == 0
+        and len(rings(axes[1], "printed, but contradicted")) == 15
+        and len(rings(axes[0])) == 30
+    )
 
 
 @pytest.mark.parametrize("name", ["figure_2", "figure_4", "figure_5", "figure_layers"])
@@ -174,10 +204,15 @@ def test_figure_3_shows_every_weight_in_the_order_of_the_network(zoo, size):
     frequencies = removal(zoo)
     matrix = frequency_matrix(frequencies[frequencies["method"] == "mp"], "level")
     assert matrix.shape == (size, 3) and list(matrix.index.unique("layer")) == ["conv1", "conv2", "conv3", "fc1", "fc2"]
-    assert (matrix.groupby("layer").size() == frequencies[frequencies["epoch"] == 0].groupby("layer", observed=True).size()).all()
+    assert (
+        matrix.groupby("layer").size() == frequencies[frequencies["epoch"] == 0].groupby("layer", observed=True).size()
+    ).all()
     np.testing.assert_allclose(matrix.mean(), [0, 0.5, 0.9], atol=1e-3)
     axes = figure_3(frequencies).axes
-    assert [label.get_text() for label in axes[1].get_xticklabels()] == ["0", "50", "90"] and axes[0].get_ylim() == (size, 0)
+    assert [label.get_text() for label in axes[1].get_xticklabels()] == ["0", "50", "90"] and axes[0].get_ylim() == (
+        size,
+        0,
+    )
 
 
 @pytest.mark.parametrize("methods", ["vd", "mp"])
@@ -192,14 +227,18 @@ def test_bins_hold_the_spread_between_layers_and_within_them():
     profile = pd.DataFrame({"size": [100, 140, 1000], "mean": [0.2, 0.4, 0.9], "std": [0.03, 0.04, np.nan]})
     bins = bin_layers(profile)
     assert bins["layers"].tolist() == [2, 1] and bins["mean"].tolist() == pytest.approx([0.3, 0.9])
-    assert bins["std"].tolist() == pytest.approx([np.sqrt((0.03**2 + 0.04**2) / 2 + 0.1**2), 0]) and bins["size"][0] == pytest.approx(np.sqrt(14000))
+    assert bins["std"].tolist() == pytest.approx([np.sqrt((0.03**2 + 0.04**2) / 2 + 0.1**2), 0]) and bins["size"][
+        0
+    ] == pytest.approx(np.sqrt(14000))
 
 
 def test_figure_4_joins_zoos_of_different_architectures():
     zoos = pd.concat([run(3, "usps_seed"), run(4, "cifar10_large_seed")], ignore_index=True)
     axes = figure_4(zoos).axes
     small, large = (line.get_xdata() for line in axes[0].lines[:2])
-    assert small == pytest.approx(np.array([200, 1200, 96, 720, 200]) / 1.08**0.5) and large == pytest.approx(np.array([432, 4608, 4320, 1200, 200]) * 1.08**0.5)
+    assert small == pytest.approx(np.array([200, 1200, 96, 720, 200]) / 1.08**0.5) and large == pytest.approx(
+        np.array([432, 4608, 4320, 1200, 200]) * 1.08**0.5
+    )
     profile = layer_profile(zoos[(zoos["method"] == "vd") & (zoos["epoch"] == 5)])
     assert sum(len(line.get_xdata()) for line in axes[0].lines[:2]) == len(profile)
     own = run(3, "usps_seed").assign(zoo="mine")
@@ -209,7 +248,10 @@ def test_figure_4_joins_zoos_of_different_architectures():
 def test_agreement_range_holds_for_any_predictions():
     random = np.random.default_rng(0)
     truth = random.integers(0, 3, 40)
-    originals, twins = (np.where(random.random((200, 40)) < random.random((200, 1)), truth, random.integers(0, 3, (200, 40))) for _ in range(2))
+    originals, twins = (
+        np.where(random.random((200, 40)) < random.random((200, 1)), truth, random.integers(0, 3, (200, 40)))
+        for _ in range(2)
+    )
     first, second, agreed = (originals == truth).mean(1), (twins == truth).mean(1), (originals == twins).mean(1)
     for worst, best in ((first, first), (first.min(), first.max())):
         low, high = agreement_range(second, worst, best)
@@ -227,11 +269,19 @@ def test_hardness_finds_the_models_that_always_lose_most():
     for method in ("mp", "vd"):
         rows = table[table["method"] == method]
         assert rows["model"].iloc[0] == 3 and rows["model"].iloc[-1] == 7 and rows["hardness"].is_monotonic_increasing
-        assert rows["hardness"].iloc[0] == 0 and rows["hardness"].iloc[-1] == 1 and rows["hardness"].mean() == pytest.approx(0.5)
+        assert (
+            rows["hardness"].iloc[0] == 0
+            and rows["hardness"].iloc[-1] == 1
+            and rows["hardness"].mean() == pytest.approx(0.5)
+        )
     assert (table["seed"] == table["model"] + 1).all()
     changes = accuracy_changes(metrics, "mp")
-    last = metrics[(metrics["method"] == "mp") & (metrics["epoch"] == 15) & (metrics["level"] == 0.9) & (metrics["model"] == 7)]["test_acc"].item()
-    before = metrics[(metrics["method"] == "original") & (metrics["epoch"] == 50) & (metrics["model"] == 7)]["test_acc"].item()
+    last = metrics[
+        (metrics["method"] == "mp") & (metrics["epoch"] == 15) & (metrics["level"] == 0.9) & (metrics["model"] == 7)
+    ]["test_acc"].item()
+    before = metrics[(metrics["method"] == "original") & (metrics["epoch"] == 50) & (metrics["model"] == 7)][
+        "test_acc"
+    ].item()
     assert changes.loc[7, 0.9] == pytest.approx(last - before) and hardness(changes.head(1)).tolist() == [0]
 
 
@@ -250,18 +300,23 @@ def test_panels_that_are_compared_have_equal_axes():
     for ax in figure_agreement(metrics).axes[:2]:
         assert ax.get_xlim() == ax.get_ylim() == figure_agreement(metrics).axes[0].get_xlim()
     one, two = figure_twins(metrics).axes
-    assert one.get_xlim() == two.get_xlim() and one.get_ylim() == two.get_ylim() and one.get_ylim()[1] >= one.get_xlim()[1]
+    assert (
+        one.get_xlim() == two.get_xlim() and one.get_ylim() == two.get_ylim() and one.get_ylim()[1] >= one.get_xlim()[1]
+    )
 
 
 def test_extremes_are_named_with_the_factors_that_differ():
     grid = run(12, "mnist_fixed")
     labels = [text.get_text() for text in figure_individuals(grid).axes[0].get_legend().get_texts()]
     first = individuals(grid).query("method == 'mp'").iloc[0]
-    name = f"model {first['model']} ({100 * first['original']:.1f}\u00a0%): {model_table(ZOOS['mnist_fixed']).loc[first['model'], 'activation']}, "
+    activation = model_table(ZOOS["mnist_fixed"]).loc[first["model"], "activation"]
+    name = f"model {first['model']} ({100 * first['original']:.1f}\u00a0%): {activation}, "
     assert labels[0].startswith(name) and "seed" in labels[0]
     seeds = [text.get_text() for text in figure_individuals(run(12, "usps_seed")).axes[0].get_legend().get_texts()]
     assert all(label.startswith("seed\u00a0") for label in seeds if label != "median of all")
-    own = individuals(run(4, "usps_seed").assign(zoo="mine"), pd.DataFrame({"model": range(4), "lr": [0.1, 0.2, 0.3, 0.4]}))
+    own = individuals(
+        run(4, "usps_seed").assign(zoo="mine"), pd.DataFrame({"model": range(4), "lr": [0.1, 0.2, 0.3, 0.4]})
+    )
     assert list(own.columns) == ["zoo", "method", "model", "hardness", "original", "change", "lr"]
     assert list(individuals(run(4).assign(zoo="mine")).columns)[-1] == "change"
 
@@ -270,9 +325,14 @@ def test_correlation_over_sparsity_is_that_of_table_2():
     metrics = run(12)
     curve = correlation_curve(metrics, "mp").query("coefficient == 'pearson'")
     before = metrics[(metrics["method"] == "original") & (metrics["epoch"] == 50)].set_index("model")["test_acc"]
-    after = metrics[(metrics["method"] == "mp") & (metrics["epoch"] == 15)].pivot(index="model", columns="level", values="test_acc")
+    after = metrics[(metrics["method"] == "mp") & (metrics["epoch"] == 15)].pivot(
+        index="model", columns="level", values="test_acc"
+    )
     np.testing.assert_allclose(curve["value"], [after[level].corr(before) for level in after])
-    assert len(correlation_curve(metrics, "vd")) == 2 * 26 and correlation_curve(metrics[metrics["method"] == "vd"], "vd").empty
+    assert (
+        len(correlation_curve(metrics, "vd")) == 2 * 26
+        and correlation_curve(metrics[metrics["method"] == "vd"], "vd").empty
+    )
 
 
 def test_mistakes_are_told(tmp_path):

@@ -1,4 +1,4 @@
-"""A short run of the fuzzer (`python tests/fuzz.py --n 10000` is the long one), and whether it finds what it looks for."""
+"""A short run of the fuzzer (`python tests/fuzz.py --n 10000` is the long one); it finds what it looks for."""
 import os
 import signal
 import sys
@@ -55,8 +55,13 @@ def complains(made, path):
     raise error
 
 
-@pytest.mark.parametrize("action,verdict", [(with_one_more, "FAILURE other numbers"), (hogs, "MemoryError"), (dies, "hung or crashed"), (hangs, "more than"),
-                                            (complains, "more than one line"), (lambda made, path: {}["x"], "KeyError")])
+@pytest.mark.parametrize(
+    "action,verdict",
+    [
+        (with_one_more, "FAILURE other numbers"), (hogs, "MemoryError"), (dies, "hung or crashed"),
+        (hangs, "more than"), (complains, "more than one line"), (lambda made, path: {}["x"], "KeyError"),
+    ],
+)
 def test_the_fuzzer_finds_what_it_looks_for(monkeypatch, action, verdict):
     monkeypatch.setattr(fuzz, "SECONDS", 1)
     monkeypatch.setattr(fuzz, "spoil", lambda *_: False)

@@ -1,4 +1,4 @@
-"""The GPU engine, built for the host, means the same as the lanes; NVIDIA's compiler, where it is installed, finds room for it."""
+"""The GPU engine on the host means the same as the lanes; NVIDIA's compiler, where installed, finds room for it."""
 
 import ctypes
 import importlib.util
@@ -39,26 +39,40 @@ def recipe(stage, batch=2):
 
 
 def make(architecture, stage="original", dtype=torch.float32, models=8):
-    """Eight models of four activations and both optimizers, with and without dropout, in the middle of their training."""
+    """Eight models of four activations and both optimizers, with and without dropout, amid their training."""
     torch.manual_seed(0)
     factors = plain_models(8).assign(
-        activation=[name for name in ACTIVATIONS for _ in range(2)], optimizer=["adam", "sgd"] * 4, lr=[2.0 ** -(10 + i % 3) for i in range(8)], **SPECIAL)
+        activation=[name for name in ACTIVATIONS for _ in range(2)],
+        optimizer=["adam", "sgd"] * 4,
+        lr=[2.0 ** -(10 + i % 3) for i in range(8)],
+        **SPECIAL,
+    )
     population = from_modules([build(architecture) for _ in range(8)], architecture, factors)
     if stage == "vd":
         population = begin_variational(population)
     for name, tensor in population.weights.items():
         population.weights[name] = (tensor + torch.randn_like(tensor) if "log_sigma2" in name else tensor).to(dtype)
-    masks = {name: torch.rand(tensor.shape) < 0.5 for name, tensor in population.weights.items() if name.endswith("weight")} if stage == "mp" else {}
+    masks = (
+        {name: torch.rand(tensor.shape) < 0.5 for name, tensor in population.weights.items() if name.endswith("weight")}
+        if stage == "mp"
+        else {}
+    )
     for name, mask in masks.items():
         population.weights[name] *= mask
-    state = begin(population[list(range(models))], stream_keys("zoo", stage, list(range(models))), {name: mask[:models] for name, mask in masks.items()})
+    state = begin(
+        population[list(range(models))],
+        stream_keys("zoo", stage, list(range(models))),
+        {name: mask[:models] for name, mask in masks.items()},
+    )
     state.epoch, state.steps = 5, 7
     return state
 
 
 def images(architecture, n, dtype=torch.float32):
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(n, *lanes.IMAGE_SHAPES[architecture], generator=generator).to(dtype), torch.randint(10, (n,), generator=generator)
+    return torch.randn(n, *lanes.IMAGE_SHAPES[architecture], generator=generator).to(dtype), torch.randint(
+        10, (n,), generator=generator
+    )
 
 
 def parts(state):
@@ -66,10 +80,16 @@ def parts(state):
 
 
 def furthest(a, b, moments=True):
-    """The largest difference in all that training moves, relative to what the numbers themselves are where that is more than 1."""
-    assert (a.epoch, a.steps) == (b.epoch, b.steps) and all(one.keys() == other.keys() for one, other in zip(parts(a), parts(b)))
+    """The largest difference in all that training moves, relative to the numbers themselves where they exceed 1."""
+    assert (a.epoch, a.steps) == (b.epoch, b.steps) and all(
+        one.keys() == other.keys() for one, other in zip(parts(a), parts(b))
+    )
     pairs = list(zip(parts(a), parts(b)))[:None if moments else 1]
-    return max(((one[name].double() - other[name].double()).abs() / one[name].double().abs().clamp(min=1)).max().item() for one, other in pairs for name in one)
+    return max(
+        ((one[name].double() - other[name].double()).abs() / one[name].double().abs().clamp(min=1)).max().item()
+        for one, other in pairs
+        for name in one
+    )
 
 
 def equal(a, b):
@@ -88,14 +108,24 @@ KINDS = [(architecture, stage) for architecture in ARCHITECTURES for stage in ST
 QUICK = ("cnn_small_1ch", "vd")  # the others take minutes together
 
 
-@pytest.mark.parametrize("architecture, stage", [kind if kind == QUICK else pytest.param(*kind, marks=pytest.mark.slow) for kind in KINDS])
+@pytest.mark.parametrize(
+    "architecture, stage", [kind if kind == QUICK else pytest.param(*kind, marks=pytest.mark.slow) for kind in KINDS]
+)
 def test_twenty_steps_equal_the_lanes_in_double_precision(architecture, stage):
-    """All nets, stages, activations and optimizers, in the precision of a GPU and, far more closely, in double precision."""
+    """All nets, stages, activations and optimizers, in a GPU's precision and, far more closely, in double precision."""
     exact, loss, right = after_twenty_steps(lanes, architecture, stage, torch.float64)
     single, single_loss, single_right = after_twenty_steps(gpu, architecture, stage, torch.float32)
     double, double_loss, double_right = after_twenty_steps(gpu, architecture, stage, torch.float64)
-    assert furthest(exact, single, moments=stage != "vd") < 1e-6 and torch.allclose(loss, single_loss, atol=1e-6) and torch.equal(right, single_right)
-    assert furthest(exact, double) < 1e-11 and torch.allclose(loss, double_loss, atol=1e-12) and torch.equal(right, double_right)
+    assert (
+        furthest(exact, single, moments=stage != "vd") < 1e-6
+        and torch.allclose(loss, single_loss, atol=1e-6)
+        and torch.equal(right, single_right)
+    )
+    assert (
+        furthest(exact, double) < 1e-11
+        and torch.allclose(loss, double_loss, atol=1e-12)
+        and torch.equal(right, double_right)
+    )
     untouched = make(architecture, stage, torch.float64)
     untouched.epoch, untouched.steps = exact.epoch, exact.steps
     assert furthest(exact, untouched, moments=False) > 1e-4  # there was something to agree about
@@ -119,7 +149,11 @@ def test_evaluation_equals_the_lanes(architecture):
     weights["module_list.0.bias"][4] = float("nan")
     expected, predicted = lanes.evaluate(weights, architecture, activations, x, y)
     found, classes = gpu.evaluate(weights, architecture, activations, x, y)
-    assert torch.allclose(expected, found, rtol=1e-5, atol=1e-6, equal_nan=True) and torch.equal(predicted, classes) and classes.dtype == torch.uint8
+    assert (
+        torch.allclose(expected, found, rtol=1e-5, atol=1e-6, equal_nan=True)
+        and torch.equal(predicted, classes)
+        and classes.dtype == torch.uint8
+    )
     assert found[4].isnan() and not found[:4].isnan().any()
     given, expected = (engine.logits(weights, architecture, activations, x) for engine in (gpu, lanes))
     assert given.shape == (8, 7, 10) and torch.allclose(expected, given, rtol=1e-4, atol=1e-5, equal_nan=True)
@@ -201,8 +235,15 @@ def test_a_model_does_not_depend_on_its_company():
     alone = begin(state.population[[5]], state.keys[[5]], {name: mask[[5]] for name, mask in state.masks.items()})
     alone.epoch, alone.steps = 5, 7
     own, _ = gpu.train_epoch(alone, x, y, recipe("mp", 3))
-    assert torch.equal(own, loss[[5]]) and all(torch.equal(tensor[0], together.population.weights[name][5]) for name, tensor in alone.population.weights.items())
-    assert len(training.groups(together.population.models, gpu.GPU)) == 1 < len(training.groups(together.population.models, training.TORCH))
+    assert torch.equal(own, loss[[5]]) and all(
+        torch.equal(tensor[0], together.population.weights[name][5])
+        for name, tensor in alone.population.weights.items()
+    )
+    assert (
+        len(training.groups(together.population.models, gpu.GPU))
+        == 1
+        < len(training.groups(together.population.models, training.TORCH))
+    )
 
 
 def test_broken_models_harm_nobody():
@@ -214,7 +255,10 @@ def test_broken_models_harm_nobody():
     expected, _ = gpu.train_epoch(healthy, x, y, recipe("original"))
     others = [0, 2, 3, 4, 5, 6, 7]
     assert loss[1].isnan() and torch.equal(loss[others], expected[others])
-    assert all(torch.equal(tensor[others], state.population.weights[name][others]) for name, tensor in healthy.population.weights.items())
+    assert all(
+        torch.equal(tensor[others], state.population.weights[name][others])
+        for name, tensor in healthy.population.weights.items()
+    )
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -285,7 +329,9 @@ def test_nothing_is_read_from_beyond_a_tensor(spoil, message):
     before = {name: tensor.clone() for name, tensor in state.population.weights.items()}
     with pytest.raises(UserError, match=message):
         gpu.train_epoch(state, x, y, recipe("original"))
-    assert state.epoch == 5 and all(torch.equal(tensor, before[name]) for name, tensor in state.population.weights.items())
+    assert state.epoch == 5 and all(
+        torch.equal(tensor, before[name]) for name, tensor in state.population.weights.items()
+    )
 
 
 def test_labels_that_changed_are_looked_at_again():
@@ -300,7 +346,10 @@ def test_labels_that_changed_are_looked_at_again():
 def test_a_population_goes_through_its_recipe():
     """Digits for two epochs, measured after each, as the lanes have it."""
     pictures, population = subset(load_images("digits"), 60, 40), sample_population(ZOOS["digits_seed"], 3)
-    results = [engines.train(population, pictures, Recipe("digits_seed", "original", epochs=2), engine=engine, progress=False) for engine in (lanes.LANES, gpu.GPU)]
+    results = [
+        engines.train(population, pictures, Recipe("digits_seed", "original", epochs=2), engine=engine, progress=False)
+        for engine in (lanes.LANES, gpu.GPU)
+    ]
     expected, found = (result.metrics for result in results)
     assert list(found["epoch"]) == [0, 1, 2] * 3 and np.allclose(expected, found, atol=1e-5)
 
@@ -312,9 +361,19 @@ def test_what_is_measured_on_a_device_runs_on_the_host():
     spec.loader.exec_module(benchmark)
     found = benchmark.check_against_host("cnn_small_1ch", "vd", "cpu")
     assert found["well"] and found["weights"] == found["loss"] == found["classes"] == 0
-    assert benchmark.check_alone("cnn_small_1ch", "mp", "cpu", models=3, images=3) and benchmark.check_orders("cpu", 100) and benchmark.peak("cpu") is None
+    assert (
+        benchmark.check_alone("cnn_small_1ch", "mp", "cpu", models=3, images=3)
+        and benchmark.check_orders("cpu", 100)
+        and benchmark.peak("cpu") is None
+    )
     state = benchmark.some_state("cnn_small_1ch", "original", 2, "cpu")
-    assert benchmark.rate(lambda x, y: gpu.train_epoch(state, x, y, benchmark.a_recipe("original")), "cnn_small_1ch", 2, "cpu", 2, 0.01) > 0
+    assert (
+        benchmark.rate(
+            lambda x, y: gpu.train_epoch(state, x, y, benchmark.a_recipe("original")), "cnn_small_1ch", 2, "cpu", 2,
+            0.01,
+        )
+        > 0
+    )
 
 
 def test_images_that_lie_askew():
@@ -328,12 +387,17 @@ def test_images_that_lie_askew():
     assert equal(one, other)
 
 
-# ------------------------------------------------------------------------------------------------------------- sanitizers
+# --------------------------------------------------------------------------------------------------------- sanitizers
 
 def sanitized(variant, folder, source=None):
     """Train in a program of its own, under the sanitizers of addresses and of undefined behaviour."""
-    flags = ["-std=c++20", "-O0", "-ffp-contract=off", "-w", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    command = [lanes.compiler(), *flags, *variant.options(), f"-I{(source or gpu.SOURCE).parent}", f"-I{gpu.SOURCE.parent}", str(Path(__file__).with_name("gpu_main.cpp"))]
+    flags = [
+        "-std=c++20", "-O0", "-ffp-contract=off", "-w", "-fsanitize=address,undefined", "-fno-sanitize-recover=all",
+    ]
+    command = [
+        lanes.compiler(), *flags, *variant.options(), f"-I{(source or gpu.SOURCE).parent}", f"-I{gpu.SOURCE.parent}",
+        str(Path(__file__).with_name("gpu_main.cpp")),
+    ]
     built = subprocess.run([*command, "-o", str(folder / "program")], capture_output=True, text=True)
     if "asan" in built.stderr and "cannot find" in built.stderr:
         pytest.skip("this compiler has no sanitizers")
@@ -360,7 +424,7 @@ def test_sanitizers_would_find_something(right, wrong, message, tmp_path):
     assert result.returncode and re.search(message, result.stderr)
 
 
-# -------------------------------------------------------------------------------------------------------- NVIDIA's compiler
+# -------------------------------------------------------------------------------------------------- NVIDIA's compiler
 
 
 def nvrtc_missing():
@@ -396,7 +460,11 @@ def test_every_variant_fits_every_gpu(variant, chip):
     assert all("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in line for line in spills)
     sizes, library = symbol_sizes(cubin), gpu.host_library(variant)
     assert sizes["shared_bytes"] <= (113 if "small" in variant.architecture else 227) * 1024
-    assert sum(library.part_size(part) for part in range(7)) <= sizes["shared_bytes"] < sum(library.part_size(part) for part in range(7)) + 1024
+    assert (
+        sum(library.part_size(part) for part in range(7))
+        <= sizes["shared_bytes"]
+        < sum(library.part_size(part) for part in range(7)) + 1024
+    )
     assert sizes["threads_per_block"] * max(registers) <= 65536 // (2 if "small" in variant.architecture else 1)
 
 

@@ -1,4 +1,4 @@
-"""A publication goes to a hub and comes back, through the hub's own client and a stand-in of the few addresses that it asks for."""
+"""A publication goes to a hub and back, through the hub's own client and a stand-in of the addresses it asks for."""
 import base64
 import hashlib
 import json
@@ -47,11 +47,25 @@ class Repositories(BaseHTTPRequestHandler):
             return self.answer({"error": "Repository not found"}, 404, **{"X-Error-Code": "RepoNotFound"})
         sha = hashlib.sha1(repr(sorted(files.items())).encode()).hexdigest()
         if "/preupload/" in path:
-            return self.answer({"files": [{"path": f["path"], "uploadMode": "lfs" if f["path"].endswith((".safetensors", ".parquet")) else "regular",
-                                           "shouldIgnore": False} for f in json.loads(body)["files"]]})
+            return self.answer(
+                {
+                    "files": [
+                        {
+                            "path": f["path"],
+                            "uploadMode": "lfs" if f["path"].endswith((".safetensors", ".parquet")) else "regular",
+                            "shouldIgnore": False,
+                        }
+                        for f in json.loads(body)["files"]
+                    ]
+                }
+            )
         if path.endswith("/objects/batch"):
             wanted = json.loads(body)["objects"]
-            upload = lambda oid: {} if oid in server.objects else {"actions": {"upload": {"href": f"{server.url}/objects/{oid}", "header": {}}}}
+            upload = lambda oid: (
+                {}
+                if oid in server.objects
+                else {"actions": {"upload": {"href": f"{server.url}/objects/{oid}", "header": {}}}}
+            )
             return self.answer({"transfer": "basic", "objects": [o | upload(o["oid"]) for o in wanted]})
         if "/commit/" in path:
             for line in map(json.loads, body.splitlines()):
@@ -60,14 +74,32 @@ class Repositories(BaseHTTPRequestHandler):
                     files[value["path"]] = base64.b64decode(value["content"])
                 elif line["key"] == "lfsFile":
                     files[value["path"]] = server.objects[value["oid"]]
-            return self.answer({"success": True, "commitOid": "0" * 40, "commitUrl": f"{server.url}/datasets/{repository[1]}/commit/{'0' * 40}"})
+            return self.answer(
+                {
+                    "success": True,
+                    "commitOid": "0" * 40,
+                    "commitUrl": f"{server.url}/datasets/{repository[1]}/commit/{'0' * 40}",
+                }
+            )
         if "/tree/" in path:
-            return self.answer([{"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()} for name, content in files.items()])
+            return self.answer(
+                [
+                    {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+                    for name, content in files.items()
+                ]
+            )
         if found := re.search(r"/resolve/([0-9a-f]{40})/(.+)", path):
             content = files[found[2]]
-            return self.answer(content, **{"X-Repo-Commit": found[1], "ETag": f'"{hashlib.sha256(content).hexdigest()}"'})
+            return self.answer(
+                content, **{"X-Repo-Commit": found[1], "ETag": f'"{hashlib.sha256(content).hexdigest()}"'}
+            )
         siblings = [{"rfilename": name, "size": server.claim or len(content)} for name, content in files.items()]
-        return self.answer({"id": repository[1], "sha": sha, "siblings": siblings, "private": False, "tags": [], "downloads": 0, "likes": 0})
+        return self.answer(
+            {
+                "id": repository[1], "sha": sha, "siblings": siblings, "private": False, "tags": [], "downloads": 0,
+                "likes": 0,
+            }
+        )
 
     do_GET = do_POST = do_PUT = do_HEAD = do
 
@@ -100,8 +132,12 @@ def public(trained, tmp_path_factory):
 
 def test_what_is_pushed_is_loaded_in_one_line(hub, public, trained):
     address = push(public, "me/digits-twins")
-    assert address.startswith(hub.url) and push(public, "me/digits-twins").startswith(hub.url)  # a second time, onto the first
-    assert set(hub.repositories["me/digits-twins"]) == {path.relative_to(public).as_posix() for path in public.rglob("*") if path.is_file()}
+    assert address.startswith(hub.url) and push(public, "me/digits-twins").startswith(
+        hub.url
+    )  # a second time, onto the first
+    assert set(hub.repositories["me/digits-twins"]) == {
+        path.relative_to(public).as_posix() for path in public.rglob("*") if path.is_file()
+    }
     there, here = load_zoo("hf://me/digits-twins"), load_zoo(public)
     assert there.states.drop(columns="file").equals(here.states.drop(columns="file"))
     one, other = ZooDataset("hf://me/digits-twins", "vd"), ZooDataset(trained.folder, "vd")
@@ -112,7 +148,9 @@ def test_what_is_pushed_is_loaded_in_one_line(hub, public, trained):
 def test_files_of_other_kinds_are_neither_fetched_nor_counted(hub, public):
     push(public, "me/digits-twins")
     hub.repositories["me/digits-twins"]["weights.pkl"] = b"\x80\x04cos\nsystem\n" * 1000
-    folder = fetch("hf://me/digits-twins", limit=sum(path.stat().st_size for path in public.rglob("*") if path.is_file()))
+    folder = fetch(
+        "hf://me/digits-twins", limit=sum(path.stat().st_size for path in public.rglob("*") if path.is_file())
+    )
     assert not (folder / "weights.pkl").exists() and not any(path.endswith("weights.pkl") for _, path in hub.asked)
 
 
@@ -129,13 +167,18 @@ def test_more_than_the_limit_is_not_fetched(hub, public):
 
 def test_what_the_hub_changes_is_found(hub, public):
     push(public, "me/digits-twins")
-    hub.repositories["me/digits-twins"]["vd.safetensors"] = hub.repositories["me/digits-twins"]["vd.safetensors"][:-1] + b"\0"
+    hub.repositories["me/digits-twins"]["vd.safetensors"] = (
+        hub.repositories["me/digits-twins"]["vd.safetensors"][:-1] + b"\0"
+    )
     with pytest.raises(UserError, match="vd.safetensors differs"):
         load_zoo("hf://me/digits-twins")
 
 
 def test_what_cannot_be_is_a_sentence(hub, public, tmp_path):
-    for call in (lambda: load_zoo("hf://me/nothing"), lambda: load_zoo("hf://digits"), lambda: push(public, "../x"), lambda: push(tmp_path, "me/x")):
+    for call in (
+        lambda: load_zoo("hf://me/nothing"), lambda: load_zoo("hf://digits"), lambda: push(public, "../x"),
+        lambda: push(tmp_path, "me/x"),
+    ):
         with pytest.raises(UserError) as told:
             call()
         assert says(told.value)

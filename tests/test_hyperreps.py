@@ -17,20 +17,27 @@ from hypothesis import strategies as st
 from zootwins import hyperreps
 from zootwins.architectures import ARCHITECTURES, build
 from zootwins.core import UserError
-from zootwins.hyperreps import CONFIGS, HyperAutoEncoder, permutation_index, random_orders, to_alpha_vectors, to_vectors, to_weights, token_layout
+from zootwins.hyperreps import (
+    CONFIGS, HyperAutoEncoder, permutation_index, random_orders, to_alpha_vectors, to_vectors, to_weights, token_layout,
+)
 from zootwins.population import Population, plain_models
 from zootwins.store import read_part
 from zootwins.variational import begin_variational, deterministic, log_alphas
 
 PAPER = ("cnn_small_1ch", "cnn_small_3ch", "cnn_large")
 IMAGES = {"cnn_small_1ch": (1, 28, 28), "cnn_small_3ch": (3, 28, 28), "cnn_large": (3, 32, 32)}
-TINY = replace(CONFIGS["small"], name="tiny", dim=16, layers=1, hidden=16, latent=8, batch_size=8, epochs=3, dropout=0.1, projection_width=16, projection=8)
+TINY = replace(
+    CONFIGS["small"], name="tiny", dim=16, layers=1, hidden=16, latent=8, batch_size=8, epochs=3, dropout=0.1,
+    projection_width=16, projection=8,
+)
 
 
 def noisy_population(architecture, n, seed=0):
     "Models with random weights, biases and log variances."
     generator = torch.Generator().manual_seed(seed)
-    weights = {name: torch.randn(n, *p.shape, generator=generator) * 0.3 for name, p in build(architecture).named_parameters()}
+    weights = {
+        name: torch.randn(n, *p.shape, generator=generator) * 0.3 for name, p in build(architecture).named_parameters()
+    }
     population = begin_variational(Population(weights, plain_models(n), architecture))
     for name, tensor in population.weights.items():
         if "log_sigma2" in name:
@@ -55,7 +62,9 @@ def permuted(population, seed):
     noise = {}
     for layer in layout:
         noise[f"{layer.path}.weight"] = population.weights[f"{layer.path}.log_sigma2"]
-        noise[f"{layer.path}.bias"] = population.weights.get(f"{layer.path}.log_sigma2_bias", torch.zeros(len(population), layer.neurons))
+        noise[f"{layer.path}.bias"] = population.weights.get(
+            f"{layer.path}.log_sigma2_bias", torch.zeros(len(population), layer.neurons)
+        )
     moved = to_weights(to_vectors(noise, layout).gather(1, index), layout)
     names = {name: name.replace(".weight", ".log_sigma2").replace(".bias", ".log_sigma2_bias") for name in moved}
     return index, plain | {names[name]: tensor for name, tensor in moved.items() if names[name] in population.weights}
@@ -68,7 +77,10 @@ def test_permuted_models_compute_the_same_before_and_after_pruning(architecture,
     _, other = permuted(population, seed)
     images = torch.randn(4, *IMAGES[architecture], generator=torch.Generator().manual_seed(seed))
     plain = {name: tensor for name, tensor in population.weights.items() if ".log_sigma2" not in name}
-    for before, after in ((plain, {name: other[name] for name in plain}), (deterministic(population.weights), deterministic(other))):
+    for before, after in (
+        (plain, {name: other[name] for name in plain}),
+        (deterministic(population.weights), deterministic(other)),
+    ):
         for i in range(2):
             module, again = (build(architecture, activation) for _ in range(2))
             module.load_state_dict({name: tensor[i] for name, tensor in before.items()})
@@ -99,7 +111,9 @@ def test_vectors_hold_everything(architecture):
     assert all(torch.equal(tensor, population.weights[name]) for name, tensor in again.items()) and len(again) == 10
     alphas = to_weights(to_alpha_vectors(population.weights, layout), layout)
     assert all(torch.equal(alphas[name], relative) for name, relative in log_alphas(population.weights).items())
-    assert hyperreps.noisy_places(layout).sum() == sum(relative[0].numel() for relative in log_alphas(population.weights).values())
+    assert hyperreps.noisy_places(layout).sum() == sum(
+        relative[0].numel() for relative in log_alphas(population.weights).values()
+    )
 
 
 def test_what_is_no_chain_of_layers_has_no_tokens(monkeypatch):
@@ -115,13 +129,19 @@ class Skips(torch.nn.Module):
     def __init__(self, how, bias=True):
         super().__init__()
         self.how, nn = how, torch.nn
-        self.first, self.second, self.third = nn.Conv2d(1, 4, 3, bias=bias), nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4 * 26 * 26, 10)
+        self.first, self.second, self.third = (
+            nn.Conv2d(1, 4, 3, bias=bias),
+            nn.Conv2d(4, 4, 3, padding=1),
+            nn.Linear(4 * 26 * 26, 10),
+        )
 
     def forward(self, x):
         x = self.first(x).tanh()
         y = self.second(x if self.how != "gate" else x * x.mean((2, 3), keepdim=True)).tanh()
-        y = {"chain": y, "gate": y, "sum": y + x, "product": y * x, "twice": self.second(y).tanh() if self.how == "twice" else y, "order": y * torch.arange(4).reshape(4,
-            1, 1)}[self.how]
+        y = {
+            "chain": y, "gate": y, "sum": y + x, "product": y * x,
+            "twice": self.second(y).tanh() if self.how == "twice" else y, "order": y * torch.arange(4).reshape(4, 1, 1),
+        }[self.how]
         return self.third(y.flatten(1))
 
 
@@ -139,12 +159,19 @@ def test_what_cannot_be_laid_out_is_named(monkeypatch):
     monkeypatch.setitem(ARCHITECTURES, "skips", lambda activation, dropout: Skips("chain", bias=False))
     with pytest.raises(UserError, match="first has no bias"):
         token_layout("skips")
-    odd = lambda activation, dropout: torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.Flatten(), torch.nn.Linear(4 * 15 * 9, 10))
+    odd = lambda activation, dropout: torch.nn.Sequential(
+        torch.nn.Conv2d(1, 4, 3), torch.nn.Flatten(), torch.nn.Linear(4 * 15 * 9, 10)
+    )
     monkeypatch.setitem(ARCHITECTURES, "skips", odd)
     with pytest.raises(UserError, match="cannot be tried"):
         token_layout("skips")
-    monkeypatch.setitem(ARCHITECTURES, "skips", lambda activation, dropout: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 8), torch.nn.ReLU(),
-        torch.nn.Linear(8, 3)))
+    monkeypatch.setitem(
+        ARCHITECTURES,
+        "skips",
+        lambda activation, dropout: torch.nn.Sequential(
+            torch.nn.Flatten(), torch.nn.Linear(784, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3)
+        ),
+    )
     assert [layer.neurons for layer in token_layout("skips")] == [8, 3]
 
 
@@ -196,7 +223,10 @@ def test_models_with_huge_or_broken_weights_are_left_out():
     epochs = {epoch: noisy_population("cnn_small_1ch", 12, epoch).weights for epoch in range(2)}
     epochs[0]["module_list.0.weight"][3, 0, 0, 0, 0] = 7.0
     epochs[1]["module_list.11.bias"][5, 2] = torch.nan
-    metrics = pd.DataFrame([(m, e, 0.5, 0.0, 0.1) for e in epochs for m in range(12)], columns=["model", "epoch", "test_acc", "ggap", "sparsity"])
+    metrics = pd.DataFrame(
+        [(m, e, 0.5, 0.0, 0.1) for e in epochs for m in range(12)],
+        columns=["model", "epoch", "test_acc", "ggap", "sparsity"],
+    )
     states = hyperreps.gather_states(epochs, metrics, range(12), "digits_seed", "cnn_small_1ch")
     assert sorted(states.rows["model"].unique()) == [m for m in range(12) if m not in (3, 5)]
     at = states.rows.query("model == 4 and epoch == 1").index[0]
@@ -205,7 +235,7 @@ def test_models_with_huge_or_broken_weights_are_left_out():
 
 @pytest.mark.parametrize("compression", ["token", "all"])
 def test_structure_is_learned(compression):
-    "Models that differ in two directions only are reconstructed from a few numbers; with random orders of neurons this could not be learned so fast."
+    "Models that differ in two directions only are reconstructed; with random orders of neurons this would take longer."
     states, random = random_states(20, 2), torch.Generator().manual_seed(0)
     directions, amounts = torch.randn(2, 2464, generator=random), torch.randn(len(states), 2, generator=random)
     states = replace(states, weights=0.1 * amounts @ directions, log_alphas=amounts @ directions.roll(1, 0))
@@ -215,7 +245,9 @@ def test_structure_is_learned(compression):
     model, places = training.model, hyperreps.noisy_places(training.model.layout)
     for _ in range(80):
         weights, alphas = model.decode(model.encode(train.weights))
-        loss = hyperreps.weight_loss(weights, train.weights, model.scale) + hyperreps.alpha_loss(alphas, train.log_alphas, config.window, places)
+        loss = hyperreps.weight_loss(weights, train.weights, model.scale) + hyperreps.alpha_loss(
+            alphas, train.log_alphas, config.window, places
+        )
         training.optimizer.zero_grad()
         loss.backward()
         training.optimizer.step()
@@ -239,7 +271,10 @@ def train_here(folder, until):
     training, train = hyperreps.begin_training(states, config), states[states.rows["split"] == "train"]
     history = hyperreps.open_training(Path(folder), training, states)
     while training.epoch < until:
-        history = pd.concat([history, pd.DataFrame([{"epoch": training.epoch + 1, **hyperreps.train_epoch(training, train)}])], ignore_index=True)
+        history = pd.concat(
+            [history, pd.DataFrame([{"epoch": training.epoch + 1, **hyperreps.train_epoch(training, train)}])],
+            ignore_index=True,
+        )
         hyperreps.save_training(Path(folder), training, history)
     torch.set_num_threads(threads)
     return history

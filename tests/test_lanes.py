@@ -40,8 +40,11 @@ def recipe(noisy=False, batch=3):
     return Recipe("zoo", "stage", epochs=99, batch_size=batch, variational=noisy)
 
 
-def make(architecture, activation="tanh", optimizer="adam", dropout=0.0, masked=False, noisy=False, models=2, dtype=torch.float32, seed=0):
-    """A population in the middle of its training: rates, decay and noise differ from model to model; so do factors given as lists."""
+def make(
+    architecture, activation="tanh", optimizer="adam", dropout=0.0, masked=False, noisy=False, models=2,
+    dtype=torch.float32, seed=0,
+):
+    """A population amid its training: rates, decay and noise differ from model to model; so do factors in lists."""
     torch.manual_seed(seed)
     factors = plain_models(models, activation=activation, optimizer=optimizer, dropout=dropout)
     activation, dropout = factors["activation"][0], float(factors["dropout"][0])
@@ -53,7 +56,11 @@ def make(architecture, activation="tanh", optimizer="adam", dropout=0.0, masked=
     weights = population.weights
     for name, tensor in weights.items():  # log variances within, at and beyond the clamp
         weights[name] = (torch.randn_like(tensor) * 4 - 2 if "log_sigma2" in name else tensor).to(dtype)
-    masks = {name: torch.rand(tensor.shape) < 0.5 for name, tensor in weights.items() if name.endswith("weight")} if masked else {}
+    masks = (
+        {name: torch.rand(tensor.shape) < 0.5 for name, tensor in weights.items() if name.endswith("weight")}
+        if masked
+        else {}
+    )
     for name, mask in masks.items():
         weights[name] = weights[name] * mask
     state = begin(population, stream_keys("zoo", "stage", list(range(models))), masks)
@@ -63,11 +70,13 @@ def make(architecture, activation="tanh", optimizer="adam", dropout=0.0, masked=
 
 def images(architecture, n, dtype=torch.float32, seed=1):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n, *lanes.IMAGE_SHAPES[architecture], generator=generator).to(dtype), torch.randint(10, (n,), generator=generator)
+    return torch.randn(n, *lanes.IMAGE_SHAPES[architecture], generator=generator).to(dtype), torch.randint(
+        10, (n,), generator=generator
+    )
 
 
 def compare(a, b, before, tolerance):
-    """All that training moves, relative to the largest number of each tensor; Adam makes large steps even of gradients that are mere rounding."""
+    """All that training moves, relative to each tensor's largest number; Adam turns mere rounding into large steps."""
     assert (a.epoch, a.steps) == (b.epoch, b.steps)
     for part in ("first", "second"):
         one, other = getattr(a, part), getattr(b, part)
@@ -86,10 +95,13 @@ def same(a, b):
     return np.array_equal(a, b, equal_nan=True)
 
 
-configurations = st.fixed_dictionaries({
-    "architecture": st.sampled_from(ARCHITECTURES), "activation": st.sampled_from(list(ACTIVATIONS)), "optimizer": st.sampled_from(["adam", "sgd"]),
-    "dropout": st.sampled_from([0.0, 0.3, 0.5]), "masked": st.booleans(), "noisy": st.booleans(), "models": st.integers(1, 3), "seed": st.integers(0, 9),
-})
+configurations = st.fixed_dictionaries(
+    {
+        "architecture": st.sampled_from(ARCHITECTURES), "activation": st.sampled_from(list(ACTIVATIONS)),
+        "optimizer": st.sampled_from(["adam", "sgd"]), "dropout": st.sampled_from([0.0, 0.3, 0.5]),
+        "masked": st.booleans(), "noisy": st.booleans(), "models": st.integers(1, 3), "seed": st.integers(0, 9),
+    }
+)
 
 
 @SLOW
@@ -97,7 +109,10 @@ configurations = st.fixed_dictionaries({
 def test_steps_equal_the_reference(configuration, n):
     x, y = images(configuration["architecture"], n)
     slow, fast = make(**configuration), make(**configuration)
-    expected, found = (engine.train_epoch(state, x, y, recipe(configuration["noisy"])) for engine, state in ((training.TORCH, slow), (lanes.LANES, fast)))
+    expected, found = (
+        engine.train_epoch(state, x, y, recipe(configuration["noisy"]))
+        for engine, state in ((training.TORCH, slow), (lanes.LANES, fast))
+    )
     compare(slow, fast, make(**configuration), 5e-3)
     assert torch.allclose(expected[0], found[0], rtol=1e-4, atol=1e-5) and torch.equal(expected[1], found[1])
 
@@ -108,7 +123,9 @@ def test_steps_equal_the_reference_in_double_precision(configuration, n):
     configuration |= {"noisy": False, "dtype": torch.float64}
     x, y = images(configuration["architecture"], n, torch.float64)
     slow, fast = make(**configuration), make(**configuration)
-    expected, found = (engine.train_epoch(state, x, y, recipe()) for engine, state in ((training.TORCH, slow), (lanes.LANES, fast)))
+    expected, found = (
+        engine.train_epoch(state, x, y, recipe()) for engine, state in ((training.TORCH, slow), (lanes.LANES, fast))
+    )
     compare(slow, fast, make(**configuration), 1e-7)  # the reference keeps learning rates in single precision
     assert torch.allclose(expected[0], found[0], atol=1e-12) and torch.equal(expected[1], found[1])
 
@@ -117,7 +134,7 @@ def test_steps_equal_the_reference_in_double_precision(configuration, n):
 @pytest.mark.parametrize("noisy", [False, True])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_gradients_equal_the_reference_in_single_precision(architecture, noisy, activation):
-    """After one step without momentum the first moment is the gradient, which no optimizer has enlarged; so are the functions that it is made of."""
+    """After one step without momentum the first moment is the gradient, which no optimizer has enlarged."""
     x, y = images(architecture, 3)
     slow, fast = (make(architecture, activation, "sgd", noisy=noisy, models=4) for _ in range(2))
     training.train_epoch(slow, x, y, recipe(noisy))
@@ -147,14 +164,18 @@ def test_variational_gradient_in_double_precision(architecture, activation, drop
     x, y = images(architecture, 3, torch.float64)
     order = epoch_order(3, state.keys[0], 6)
     loss = training.loss_function(*training.training_module(build(architecture, activation, dropout).double(), True))
-    value, _ = loss(weights, x[order], y[order], state.keys[0], torch.arange(3), torch.tensor(6), variational.kl_weight(6))
+    value, _ = loss(
+        weights, x[order], y[order], state.keys[0], torch.arange(3), torch.tensor(6), variational.kl_weight(6)
+    )
     expected = torch.autograd.grad(value, list(weights.values()))
     lanes.train_epoch(state, x, y, recipe(True))
     for name, gradient in zip(weights, expected):  # momentum starts at zero, so after one step it is the gradient
         assert torch.allclose(state.first[name][0], gradient, rtol=1e-7, atol=1e-9 * gradient.abs().max().item()), name
 
 
-@pytest.mark.parametrize("options", [{"dropout": 0.5}, {"noisy": True}, {"masked": True, "optimizer": "sgd", "activation": "gelu"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"dropout": 0.5}, {"noisy": True}, {"masked": True, "optimizer": "sgd", "activation": "gelu"}], ids=str
+)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_model_does_not_depend_on_its_company(architecture, options):
     x, y = images(architecture, 11)
@@ -175,8 +196,10 @@ def test_a_model_does_not_depend_on_its_company(architecture, options):
 @pytest.mark.parametrize("options", [{}, {"noisy": True}, {"masked": True}], ids=str)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_models_that_are_not_alike_share_a_block(architecture, options):
-    """Eighteen models of every activation, both optimizers and several probabilities of dropout train as each group would alone."""
-    kinds = list(itertools.product(ACTIVATIONS, ["adam", "sgd"], [0.0, 0.3]))[:9] + list(itertools.product(["gelu", "tanh", "sigmoid"], ["sgd", "adam", "sgd"], [0.5]))
+    """Eighteen models of all activations, optimizers and several dropouts train as each group would alone."""
+    kinds = list(itertools.product(ACTIVATIONS, ["adam", "sgd"], [0.0, 0.3]))[:9] + list(
+        itertools.product(["gelu", "tanh", "sigmoid"], ["sgd", "adam", "sgd"], [0.5])
+    )
     factors = dict(zip(("activation", "optimizer", "dropout"), map(list, zip(*kinds))))
     x, y = images(architecture, 7)
     together = make(architecture, models=18, **factors, **options)
@@ -185,15 +208,26 @@ def test_models_that_are_not_alike_share_a_block(architecture, options):
     weights = variational.deterministic(before.population.weights) if "noisy" in options else before.population.weights
     judged, classes = lanes.evaluate(weights, architecture, factors["activation"], x, y)
     for rows in training.groups(before.population.models, training.TORCH):
-        group = begin(before.population[rows], before.keys[rows], {name: mask[rows] for name, mask in before.masks.items()})
+        group = begin(
+            before.population[rows], before.keys[rows], {name: mask[rows] for name, mask in before.masks.items()}
+        )
         group.epoch, group.steps = before.epoch, before.steps
         own_loss, own_accuracy = lanes.train_epoch(group, x, y, recipe("noisy" in options))
         assert same(loss[rows], own_loss) and same(accuracy[rows], own_accuracy)
-        for part, whole in ((group.population.weights, together.population.weights), (group.first, together.first), (group.second, together.second)):
+        for part, whole in (
+            (group.population.weights, together.population.weights),
+            (group.first, together.first),
+            (group.second, together.second),
+        ):
             assert all(same(tensor, whole[name][rows]) for name, tensor in part.items())
-        own_judged, own_classes = lanes.evaluate({name: tensor[rows] for name, tensor in weights.items()}, architecture, before.population.models["activation"].iloc[rows], x, y)
+        own_judged, own_classes = lanes.evaluate(
+            {name: tensor[rows] for name, tensor in weights.items()}, architecture,
+            before.population.models["activation"].iloc[rows], x, y,
+        )
         assert same(judged[rows], own_judged) and same(classes[rows], own_classes)
-    assert training.groups(before.population.models, lanes.LANES) == [sum(training.groups(before.population.models, training.TORCH), [])]
+    assert training.groups(before.population.models, lanes.LANES) == [
+        sum(training.groups(before.population.models, training.TORCH), [])
+    ]
 
 
 @pytest.mark.parametrize("options", [{}, {"noisy": True}, {"masked": True, "dropout": 0.3}], ids=str)
@@ -205,14 +239,21 @@ def test_resuming_from_disk_changes_nothing(options, tmp_path):
             lanes.train_epoch(state, x, y, recipe("noisy" in options))
     parts = {"weights": before.population.weights, "first": before.first, "second": before.second}
     tensors = {f"{part}/{name}": tensor for part, held in parts.items() for name, tensor in held.items()}
-    save_part(tmp_path, "part", tensors, pd.DataFrame({"epoch": [before.epoch]}), {"epoch": before.epoch, "steps": before.steps})
+    save_part(
+        tmp_path, "part", tensors, pd.DataFrame({"epoch": [before.epoch]}),
+        {"epoch": before.epoch, "steps": before.steps},
+    )
     resumed, (kept, _, told) = make("cnn_small_1ch", models=3, **options), read_part(tmp_path, "part")
     for part, held in (("weights", resumed.population.weights), ("first", resumed.first), ("second", resumed.second)):
         held.update({name: kept[f"{part}/{name}"] for name in held})
     resumed.epoch, resumed.steps = told["epoch"], told["steps"]
     lanes.train_epoch(resumed, x, y, recipe("noisy" in options))
     assert (resumed.epoch, resumed.steps) == (straight.epoch, straight.steps)
-    for part, other in ((straight.population.weights, resumed.population.weights), (straight.first, resumed.first), (straight.second, resumed.second)):
+    for part, other in (
+        (straight.population.weights, resumed.population.weights),
+        (straight.first, resumed.first),
+        (straight.second, resumed.second),
+    ):
         assert part.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in part.items())
 
 
@@ -226,7 +267,10 @@ def test_broken_models_harm_nobody(broken):
     expected, _ = lanes.train_epoch(healthy, x, y, recipe())
     others = [0, 2, 3]
     assert torch.equal(loss[others], expected[others]) and loss[1].isfinite().item() == (broken == 1e30)
-    assert all(torch.equal(tensor[others], state.population.weights[name][others]) for name, tensor in healthy.population.weights.items())
+    assert all(
+        torch.equal(tensor[others], state.population.weights[name][others])
+        for name, tensor in healthy.population.weights.items()
+    )
 
 
 @pytest.mark.parametrize("row, column", [(0, 0), (0, 1), (1, 0), (1, 1), (27, 27)])
@@ -287,12 +331,21 @@ def test_evaluation_equals_the_reference(architecture, activation):
     found, classes = lanes.evaluate(weights, architecture, [activation] * 18, x, y)
     assert torch.allclose(expected, found, rtol=1e-5, atol=1e-6, equal_nan=True)
     assert classes.dtype == torch.uint8 and (classes != predicted).float().mean() < 1e-3
-    alone, own = lanes.evaluate({name: tensor[[17]] for name, tensor in weights.items()}, architecture, [activation], x, y)
+    alone, own = lanes.evaluate(
+        {name: tensor[[17]] for name, tensor in weights.items()}, architecture, [activation], x, y
+    )
     assert torch.equal(alone, found[[17]]) and torch.equal(own, classes[[17]])
     exact, near = (engine.logits(weights, architecture, [activation] * 18, x) for engine in (training, lanes))
     assert near.shape == (18, 70, 10) and torch.allclose(exact, near, rtol=1e-4, atol=1e-4, equal_nan=True)
-    assert torch.equal(near.argmax(-1).to(torch.uint8)[:4], classes[:4]) and near[4].isnan().any() and not near[5:].isnan().any()
-    assert torch.equal(lanes.logits({name: tensor[[17]] for name, tensor in weights.items()}, architecture, [activation], x), near[[17]])
+    assert (
+        torch.equal(near.argmax(-1).to(torch.uint8)[:4], classes[:4])
+        and near[4].isnan().any()
+        and not near[5:].isnan().any()
+    )
+    assert torch.equal(
+        lanes.logits({name: tensor[[17]] for name, tensor in weights.items()}, architecture, [activation], x),
+        near[[17]],
+    )
 
 
 def test_normal_numbers():
@@ -314,7 +367,9 @@ def test_an_interrupted_epoch_changes_nothing():
     state = make("cnn_large", models=4)
     before = {name: tensor.clone() for name, tensor in state.population.weights.items()}
     lanes.library()  # built before the clock runs
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs this in the background lets it ignore Ctrl-C
+    handler = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell that runs this in the background lets it ignore Ctrl-C
     threading.Timer(0.3, _thread.interrupt_main).start()
     try:
         with pytest.raises(KeyboardInterrupt):
@@ -340,7 +395,8 @@ def test_interrupt_ends_work_in_other_threads():
     assert not lanes._under_way and all(state.epoch == 5 for state in states)
 
 
-ARITHMETIC = "lanes-ac23f928c976"  # to be renewed when the engine's bits are changed on purpose: stores of another arithmetic are refused
+# To be renewed when the engine's bits are changed on purpose: stores of another arithmetic are refused.
+ARITHMETIC = "lanes-ac23f928c976"
 
 
 def test_the_arithmetic_is_that_of_every_other_machine():
@@ -349,11 +405,15 @@ def test_the_arithmetic_is_that_of_every_other_machine():
 
 @pytest.mark.slow
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="these instruction sets belong to x86")
-@pytest.mark.parametrize("command, machine, level, width", [
-    ("g++", "x86-64-v3", "-O1", 8), ("g++", "x86-64", "-O1", 4), ("clang++", "x86-64-v3", "-O1", 8), ("clang++", "native", "-O2", None),
-])
+@pytest.mark.parametrize(
+    "command, machine, level, width",
+    [
+        ("g++", "x86-64-v3", "-O1", 8), ("g++", "x86-64", "-O1", 4), ("clang++", "x86-64-v3", "-O1", 8),
+        ("clang++", "native", "-O2", None),
+    ],
+)
 def test_other_registers_and_compilers_yield_the_same_bits(command, machine, level, width, monkeypatch, tmp_path):
-    """Originals, pruned and variational models of all nets, activations and optimizers: AVX2, SSE2 without a multiply-add of its own, AVX-512; GCC and clang."""
+    """All nets, stages, activations and optimizers: AVX2, SSE2 without multiply-add, AVX-512; GCC and clang."""
     if not shutil.which(command):
         pytest.skip(f"{command} is not installed")
     if machine == "x86-64-v3" and "avx2" not in lanes.describe_processor():
@@ -371,7 +431,9 @@ def test_other_registers_and_compilers_yield_the_same_bits(command, machine, lev
 def test_another_arithmetic_has_another_name(monkeypatch, tmp_path):
     """A compiler that may reorder sums and multiply by reciprocals."""
     flags = [flag.replace("-O3", "-O1") for flag in lanes._flags("float")]
-    flags += ["-fassociative-math", "-freciprocal-math", "-fno-signed-zeros", "-fno-trapping-math"]  # -ffast-math would change the whole process
+    flags += [
+        "-fassociative-math", "-freciprocal-math", "-fno-signed-zeros", "-fno-trapping-math",
+    ]  # -ffast-math would change the whole process
     monkeypatch.setattr(lanes, "_flags", lambda scalar: flags)
     lanes._compile(lanes.compiler(), "float", tmp_path / "lanes.so")
     library = ctypes.CDLL(str(tmp_path / "lanes.so"))
@@ -402,18 +464,24 @@ def test_what_the_engine_cannot_do_is_said():
         training.train_epoch(state, x, y, recipe())
 
 
-@pytest.mark.parametrize("spoil, message", [
-    (lambda x, y, models, weights: (x, y + 10), "0 to 9"),
-    (lambda x, y, models, weights: (x, y - 10), "0 to 9"),
-    (lambda x, y, models, weights: (x, y[:2]), "as many labels"),
-    (lambda x, y, models, weights: (x[:0], y[:0]), "at least one"),
-    (lambda x, y, models, weights: (x, y.float()), "whole numbers"),
-    (lambda x, y, models, weights: models.update({"optimizer": ["adam", "lion"]}), "lion"),
-    (lambda x, y, models, weights: models.update({"dropout": [0.0, 1.0]}), "below 1"),
-    (lambda x, y, models, weights: weights.update({"module_list.0.bias": torch.zeros(2, 9)}), r"\[2, 8\]"),
-    (lambda x, y, models, weights: weights.update({"module_list.0.bias": torch.zeros(2, 8).half()}), "float16"),
-    (lambda x, y, models, weights: weights.__delitem__("module_list.0.bias"), "module_list.0.bias"),
-], ids=["label 10", "label -1", "few labels", "no images", "label 0.5", "optimizer", "dropout", "shape", "half precision", "missing"])
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda x, y, models, weights: (x, y + 10), "0 to 9"), (lambda x, y, models, weights: (x, y - 10), "0 to 9"),
+        (lambda x, y, models, weights: (x, y[:2]), "as many labels"),
+        (lambda x, y, models, weights: (x[:0], y[:0]), "at least one"),
+        (lambda x, y, models, weights: (x, y.float()), "whole numbers"),
+        (lambda x, y, models, weights: models.update({"optimizer": ["adam", "lion"]}), "lion"),
+        (lambda x, y, models, weights: models.update({"dropout": [0.0, 1.0]}), "below 1"),
+        (lambda x, y, models, weights: weights.update({"module_list.0.bias": torch.zeros(2, 9)}), r"\[2, 8\]"),
+        (lambda x, y, models, weights: weights.update({"module_list.0.bias": torch.zeros(2, 8).half()}), "float16"),
+        (lambda x, y, models, weights: weights.__delitem__("module_list.0.bias"), "module_list.0.bias"),
+    ],
+    ids=[
+        "label 10", "label -1", "few labels", "no images", "label 0.5", "optimizer", "dropout", "shape",
+        "half precision", "missing",
+    ],
+)
 def test_nothing_is_read_from_beyond_a_tensor(spoil, message):
     x, y = images("cnn_small_1ch", 4)
     state = make("cnn_small_1ch", models=2)
@@ -423,36 +491,57 @@ def test_nothing_is_read_from_beyond_a_tensor(spoil, message):
     before = {name: tensor.clone() for name, tensor in state.population.weights.items()}
     with pytest.raises(UserError, match=message):
         lanes.train_epoch(state, x, y, recipe())
-    assert state.epoch == 5 and all(torch.equal(tensor, before[name]) for name, tensor in state.population.weights.items())
+    assert state.epoch == 5 and all(
+        torch.equal(tensor, before[name]) for name, tensor in state.population.weights.items()
+    )
 
 
 def renamed(tensors):
     return {name.replace("module_list.0", "module_list.1"): tensor for name, tensor in tensors.items()}
 
 
-@pytest.mark.parametrize("spoil, message", [
-    (lambda state: setattr(state, "keys", state.keys[:1]), r"keys has to be int64 \[2, 2\]"),
-    (lambda state: setattr(state, "keys", state.keys[:, :1]), r"keys has to be int64 \[2, 2\]"),
-    (lambda state: setattr(state, "keys", state.keys.to(torch.int32)), "keys has to be int64"),
-    (lambda state: setattr(state, "keys", state.keys.double()), "keys has to be int64"),
-    (lambda state: state.masks.update({"module_list.0.weight": torch.ones(2, 8, 1, 5, 4, dtype=torch.bool)}), r"\(masks\) has to be bool \[2, 8, 1, 5, 5\]"),
-    (lambda state: state.masks.update({"module_list.0.weight": torch.ones(1, 8, 1, 5, 5, dtype=torch.bool)}), r"\(masks\) has to be bool \[2, 8, 1, 5, 5\]"),
-    (lambda state: state.masks.update({"module_list.0.weight": torch.ones(2, 8, 1, 5, 5)}), "float32"),
-    (lambda state: state.masks.update({"other": torch.ones(2, dtype=torch.bool)}), r"lack \(other\)"),
-    (lambda state: state.first.update({"module_list.0.bias": torch.zeros(2, 7)}), r"\(first\) has to be float32 \[2, 8\]"),
-    (lambda state: state.first.update({"module_list.0.bias": torch.zeros(2, 8).double()}), "float64"),
-    (lambda state: state.first.clear(), "first moments"),
-    (lambda state: setattr(state, "first", renamed(state.first)), "module_list.1.bias"),
-    (lambda state: state.second.update({"module_list.0.bias": torch.zeros(16)}), r"\(second\) has to be float32 \[2, 8\]"),
-    (lambda state: state.second.clear(), "second moments"),
-    (lambda state: state.second.__delitem__("module_list.0.bias"), "second moments"),
-    (lambda state: state.population.weights.update({"module_list.0.bias": torch.zeros(())}), r"float32 \[\]"),
-    (lambda state: state.population.weights.update({"module_list.0.bias": torch.zeros(2, 8).double()}), "float64"),
-    (lambda state: setattr(state.population, "models", state.population.models.iloc[:1]), r"float32 \[1, "),
-    (lambda state: setattr(state.population, "models", pd.concat([state.population.models] * 2)), r"float32 \[4, "),
-    (lambda state: setattr(state, "steps", -1), "cannot have been done"),
-], ids=["keys", "half keys", "keys int32", "keys float64", "mask", "mask of one", "mask float32", "mask of none", "first", "first float64", "no first", "other first", "second",
-        "no second", "few second", "weight of no model", "weight float64", "few rows", "many rows", "negative steps"])
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda state: setattr(state, "keys", state.keys[:1]), r"keys has to be int64 \[2, 2\]"),
+        (lambda state: setattr(state, "keys", state.keys[:, :1]), r"keys has to be int64 \[2, 2\]"),
+        (lambda state: setattr(state, "keys", state.keys.to(torch.int32)), "keys has to be int64"),
+        (lambda state: setattr(state, "keys", state.keys.double()), "keys has to be int64"),
+        (
+            lambda state: state.masks.update({"module_list.0.weight": torch.ones(2, 8, 1, 5, 4, dtype=torch.bool)}),
+            r"\(masks\) has to be bool \[2, 8, 1, 5, 5\]",
+        ),
+        (
+            lambda state: state.masks.update({"module_list.0.weight": torch.ones(1, 8, 1, 5, 5, dtype=torch.bool)}),
+            r"\(masks\) has to be bool \[2, 8, 1, 5, 5\]",
+        ),
+        (lambda state: state.masks.update({"module_list.0.weight": torch.ones(2, 8, 1, 5, 5)}), "float32"),
+        (lambda state: state.masks.update({"other": torch.ones(2, dtype=torch.bool)}), r"lack \(other\)"),
+        (
+            lambda state: state.first.update({"module_list.0.bias": torch.zeros(2, 7)}),
+            r"\(first\) has to be float32 \[2, 8\]",
+        ),
+        (lambda state: state.first.update({"module_list.0.bias": torch.zeros(2, 8).double()}), "float64"),
+        (lambda state: state.first.clear(), "first moments"),
+        (lambda state: setattr(state, "first", renamed(state.first)), "module_list.1.bias"),
+        (
+            lambda state: state.second.update({"module_list.0.bias": torch.zeros(16)}),
+            r"\(second\) has to be float32 \[2, 8\]",
+        ),
+        (lambda state: state.second.clear(), "second moments"),
+        (lambda state: state.second.__delitem__("module_list.0.bias"), "second moments"),
+        (lambda state: state.population.weights.update({"module_list.0.bias": torch.zeros(())}), r"float32 \[\]"),
+        (lambda state: state.population.weights.update({"module_list.0.bias": torch.zeros(2, 8).double()}), "float64"),
+        (lambda state: setattr(state.population, "models", state.population.models.iloc[:1]), r"float32 \[1, "),
+        (lambda state: setattr(state.population, "models", pd.concat([state.population.models] * 2)), r"float32 \[4, "),
+        (lambda state: setattr(state, "steps", -1), "cannot have been done"),
+    ],
+    ids=[
+        "keys", "half keys", "keys int32", "keys float64", "mask", "mask of one", "mask float32", "mask of none",
+        "first", "first float64", "no first", "other first", "second", "no second", "few second", "weight of no model",
+        "weight float64", "few rows", "many rows", "negative steps",
+    ],
+)
 def test_every_pointer_of_a_state_is_checked(spoil, message):
     """Each of these tensors, as a file may hold them, would be read or written beyond its end."""
     x, y = images("cnn_small_1ch", 4)
@@ -473,15 +562,22 @@ def test_every_model_needs_one_activation(activations):
 def test_a_job_takes_no_tensor_that_it_cannot_read():
     job, good = lanes.Job(models=2), torch.zeros(2, 3)
     assert job.hold("rate", good, (2, 3), torch.float32) is good and job.rate == good.data_ptr()
-    for bad in (good.T, torch.zeros(3, 2).T, torch.zeros(2, 6)[:, ::2], good.to_sparse(), good.to("meta"), good[:1].expand(2, 3)):
+    for bad in (
+        good.T, torch.zeros(3, 2).T, torch.zeros(2, 6)[:, ::2], good.to_sparse(), good.to("meta"),
+        good[:1].expand(2, 3),
+    ):
         with pytest.raises(UserError, match=r"loss has to be float32 \[2, 3\]"):
             job.hold("loss", bad, (2, 3), torch.float32)
     assert job.loss is None
 
 
-@pytest.mark.parametrize("optimizer, nesterov, factor", [
-    ("sgd", False, [1.0, 0.25, 0.5]), ("sgd", True, [1.0, 1.0, 1.0]), ("sgd", True, [0.1, 2.0, 0.0]), ("adam", False, [1.0, 0.25, 0.5]), ("adam", True, None), ("sgd", True, None),
-])
+@pytest.mark.parametrize(
+    "optimizer, nesterov, factor",
+    [
+        ("sgd", False, [1.0, 0.25, 0.5]), ("sgd", True, [1.0, 1.0, 1.0]), ("sgd", True, [0.1, 2.0, 0.0]),
+        ("adam", False, [1.0, 0.25, 0.5]), ("adam", True, None), ("sgd", True, None),
+    ],
+)
 def test_rates_by_step_and_nesterov(optimizer, nesterov, factor):
     """Three steps beside torch's own optimizers, all in double precision; Adam does not know of Nesterov."""
     state = make("cnn_small_1ch", optimizer=optimizer, models=2, dtype=torch.float64)
@@ -542,11 +638,15 @@ except lanes.UserError as error:
 
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="limits of memory as Linux has them")
-@pytest.mark.parametrize("kind, limit", [("threads", 0), ("threads", 1), ("threads", 4), ("memory", 1), ("memory", 24), ("memory", 2000)])
+@pytest.mark.parametrize(
+    "kind, limit", [("threads", 0), ("threads", 1), ("threads", 4), ("memory", 1), ("memory", 24), ("memory", 2000)]
+)
 def test_a_starved_process_ends_with_a_sentence(kind, limit):
     """Threads that do not start and memory that runs out, with 4 threads and 4 blocks of models."""
     script = STARVED.format(tests=str(Path(__file__).parent))
-    result = subprocess.run([sys.executable, "-c", script, kind, str(limit)], capture_output=True, text=True, timeout=120)
+    result = subprocess.run(
+        [sys.executable, "-c", script, kind, str(limit)], capture_output=True, text=True, timeout=120
+    )
     said = result.stdout.strip().splitlines()
     assert result.returncode == 0 and len(said) == 1, result.stderr[-500:]
     if (kind, limit) in (("threads", 4), ("memory", 2000)):
@@ -554,7 +654,11 @@ def test_a_starved_process_ends_with_a_sentence(kind, limit):
     elif kind == "threads":
         assert said[0].startswith("4 threads could not be started (can't start new thread)")
     else:
-        assert said == ["trained"] and limit > 1 or said[0].startswith(("4 threads could not be started", "Memory ran out in the fast engine"))
+        assert (
+            said == ["trained"]
+            and limit > 1
+            or said[0].startswith(("4 threads could not be started", "Memory ran out in the fast engine"))
+        )
 
 
 SANITIZED = """
@@ -567,7 +671,8 @@ lanes.library = lambda scalar="float": library
 kinds = list(itertools.product(ACTIVATIONS, ["adam", "sgd"], [0.0, 0.3]))
 factors = dict(zip(("activation", "optimizer", "dropout"), map(list, zip(*kinds))))
 if sys.argv[2] == "broken":
-    lanes.Job._address = lambda self, name, tensor, shape, dtype: self.__dict__.setdefault("held", []).append(tensor) or tensor.data_ptr()
+    held = lambda job: job.__dict__.setdefault("held", [])
+    lanes.Job._address = lambda self, name, tensor, shape, dtype: held(self).append(tensor) or tensor.data_ptr()
 for architecture in lanes.IMAGE_SHAPES:
     x, y = images(architecture, 7)
     for options in ({{}}, {{"masked": True}}, {{"noisy": True}}):
@@ -575,24 +680,34 @@ for architecture in lanes.IMAGE_SHAPES:
         if sys.argv[2] == "broken":
             state.keys = state.keys[:1].clone()
         lanes.train_epoch(state, x, y, recipe("noisy" in options), threads=2)
-        weights = variational.deterministic(state.population.weights) if "noisy" in options else state.population.weights
+        weights = state.population.weights
+        weights = variational.deterministic(weights) if "noisy" in options else weights
         lanes.evaluate(weights, architecture, factors["activation"], x, y)
 print("clean")
 """
 
 
 def test_the_sanitizers_find_nothing(tmp_path):
-    """Small trainings of all architectures under ASan and UBSan, which do find what is read beyond a tensor once nobody checks."""
+    """Small trainings of all architectures under ASan and UBSan, which do find reads beyond a tensor once unchecked."""
     command = lanes.compiler()
     runtime = subprocess.run([command, "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
-    flags = [flag.replace("-O3", "-O1") for flag in lanes._flags("float")] + ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    built = subprocess.run([command, *flags, "-o", str(tmp_path / "lanes.so"), str(lanes.SOURCE)], capture_output=True, text=True)
+    flags = [flag.replace("-O3", "-O1") for flag in lanes._flags("float")] + [
+        "-g1",
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=all",
+    ]
+    built = subprocess.run(
+        [command, *flags, "-o", str(tmp_path / "lanes.so"), str(lanes.SOURCE)], capture_output=True, text=True
+    )
     if not Path(runtime).is_absolute() or built.returncode:
         pytest.skip(f"{command} has no sanitizers that can be loaded into Python")
     environment = {**os.environ, "LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "1"}
     script = SANITIZED.format(tests=str(Path(__file__).parent))
     for kind in ("whole", "broken"):
-        result = subprocess.run([sys.executable, "-c", script, str(tmp_path / "lanes.so"), kind], capture_output=True, text=True, env=environment)
+        result = subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path / "lanes.so"), kind], capture_output=True, text=True,
+            env=environment,
+        )
         if kind == "whole":
             assert (result.returncode, result.stdout) == (0, "clean\n"), result.stderr[-3000:]
         else:
@@ -617,7 +732,10 @@ def test_labels_of_any_whole_type():
     weights = make("cnn_small_1ch").population.weights
     expected = lanes.evaluate(weights, "cnn_small_1ch", ["tanh"] * 2, x, y)
     for kind in (torch.int32, torch.uint8):
-        assert all(torch.equal(a, b) for a, b in zip(expected, lanes.evaluate(weights, "cnn_small_1ch", ["tanh"] * 2, x, y.to(kind))))
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(expected, lanes.evaluate(weights, "cnn_small_1ch", ["tanh"] * 2, x, y.to(kind)))
+        )
 
 
 @pytest.fixture

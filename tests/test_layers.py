@@ -8,7 +8,10 @@ from hypothesis import strategies as st
 
 from zootwins.architectures import build, layer_names
 from zootwins.core import UserError
-from zootwins.layers import FREQUENCY_COLUMNS, frequency_spread, layer_sizes, read_frequencies, removal_frequency, save_frequencies, stack_frequencies
+from zootwins.layers import (
+    FREQUENCY_COLUMNS, frequency_spread, layer_sizes, read_frequencies, removal_frequency, save_frequencies,
+    stack_frequencies,
+)
 from zootwins.metrics import sparsity
 from zootwins.population import sample_population
 from zootwins.selectors import prune
@@ -22,13 +25,18 @@ LAYERS = {"conv1": "a", "fc1": "b"}
 @given(st.integers(1, 6), st.integers(1, 4), st.integers(1, 5), st.integers(0, 10**6))
 def test_frequency_is_counting(models, rows, columns, seed):
     random = torch.Generator().manual_seed(seed)
-    masks = {"b.weight": torch.rand(models, rows, columns, generator=random) > 0.5, "a.weight": torch.rand(models, 2, 1, 3, 3, generator=random) > 0.5}
+    masks = {
+        "b.weight": torch.rand(models, rows, columns, generator=random) > 0.5,
+        "a.weight": torch.rand(models, 2, 1, 3, 3, generator=random) > 0.5,
+    }
     found = removal_frequency(masks, LAYERS)
     assert found["layer"].tolist() == ["conv1"] * 18 + ["fc1"] * (rows * columns)
     for row in found.itertuples():
         kept = [bool(mask.reshape(-1)[row.weight]) for mask in masks[f"{LAYERS[row.layer]}.weight"]]
         assert row.frequency == pytest.approx(kept.count(False) / models) and row.models == models
-    weights = {name: mask * (torch.rand(mask.shape, generator=random) + 0.1) for name, mask in masks.items()} | {"a.bias": torch.zeros(models, 2)}
+    weights = {name: mask * (torch.rand(mask.shape, generator=random) + 0.1) for name, mask in masks.items()} | {
+        "a.bias": torch.zeros(models, 2)
+    }
     pd.testing.assert_frame_equal(removal_frequency(weights, LAYERS), found)
 
 
@@ -37,10 +45,17 @@ def test_mean_frequency_is_mean_sparsity(zoo):
     population = sample_population(ZOOS[zoo], 6)
     names = layer_names(build(population.architecture))
     for masks in (prune(population, 0.6)[1], prune(population, 0.6, "layerwise")[1]):
-        by_layer = removal_frequency(masks, names).groupby("layer", observed=True, sort=False)["frequency"].agg(["mean", "size"])
+        by_layer = (
+            removal_frequency(masks, names)
+            .groupby("layer", observed=True, sort=False)["frequency"]
+            .agg(["mean", "size"])
+        )
         measured = sparsity(masks, names)
         assert by_layer["size"].to_dict() == layer_sizes(population.architecture)
-        assert all(by_layer.loc[layer, "mean"] == pytest.approx(measured[f"sparsity_{layer}"].mean().item(), abs=1e-6) for layer in names)
+        assert all(
+            by_layer.loc[layer, "mean"] == pytest.approx(measured[f"sparsity_{layer}"].mean().item(), abs=1e-6)
+            for layer in names
+        )
 
 
 def test_variational_masks_and_pruned_weights_count_alike():
@@ -57,15 +72,23 @@ def test_variational_masks_and_pruned_weights_count_alike():
 def stacked(zoo="digits_seed"):
     population = sample_population(ZOOS[zoo], 4)
     names = layer_names(build(population.architecture))
-    states = {(zoo, "vd", "", None, epoch): removal_frequency(prune(population, epoch / 10)[1], names) for epoch in (0, 5)}
-    return stack_frequencies(states | {(zoo, "mp", "global", 0.5, 15): removal_frequency(prune(population, 0.5)[1], names)})
+    states = {
+        (zoo, "vd", "", None, epoch): removal_frequency(prune(population, epoch / 10)[1], names) for epoch in (0, 5)
+    }
+    return stack_frequencies(
+        states | {(zoo, "mp", "global", 0.5, 15): removal_frequency(prune(population, 0.5)[1], names)}
+    )
 
 
 def test_stacked_states_survive_the_disk(tmp_path):
     frequencies = stacked()
     assert list(frequencies.columns) == FREQUENCY_COLUMNS and len(frequencies) == 3 * 2416
     assert frequencies.memory_usage(deep=True).sum() < 30 * len(frequencies)
-    assert frequencies.drop_duplicates(["zoo", "method", "level", "epoch"])["level"].isna().tolist() == [True, True, False]
+    assert frequencies.drop_duplicates(["zoo", "method", "level", "epoch"])["level"].isna().tolist() == [
+        True,
+        True,
+        False,
+    ]
     for name in ("one", "two"):
         save_frequencies(stacked(), tmp_path / f"{name}.parquet")
     assert (tmp_path / "one.parquet").read_bytes() == (tmp_path / "two.parquet").read_bytes()
@@ -77,7 +100,10 @@ def test_zoos_of_different_architectures_are_read_together(tmp_path):
     for zoo in zoos:
         save_frequencies(stacked(zoo), tmp_path / f"{zoo}.parquet")
     both = read_frequencies(*(tmp_path / f"{zoo}.parquet" for zoo in zoos))
-    assert both.groupby("zoo", observed=True).size().to_dict() == {"digits_seed": 3 * 2416, "cifar10_large_seed": 3 * 10760}
+    assert both.groupby("zoo", observed=True).size().to_dict() == {
+        "digits_seed": 3 * 2416,
+        "cifar10_large_seed": 3 * 10760,
+    }
     assert list(both["layer"].cat.categories) == ["conv1", "conv2", "conv3", "fc1", "fc2"]
 
 
@@ -86,9 +112,14 @@ def test_spread_of_equal_weights_is_chance_and_a_special_weight_shows():
     equal = torch.rand(400, 60, 60, generator=random) < 0.3
     special = equal.clone()
     special[:, :, ::10] = True
-    states = {("zoo", "vd", "", None, epoch): removal_frequency({"b.weight": mask}, {"fc1": "b"}) for epoch, mask in enumerate((equal, special))}
+    states = {
+        ("zoo", "vd", "", None, epoch): removal_frequency({"b.weight": mask}, {"fc1": "b"})
+        for epoch, mask in enumerate((equal, special))
+    }
     first, second = frequency_spread(stack_frequencies(states)).itertuples()
-    assert first.size == 3600 and first.models == 400 and first.chance == pytest.approx(np.sqrt(0.7 * 0.3 / 400), rel=0.05)
+    assert (
+        first.size == 3600 and first.models == 400 and first.chance == pytest.approx(np.sqrt(0.7 * 0.3 / 400), rel=0.05)
+    )
     assert first.std == pytest.approx(first.chance, rel=0.1) and second.std > 5 * second.chance
 
 

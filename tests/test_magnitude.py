@@ -22,7 +22,9 @@ def test_global_pruning_is_torchs(name, level):
     pruned, masks = prune(zoo, level)
     module = zoo.to_module(1)
     layers = [m for m in module.modules() if hasattr(m, "weight")]
-    torch_prune.global_unstructured([(m, "weight") for m in layers], pruning_method=torch_prune.L1Unstructured, amount=level)
+    torch_prune.global_unstructured(
+        [(m, "weight") for m in layers], pruning_method=torch_prune.L1Unstructured, amount=level
+    )
     ours = [pruned.weights[key][1] for key in masks]
     assert all(torch.equal(m.weight, weight) for m, weight in zip(layers, ours))
 
@@ -85,7 +87,14 @@ def test_impossible_levels(level):
 def test_pruned_models_are_the_masked_ones_with_their_biases(selector):
     zoo = sample_population(ZOOS["digits_seed"], 3)
     pruned, masks = prune(zoo, 0.7, selector)
-    assert set(pruned.weights) == set(zoo.weights) and pruned.models.equals(zoo.models) and pruned.architecture == zoo.architecture
+    assert (
+        set(pruned.weights) == set(zoo.weights)
+        and pruned.models.equals(zoo.models)
+        and pruned.architecture == zoo.architecture
+    )
     for name, weights in zoo.weights.items():
-        assert torch.equal(pruned.weights[name], weights * masks[name] if name.endswith("weight") else weights) and pruned.weights[name].dtype == weights.dtype
+        assert (
+            torch.equal(pruned.weights[name], weights * masks[name] if name.endswith("weight") else weights)
+            and pruned.weights[name].dtype == weights.dtype
+        )
     assert all(torch.equal(tensor, pruned.weights[name]) for name, tensor in apply_masks(zoo.weights, masks).items())

@@ -14,8 +14,8 @@ from torch.nn.utils import prune as torch_prune
 from zootwins.architectures import build
 from zootwins.core import UserError
 from zootwins.module_masks import (
-    Pattern, check_fit, choose_masks, enforce, holding, load_masks, plain_state, prunable_weights, revived, save_masks, sparsity,
-    sparsity_table, unwrapped,
+    Pattern, check_fit, choose_masks, enforce, holding, load_masks, plain_state, prunable_weights, revived, save_masks,
+    sparsity, sparsity_table, unwrapped,
 )
 from zootwins.networks import make_network
 from zootwins.population import Population
@@ -256,7 +256,10 @@ def test_threads_hold_their_own_copies():
         model, masks = copy.deepcopy(NET), choose_masks(NET, level)
         with holding(model, masks):
             loop(model, sgd(model))
-        ended[level] = (revived(model, masks), sparsity_table(model).loc["prunable", "kept"] == sum(m.sum() for m in masks.values()))
+        ended[level] = (
+            revived(model, masks),
+            sparsity_table(model).loc["prunable", "kept"] == sum(m.sum() for m in masks.values()),
+        )
 
     threads = [threading.Thread(target=work, args=(level,)) for level in levels]
     for thread in threads:
@@ -273,7 +276,9 @@ def test_pruned_numbers_that_are_none_become_zero():
     assert model.conv.weight.isfinite().all()
 
 
-@pytest.mark.parametrize("content", [b"", b"nonsense" * 10, safetensors.torch.save({"a": torch.ones(3)}), safetensors.torch.save({})])
+@pytest.mark.parametrize(
+    "content", [b"", b"nonsense" * 10, safetensors.torch.save({"a": torch.ones(3)}), safetensors.torch.save({})]
+)
 def test_files_that_hold_no_masks_are_refused(tmp_path, content):
     (tmp_path / "masks.safetensors").write_bytes(content)
     with pytest.raises(UserError, match="holds no masks"):
@@ -284,7 +289,10 @@ def test_patterns_keep_the_largest_of_every_group():
     module = nn.Sequential(nn.Linear(8, 2, bias=False), nn.Linear(2, 3))
     module[0].weight.data = torch.tensor([[1.0, -4, 3, 2, 0, 0, 5, -6], [8, 7, 6, 5, 4, 3, 2, 1]])
     masks = choose_masks(module, 0.5, Pattern(2, 4))
-    assert masks["0.weight"].int().tolist() == [[0, 1, 1, 0, 0, 0, 1, 1], [1, 1, 0, 0, 1, 1, 0, 0]] and masks["1.weight"].all()
+    assert (
+        masks["0.weight"].int().tolist() == [[0, 1, 1, 0, 0, 0, 1, 1], [1, 1, 0, 0, 1, 1, 0, 0]]
+        and masks["1.weight"].all()
+    )
     assert sparsity(masks) == 8 / 22
     for pattern, level in ((Pattern(2, 4), 0.6), (Pattern(4, 4), 0.0)):
         with pytest.raises(UserError, match="prune by that"):

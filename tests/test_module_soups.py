@@ -25,8 +25,8 @@ from zootwins.batch_statistics import class_probabilities, evaluate, recompute_s
 from zootwins.core import UserError
 from zootwins.module_masks import choose_masks, enforce, prunable_weights, revived, sparsity_table
 from zootwins.module_soups import (
-    average_modules, barrier_of, compare_runs, copy_seed, greedy_coefficients, identity_of, learned_coefficients, merge_modules,
-    related_runs, repruned, soup,
+    average_modules, barrier_of, compare_runs, copy_seed, greedy_coefficients, identity_of, learned_coefficients,
+    merge_modules, related_runs, repruned, soup,
 )
 from zootwins.networks import ResNet, make_network
 from zootwins.retraining import Rates, Trainer, TrainSettings, shrunk, state_digest, train_network
@@ -119,7 +119,9 @@ def test_dask_carries_functions_that_no_module_holds(tmp_path):
     distributed = pytest.importorskip("distributed")
     with distributed.Client(processes=False, n_workers=1, threads_per_worker=1, dashboard_address=None) as client:
         found = soup(NET, DATA, retrain=local, m=2, workers=client.get_executor(pure=False), folder=tmp_path)
-    assert bits(found.model) == bits(soup(NET, DATA, retrain=loop, m=2).model) and len(list(tmp_path.glob("copy-*"))) == 2
+    assert (
+        bits(found.model) == bits(soup(NET, DATA, retrain=loop, m=2).model) and len(list(tmp_path.glob("copy-*"))) == 2
+    )
 
 
 def test_failing_workers_are_told_and_finished_copies_kept(tmp_path):
@@ -227,7 +229,9 @@ def test_without_data_only_plain_models_can_be_souped():
 
 
 def test_loaders_serve_as_data_and_shuffling_ones_are_refused():
-    parts = {part: TensorDataset(getattr(DATA, f"x_{part}"), getattr(DATA, f"y_{part}")) for part in ("train", "val", "test")}
+    parts = {
+        part: TensorDataset(getattr(DATA, f"x_{part}"), getattr(DATA, f"y_{part}")) for part in ("train", "val", "test")
+    }
     loaders = {part: DataLoader(pairs, 80) for part, pairs in parts.items()}
     ours, theirs = (soup(NET, data, retrain=loop) for data in (DATA, loaders))
     assert bits(ours.model) == bits(theirs.model) and theirs.table.equals(ours.table)

@@ -20,7 +20,9 @@ def test_finished_seeds_are_read_and_others_added(tmp_path, monkeypatch):
     first = study_rows(TOY, tmp_path, [0])
     monkeypatch.setattr(network_studies, "part_rows", lambda study, part, model, images, seed, folder: None)
     assert study_rows(TOY, tmp_path, [0]).equals(first)
-    assert set(first["row"]) == {"dense", "SMS", "mean candidate", "best candidate", "best by validation", "ensemble", "IMP", "IMP_mx"}
+    assert set(first["row"]) == {
+        "dense", "SMS", "mean candidate", "best candidate", "best by validation", "ensemble", "IMP", "IMP_mx",
+    }
     assert set(first["pruning"]) == {"", "weights", "filters"} and first["test_acc"].between(0, 1).all()
 
 
@@ -53,7 +55,13 @@ def test_what_cannot_be_is_one_line(arguments, capsys, tmp_path, monkeypatch):
 def test_the_script_goes_on_until_all_is_there(tmp_path):
     def start(limit):
         command = ["bash", ROOT / "benchmarks" / "resnet18_gpu.sh", tmp_path / "runs", "3"]
-        return subprocess.run(command, env=os.environ | {"TOY": "1", "LIMIT": limit, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}, capture_output=True, text=True)
+        return subprocess.run(
+            command,
+            env=os.environ
+            | {"TOY": "1", "LIMIT": limit, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+            capture_output=True,
+            text=True,
+        )
 
     over = start("1")
     assert over.returncode == 75 and "start again" in over.stdout
@@ -65,8 +73,11 @@ def test_the_script_goes_on_until_all_is_there(tmp_path):
 
 @pytest.mark.slow
 def test_the_notebook_about_networks_runs_on_digits_too(tmp_path):
-    command = [sys.executable, "-m", "papermill", str(ROOT / "nbs" / "sparse_soups_networks.ipynb"), str(tmp_path / "out.ipynb"), "--kernel", "python3",
-               "--no-progress-bar", "-p", "dataset", "digits", "-p", "n_train", "400", "-p", "n_test", "400", "-p", "epochs", "3", "-p", "phases", "2"]
+    command = [
+        sys.executable, "-m", "papermill", str(ROOT / "nbs" / "sparse_soups_networks.ipynb"),
+        str(tmp_path / "out.ipynb"), "--kernel", "python3", "--no-progress-bar", "-p", "dataset", "digits", "-p",
+        "n_train", "400", "-p", "n_test", "400", "-p", "epochs", "3", "-p", "phases", "2",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     text = (tmp_path / "out.ipynb").read_text()

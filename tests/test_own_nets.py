@@ -43,8 +43,11 @@ class Residual(nn.Module):
         return self.last(self.layer(self.act(self.flat(self.hidden(x.flatten(1))))))
 
 
-ZOO = Zoo("residuals", "Residuals", "digits", "residual", seeds=3, activation=("relu",), init=("kaiming_uniform",), lr=(3e-3,), wd=(1e-2,),
-          epochs=2, batch_size=16, mp_epochs=1, mp_learning_rate=1e-3, vd_epochs=2, vd_learning_rate=1e-2)
+ZOO = Zoo(
+    "residuals", "Residuals", "digits", "residual", seeds=3, activation=("relu",), init=("kaiming_uniform",),
+    lr=(3e-3,), wd=(1e-2,), epochs=2, batch_size=16, mp_epochs=1, mp_learning_rate=1e-3, vd_epochs=2,
+    vd_learning_rate=1e-2,
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -64,7 +67,7 @@ def made(tmp_path_factory):
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_training_is_that_of_pytorch(optimizer):
-    "Step by step, with weight decay on weights and none on running statistics; 80 images in batches of 32 leave one of 16."
+    "Step by step, with weight decay on weights and none on running statistics; batches of 32 leave one of 16."
     zoo = sample_population(replace(ZOO, optimizer=(optimizer,)), 2)
     zoo.weights = {name: tensor.double() for name, tensor in zoo.weights.items()}
     x, y = IMAGES.x_train.double(), IMAGES.y_train
@@ -95,7 +98,9 @@ def test_a_model_does_not_depend_on_its_company():
     zoo.weights = {name: tensor.double() for name, tensor in zoo.weights.items()}
     images = replace(IMAGES, x_train=IMAGES.x_train.double(), x_test=IMAGES.x_test.double())
     together, alone = (train(some, images, recipe, engine=TORCH, progress=False).population for some in (zoo, zoo[[2]]))
-    assert all(torch.allclose(together.weights[name][2], tensor[0], atol=1e-8) for name, tensor in alone.weights.items())
+    assert all(
+        torch.allclose(together.weights[name][2], tensor[0], atol=1e-8) for name, tensor in alone.weights.items()
+    )
 
 
 def test_statistics_are_stored_and_published_and_judge(made, tmp_path):
@@ -104,14 +109,22 @@ def test_statistics_are_stored_and_published_and_judge(made, tmp_path):
         stored = read_stage(made.folder, stage)
         assert {"norm.running_var", "plain.running_mean", "flat.running_mean"} < stored.weights.keys()
         loaded = load_population(public / stage)
-        assert list(loaded.weights) == list(stored.weights) and all(torch.equal(loaded.weights[name], tensor) for name, tensor in stored.weights.items())
+        assert list(loaded.weights) == list(stored.weights) and all(
+            torch.equal(loaded.weights[name], tensor) for name, tensor in stored.weights.items()
+        )
         metrics = read_stage_metrics(made.folder, stage)
-        last, models = metrics[metrics["epoch"] == metrics["epoch"].max()].set_index("model")["test_acc"], load_models(public / stage)
+        last, models = (
+            metrics[metrics["epoch"] == metrics["epoch"].max()].set_index("model")["test_acc"],
+            load_models(public / stage),
+        )
         for i, model in enumerate(models.models["model"]):
             with torch.no_grad():
                 right = models.to_module(i).eval()(IMAGES.x_test).argmax(1) == IMAGES.y_test
             assert abs(right.double().mean().item() - last[model]) <= 1.01 / len(right)  # an image on the edge
-    assert (read_stage(made.folder, "vd").weights["norm.running_mean"] != read_stage(made.folder, "original").weights["norm.running_mean"]).any()
+    assert (
+        read_stage(made.folder, "vd").weights["norm.running_mean"]
+        != read_stage(made.folder, "original").weights["norm.running_mean"]
+    ).any()
     item, _ = ZooDataset(public, "vd", form="layers")[1]
     assert torch.equal(item["norm.running_var"], read_stage(made.folder, "vd").weights["norm.running_var"][1])
     assert len(twins_of(public, 2)) == 2
@@ -124,7 +137,10 @@ def test_the_authors_layout_takes_them_as_state_dicts(made, tmp_path):
         for i, path in enumerate(sorted(path for path in (folder / name).iterdir() if path.is_dir())):
             state = torch.load(max(path.glob("checkpoint_*/checkpoints")), weights_only=True)
             assert all(torch.equal(state[key], tensor[i]) for key, tensor in stored.weights.items())
-    with register("unnamed", lambda: nn.Sequential(nn.Conv2d(1, 2, 28), nn.BatchNorm2d(2, affine=False), nn.Flatten(), nn.Linear(2, 10))):
+    with register(
+        "unnamed",
+        lambda: nn.Sequential(nn.Conv2d(1, 2, 28), nn.BatchNorm2d(2, affine=False), nn.Flatten(), nn.Linear(2, 10)),
+    ):
         with pytest.raises(ValueError, match="no known architecture"):  # not taken without its statistics
             fit(shapes_of(build("unnamed").state_dict()))
 
@@ -132,9 +148,15 @@ def test_the_authors_layout_takes_them_as_state_dicts(made, tmp_path):
 def test_only_weights_of_layers_are_pruned_and_noisy(made):
     pruned, noisy = read_stage(made.folder, "mp"), read_stage(made.folder, "vd")
     total = 4 * 49 + 4 * 4 * 9 + 64 * 12 + 120
-    zeros = sum(int((tensor[0] == 0).sum()) for name, tensor in pruned.weights.items() if name.endswith("weight") and tensor.ndim > 2)
+    zeros = sum(
+        int((tensor[0] == 0).sum())
+        for name, tensor in pruned.weights.items()
+        if name.endswith("weight") and tensor.ndim > 2
+    )
     assert zeros == round(0.5 * total) and (pruned.weights["norm.weight"] != 0).all()
-    assert {name for name in noisy.weights if "log_sigma2" in name} == {f"{layer}.log_sigma2" for layer in ("first", "second", "hidden", "last")}
+    assert {name for name in noisy.weights if "log_sigma2" in name} == {
+        f"{layer}.log_sigma2" for layer in ("first", "second", "hidden", "last")
+    }
     metrics = read_stage_metrics(made.folder, "vd")
     assert metrics["train_loss"].notna().all() and {"sparsity_conv2", "sparsity_fc2"} < set(metrics)
 
@@ -149,8 +171,13 @@ def test_an_interrupted_block_goes_on_to_the_same_end(tmp_path, made):
         pass
     task.close()
     resumed = list(train_block(block, IMAGES, TORCH, parts=tmp_path))[-1]
-    assert all(torch.equal(resumed.populations[2].weights[name], tensor) for name, tensor in whole.populations[2].weights.items())
-    assert torch.equal(predict(start_of(block).population, IMAGES, TORCH), predict(sample_population(ZOO), IMAGES, TORCH))
+    assert all(
+        torch.equal(resumed.populations[2].weights[name], tensor)
+        for name, tensor in whole.populations[2].weights.items()
+    )
+    assert torch.equal(
+        predict(start_of(block).population, IMAGES, TORCH), predict(sample_population(ZOO), IMAGES, TORCH)
+    )
 
 
 def test_runs_of_the_same_zoo_agree_and_modules_come_back(tmp_path, made):
@@ -159,7 +186,9 @@ def test_runs_of_the_same_zoo_agree_and_modules_come_back(tmp_path, made):
     assert different(again, made) is None
     modules = [read_stage(made.folder, "original").to_module(i) for i in range(3)]
     back = from_modules(modules, "residual")
-    assert all(torch.equal(back.weights[name], tensor) for name, tensor in read_stage(made.folder, "original").weights.items())
+    assert all(
+        torch.equal(back.weights[name], tensor) for name, tensor in read_stage(made.folder, "original").weights.items()
+    )
 
 
 def test_what_the_fast_engines_cannot_do_falls_back_with_the_reason(capsys, tmp_path):
@@ -193,8 +222,14 @@ def test_nets_that_are_no_chains_have_no_tokens_of_neurons_and_no_graph(made):
     assert ZooDataset(made.folder, form="tokens")[0][0]["tokens"].shape[1] == 65
 
 
-@pytest.mark.parametrize("name,make,reason", [("cnn_small_1ch", Residual, "cannot name"), ("a/b", Residual, "cannot name"), ("mine", lambda width: None, "needs width"),
-                                              ("mine", lambda: "a net", "makes no nn.Module"), ("mine", lambda *, activation, depth: None, "needs depth")])
+@pytest.mark.parametrize(
+    "name,make,reason",
+    [
+        ("cnn_small_1ch", Residual, "cannot name"), ("a/b", Residual, "cannot name"),
+        ("mine", lambda width: None, "needs width"), ("mine", lambda: "a net", "makes no nn.Module"),
+        ("mine", lambda *, activation, depth: None, "needs depth"),
+    ],
+)
 def test_architectures_that_cannot_be_registered(name, make, reason):
     before = dict(ARCHITECTURES)
     with pytest.raises(UserError, match=reason) as told:
@@ -210,8 +245,14 @@ def test_a_function_is_given_the_factors_that_it_takes():
     assert "mine" not in ARCHITECTURES
 
 
-@pytest.mark.parametrize("change,reason", [({"name": "a/b"}, "cannot name a zoo"), ({"architecture": "residul"}, "did you mean 'residual'"), ({"kind": "grid"}, "kind of zoo"),
-                                           ({"lr": [1e-3]}, "lr of the zoo residuals has to be a tuple"), ({"epochs": -1}, "epochs -1"), ({"batch_size": 2.0}, "batch_size 2.0")])
+@pytest.mark.parametrize(
+    "change,reason",
+    [
+        ({"name": "a/b"}, "cannot name a zoo"), ({"architecture": "residul"}, "did you mean 'residual'"),
+        ({"kind": "grid"}, "kind of zoo"), ({"lr": [1e-3]}, "lr of the zoo residuals has to be a tuple"),
+        ({"epochs": -1}, "epochs -1"), ({"batch_size": 2.0}, "batch_size 2.0"),
+    ],
+)
 def test_zoos_that_cannot_be(tmp_path, change, reason):
     with pytest.raises(UserError, match=reason) as told:
         make_plan(replace(ZOO, **change), store=str(tmp_path), figures=str(tmp_path))

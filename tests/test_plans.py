@@ -13,14 +13,19 @@ from zootwins.plans import fingerprint, make_plan, make_stages, parse_levels
 from zootwins.training import TORCH
 
 
-@pytest.mark.parametrize("wrong,told", [
-    ({"zoo": "usps"}, "usps_seed"), ({"n_models": 0}, "1 to"), ({"n_models": 2.0}, "whole number"), ({"n_models": True}, "whole number"),
-    ({"methods": "mp,vdd"}, "Valid: mp, vd"), ({"levels": "0,100"}, "below 100"), ({"levels": "-5"}, "below 100"),
-    ({"levels": "a"}, "percentages"), ({"levels": ""}, "at least one level"), ({"levels": " , "}, "at least one level"),
-    ({"levels": "0.5,0.9"}, "write 50,90"), ({"levels": "nan"}, "levels of pruning"), ({"levels": "inf"}, "levels of pruning"),
-    ({"engine": "lane"}, "auto, lanes, gpu, torch"), ({"device": "gpu"}, "cpu, cuda"), ({"seed": "x"}, "whole number"),
-    ({"engine": "lanes", "device": "cuda"}, "CUDA|CPU only"),
-])
+@pytest.mark.parametrize(
+    "wrong,told",
+    [
+        ({"zoo": "usps"}, "usps_seed"), ({"n_models": 0}, "1 to"), ({"n_models": 2.0}, "whole number"),
+        ({"n_models": True}, "whole number"), ({"methods": "mp,vdd"}, "Valid: mp, vd"),
+        ({"levels": "0,100"}, "below 100"), ({"levels": "-5"}, "below 100"), ({"levels": "a"}, "percentages"),
+        ({"levels": ""}, "at least one level"), ({"levels": " , "}, "at least one level"),
+        ({"levels": "0.5,0.9"}, "write 50,90"), ({"levels": "nan"}, "levels of pruning"),
+        ({"levels": "inf"}, "levels of pruning"), ({"engine": "lane"}, "auto, lanes, gpu, torch"),
+        ({"device": "gpu"}, "cpu, cuda"), ({"seed": "x"}, "whole number"),
+        ({"engine": "lanes", "device": "cuda"}, "CUDA|CPU only"),
+    ],
+)
 def test_what_cannot_be_is_told_in_one_sentence(wrong, told):
     with pytest.raises(UserError, match=told) as error:
         make_plan(**{"zoo": "digits_seed", **wrong})

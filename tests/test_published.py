@@ -26,15 +26,23 @@ from zootwins.architectures import build
 from zootwins.core import UserError
 from zootwins.metrics import METRIC_COLUMNS
 from zootwins.population import sample_population
-from zootwins.published import RESULT_KEYS, ZENODO, download, fit, in_fractions, read_factors, read_result, read_zoo, write_zoo
+from zootwins.published import (
+    RESULT_KEYS, ZENODO, download, fit, in_fractions, read_factors, read_result, read_zoo, write_zoo,
+)
 from zootwins.untrusted import LIMITS
 from zootwins.variational import begin_variational
 from zootwins.zoos import get_zoo
 
 
 def records(models, epochs, method="original"):
-    rows = [{"zoo": "z", "method": method, "level": np.nan, "model": m, "epoch": e, "train_loss": 1.0, "train_acc": 0.5 + e / 1000, "test_loss": 1.1,
-             "test_acc": 0.4 + m / 1000, "sparsity": e / 100} for m in models for e in epochs]
+    rows = [
+        {
+            "zoo": "z", "method": method, "level": np.nan, "model": m, "epoch": e, "train_loss": 1.0,
+            "train_acc": 0.5 + e / 1000, "test_loss": 1.1, "test_acc": 0.4 + m / 1000, "sparsity": e / 100,
+        }
+        for m in models
+        for e in epochs
+    ]
     return pd.DataFrame(rows)
 
 
@@ -54,7 +62,9 @@ def zipped(folder, compression=zipfile.ZIP_DEFLATED, prefix=""):
 
 
 def same(left, right):
-    return set(left.weights) == set(right.weights) and all(torch.equal(left.weights[name], tensor) for name, tensor in right.weights.items())
+    return set(left.weights) == set(right.weights) and all(
+        torch.equal(left.weights[name], tensor) for name, tensor in right.weights.items()
+    )
 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
@@ -72,10 +82,17 @@ def test_folder_and_zip_give_the_same_bits(zoo, compression, prefix):
 @pytest.mark.parametrize("name", ["usps_seed", "cifar10_seed", "cifar10_large_fixed"])
 def test_every_architecture_and_its_twins(tmp_path, name):
     population = sample_population(get_zoo(name), 2)
-    assert same(read_zoo(write_zoo({50: population}, records(range(2), [50]), tmp_path / "dense"), limit=None, progress=False).populations[50], population)
+    assert same(
+        read_zoo(
+            write_zoo({50: population}, records(range(2), [50]), tmp_path / "dense"), limit=None, progress=False
+        ).populations[50],
+        population,
+    )
     twins = begin_variational(population)
     twins.models["origin"] = ["/zoos/a/checkpoint_000050", "/zoos/b/checkpoint_000050"]
-    read = read_zoo(write_zoo({25: twins}, records(range(2), [25], "vd"), tmp_path / "twins"), limit=None, progress=False)
+    read = read_zoo(
+        write_zoo({25: twins}, records(range(2), [25], "vd"), tmp_path / "twins"), limit=None, progress=False
+    )
     assert read.method == "vd" and same(read.populations[25], twins)
     assert read.populations[25].models["origin"].tolist() == twins.models["origin"].tolist()
     assert read.metrics["sparsity"].tolist() == [0.25, 0.25]
@@ -94,7 +111,10 @@ def test_shifted_keys_old_checkpoint_names_and_other_types(zoo):
     for model in sorted(folder.iterdir())[:2]:
         state = torch.load(model / "checkpoint_000050" / "checkpoints", weights_only=True)
         shift = {0: 0, 3: 4, 6: 8, 9: 11, 11: 14}
-        renamed = {f"module_list.{shift[int(name.split('.')[1])]}.{name.split('.')[2]}": tensor.double() for name, tensor in reversed(state.items())}
+        renamed = {
+            f"module_list.{shift[int(name.split('.')[1])]}.{name.split('.')[2]}": tensor.double()
+            for name, tensor in reversed(state.items())
+        }
         torch.save(OrderedDict(renamed), model / "checkpoint_000050" / "checkpoints")
     for model in folder.iterdir():
         (model / "checkpoint_000050").rename(model / "checkpoint_50")
@@ -118,9 +138,13 @@ def test_what_is_left_out_is_named(zoo):
     reasons = {(row.model, None if pd.isna(row.epoch) else row.epoch): row.reason for row in read.left_out.itertuples()}
     assert "not finite" in reasons[models[0].name, 50] and "beyond 6" in reasons[models[1].name, 50]
     assert "params.json" in reasons[models[2].name, None] and len(reasons) == 3
-    assert read.populations[0].models["model"].tolist() == [0, 1, 2] and read.populations[50].models["model"].tolist() == [2]
+    assert read.populations[0].models["model"].tolist() == [0, 1, 2] and read.populations[50].models[
+        "model"
+    ].tolist() == [2]
     assert read.populations[50].models["parent"].tolist() == [models[3].name]
-    assert torch.equal(read.populations[50].weights["module_list.0.weight"][0], epochs[50].weights["module_list.0.weight"][3])
+    assert torch.equal(
+        read.populations[50].weights["module_list.0.weight"][0], epochs[50].weights["module_list.0.weight"][3]
+    )
 
 
 def test_junk_beside_the_models_is_passed_over(zoo):
@@ -157,14 +181,24 @@ def test_checkpoints_of_old_pytorch_are_refused_with_advice(zoo):
     path = next(folder.glob("*_00000_0_*/checkpoint_000050/checkpoints"))
     path.write_bytes(saved(torch.load(path, weights_only=True), _use_new_zipfile_serialization=False))
     read = read_zoo(folder, limit=None, progress=False)
-    assert len(read.populations[50]) == 3 and "before 1.6" in read.left_out["reason"].item() and "load and save it" in read.left_out["reason"].item()
+    assert (
+        len(read.populations[50]) == 3
+        and "before 1.6" in read.left_out["reason"].item()
+        and "load and save it" in read.left_out["reason"].item()
+    )
     (folder / "dataset_old.pt").write_bytes(saved({}, _use_new_zipfile_serialization=False))
     with pytest.raises(UserError, match="PyTorch before 1.6"):
         read_zoo(folder / "dataset_old.pt")
 
 
-@pytest.mark.parametrize("text", [b"[1]", b"null", b"", b"\xff\xfe", b"[" * 100_000, b'{"seed": "a"}', b'{"seed": Infinity}', b'{"seed": 1e99}', b'{"seed": [1]}',
-                                  b'{"optim::lr": "x"}', b'{"optim::wd": [1]}', b'{"seed": 10000000000000000000000}', b'{"optim::lr": 1' + b"0" * 400 + b"}"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"[1]", b"null", b"", b"\xff\xfe", b"[" * 100_000, b'{"seed": "a"}', b'{"seed": Infinity}', b'{"seed": 1e99}',
+        b'{"seed": [1]}', b'{"optim::lr": "x"}', b'{"optim::wd": [1]}', b'{"seed": 10000000000000000000000}',
+        b'{"optim::lr": 1' + b"0" * 400 + b"}",
+    ],
+)
 def test_factors_that_cannot_be_read(zoo, text):
     _, folder = zoo
     (sorted(folder.iterdir())[1] / "params.json").write_bytes(text)
@@ -172,15 +206,25 @@ def test_factors_that_cannot_be_read(zoo, text):
     assert len(read.populations[50]) == 3 and "params.json" in read.left_out["reason"].item()
 
 
-@pytest.mark.parametrize("text", [b"", b"[1]", b"\xff\xfe", b"[" * 100_000, b'{"training_iteration": Infinity}', b'{"training_iteration": 1' + b"0" * 400 + b"}",
-                                  b'{"training_iteration": 3, "test_acc": 1' + b"0" * 400 + b"}", b'{"training_iteration": -5}',
-                                  b'{"training_iteration": 3, "test_acc": [1]}', None])
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"", b"[1]", b"\xff\xfe", b"[" * 100_000, b'{"training_iteration": Infinity}',
+        b'{"training_iteration": 1' + b"0" * 400 + b"}", b'{"training_iteration": 3, "test_acc": 1' + b"0" * 400 + b"}",
+        b'{"training_iteration": -5}', b'{"training_iteration": 3, "test_acc": [1]}', None,
+    ],
+)
 def test_models_without_readable_records_keep_their_weights(zoo, text):
     epochs, folder = zoo
     for model in folder.iterdir():
         (model / "result.json").unlink() if text is None else (model / "result.json").write_bytes(text)
     read = read_zoo(folder, limit=None, progress=False)
-    assert same(read.populations[50], epochs[50]) and read.metrics.empty and read.metrics["test_acc"].dtype.kind == "f" and list(read.metrics) == METRIC_COLUMNS
+    assert (
+        same(read.populations[50], epochs[50])
+        and read.metrics.empty
+        and read.metrics["test_acc"].dtype.kind == "f"
+        and list(read.metrics) == METRIC_COLUMNS
+    )
 
 
 @pytest.mark.parametrize("damage", ["encrypted", "unknown method", "garbage"])
@@ -221,21 +265,46 @@ def test_an_epoch_that_nobody_has_whole_is_not_there(zoo):
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.one_of(st.text(max_size=30), st.dictionaries(st.sampled_from(["training_iteration", "test_acc", "train_acc"]),
-                                                                st.one_of(st.integers(0, 60), st.floats(), st.none(), st.text(max_size=3)))), max_size=6))
+@given(
+    st.lists(
+        st.one_of(
+            st.text(max_size=30),
+            st.dictionaries(
+                st.sampled_from(["training_iteration", "test_acc", "train_acc"]),
+                st.one_of(st.integers(0, 60), st.floats(), st.none(), st.text(max_size=3)),
+            ),
+        ),
+        max_size=6,
+    )
+)
 def test_any_result_file_is_read(lines):
-    found = read_result("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines).encode()).values
-    assert list(found) == sorted(found) and all(type(epoch) is int and len(values) == len(RESULT_KEYS) for epoch, values in found.items())
+    found = read_result(
+        "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines).encode()
+    ).values
+    assert list(found) == sorted(found) and all(
+        type(epoch) is int and len(values) == len(RESULT_KEYS) for epoch, values in found.items()
+    )
 
 
 def test_sentinels_are_missing_values():
-    found = read_result(b'{"training_iteration": 0, "test_acc": 0.1}\n{"training_iteration": 0, "train_acc": -999, "train_loss": -999, "test_acc": 0.2}').values
+    found = read_result(
+        b'{"training_iteration": 0, "test_acc": 0.1}\n'
+        b'{"training_iteration": 0, "train_acc": -999, "train_loss": -999, "test_acc": 0.2}'
+    ).values
     assert list(found) == [0] and np.isnan(found[0][:2]).all() and found[0][3] == 0.2
 
 
 def test_factors_of_every_kind():
-    factors, _ = read_factors(b'{"model::nlin": "tanh", "model::dropout": 0, "optim::wd": 0, "optim::lr": 0.0003, "seed": 7, "wandb": {"x": 1}}')
-    assert factors["dropout"] == 0.0 and isinstance(factors["wd"], float) and factors["seed"] == 7 and factors["init"] == ""
+    factors, _ = read_factors(
+        b'{"model::nlin": "tanh", "model::dropout": 0, "optim::wd": 0, "optim::lr": 0.0003, "seed": 7, '
+        b'"wandb": {"x": 1}}'
+    )
+    assert (
+        factors["dropout"] == 0.0
+        and isinstance(factors["wd"], float)
+        and factors["seed"] == 7
+        and factors["init"] == ""
+    )
 
 
 def test_an_unknown_architecture_is_a_mistake_in_one_sentence(tmp_path):
@@ -271,11 +340,14 @@ def test_nothing_is_left_of_a_write_that_failed(tmp_path, monkeypatch):
         write_zoo({50: population}, records(range(2), [50]), tmp_path / "zoo")
 
 
-# ---- preprocessed files: a module of the authors' name stands in for theirs while a file is written, and is gone when it is read
+# ---- preprocessed files: a module of the authors' name stands in for theirs while a file is written
 
 @pytest.fixture
 def preprocessed(tmp_path, monkeypatch):
-    package, module = types.ModuleType("checkpoints_to_datasets"), types.ModuleType("checkpoints_to_datasets.dataset_base")
+    package, module = (
+        types.ModuleType("checkpoints_to_datasets"),
+        types.ModuleType("checkpoints_to_datasets.dataset_base"),
+    )
     class ModelDatasetBase:
         pass
     ModelDatasetBase.__module__, ModelDatasetBase.__qualname__ = module.__name__, "ModelDatasetBase"
@@ -288,11 +360,17 @@ def preprocessed(tmp_path, monkeypatch):
         for name, indices in (("trainset", range(4)), ("valset", [4]), ("testset", [5])):
             part = ModelDatasetBase()
             states = [(i, epoch) for i in indices for epoch in (0, 50)]
-            part.data_in = [OrderedDict((key, tensor[i] * (1 + epoch)) for key, tensor in population.weights.items()) for i, epoch in states]
+            part.data_in = [
+                OrderedDict((key, tensor[i] * (1 + epoch)) for key, tensor in population.weights.items())
+                for i, epoch in states
+            ]
             part.labels_in = [f"/zoos/model_{i}#_#epoch_{epoch}#_#layer_[0, 3]" for i, epoch in states]
             part.root, part.threshold = PosixPath("/zoos"), np.float64(5)
-            part.properties = {"test_acc": [0.5 + i / 100 for i, _ in states], "ggap": [np.float64(0.01)] * len(states), "training_iteration": [e for _, e in states],
-                               "model::nlin": [population.models["activation"][i] for i, _ in states]}
+            part.properties = {
+                "test_acc": [0.5 + i / 100 for i, _ in states], "ggap": [np.float64(0.01)] * len(states),
+                "training_iteration": [e for _, e in states],
+                "model::nlin": [population.models["activation"][i] for i, _ in states],
+            }
             content[name] = part
         torch.save(content, tmp_path / "dataset_z.pt")
     return population, tmp_path / "dataset_z.pt", content, monkeypatch, module
@@ -302,7 +380,9 @@ def test_preprocessed_zoos(preprocessed):
     population, path, *_ = preprocessed
     read = read_zoo(path, "all", limit=None, progress=False)
     assert sorted(read.populations) == [0, 50] and same(read.populations[0], population)
-    assert torch.equal(read.populations[50].weights["module_list.3.bias"], population.weights["module_list.3.bias"] * 51)
+    assert torch.equal(
+        read.populations[50].weights["module_list.3.bias"], population.weights["module_list.3.bias"] * 51
+    )
     assert read.populations[50].models["activation"].tolist() == population.models["activation"].tolist()
     first = read.metrics.query("model == 5 and epoch == 50").iloc[0]
     assert np.isclose(first["test_acc"], 0.55) and np.isclose(first["train_acc"], 0.56)
@@ -321,7 +401,9 @@ def test_parts_that_are_not_needed_do_no_harm(preprocessed):
     "A path of pathlib's newer kind, an object of an unknown class, no properties, numbers of bfloat16."
     population, path, content, monkeypatch, module = preprocessed
     content["trainset"].transform, content["valset"].properties = threading.Thread(), None
-    content["valset"].data_in = [OrderedDict((key, tensor.bfloat16()) for key, tensor in state.items()) for state in content["valset"].data_in]
+    content["valset"].data_in = [
+        OrderedDict((key, tensor.bfloat16()) for key, tensor in state.items()) for state in content["valset"].data_in
+    ]
     content["note"] = "by hand"
     monkeypatch.setattr(threading.Thread, "__reduce__", lambda self: (threading.Thread, ()))
     resave(path, content, monkeypatch, module)
@@ -330,7 +412,11 @@ def test_parts_that_are_not_needed_do_no_harm(preprocessed):
     half = {name: tensor[4].bfloat16().float() for name, tensor in population.weights.items()}
     assert all(torch.equal(read.populations[0].weights[name][4], tensor) for name, tensor in half.items())
     passed = read.passed_over.set_index(["kind", "name"])["times"]
-    assert passed["class", "threading.Thread"] == 1 and passed["property", "properties"] == 1 and passed["part", "note"] == 1
+    assert (
+        passed["class", "threading.Thread"] == 1
+        and passed["property", "properties"] == 1
+        and passed["part", "note"] == 1
+    )
     assert passed["factor", "seed"] == 6 and read.metrics.query("model == 4")["test_acc"].isna().all()
 
 
@@ -346,7 +432,14 @@ def test_the_same_state_again_and_again_is_refused(preprocessed):
     assert read.passed_over.query("kind == 'state'")["times"].tolist() == [2]
 
 
-@pytest.mark.parametrize("content,reason", [({"a": torch.ones(2)}, "one model's state dict"), ([1], "no preprocessed zoo"), ({"trainset": None}, "no preprocessed zoo")])
+@pytest.mark.parametrize(
+    "content,reason",
+    [
+        ({"a": torch.ones(2)}, "one model's state dict"),
+        ([1], "no preprocessed zoo"),
+        ({"trainset": None}, "no preprocessed zoo"),
+    ],
+)
 def test_other_files_are_named(tmp_path, content, reason):
     torch.save(content, tmp_path / "dataset_z.pt")
     with pytest.raises(UserError, match=reason):
@@ -375,32 +468,58 @@ def short(tmp_path):
 
 
 def other_writer(values):
-    return {"epoch": values["training_iteration"], "train_acc": 100 * values["train_acc"], "test_acc": 100 * values["test_acc"], "val_acc": 1}
+    return {
+        "epoch": values["training_iteration"], "train_acc": 100 * values["train_acc"],
+        "test_acc": 100 * values["test_acc"], "val_acc": 1,
+    }
 
 
 def test_a_writer_of_other_names_and_units(short):
     "Bare names, epoch for training_iteration, percentages: all are read, and what is not is counted."
     epochs, folder = short
-    rewrite(folder, lambda p: {"seed": p["seed"], "lr": 0.003, "weight_decay": 0.02, "optim": {"momentum": 0.5}, "scheduler": "step"}, other_writer, None)
+    rewrite(
+        folder,
+        lambda p: {
+            "seed": p["seed"], "lr": 0.003, "weight_decay": 0.02, "optim": {"momentum": 0.5}, "scheduler": "step",
+        },
+        other_writer,
+        None,
+    )
     read = read_zoo(folder, "all", limit=None, progress=False)
     models = read.populations[4].models
     assert set(models["lr"]) == {0.003} and set(models["wd"]) == {0.02} and len(read.metrics) == 12
-    assert np.allclose(read.metrics["test_acc"], [0.4 + m / 1000 for m in range(3) for _ in range(4)]) and same(read.populations[2], epochs[2])
+    assert np.allclose(read.metrics["test_acc"], [0.4 + m / 1000 for m in range(3) for _ in range(4)]) and same(
+        read.populations[2], epochs[2]
+    )
     passed = read.passed_over.set_index(["kind", "name"])["times"]
-    assert passed["factor", "activation"] == 3 and passed["factor", "scheduler"] == 3 and passed["factor", "optim::momentum 0.5"] == 3
-    assert passed["field", "val_acc"] == 12 and passed["value", "train_loss"] == 12 and passed["value", "test_acc"] == 12
+    assert (
+        passed["factor", "activation"] == 3
+        and passed["factor", "scheduler"] == 3
+        and passed["factor", "optim::momentum 0.5"] == 3
+    )
+    assert (
+        passed["field", "val_acc"] == 12 and passed["value", "train_loss"] == 12 and passed["value", "test_acc"] == 12
+    )
 
 
-@pytest.mark.parametrize("values,expected", [([0.1, 0.9, 0.5, 1.0], [0.1, 0.9, 0.5, 1.0]), ([0.4, 90, 1.0, 50], [0.004, 0.9, 0.01, 0.5]),
-                                             ([0.1, 0.9, 90, 95], [0.1, 0.9, None, None]),
-                                             ([50, 60, 70, 1600], [0.5, 0.6, None, None]), ([0.1, 0.2, -0.1, 0.5], [0.1, 0.2, None, None]),
-                                             ([None, 80, 90, None], [None, 0.8, 0.9, None])])
+@pytest.mark.parametrize(
+    "values,expected",
+    [
+        ([0.1, 0.9, 0.5, 1.0], [0.1, 0.9, 0.5, 1.0]), ([0.4, 90, 1.0, 50], [0.004, 0.9, 0.01, 0.5]),
+        ([0.1, 0.9, 90, 95], [0.1, 0.9, None, None]), ([50, 60, 70, 1600], [0.5, 0.6, None, None]),
+        ([0.1, 0.2, -0.1, 0.5], [0.1, 0.2, None, None]), ([None, 80, 90, None], [None, 0.8, 0.9, None]),
+    ],
+)
 def test_units_are_recognised_or_refused(values, expected):
     "Two models with two epochs each."
     frame = pd.DataFrame({"model": [0, 0, 1, 1], "test_acc": np.array(values, float)})
     found, passed = in_fractions(frame, "test_acc")
     assert np.allclose(found, np.array(expected, float), equal_nan=True)
-    changed = sum(1 for before, after in zip(frame["test_acc"], found) if not (before == after or (np.isnan(before) and np.isnan(after))))
+    changed = sum(
+        1
+        for before, after in zip(frame["test_acc"], found)
+        if not (before == after or (np.isnan(before) and np.isnan(after)))
+    )
     assert sum(one.total() for one in passed) == changed
 
 
@@ -413,7 +532,12 @@ def test_epochs_are_those_of_the_records(short, first, dense, offset, certain):
     assert (read.numbering.offset, read.numbering.certain) == (offset, certain)
     assert sorted(read.populations) == [first + i + offset for i in range(4)]
     assert first == 5 or all(same(read.populations[epoch], epochs[epoch]) for epoch in epochs)
-    assert [read_zoo(folder, first + 3 + offset, limit=None, progress=False).populations[first + 3 + offset].weights["module_list.0.bias"].shape[0]] == [3]
+    assert [
+        read_zoo(folder, first + 3 + offset, limit=None, progress=False)
+        .populations[first + 3 + offset]
+        .weights["module_list.0.bias"]
+        .shape[0]
+    ] == [3]
 
 
 def test_the_surest_note_counts(short):
@@ -421,12 +545,18 @@ def test_the_surest_note_counts(short):
     _, folder = short
     for model in folder.iterdir():
         for path in model.glob("checkpoint_*"):
-            (path / ".tune_metadata").write_bytes(pickle.dumps({"iteration": int(path.name[-2:]) + 1, "last_result": None}))
+            (path / ".tune_metadata").write_bytes(
+                pickle.dumps({"iteration": int(path.name[-2:]) + 1, "last_result": None})
+            )
     noted = read_zoo(folder, "all", limit=None, progress=False)
     assert noted.numbering.offset == 1 and sorted(noted.populations) == [2, 3, 4, 5] and noted.numbering.certain
-    rewrite(folder, record=lambda r: r | {"checkpoint_dir_name": f"checkpoint_{r['training_iteration']:06d}"}, first=None)
+    rewrite(
+        folder, record=lambda r: r | {"checkpoint_dir_name": f"checkpoint_{r['training_iteration']:06d}"}, first=None
+    )
     assert read_zoo(folder, "all", limit=None, progress=False).numbering.offset == 0
-    (next(folder.iterdir()) / "result.json").write_text('{"training_iteration": 3, "test_acc": 0.1, "checkpoint_dir_name": "checkpoint_000001"}')
+    (next(folder.iterdir()) / "result.json").write_text(
+        '{"training_iteration": 3, "test_acc": 0.1, "checkpoint_dir_name": "checkpoint_000001"}'
+    )
     mixed = read_zoo(folder, "all", limit=None, progress=False).numbering
     assert mixed.offset == 0 and not mixed.certain and "8 of 9" in mixed.evidence
 
@@ -434,21 +564,33 @@ def test_the_surest_note_counts(short):
 def test_real_params(zoo):
     "Every parameter of a params.json as the authors wrote it is either read or counted."
     _, folder = zoo
-    real = {"cuda": False, "dataset::dump": "/zoos/dataset.pt", "model::channels_in": 1, "model::dropout": 0, "model::init_type": "normal", "model::nlin": "relu",
-            "model::o_dim": 4,
-            "model::type": "CNN", "optim::lr": 0.001, "optim::momentum": 0.9, "optim::optimizer": "sgd", "optim::wd": 0, "seed": 832104, "training::batchsize": 10,
-            "training::checkpoint_dir": None, "wandb": {"project": "MNIST", "log_config": False}}
+    real = {
+        "cuda": False, "dataset::dump": "/zoos/dataset.pt", "model::channels_in": 1, "model::dropout": 0,
+        "model::init_type": "normal", "model::nlin": "relu", "model::o_dim": 4, "model::type": "CNN",
+        "optim::lr": 0.001, "optim::momentum": 0.9, "optim::optimizer": "sgd", "optim::wd": 0, "seed": 832104,
+        "training::batchsize": 10, "training::checkpoint_dir": None, "wandb": {"project": "MNIST", "log_config": False},
+    }
     rewrite(folder, lambda params: real, first=None)
     read = read_zoo(folder, limit=None, progress=False)
-    assert read.populations[50].models[["seed", "activation", "init", "optimizer", "lr", "wd", "dropout"]].iloc[0].tolist() == [832104, "relu", "normal", "sgd", 0.001, 0.0, 0.0]
+    assert read.populations[50].models[["seed", "activation", "init", "optimizer", "lr", "wd", "dropout"]].iloc[
+        0
+    ].tolist() == [832104, "relu", "normal", "sgd", 0.001, 0.0, 0.0]
     factors = read.passed_over.query("kind == 'factor'")
-    assert set(factors["name"]) == {"cuda", "dataset::dump", "model::channels_in", "model::o_dim", "model::type", "training::checkpoint_dir", "wandb::project", "wandb::log_config"}
+    assert set(factors["name"]) == {
+        "cuda", "dataset::dump", "model::channels_in", "model::o_dim", "model::type", "training::checkpoint_dir",
+        "wandb::project", "wandb::log_config",
+    }
     assert (factors["models"] == 4).all() and (factors["reason"] == "not needed here").all()
 
 
-@pytest.mark.parametrize("change,reason", [({"model::dropout": 50}, "dropout is 50"), ({"optim::lr": -1}, "lr is -1"), ({"optim::lr": True}, "lr is True"),
-                                           ({"model::nlin": ["tanh"]}, "activation is not a name"),
-                                           ({"optim::lr": float("nan")}, "lr is nan"), ({"model::dropout": 1.0}, "dropout is 1.0")])
+@pytest.mark.parametrize(
+    "change,reason",
+    [
+        ({"model::dropout": 50}, "dropout is 50"), ({"optim::lr": -1}, "lr is -1"), ({"optim::lr": True}, "lr is True"),
+        ({"model::nlin": ["tanh"]}, "activation is not a name"), ({"optim::lr": float("nan")}, "lr is nan"),
+        ({"model::dropout": 1.0}, "dropout is 1.0"),
+    ],
+)
 def test_factors_that_cannot_be_cost_a_model(zoo, change, reason):
     _, folder = zoo
     path = sorted(folder.iterdir())[2] / "params.json"
@@ -510,7 +652,9 @@ def test_many_epochs_of_many_models_make_no_more_room_than_they_need(zoo):
     content = next(folder.glob("*/checkpoint_000050/checkpoints")).read_bytes()
     with zipfile.ZipFile(path, "a") as archive:
         for i in range(300):
-            archive.writestr(f"tune_zoo/m{i:04d}/checkpoint_{i + 60:06d}/checkpoints", content if i % 30 == 0 else b"PK")
+            archive.writestr(
+                f"tune_zoo/m{i:04d}/checkpoint_{i + 60:06d}/checkpoints", content if i % 30 == 0 else b"PK"
+            )
             archive.writestr(f"tune_zoo/m{i:04d}/params.json", b"{}")
     read = read_zoo(path, "all", limit=None, progress=False)
     assert sum(len(population) for population in read.populations.values()) == 8 + 10
@@ -531,12 +675,46 @@ def text(value):
 AGAIN = 60_000
 PART = b"\x80\x02}" + text(b"trainset") + b"cm\nC\n)\x81}"  # {"trainset": C() with attributes {...}}
 REPEATED = {
-    "a long label": PART + text(b"data_in") + b"](" + b"N" * AGAIN + b"es" + text(b"labels_in") + b"](" + text(b"a" * 300_000) + b"q\x01" + b"h\x01" * (AGAIN - 1) + b"esbs.",
-    "a state": PART + text(b"data_in") + b"](}q\x02(" + b"".join(text(b"%05d" % i) + b"N" for i in range(9000)) + b"u" + b"h\x02" * (AGAIN - 1) + b"es"
-               + text(b"labels_in") + b"](" + text(b"a#_#epoch_1") + b"q\x01" + b"h\x01" * (AGAIN - 1) + b"esbs.",
-    "a list of states": b"\x80\x02}](" + b"N" * AGAIN + b"eq\x01](" + (text(b"a#_#epoch_1") + b"q\x02" + b"h\x02" * (AGAIN - 1)) + b"eq\x03" + b"00("
-                        + b"".join(text(b"%05d" % i) + b"cm\nC\n)\x81}" + text(b"data_in") + b"h\x01s" + text(b"labels_in") + b"h\x03sb" for i in range(3000)) + b"u.",
-    "a state dict": b"\x80\x02}}(" + b"".join(text(b"%05d" % i) + b"}" for i in range(9000)) + b"uq\x010(" + b"".join(text(b"%05d" % i) + b"h\x01" for i in range(AGAIN)) + b"u.",
+    "a long label": PART
+    + text(b"data_in")
+    + b"]("
+    + b"N" * AGAIN
+    + b"es"
+    + text(b"labels_in")
+    + b"]("
+    + text(b"a" * 300_000)
+    + b"q\x01"
+    + b"h\x01" * (AGAIN - 1)
+    + b"esbs.",
+    "a state": PART
+    + text(b"data_in")
+    + b"](}q\x02("
+    + b"".join(text(b"%05d" % i) + b"N" for i in range(9000))
+    + b"u"
+    + b"h\x02" * (AGAIN - 1)
+    + b"es"
+    + text(b"labels_in")
+    + b"]("
+    + text(b"a#_#epoch_1")
+    + b"q\x01"
+    + b"h\x01" * (AGAIN - 1)
+    + b"esbs.",
+    "a list of states": b"\x80\x02}]("
+    + b"N" * AGAIN
+    + b"eq\x01]("
+    + (text(b"a#_#epoch_1") + b"q\x02" + b"h\x02" * (AGAIN - 1))
+    + b"eq\x03"
+    + b"00("
+    + b"".join(
+        text(b"%05d" % i) + b"cm\nC\n)\x81}" + text(b"data_in") + b"h\x01s" + text(b"labels_in") + b"h\x03sb"
+        for i in range(3000)
+    )
+    + b"u.",
+    "a state dict": b"\x80\x02}}("
+    + b"".join(text(b"%05d" % i) + b"}" for i in range(9000))
+    + b"uq\x010("
+    + b"".join(text(b"%05d" % i) + b"h\x01" for i in range(AGAIN))
+    + b"u.",
 }
 
 
@@ -620,7 +798,9 @@ def test_a_wrong_checksum_leaves_nothing(site, tmp_path):
 def test_offline_says_what_to_fetch_and_where_to_put_it(tmp_path):
     with pytest.raises(UserError) as error:
         download("stl10", "stl_small_seed.zip", tmp_path, "http://127.0.0.1:1", progress=False)
-    assert f"records/{ZENODO['stl10'].record}/files/stl_small_seed.zip" in str(error.value) and str(tmp_path) in str(error.value)
+    assert f"records/{ZENODO['stl10'].record}/files/stl_small_seed.zip" in str(error.value) and str(tmp_path) in str(
+        error.value
+    )
     with pytest.raises(UserError, match="10.5281/zenodo.8141666"):
         download("eurosat", "x.zip", tmp_path)
     with pytest.raises(UserError, match="There is no record"):

@@ -42,14 +42,22 @@ def test_what_is_published_is_what_was_stored(tmp_path, plan, stages, trajectory
     chosen = stages or ["original", "mp", "vd"]
     for stage in chosen:
         one, other = read_stage(plan.folder, stage), load_population(folder / stage)
-        assert all(torch.equal(one.weights[name], other.weights[name]) for name in one.weights) and one.models.equals(other.models)
+        assert all(torch.equal(one.weights[name], other.weights[name]) for name in one.weights) and one.models.equals(
+            other.models
+        )
     assert {p.stem for p in folder.glob("*.safetensors")} == set(chosen)
     assert len(list(folder.rglob("trajectory/*.safetensors"))) == (3 if trajectory else 0)
     stored = load_metrics(plan)
-    assert pd.read_parquet(folder / "metrics.parquet").equals(stored[stored["method"].isin(chosen)].reset_index(drop=True))
+    assert pd.read_parquet(folder / "metrics.parquet").equals(
+        stored[stored["method"].isin(chosen)].reset_index(drop=True)
+    )
     head = front_matter(folder)
-    assert all((folder / config["data_files"]).exists() for config in head["configs"]) and head["license"] == "cc-by-4.0"
-    assert sorted(config["config_name"] for config in head["configs"]) == sorted(["metrics", *(f"{stage}_{kind}" for stage in chosen for kind in ("models", "weights"))])
+    assert (
+        all((folder / config["data_files"]).exists() for config in head["configs"]) and head["license"] == "cc-by-4.0"
+    )
+    assert sorted(config["config_name"] for config in head["configs"]) == sorted(
+        ["metrics", *(f"{stage}_{kind}" for stage in chosen for kind in ("models", "weights"))]
+    )
     assert sum(config.get("default", False) for config in head["configs"]) == 1
 
 
@@ -76,7 +84,10 @@ def test_damage_is_found(tmp_path, plan):
 
 def test_what_a_client_of_a_hub_adds_is_named_and_does_no_harm(tmp_path, plan):
     folder = publish(plan.folder, tmp_path / "public")
-    for name in (".gitattributes", ".cache/huggingface/.gitignore", ".cache/huggingface/download/mp.parquet.metadata", ".git/config"):
+    for name in (
+        ".gitattributes", ".cache/huggingface/.gitignore", ".cache/huggingface/download/mp.parquet.metadata",
+        ".git/config",
+    ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("x")
     assert check_hashes(folder) == [".cache (2 files)", ".git (1 files)", ".gitattributes"]
@@ -87,7 +98,9 @@ def test_what_a_client_of_a_hub_adds_is_named_and_does_no_harm(tmp_path, plan):
         check_hashes(folder)
 
 
-@pytest.mark.parametrize("text", ["", "no hashes", "0" * 64 + "  ../../etc/passwd", "0" * 64 + "  /etc/passwd", "\xff\xfe"])
+@pytest.mark.parametrize(
+    "text", ["", "no hashes", "0" * 64 + "  ../../etc/passwd", "0" * 64 + "  /etc/passwd", "\xff\xfe"]
+)
 def test_a_list_of_hashes_that_is_none(tmp_path, plan, text):
     folder = publish(plan.folder, tmp_path / "public")
     (folder / HASHES).write_text(text, encoding="latin1")
@@ -133,19 +146,28 @@ def test_export_in_the_authors_layout(tmp_path, plan):
         method, _, level = name.partition("_")
         rows = metrics[(metrics["method"] == method) & ((metrics["level"] == float(level or 0) / 100) | (level == ""))]
         assert max(read.populations) == rows["epoch"].max()
-        pd.testing.assert_series_equal(read.metrics.sort_values(["model", "epoch"])["test_acc"], rows.sort_values(["model", "epoch"])["test_acc"], check_index=False)
+        pd.testing.assert_series_equal(
+            read.metrics.sort_values(["model", "epoch"])["test_acc"],
+            rows.sort_values(["model", "epoch"])["test_acc"],
+            check_index=False,
+        )
     twins = read_zoo(folder / "vd", epochs="all", progress=False)
     assert sorted(twins.populations) == [0, 1, 2]
     for model, link in zip(twins.populations[2].models["seed"], twins.populations[2].models["origin"]):
         assert (folder / "vd" / link).is_file() and f"seed={model}" in link
     with pytest.raises(UserError, match="exists already"):
         export_zoo(plan.folder, folder)
-    assert sorted(p.name for p in export_zoo(plan.folder, tmp_path / "few", ["vd"], trajectory=False).iterdir()) == ["vd"]
+    assert sorted(p.name for p in export_zoo(plan.folder, tmp_path / "few", ["vd"], trajectory=False).iterdir()) == [
+        "vd"
+    ]
 
 
 def test_a_publication_is_a_source(tmp_path, plan):
     public = publish(plan.folder, tmp_path / "public", ["original"])
-    there = replace(make_plan("digits_seed", source=str(public), methods="vd", store=str(tmp_path), figures=str(tmp_path)), zoo=plan.zoo)
+    there = replace(
+        make_plan("digits_seed", source=str(public), methods="vd", store=str(tmp_path), figures=str(tmp_path)),
+        zoo=plan.zoo,
+    )
     make_twins(there, subset(load_images("digits"), 80, 50), progress=False)
     one, other = (read_stage(p.folder, "vd") for p in (plan, there))
     assert all(torch.equal(one.weights[name], other.weights[name]) for name in one.weights)

@@ -15,7 +15,9 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, TensorDataset
 
-from zootwins.batch_statistics import batches, check_fixed, class_probabilities, evaluate, recompute_statistics, statistic_layers
+from zootwins.batch_statistics import (
+    batches, check_fixed, class_probabilities, evaluate, recompute_statistics, statistic_layers,
+)
 from zootwins.core import UserError
 from zootwins.datasets import load_images
 from zootwins.networks import make_network
@@ -93,7 +95,11 @@ def test_a_stopped_training_goes_on_to_the_same_bits(tmp_path, until):
     rates, file = Rates(0.05, 3), tmp_path / "a" / "training.safetensors"
     trained(rates, checkpoint=file, until=until)
     assert bits(trained(rates, checkpoint=file)) == bits(trained(rates))
-    for how in (dict(seed=2), dict(net=make_network("resnet8", channels=1, seed=2)), dict(settings=replace(SETTINGS, flip=False))):
+    for how in (
+        dict(seed=2),
+        dict(net=make_network("resnet8", channels=1, seed=2)),
+        dict(settings=replace(SETTINGS, flip=False)),
+    ):
         with pytest.raises(UserError, match="another training"):
             trained(rates, checkpoint=file, **how)
     file.write_bytes(file.read_bytes()[:1000])
@@ -167,7 +173,10 @@ class Kinds(nn.Module):
         super().__init__()
         self.one, self.two, self.three = nn.BatchNorm1d(3), nn.BatchNorm2d(3), nn.BatchNorm3d(3, momentum=0.3)
         self.sync = nn.SyncBatchNorm.convert_sync_batchnorm(nn.BatchNorm2d(3))
-        self.instance, self.without = nn.InstanceNorm2d(3, track_running_stats=True), nn.BatchNorm2d(3, track_running_stats=False)
+        self.instance, self.without = (
+            nn.InstanceNorm2d(3, track_running_stats=True),
+            nn.BatchNorm2d(3, track_running_stats=False),
+        )
         self.dropout, self.linear = nn.Dropout(0.5), nn.Linear(3, 2)
 
     def forward(self, x):

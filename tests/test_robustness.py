@@ -13,9 +13,10 @@ from zootwins.core import UserError
 from zootwins.lanes import LANES
 from zootwins.population import sample_population
 from zootwins.robustness import (
-    CORRUPTIONS, Grain, calibration_error, celeba_groups, class_recall, contrast, corrupt, corrupted_accuracy, corrupted_sets, elastic_transform, fairness,
-    figure_pairs, fractal, impulse_noise, instability, judge, magnify, ood_accuracy, ood_cells, pair_averages, probabilities, read_corrupted, reliability, sample,
-    shot_noise, soup_populations, table_15,
+    CORRUPTIONS, Grain, calibration_error, celeba_groups, class_recall, contrast, corrupt, corrupted_accuracy,
+    corrupted_sets, elastic_transform, fairness, figure_pairs, fractal, impulse_noise, instability, judge, magnify,
+    ood_accuracy, ood_cells, pair_averages, probabilities, read_corrupted, reliability, sample, shot_noise,
+    soup_populations, table_15,
 )
 from zootwins.style import style
 from zootwins.reported_soups import soup_table
@@ -48,7 +49,13 @@ def test_an_image_is_corrupted_alone_as_beside_others(name, shape):
     assert (together != x).any(axis=tuple(range(1, x.ndim))).all()
 
 
-@pytest.mark.parametrize("name", ["gaussian_noise", "fog", "elastic_transform", "motion_blur", "snow", "frost", "glass_blur", "shot_noise", "impulse_noise"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gaussian_noise", "fog", "elastic_transform", "motion_blur", "snow", "frost", "glass_blur", "shot_noise",
+        "impulse_noise",
+    ],
+)
 def test_noise_depends_on_the_image_and_on_the_seed(name):
     x = np.repeat(pictures(1, 16, 16), 2, axis=0)
     one, other = corrupt(x, name, 5)
@@ -66,11 +73,15 @@ def test_severity_5_is_worse_than_severity_1(name):
 
 def test_strengths_are_what_they_say():
     x = np.full((40, 32, 32, 1), 0.5, np.float32)
-    assert np.std(CORRUPTIONS["gaussian_noise"].change(x, 0.1, grain("gaussian_noise", 40))) == pytest.approx(0.1, rel=0.02)
+    assert np.std(CORRUPTIONS["gaussian_noise"].change(x, 0.1, grain("gaussian_noise", 40))) == pytest.approx(
+        0.1, rel=0.02
+    )
     lost = impulse_noise(x, 0.2, grain("impulse_noise", 40))
     assert (lost == 0).mean() == pytest.approx(0.1, abs=0.01) and (lost == 1).mean() == pytest.approx(0.1, abs=0.01)
     photons = 50 * shot_noise(x, 50, grain("shot_noise", 40))
-    assert photons.mean() == pytest.approx(50 * 128 / 255, rel=0.01) and photons.var() == pytest.approx(50 * 128 / 255, rel=0.05)
+    assert photons.mean() == pytest.approx(50 * 128 / 255, rel=0.01) and photons.var() == pytest.approx(
+        50 * 128 / 255, rel=0.05
+    )
     assert (np.rint(photons) == np.rint(photons.round(3))).all()
     y = pictures(1, 8, 8)[..., None].astype(np.float32) / 255
     assert contrast(y, 0.25, None).std() == pytest.approx(0.25 * y.std(), rel=1e-5)
@@ -130,7 +141,10 @@ def test_files_of_cifar_10_c(tmp_path):
 
 def test_files_are_prepared_as_a_data_set_is(tmp_path):
     files(tmp_path)
-    images = IMAGES.__class__("cifar10", *[torch.zeros(2, 3, 28, 28), torch.zeros(2, dtype=torch.long)] * 2, torch.zeros(10, 3, 28, 28), torch.zeros(10).long())
+    images = IMAGES.__class__(
+        "cifar10", *[torch.zeros(2, 3, 28, 28), torch.zeros(2, dtype=torch.long)] * 2, torch.zeros(10, 3, 28, 28),
+        torch.zeros(10).long(),
+    )
     (key, found), = corrupted_sets(images, ["fog"], [3], tmp_path)
     assert key == ("fog", 3) and found.x_test.shape == (10, 3, 28, 28) and found.y_test.tolist() == list(range(10))
     assert found.x_test.min() >= -1 and found.x_test.max() <= 1
@@ -144,12 +158,17 @@ def cut(folder):
     (folder / "fog.npy").write_bytes((folder / "fog.npy").read_bytes()[:-1])
 
 
-@pytest.mark.parametrize("spoil", [
-    pickled, cut, lambda folder: (folder / "fog.npy").unlink(), lambda folder: (folder / "fog.npy").write_text("no array"),
-    lambda folder: np.save(folder / "fog.npy", np.zeros((50, 32, 32, 3))), lambda folder: np.save(folder / "labels.npy", np.zeros(45, np.uint8)),
-    lambda folder: np.save(folder / "fog.npy", np.zeros((51, 32, 32, 3), np.uint8)),
-    lambda folder: np.save(folder / "fog.npy", np.zeros((50, 32, 32, 4), np.uint8)),
-])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        pickled, cut, lambda folder: (folder / "fog.npy").unlink(),
+        lambda folder: (folder / "fog.npy").write_text("no array"),
+        lambda folder: np.save(folder / "fog.npy", np.zeros((50, 32, 32, 3))),
+        lambda folder: np.save(folder / "labels.npy", np.zeros(45, np.uint8)),
+        lambda folder: np.save(folder / "fog.npy", np.zeros((51, 32, 32, 3), np.uint8)),
+        lambda folder: np.save(folder / "fog.npy", np.zeros((50, 32, 32, 4), np.uint8)),
+    ],
+)
 def test_files_that_are_none(tmp_path, spoil):
     files(tmp_path)
     spoil(tmp_path)
@@ -221,17 +240,28 @@ def celeba(folder, count="4", rows=4):
 def test_celeba_in_its_true_form(tmp_path):
     celeba(tmp_path)
     found = celeba_groups(tmp_path)
-    assert found["group"].tolist() == ["FB", "MN", "MB", "FN"] and found["split"].tolist() == ["valid", "test", "train", "valid"]
+    assert found["group"].tolist() == ["FB", "MN", "MB", "FN"] and found["split"].tolist() == [
+        "valid", "test", "train", "valid",
+    ]
     assert found["image"][0] == "000001.jpg" and found["blonde"].tolist() == [True, False, True, False]
 
 
-@pytest.mark.parametrize("spoil", [
-    lambda folder: celeba(folder, count="5"), lambda folder: celeba(folder, count="many"), lambda folder: celeba(folder, "3", 3),
-    lambda folder: (folder / "list_eval_partition.txt").unlink(), lambda folder: (folder / "list_attr_celeba.txt").write_text("1\nMale\n000001.jpg 1\n"),
-    lambda folder: (folder / "list_attr_celeba.txt").write_bytes(b"\xff\xfe"), lambda folder: (folder / "list_attr_celeba.txt").write_text(""),
-    lambda folder: (folder / "list_eval_partition.txt").write_text("".join(f"{i:06d}.jpg 7\n" for i in range(1, 5))),
-    lambda folder: (folder / "list_eval_partition.txt").write_text("000001.jpg\n"),
-])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda folder: celeba(folder, count="5"),
+        lambda folder: celeba(folder, count="many"),
+        lambda folder: celeba(folder, "3", 3),
+        lambda folder: (folder / "list_eval_partition.txt").unlink(),
+        lambda folder: (folder / "list_attr_celeba.txt").write_text("1\nMale\n000001.jpg 1\n"),
+        lambda folder: (folder / "list_attr_celeba.txt").write_bytes(b"\xff\xfe"),
+        lambda folder: (folder / "list_attr_celeba.txt").write_text(""),
+        lambda folder: (folder / "list_eval_partition.txt").write_text(
+            "".join(f"{i:06d}.jpg 7\n" for i in range(1, 5))
+        ),
+        lambda folder: (folder / "list_eval_partition.txt").write_text("000001.jpg\n"),
+    ],
+)
 def test_celeba_that_is_none(tmp_path, spoil):
     celeba(tmp_path)
     spoil(tmp_path)
@@ -251,15 +281,22 @@ def test_table_15_by_hand():
 def test_everybody_of_table_13(zoo):
     recipe = Recipe("digits_seed", "imp", epochs=1, lr=1e-3, batch_size=40)
     found = soup_populations(zoo[:2], IMAGES, 0.5, recipe, phases=2, m=2, engine=LANES)
-    zeros = {key: sum((w == 0).flatten(1).sum(1).float() for name, w in p.weights.items() if name.endswith("weight")) for key, p in found.items()}
+    zeros = {
+        key: sum((w == 0).flatten(1).sum(1).float() for name, w in p.weights.items() if name.endswith("weight"))
+        for key, p in found.items()
+    }
     total = sum(w[0].numel() for name, w in zoo.weights.items() if name.endswith("weight"))
-    assert all((zeros[row, 2] == round(total / 2)).all() for row in ("SMS", "candidates", "IMP_mx", "IMP", "IMP-RePrune"))
+    assert all(
+        (zeros[row, 2] == round(total / 2)).all() for row in ("SMS", "candidates", "IMP_mx", "IMP", "IMP-RePrune")
+    )
     assert len(found["candidates", 1]) == 4 and ("IMP-RePrune", 1) not in found
     right = lambda models: accuracy(judge(models, IMAGES)[1], IMAGES.y_test)
     cells = ood_cells(found, 0.5, right, "test")
     by_hand = 100 * right(found["candidates", 2]).reshape(2, 2)
     at = cells[(cells["phase"] == 2)].set_index("row")["mean"]
-    assert at["best candidate"] == pytest.approx(by_hand.max(1).values.mean()) and at["mean candidate"] == pytest.approx(by_hand.mean())
+    assert at["best candidate"] == pytest.approx(by_hand.max(1).values.mean()) and at[
+        "mean candidate"
+    ] == pytest.approx(by_hand.mean())
     rows = {"SMS (uniform)", "best candidate (uniform)", "mean candidate (uniform)", "IMP_mx", "IMP-RePrune", "IMP"}
     assert set(soup_table(cells, 13, "test").layout.index) == rows
 
@@ -281,4 +318,6 @@ def test_pairs_of_copies(zoo):
 def test_drift_grows_with_the_rate(zoo):
     recipe = Recipe("digits_seed", "imp", epochs=1, batch_size=20)
     found = instability(zoo[:2], IMAGES, [0.5], [1e-4, 1e-2], recipe, m=2, engine=TORCH)
-    assert found["relative"][1] > 5 * found["relative"][0] > 0 and (found["max distance"] >= found["mean distance"]).all()
+    assert (
+        found["relative"][1] > 5 * found["relative"][0] > 0 and (found["max distance"] >= found["mean distance"]).all()
+    )

@@ -13,7 +13,9 @@ from zootwins.datasets import load_images, subset
 from zootwins.engines import train
 from zootwins.lanes import LANES
 from zootwins.population import sample_population
-from zootwins.schedules import SCHEDULES, WARM_UP, epoch_factors, factor_at, initial_factors, pruning_damage, relative_history
+from zootwins.schedules import (
+    SCHEDULES, WARM_UP, epoch_factors, factor_at, initial_factors, pruning_damage, relative_history,
+)
 from zootwins.selectors import prune
 from zootwins.streams import epoch_order, stream_keys
 from zootwins.training import TORCH, Recipe, model_keys, rate_factors, rates_and_decays
@@ -42,13 +44,20 @@ def torchs(scheduler, n):
     return torch.tensor(rates, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("schedule, options, theirs", [
-    ("constant", {}, lambda o: torch.optim.lr_scheduler.ConstantLR(o, 1.0)),
-    ("LLR", {}, lambda o: torch.optim.lr_scheduler.LinearLR(o, 1.0, 0.0, total_iters=100)),
-    ("ALLR", {"original_epochs": 50}, lambda o: torch.optim.lr_scheduler.LinearLR(o, 1.0, 0.0, total_iters=100)),
-    ("CLR", {"warm_up": 0.0}, lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 100)),
-    ("CLR", {"warm_up": 0.0, "history": (2.0, 1.0, 0.5)}, lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 100, eta_min=0.25)),
-])
+@pytest.mark.parametrize(
+    "schedule, options, theirs",
+    [
+        ("constant", {}, lambda o: torch.optim.lr_scheduler.ConstantLR(o, 1.0)),
+        ("LLR", {}, lambda o: torch.optim.lr_scheduler.LinearLR(o, 1.0, 0.0, total_iters=100)),
+        ("ALLR", {"original_epochs": 50}, lambda o: torch.optim.lr_scheduler.LinearLR(o, 1.0, 0.0, total_iters=100)),
+        ("CLR", {"warm_up": 0.0}, lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 100)),
+        (
+            "CLR",
+            {"warm_up": 0.0, "history": (2.0, 1.0, 0.5)},
+            lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 100, eta_min=0.25),
+        ),
+    ],
+)
 def test_shapes_are_torchs(schedule, options, theirs):
     assert torch.allclose(whole(schedule, **options), torchs(theirs, 100), atol=1e-12)
 
@@ -73,7 +82,10 @@ def test_fine_tuning_and_scaled_restart():
     assert torch.allclose(whole("FT", history=STEPS), torch.full((100,), 0.01, dtype=torch.float64))
     found = whole("SLR", 4, 50, history=STEPS)
     assert (found[:20] < 1).all() and found[0] == 0 and (found[20:101] == 1).all() and math.isclose(found[-1], 0.01)
-    assert torch.equal(whole("SLR", 4, 50, history=STEPS, warm_up=0.0), torch.tensor([relative_history(STEPS)[i] for i in range(200)], dtype=torch.float64))
+    assert torch.equal(
+        whole("SLR", 4, 50, history=STEPS, warm_up=0.0),
+        torch.tensor([relative_history(STEPS)[i] for i in range(200)], dtype=torch.float64),
+    )
 
 
 def test_warm_up_is_half_a_cosine_and_the_texts_by_default():
@@ -90,14 +102,21 @@ def test_a_history_that_warms_up_begins_at_its_top():
 
 
 def test_one_value_per_epoch_is_that_of_its_middle():
-    assert [epoch_factors("LLR", epoch, 5, 3, per_step=False).tolist() for epoch in (1, 5)] == [[0.9] * 3, [pytest.approx(0.1)] * 3]
+    assert [epoch_factors("LLR", epoch, 5, 3, per_step=False).tolist() for epoch in (1, 5)] == [
+        [0.9] * 3,
+        [pytest.approx(0.1)] * 3,
+    ]
     assert math.isclose(epoch_factors("LLR", 2, 5, 200).mean().item(), 0.7, abs_tol=0.001)
 
 
-@pytest.mark.parametrize("schedule, options, message", [
-    ("LLRR", {}, "constant, FT"), ("FT", {}, "history"), ("SLR", {}, "history"), ("ALLR", {}, "original_epochs"), ("FT", {"history": (0.0, 0.0)}, "positive"),
-    ("LLR", {"history": (1.0, -1.0)}, "negative"), ("LLR", {"history": (1.0, float("inf"))}, "positive"),
-])
+@pytest.mark.parametrize(
+    "schedule, options, message",
+    [
+        ("LLRR", {}, "constant, FT"), ("FT", {}, "history"), ("SLR", {}, "history"), ("ALLR", {}, "original_epochs"),
+        ("FT", {"history": (0.0, 0.0)}, "positive"), ("LLR", {"history": (1.0, -1.0)}, "negative"),
+        ("LLR", {"history": (1.0, float("inf"))}, "positive"),
+    ],
+)
 def test_mistakes_are_told(schedule, options, message):
     with pytest.raises(UserError, match=message) as error:
         epoch_factors(schedule, 1, 5, 10, **options)
@@ -115,11 +134,17 @@ def test_damage_by_hand():
     assert pruning_damage(WEIGHTS, {"a.weight": torch.ones(1, 4, dtype=torch.bool)}).item() == 0
 
 
-@pytest.mark.parametrize("damage, epochs, original, expected", [
-    (0.5063696835, 5, 50, 5.063696835e-4), (0.05, 5, 50, 1e-4), (0.1, 5, 50, 1e-4), (0.5063696835, 50, 50, 1e-3), (0.5, 80, 50, 1e-3), (1.0, 5, 50, 1e-3), (0.0, 1, 50, 2e-5),
-])
+@pytest.mark.parametrize(
+    "damage, epochs, original, expected",
+    [
+        (0.5063696835, 5, 50, 5.063696835e-4), (0.05, 5, 50, 1e-4), (0.1, 5, 50, 1e-4), (0.5063696835, 50, 50, 1e-3),
+        (0.5, 80, 50, 1e-3), (1.0, 5, 50, 1e-3), (0.0, 1, 50, 2e-5),
+    ],
+)
 def test_allr_is_clipped_on_both_sides(damage, epochs, original, expected):
-    assert 1e-3 * initial_factors(torch.tensor([damage], dtype=torch.float64), epochs, original).item() == pytest.approx(expected, rel=1e-9)
+    assert 1e-3 * initial_factors(
+        torch.tensor([damage], dtype=torch.float64), epochs, original
+    ).item() == pytest.approx(expected, rel=1e-9)
 
 
 def test_the_share_is_that_of_one_step_and_not_the_cumulative_one():
@@ -135,7 +160,13 @@ def test_the_authors_norm_counts_biases_and_is_smaller():
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
-@pytest.mark.parametrize("schedule, options", [("LLR", {}), ("CLR", {"warm_up": 0.2}), ("SLR", {"history": (3.0, 2.0, 1.0), "nesterov": True}), ("LLR", {"per_step": False})])
+@pytest.mark.parametrize(
+    "schedule, options",
+    [
+        ("LLR", {}), ("CLR", {"warm_up": 0.2}), ("SLR", {"history": (3.0, 2.0, 1.0), "nesterov": True}),
+        ("LLR", {"per_step": False}),
+    ],
+)
 def test_the_engine_follows_the_schedule_as_torch_would(digits, schedule, options, optimizer):
     population = sample_population(ZOOS["digits_seed"], 2)
     population.models = population.models.assign(optimizer=optimizer, lr=[1e-3, 4e-3], wd=[1e-3, 1e-2])
@@ -146,7 +177,9 @@ def test_the_engine_follows_the_schedule_as_torch_would(digits, schedule, option
         if optimizer == "adam":
             step = torch.optim.Adam(module.parameters(), factors["lr"], weight_decay=factors["wd"])
         else:
-            step = torch.optim.SGD(module.parameters(), factors["lr"], momentum=0.9, weight_decay=factors["wd"], nesterov=recipe.nesterov)
+            step = torch.optim.SGD(
+                module.parameters(), factors["lr"], momentum=0.9, weight_decay=factors["wd"], nesterov=recipe.nesterov
+            )
         key = stream_keys("digits_seed", "imp", [factors["seed"]])[0]
         for epoch in range(1, 4):
             for batch, factor in zip(epoch_order(60, key, epoch).split(8), rate_factors(recipe, epoch, 8)):
@@ -154,14 +187,21 @@ def test_the_engine_follows_the_schedule_as_torch_would(digits, schedule, option
                 step.zero_grad()
                 F.cross_entropy(module(digits.x_train[batch]), digits.y_train[batch]).backward()
                 step.step()
-        apart = max((parameter - trained.weights[name][i]).abs().max().item() for name, parameter in module.named_parameters())
+        apart = max(
+            (parameter - trained.weights[name][i]).abs().max().item() for name, parameter in module.named_parameters()
+        )
         assert apart < 2e-5
 
 
 def test_nesterov_is_another_way(digits):
     population = sample_population(ZOOS["digits_seed"], 1)
     population.models = population.models.assign(optimizer="sgd", lr=1e-2)
-    ends = [train(population, digits, Recipe("digits_seed", "imp", epochs=1, nesterov=nesterov), engine=TORCH, progress=False).population for nesterov in (False, True)]
+    ends = [
+        train(
+            population, digits, Recipe("digits_seed", "imp", epochs=1, nesterov=nesterov), engine=TORCH, progress=False
+        ).population
+        for nesterov in (False, True)
+    ]
     assert not torch.allclose(*(end.weights["module_list.0.weight"] for end in ends), atol=1e-5)
 
 
@@ -176,12 +216,17 @@ def test_allr_starts_every_model_at_a_rate_of_its_own(digits):
     pruned.models = pruned.models.assign(damage=damage.numpy())
     adaptive = train(pruned, digits, recipe, masks, engine=TORCH, progress=False).population
     pruned.models = pruned.models.assign(lr=(1e-3 * damage).numpy())
-    linear = train(pruned, digits, Recipe("digits_seed", "imp", epochs=2, schedule="LLR"), masks, engine=TORCH, progress=False).population
+    linear = train(
+        pruned, digits, Recipe("digits_seed", "imp", epochs=2, schedule="LLR"), masks, engine=TORCH, progress=False
+    ).population
     assert all(torch.equal(adaptive.weights[name], tensor) for name, tensor in linear.weights.items())
 
 
 def test_a_recipe_pickles_and_turns_into_json():
-    recipe = Recipe("digits_seed", "imp", epochs=5, schedule="LRW", history=(1.0, 0.5), nesterov=True, warm_up=0.1, per_step=False, original_epochs=30)
+    recipe = Recipe(
+        "digits_seed", "imp", epochs=5, schedule="LRW", history=(1.0, 0.5), nesterov=True, warm_up=0.1, per_step=False,
+        original_epochs=30,
+    )
     assert pickle.loads(pickle.dumps(recipe)) == recipe
     read = json.loads(json.dumps(asdict(recipe)))
     assert Recipe(**read | {"history": tuple(read["history"])}) == recipe
@@ -193,8 +238,12 @@ def test_copies_have_streams_of_their_own_and_copy_0_the_models():
     twice = models.loc[[0, 0, 1, 1]].assign(copy=[0, 1, 0, 1])
     recipe = Recipe("digits_seed", "imp", epochs=1, run_seed=3)
     keys = model_keys(recipe, twice)
-    assert torch.equal(keys[::2], stream_keys("digits_seed", "imp", models["seed"], 3)) and torch.equal(keys[::2], model_keys(recipe, models))
-    assert len(keys.unique(dim=0)) == 4 and not torch.equal(rates_and_decays(models.assign(lr=[1.0, 2.0]), recipe, "cpu")[0], torch.ones(2))
+    assert torch.equal(keys[::2], stream_keys("digits_seed", "imp", models["seed"], 3)) and torch.equal(
+        keys[::2], model_keys(recipe, models)
+    )
+    assert len(keys.unique(dim=0)) == 4 and not torch.equal(
+        rates_and_decays(models.assign(lr=[1.0, 2.0]), recipe, "cpu")[0], torch.ones(2)
+    )
 
 
 @pytest.mark.parametrize("options, message", [({"schedule": "LLR"}, "for LLR"), ({"nesterov": True}, "for Nesterov")])
@@ -203,17 +252,34 @@ def test_an_engine_that_knows_no_schedules_refuses_them(digits, options, message
     population = sample_population(ZOOS["digits_seed"], 1)
     with pytest.raises(UserError, match=message):
         train(population, digits, Recipe("digits_seed", "imp", epochs=1, **options), engine=still, progress=False)
-    assert len(train(population, digits, Recipe("digits_seed", "imp", epochs=1), engine=still, progress=False).metrics) == 2
+    assert (
+        len(train(population, digits, Recipe("digits_seed", "imp", epochs=1), engine=still, progress=False).metrics)
+        == 2
+    )
 
 
-@pytest.mark.parametrize("optimizer, options", [("adam", {"schedule": "LLR"}), ("sgd", {"schedule": "CLR", "warm_up": 0.2, "nesterov": True}),
-                                                ("adam", {"schedule": "ALLR", "original_epochs": 30})])
+@pytest.mark.parametrize(
+    "optimizer, options",
+    [
+        ("adam", {"schedule": "LLR"}),
+        ("sgd", {"schedule": "CLR", "warm_up": 0.2, "nesterov": True}),
+        ("adam", {"schedule": "ALLR", "original_epochs": 30}),
+    ],
+)
 def test_the_fast_engine_follows_the_same_schedule(digits, optimizer, options):
     population = sample_population(ZOOS["digits_seed"], 3)
     pruned, masks = prune(population, 0.5)
-    pruned.models = pruned.models.assign(optimizer=optimizer, lr=[1e-3, 4e-3, 2e-3], damage=pruning_damage(population.weights, masks).numpy())
+    pruned.models = pruned.models.assign(
+        optimizer=optimizer, lr=[1e-3, 4e-3, 2e-3], damage=pruning_damage(population.weights, masks).numpy()
+    )
     recipe = Recipe("digits_seed", "imp", epochs=2, **options)
-    slow, fast = (train(pruned, digits, recipe, masks, engine=engine, progress=False).population for engine in (TORCH, LANES))
-    constant = train(pruned, digits, replace(recipe, schedule="constant"), masks, engine=LANES, progress=False).population
-    apart = lambda other: max((other.weights[name] - tensor).abs().max().item() for name, tensor in slow.weights.items())
+    slow, fast = (
+        train(pruned, digits, recipe, masks, engine=engine, progress=False).population for engine in (TORCH, LANES)
+    )
+    constant = train(
+        pruned, digits, replace(recipe, schedule="constant"), masks, engine=LANES, progress=False
+    ).population
+    apart = lambda other: max(
+        (other.weights[name] - tensor).abs().max().item() for name, tensor in slow.weights.items()
+    )
     assert apart(fast) < 1e-4 < 1e-3 < apart(constant)

@@ -21,8 +21,12 @@ from zootwins.population import load_population
 from zootwins.publishing import export_zoo, publish
 from zootwins.selectors import SELECTORS, empty_layers
 from zootwins.states import choose_states
-from zootwins.tables import all_tables, empty_counts, selector_text, table_1, table_5, table_8, table_empty, table_partners
-from zootwins.twins import load_metrics, load_stage, load_twins, make_twins, partner_agreements, removal_frequencies, run_record, save_metrics
+from zootwins.tables import (
+    all_tables, empty_counts, selector_text, table_1, table_5, table_8, table_empty, table_partners,
+)
+from zootwins.twins import (
+    load_metrics, load_stage, load_twins, make_twins, partner_agreements, removal_frequencies, run_record, save_metrics,
+)
 from zootwins.zoos import ZOOS
 
 
@@ -60,9 +64,16 @@ def test_a_selector_that_comes_later_shares_originals_and_dropout(tmp_path, both
 
 def test_every_row_says_by_whom_and_is_there_once(metrics):
     assert not metrics.duplicated(KEYS).any()
-    assert metrics.groupby("method")["selector"].unique().map(list).to_dict() == {"original": [""], "mp": ["global", "lamp"], "vd": [""]}
+    assert metrics.groupby("method")["selector"].unique().map(list).to_dict() == {
+        "original": [""],
+        "mp": ["global", "lamp"],
+        "vd": [""],
+    }
     pruned = metrics[metrics["level"] == 0.9]
-    assert np.allclose(pruned["sparsity"], round(0.9 * 2416) / 2416) and pruned.groupby("selector")["sparsity_conv2"].first().nunique() == 2
+    assert (
+        np.allclose(pruned["sparsity"], round(0.9 * 2416) / 2416)
+        and pruned.groupby("selector")["sparsity_conv2"].first().nunique() == 2
+    )
 
 
 def test_at_level_0_two_selectors_are_the_same_bits(both):
@@ -112,9 +123,13 @@ def test_masks_that_look_at_images_do_not_depend_on_who_is_trained_beside(tmp_pa
     assert different(replace(steps, n_models=5), whole) is None
 
 
-@pytest.mark.parametrize("selector, told", [
-    ("lamb", "did you mean 'lamp'"), ("global,erc", "did you mean 'erk'"), ("uniform+", "highest possible level is 90.1%"), (len, "by name"), (SELECTORS["lamp"], "by name"),
-])
+@pytest.mark.parametrize(
+    "selector, told",
+    [
+        ("lamb", "did you mean 'lamp'"), ("global,erc", "did you mean 'erk'"),
+        ("uniform+", "highest possible level is 90.1%"), (len, "by name"), (SELECTORS["lamp"], "by name"),
+    ],
+)
 def test_what_cannot_be_chosen_is_told_before_anything_is_made(tmp_path, selector, told):
     with pytest.raises(UserError, match=told) as error:
         small_plan(tmp_path, levels="50,95", selector=selector)
@@ -124,14 +139,22 @@ def test_what_cannot_be_chosen_is_told_before_anything_is_made(tmp_path, selecto
 
 def test_nothing_is_the_zoos_own(tmp_path):
     for zoo, own in (("digits_seed", "global"), ("svhn_seed", "layerwise")):
-        plans = [make_plan(zoo, 1, selector=selector, store=str(tmp_path)) for selector in (None, "", own, f"{own},{own}")]
-        assert all(plan.selectors == (own,) and [stage.name for stage in make_stages(plan)] == ["original", "mp", "vd"] for plan in plans)
+        plans = [
+            make_plan(zoo, 1, selector=selector, store=str(tmp_path)) for selector in (None, "", own, f"{own},{own}")
+        ]
+        assert all(
+            plan.selectors == (own,) and [stage.name for stage in make_stages(plan)] == ["original", "mp", "vd"]
+            for plan in plans
+        )
     assert [pruning_stage(ZOOS["svhn_seed"], name) for name in ("layerwise", "global")] == ["mp", "mp_global"]
 
 
 def test_selectors_are_not_in_the_fingerprint_but_the_zoos_own_is(tmp_path, both):
     one = small_plan(tmp_path, n=4)
-    assert fingerprint(one, IMAGES) == fingerprint(both, IMAGES) and fingerprint(one, IMAGES)["zoo"]["mp_selector"] == "global"
+    assert (
+        fingerprint(one, IMAGES) == fingerprint(both, IMAGES)
+        and fingerprint(one, IMAGES)["zoo"]["mp_selector"] == "global"
+    )
     other = replace(one, zoo=replace(one.zoo, mp_selector="lamp"))
     assert fingerprint(other, IMAGES) != fingerprint(one, IMAGES)
     assert run_record(both, [], IMAGES)["selectors"] == ["global", "lamp"]
@@ -156,29 +179,47 @@ def test_tables_have_a_row_or_a_column_for_every_selector(metrics, both):
     rows = metrics[(metrics["epoch"] == 2) & (metrics["level"] == 0.9)].groupby("selector")["test_acc"].mean()
     five = table_5(metrics)
     assert five.layout.index.names == ["Model Zoo", "Selector", "Metric"] and "global (its own), lamp" in five.caption
-    assert five.numbers.query("zoo == 'All' and metric == 'sparsity'").groupby("selector").size().to_dict() == {"": 4, "lamp": 4}
+    assert five.numbers.query("zoo == 'All' and metric == 'sparsity'").groupby("selector").size().to_dict() == {
+        "": 4,
+        "lamp": 4,
+    }
     shown = five.numbers.query("metric == 'test_acc' and level == 0.9 and epoch == 2").set_index("selector")["mean"]
     assert shown.to_dict() == pytest.approx((100 * rows).to_dict())
     assert table_8(metrics).layout.index.get_level_values("Selector").unique().tolist() == ["global", "lamp"]
     one = table_1(metrics, level=0.9)
-    assert one.layout.columns.get_level_values("Method").tolist() == ["Magnitude pruning (global)"] * 4 + ["Magnitude pruning (lamp)"] * 4 + ["Variational dropout"] * 4
+    assert (
+        one.layout.columns.get_level_values("Method").tolist()
+        == ["Magnitude pruning (global)"] * 4 + ["Magnitude pruning (lamp)"] * 4 + ["Variational dropout"] * 4
+    )
     partners = table_partners(partner_agreements(both, IMAGES, choose_states(metrics, level=0.9)))
     own = partners.numbers[partners.numbers["partner"] == "its own original"].set_index("selector")["mean"]
     agreed = metrics[(metrics["epoch"] == 2) & (metrics["level"] == 0.9)].groupby("selector")["agreement"].mean()
     assert own[["global", "lamp"]].to_dict() == pytest.approx((100 * agreed).to_dict())
-    assert all(" lamp" in table.caption or "lamp" in table.to_markdown() for table in all_tables(metrics) if table.name not in ("table_4", "table_6", "table_7"))
+    assert all(
+        " lamp" in table.caption or "lamp" in table.to_markdown()
+        for table in all_tables(metrics)
+        if table.name not in ("table_4", "table_6", "table_7")
+    )
 
 
 def test_tables_of_one_selector_have_the_papers_form_and_say_which(metrics):
     for name, shown in (("global", own_selector(metrics)), ("lamp", metrics[metrics["selector"] != "global"])):
         tables = {table.name: table for table in all_tables(shown)}
-        assert tables["table_5"].layout.index.names == ["Model Zoo", "Metric"] and tables["table_1"].layout.columns[0][0] == "Magnitude pruning"
-        assert all(name in tables[each].caption for each in ("table_1", "table_2", "table_5", "table_8", "table_9", "table_empty"))
+        assert (
+            tables["table_5"].layout.index.names == ["Model Zoo", "Metric"]
+            and tables["table_1"].layout.columns[0][0] == "Magnitude pruning"
+        )
+        assert all(
+            name in tables[each].caption
+            for each in ("table_1", "table_2", "table_5", "table_8", "table_9", "table_empty")
+        )
 
 
 def test_zoos_with_different_selectors_share_a_table(metrics):
     own = own_selector(metrics)
-    every = pd.concat([own, own.assign(zoo="svhn_seed", selector=own["selector"].replace("global", "layerwise"))], ignore_index=True)
+    every = pd.concat(
+        [own, own.assign(zoo="svhn_seed", selector=own["selector"].replace("global", "layerwise"))], ignore_index=True
+    )
     five = table_5(every)
     assert five.layout.index.names == ["Model Zoo", "Metric"] and "SVHN (s) Seed: layerwise (its own)" in five.caption
     assert five.numbers.query("zoo == 'All'")["selector"].unique().tolist() == [""]
@@ -196,11 +237,19 @@ def test_models_with_an_empty_layer_are_counted(metrics, both):
 
 
 def test_a_layer_with_one_weight_is_not_empty():
-    rows = pd.DataFrame({"zoo": "usps_seed", "selector": "global", "level": 0.9, "sparsity_conv1": [1.0, 0.5, 1.0], "sparsity_conv2": [1199 / 1200, 1.0, 1.0]})
+    rows = pd.DataFrame(
+        {
+            "zoo": "usps_seed", "selector": "global", "level": 0.9, "sparsity_conv1": [1.0, 0.5, 1.0],
+            "sparsity_conv2": [1199 / 1200, 1.0, 1.0],
+        }
+    )
     assert empty_counts(rows).set_index("layer")["models"].to_dict() == {"any": 3, "conv1": 2, "conv2": 2}
     assert empty_counts(rows.head(1).assign(sparsity_conv1=0.0))["models"].sum() == 0
     table = table_empty(rows.assign(method="mp", epoch=15, model=range(3)))
-    assert table.layout.loc[("USPS (s) Seed", "global"), "90%"] == "3: conv1 2, conv2 2" and selector_text(rows) in table.caption
+    assert (
+        table.layout.loc[("USPS (s) Seed", "global"), "90%"] == "3: conv1 2, conv2 2"
+        and selector_text(rows) in table.caption
+    )
 
 
 def test_verdicts_are_about_the_zoos_own_selector(metrics):
@@ -228,10 +277,15 @@ def test_figure_5_has_a_line_for_every_selector_and_others_show_one(metrics):
     shown = lines(metrics)
     assert list(shown) == ["Magnitude pruning, global", "Magnitude pruning, lamp", "Variational dropout"]
     assert len({line.get_color() for line in drawn(metrics)}) == 3
-    ends = metrics[(metrics["method"] == "mp") & (metrics["epoch"] == 2)].groupby(["selector", "level"])["test_acc"].mean()
+    ends = (
+        metrics[(metrics["method"] == "mp") & (metrics["epoch"] == 2)].groupby(["selector", "level"])["test_acc"].mean()
+    )
     assert all(np.allclose(shown[f"Magnitude pruning, {name}"], ends[name]) for name in ("global", "lamp"))
     assert list(lines(own_selector(metrics))) == ["Magnitude pruning", "Variational dropout"]
-    titles = [of_one_selector(rows)[1]["mp"] for rows in (metrics, own_selector(metrics), metrics[metrics["selector"] != "global"])]
+    titles = [
+        of_one_selector(rows)[1]["mp"]
+        for rows in (metrics, own_selector(metrics), metrics[metrics["selector"] != "global"])
+    ]
     assert titles == ["Magnitude pruning (global)", "Magnitude pruning", "Magnitude pruning (lamp)"]
     assert one_selector(metrics)["selector"].unique().tolist() == ["", "global"]
 
@@ -247,7 +301,10 @@ def test_removal_frequencies_are_of_every_selector(tmp_path, both):
     of_one = found[(found["selector"] == "lamp") & np.isclose(found["level"], 0.9)]
     weights = load_twins(both, "mp", 0.9, 0, "lamp").weights
     assert of_one["frequency"].mean() == pytest.approx(1 - 242 / 2416, abs=1e-4) and len(of_one) == 2416
-    assert np.allclose(of_one.loc[of_one["layer"] == "conv1", "frequency"], (weights["module_list.0.weight"] == 0).float().mean(0).flatten())
+    assert np.allclose(
+        of_one.loc[of_one["layer"] == "conv1", "frequency"],
+        (weights["module_list.0.weight"] == 0).float().mean(0).flatten(),
+    )
     assert figure_3(found)
     old = found[found["selector"] != "lamp"].reset_index(drop=True)
     save_frequencies(old.drop(columns="selector"), tmp_path / "old.parquet")
@@ -260,7 +317,11 @@ def test_removal_frequencies_are_of_every_selector(tmp_path, both):
 def test_a_publication_knows_the_selectors(tmp_path, both):
     folder = publish(both.folder, tmp_path / "all")
     card = (folder / "README.md").read_text()
-    assert "magnitude-pruned twins (global), 90%" in card and "magnitude-pruned twins (lamp), 90%" in card and card.count('"magnitude-pruning"') == 1
+    assert (
+        "magnitude-pruned twins (global), 90%" in card
+        and "magnitude-pruned twins (lamp), 90%" in card
+        and card.count('"magnitude-pruning"') == 1
+    )
     assert f"by the selector `lamp` ({SELECTORS['lamp'].title})" in card and "rows of `mp_lamp`" in card
     assert set(load_population(folder / "mp_lamp").models["level"]) == {0.0, 0.9}
     assert set(read_metrics(folder / "metrics.parquet")["selector"]) == {"", "global", "lamp"}

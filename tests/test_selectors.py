@@ -12,8 +12,8 @@ from zootwins.core import UserError
 from zootwins.datasets import load_images
 from zootwins.population import Population, sample_population
 from zootwins.selectors import (
-    SELECTORS, Selector, check_target, deal, empty_layers, erk_counts, kept_weights, lamp_scores, prunable, prune, snip_scores, sparsity_per_phase,
-    uniform_plus_counts,
+    SELECTORS, Selector, check_target, deal, empty_layers, erk_counts, kept_weights, lamp_scores, prunable, prune,
+    snip_scores, sparsity_per_phase, uniform_plus_counts,
 )
 from zootwins.zoos import ZOOS
 
@@ -35,11 +35,16 @@ def shapes_of(zoo):
     return {name: tuple(tensor.shape[1:]) for name, tensor in prunable(zoo.weights).items()}
 
 
-@pytest.mark.parametrize("level, phases, expected, left", [
-    (0.8, 3, (0.4151964524, 0.6580048107, 0.8), (1413, 826, 483)), (0.9, 3, (0.5358411166, 0.7845565310, 0.9), (1121, 521, 242)),
-    (0.95, 3, (0.6315968501, 0.8642791192, 0.95), (890, 328, 121)), (0.98, 3, (0.7285582383, 0.9263193700, 0.98), (656, 178, 48)),
-    (0.9, 2, (0.6837722340, 0.9), (764, 242)), (0.6, 3, (0.2631937003, 0.4571164767, 0.6), (1780, 1312, 966)), (0.5, 1, (0.5,), (1208,)),
-])
+@pytest.mark.parametrize(
+    "level, phases, expected, left",
+    [
+        (0.8, 3, (0.4151964524, 0.6580048107, 0.8), (1413, 826, 483)),
+        (0.9, 3, (0.5358411166, 0.7845565310, 0.9), (1121, 521, 242)),
+        (0.95, 3, (0.6315968501, 0.8642791192, 0.95), (890, 328, 121)),
+        (0.98, 3, (0.7285582383, 0.9263193700, 0.98), (656, 178, 48)), (0.9, 2, (0.6837722340, 0.9), (764, 242)),
+        (0.6, 3, (0.2631937003, 0.4571164767, 0.6), (1780, 1312, 966)), (0.5, 1, (0.5,), (1208,)),
+    ],
+)
 def test_levels_of_the_phases(level, phases, expected, left):
     found = sparsity_per_phase(level, phases)
     assert np.allclose(found, expected, atol=1e-9) and found[-1] == level
@@ -59,7 +64,10 @@ def test_phases_are_nested_exact_and_cumulative(zoo, images, name):
         current, masks = prune(current, level, name, earlier, images)
         counts = sum(mask.flatten(1).sum(1) for mask in masks.values())
         if name == "layerwise":
-            assert all(mask.flatten(1).sum(1).eq(mask[0].numel() - round(level * mask[0].numel())).all() for mask in masks.values())
+            assert all(
+                mask.flatten(1).sum(1).eq(mask[0].numel() - round(level * mask[0].numel())).all()
+                for mask in masks.values()
+            )
         else:
             assert counts.eq(left).all()
         for key, mask in masks.items():
@@ -71,23 +79,36 @@ def test_phases_are_nested_exact_and_cumulative(zoo, images, name):
     assert torch.equal(current.weights["module_list.0.bias"], zoo.weights["module_list.0.bias"])
 
 
-@pytest.mark.parametrize("level, densities", [
-    (0.5, (0.124848, 0.815758, 0, 0.283502, 0)), (0.8, (0.678993, 0.932420, 0.507226, 0.737187, 0.493147)),
-    (0.9, (0.839497, 0.966210, 0.753613, 0.868594, 0.746573)), (0.95, (0.919748, 0.983105, 0.876807, 0.934297, 0.873287)),
-])
+@pytest.mark.parametrize(
+    "level, densities",
+    [
+        (0.5, (0.124848, 0.815758, 0, 0.283502, 0)), (0.8, (0.678993, 0.932420, 0.507226, 0.737187, 0.493147)),
+        (0.9, (0.839497, 0.966210, 0.753613, 0.868594, 0.746573)),
+        (0.95, (0.919748, 0.983105, 0.876807, 0.934297, 0.873287)),
+    ],
+)
 def test_erk_is_the_published_one_within_a_weight(zoo, level, densities):
     counts = list(erk_counts(shapes_of(zoo), level).values())
     assert sum(counts) == 2416 - round(level * 2416)
-    assert all(abs(size * (1 - sparsity) - count) <= 1 for size, sparsity, count in zip(SIZES.values(), densities, counts))
+    assert all(
+        abs(size * (1 - sparsity) - count) <= 1 for size, sparsity, count in zip(SIZES.values(), densities, counts)
+    )
 
 
-@pytest.mark.parametrize("level, middle, last", [
-    (0.5, 0.5451263538, 0.5451263538), (0.7, 0.7630866426, 0.7630866426), (0.75, 0.8194444444, 0.8), (0.8, 0.8794642857, 0.8), (0.85, 0.9394841270, 0.8), (0.9, 0.9990079365, 0.8),
-])
+@pytest.mark.parametrize(
+    "level, middle, last",
+    [
+        (0.5, 0.5451263538, 0.5451263538), (0.7, 0.7630866426, 0.7630866426), (0.75, 0.8194444444, 0.8),
+        (0.8, 0.8794642857, 0.8), (0.85, 0.9394841270, 0.8), (0.9, 0.9990079365, 0.8),
+    ],
+)
 def test_uniform_plus_is_the_published_one_within_a_weight(zoo, level, middle, last):
     counts = list(uniform_plus_counts(shapes_of(zoo), level).values())
     assert counts[0] == 200 and sum(counts) == 2416 - round(level * 2416)
-    assert all(abs(size * (1 - sparsity) - count) <= 1 for size, sparsity, count in zip((1200, 96, 720, 200), (middle,) * 3 + (last,), counts[1:]))
+    assert all(
+        abs(size * (1 - sparsity) - count) <= 1
+        for size, sparsity, count in zip((1200, 96, 720, 200), (middle,) * 3 + (last,), counts[1:])
+    )
 
 
 def test_uniform_plus_is_possible_up_to_its_bound_and_no_further(zoo):
@@ -100,7 +121,9 @@ def test_uniform_plus_is_possible_up_to_its_bound_and_no_further(zoo):
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.lists(st.tuples(st.integers(1, 60), st.integers(1, 40), st.integers(0, 5)), min_size=1, max_size=6), st.data())
+@given(
+    st.lists(st.tuples(st.integers(1, 60), st.integers(1, 40), st.integers(0, 5)), min_size=1, max_size=6), st.data()
+)
 def test_deal_keeps_bounds_sums_and_never_takes_back(layers, data):
     shares, sizes, low = zip(*layers)
     low = [min(a, b) for a, b in zip(low, sizes)]
@@ -113,16 +136,26 @@ def test_deal_keeps_bounds_sums_and_never_takes_back(layers, data):
 
 
 def test_lamp_by_hand_and_across_layers():
-    population = Population({"a.weight": torch.tensor([[[0.1, -0.5, 0.3, 0.2]]]), "b.weight": torch.tensor([[[1.0, -2.0, 3.0]]])}, pd.DataFrame({"seed": [1]}), "")
+    population = Population(
+        {"a.weight": torch.tensor([[[0.1, -0.5, 0.3, 0.2]]]), "b.weight": torch.tensor([[[1.0, -2.0, 3.0]]])},
+        pd.DataFrame({"seed": [1]}),
+        "",
+    )
     scores = lamp_scores(population)
-    assert torch.allclose(scores["a.weight"], torch.tensor([[[0.0256410256, 1, 0.2647058824, 0.1052631579]]], dtype=torch.float64))
+    assert torch.allclose(
+        scores["a.weight"], torch.tensor([[[0.0256410256, 1, 0.2647058824, 0.1052631579]]], dtype=torch.float64)
+    )
     assert torch.allclose(scores["b.weight"], torch.tensor([[0.0714285714, 0.3076923077, 1]], dtype=torch.float64))
     _, masks = prune(population, 4 / 7, "lamp")
-    assert masks["a.weight"].tolist() == [[[False, True, False, False]]] and masks["b.weight"].tolist() == [[[False, True, True]]]
+    assert masks["a.weight"].tolist() == [[[False, True, False, False]]] and masks["b.weight"].tolist() == [
+        [[False, True, True]]
+    ]
 
 
 def test_lamp_of_a_layer_without_weights_is_zero():
-    population = Population({"a.weight": torch.zeros(1, 1, 3), "b.weight": torch.tensor([[[1.0, 2.0]]])}, pd.DataFrame({"seed": [1]}), "")
+    population = Population(
+        {"a.weight": torch.zeros(1, 1, 3), "b.weight": torch.tensor([[[1.0, 2.0]]])}, pd.DataFrame({"seed": [1]}), ""
+    )
     assert lamp_scores(population)["a.weight"].eq(0).all() and lamp_scores(population)["b.weight"].max() == 1
 
 
@@ -131,7 +164,9 @@ def test_a_models_mask_does_not_depend_on_its_neighbours(zoo, images, name):
     _, together = prune(zoo, 0.8, name, images=images)
     _, alone = prune(zoo[[2]], 0.8, name, images=images)
     _, reverse = prune(zoo[[2, 1, 0]], 0.8, name, images=images)
-    assert all(torch.equal(together[key][[2]], mask) and torch.equal(reverse[key][[0]], mask) for key, mask in alone.items())
+    assert all(
+        torch.equal(together[key][[2]], mask) and torch.equal(reverse[key][[0]], mask) for key, mask in alone.items()
+    )
 
 
 def test_sums_over_images_hardly_depend_on_who_is_beside(zoo, images):
@@ -172,9 +207,15 @@ def test_filters_go_whole_and_linear_layers_stay(zoo):
     for name, mask in masks.items():
         if mask.ndim == 5:
             whole = mask.flatten(2)
-            assert torch.equal(whole.any(2), whole.all(2)) and whole.any(2).sum(1).eq(mask.shape[1] - round(0.5 * mask.shape[1])).all()
+            assert (
+                torch.equal(whole.any(2), whole.all(2))
+                and whole.any(2).sum(1).eq(mask.shape[1] - round(0.5 * mask.shape[1])).all()
+            )
             norms = zoo.weights[name].flatten(2).norm(dim=2)
-            assert (norms.masked_fill(whole.any(2), -1).max(1).values <= norms.masked_fill(~whole.any(2), torch.inf).min(1).values).all()
+            assert (
+                norms.masked_fill(whole.any(2), -1).max(1).values
+                <= norms.masked_fill(~whole.any(2), torch.inf).min(1).values
+            ).all()
         else:
             assert mask.all()
     again, later = prune(pruned, 0.75, "filters", masks)
@@ -188,14 +229,22 @@ def test_a_users_function_and_selector(zoo):
     _, masks = prune(zoo, 0.5, smallest)
     _, largest = prune(zoo, 0.5, "global")
     assert all((mask ^ largest[name]).all() for name, mask in masks.items())
-    _, even = prune(zoo, 0.5, Selector("even", smallest, lambda shapes, level: {name: math.prod(shape) // 2 for name, shape in shapes.items()}))
+    _, even = prune(
+        zoo,
+        0.5,
+        Selector(
+            "even", smallest, lambda shapes, level: {name: math.prod(shape) // 2 for name, shape in shapes.items()}
+        ),
+    )
     assert all(mask.flatten(1).sum(1).eq(mask[0].numel() // 2).all() for mask in even.values())
 
 
 def test_some_layers_only(zoo):
     last = "module_list.11.weight"
     _, masks = prune(zoo, 0.25, lambda population, images: {last: population.weights[last].abs()})
-    assert masks[last].flatten(1).sum(1).eq(150).all() and all(mask.all() for name, mask in masks.items() if name != last)
+    assert masks[last].flatten(1).sum(1).eq(150).all() and all(
+        mask.all() for name, mask in masks.items() if name != last
+    )
 
 
 @pytest.mark.parametrize("name", ["global", "layerwise", "lamp", "erk"])
@@ -208,10 +257,14 @@ def test_a_diverged_model_leaves_its_neighbours_alone(zoo, name):
     assert sum(mask[1].sum() for mask in prune(hurt, 0.9, name, masks)[1].values()) == 242
 
 
-@pytest.mark.parametrize("selector, level, message", [
-    ("magnitude", 0.5, "global, layerwise"), ("snip", 0.5, "training images"), ("lamp", 1.0, "below 1"), ("lamp", 90, "fraction"),
-    (lambda p, i: {"module_list.0.weight": torch.zeros(3, 7)}, 0.5, "do not fit"), (lambda p, i: {"nothing": torch.zeros(3, 7)}, 0.5, "do not fit"),
-])
+@pytest.mark.parametrize(
+    "selector, level, message",
+    [
+        ("magnitude", 0.5, "global, layerwise"), ("snip", 0.5, "training images"), ("lamp", 1.0, "below 1"),
+        ("lamp", 90, "fraction"), (lambda p, i: {"module_list.0.weight": torch.zeros(3, 7)}, 0.5, "do not fit"),
+        (lambda p, i: {"nothing": torch.zeros(3, 7)}, 0.5, "do not fit"),
+    ],
+)
 def test_mistakes_are_told(zoo, selector, level, message):
     with pytest.raises(UserError, match=message) as error:
         prune(zoo, level, selector)
@@ -230,10 +283,16 @@ def test_empty_layers_are_counted(zoo):
     masks = {name: mask.clone() for name, mask in prune(zoo, 0.5, "lamp")[1].items()}
     masks["module_list.3.weight"][1] = False
     masks["module_list.3.weight"][1, 0, 0, 0, 0] = True
-    assert kept_weights(masks, zoo.architecture)["conv2"].iloc[1] == 1 and not empty_layers(masks, zoo.architecture).any(axis=None)
+    assert kept_weights(masks, zoo.architecture)["conv2"].iloc[1] == 1 and not empty_layers(
+        masks, zoo.architecture
+    ).any(axis=None)
     masks["module_list.3.weight"][1] = False
     found = empty_layers(masks, zoo.architecture)
-    assert list(found.columns) == list(SIZES) and found["conv2"].tolist() == [False, True, False] and found.to_numpy().sum() == 1
+    assert (
+        list(found.columns) == list(SIZES)
+        and found["conv2"].tolist() == [False, True, False]
+        and found.to_numpy().sum() == 1
+    )
 
 
 def test_a_model_with_an_empty_layer_says_the_same_about_every_image(zoo, images):

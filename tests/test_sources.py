@@ -33,10 +33,15 @@ def originals(trained):
 def equal_twins(plan, trained):
     "Whether twins and their metrics are the bits of those that were trained in one go."
     for stage in ("mp", "vd"):
-        left, right = (load_stage(one, stage) for one in (plan, replace(trained, levels=plan.levels, n_models=plan.n_models)))
+        left, right = (
+            load_stage(one, stage) for one in (plan, replace(trained, levels=plan.levels, n_models=plan.n_models))
+        )
         assert left.models[["model", "level", "seed"]].equals(right.models[["model", "level", "seed"]])
         assert all(torch.equal(left.weights[name], right.weights[name]) for name in right.weights)
-    frames = (load_metrics(one).query("method != 'original'").reset_index(drop=True) for one in (plan, replace(trained, levels=plan.levels)))
+    frames = (
+        load_metrics(one).query("method != 'original'").reset_index(drop=True)
+        for one in (plan, replace(trained, levels=plan.levels))
+    )
     pd.testing.assert_frame_equal(*frames, check_exact=True)
 
 
@@ -47,7 +52,9 @@ def test_twins_of_a_population_are_those_of_the_zoo_it_was(tmp_path, images, tra
     equal_twins(plan, trained)
     first = load_metrics(plan).query("method == 'original'")
     assert first["epoch"].tolist() == [6] * 5 and (first["agreement"] == 1).all() and (first["sparsity"] == 0).all()
-    assert np.allclose(first["test_acc"], load_metrics(trained).query("method == 'original' and epoch == 6")["test_acc"])
+    assert np.allclose(
+        first["test_acc"], load_metrics(trained).query("method == 'original' and epoch == 6")["test_acc"]
+    )
     record = json.loads(json.dumps(run_record(plan, reports, images)))
     assert record["source"]["models"] == 5 and record["stages"][0]["model_samples_per_second"] is None
 
@@ -63,7 +70,9 @@ def test_models_of_a_source_can_be_added(tmp_path, images, trained, originals):
 
 def test_a_store_does_not_mix_sources(tmp_path, images, originals):
     opened = lambda plan: open_store(plan.folder, fingerprint(plan, images))
-    others = Population({name: w + 0.1 for name, w in originals.weights.items()}, originals.models, originals.architecture)
+    others = Population(
+        {name: w + 0.1 for name, w in originals.weights.items()}, originals.models, originals.architecture
+    )
     opened(small_plan(tmp_path, n=2, source=originals))
     opened(small_plan(tmp_path, n=5, source=originals))
     for source in (others, originals[:3], "train"):
@@ -92,7 +101,9 @@ def test_seeds_name_streams_only_where_they_tell_models_apart():
 def test_factors_that_are_not_told_come_from_the_entry_if_it_leaves_no_choice():
     bare = pd.DataFrame({"activation": ["", ""], "optimizer": ["", ""], "lr": [np.nan, np.nan]})
     found = with_factors(bare, get_zoo("svhn_seed"))
-    assert found[["activation", "optimizer", "lr", "wd", "dropout"]].drop_duplicates().values.tolist() == [["tanh", "adam", 3e-3, 0.0, 0.0]]
+    assert found[["activation", "optimizer", "lr", "wd", "dropout"]].drop_duplicates().values.tolist() == [
+        ["tanh", "adam", 3e-3, 0.0, 0.0]
+    ]
     with pytest.raises(UserError, match="2 of 2 models do not say their activation"):
         with_factors(bare, get_zoo("mnist_fixed"))
     with pytest.raises(UserError, match="no activation 'silu'"):
@@ -112,20 +123,28 @@ def test_twins_of_a_published_zoo_are_those_of_the_zoo_it_was(tmp_path, images, 
 
 
 def test_a_zip_and_its_folder_are_one_source(tmp_path, published):
-    one, other = (small_plan(tmp_path, n=2, source=published.with_name(published.name + suffix)).source for suffix in ("", ".zip"))
+    one, other = (
+        small_plan(tmp_path, n=2, source=published.with_name(published.name + suffix)).source for suffix in ("", ".zip")
+    )
     assert source_fingerprint(one) == source_fingerprint(other) and one.name != other.name
 
 
 def test_weights_that_do_not_give_what_was_recorded_are_told(tmp_path, images, trained):
     metrics = load_metrics(trained).query("method == 'original'")
     wrong = np.where(metrics["model"] == 1, 0.02, np.where(metrics["model"] < 3, 0.04, 0))
-    folder = write_zoo({6: load_stage(trained, "original")}, metrics.assign(test_acc=metrics["test_acc"] - wrong), tmp_path / "wrong")
+    folder = write_zoo(
+        {6: load_stage(trained, "original")}, metrics.assign(test_acc=metrics["test_acc"] - wrong), tmp_path / "wrong"
+    )
     plan = small_plan(tmp_path, n=None, source=folder, methods="", levels="")
     make_twins(plan, images, progress=False)
     checked = table_reevaluation(plan, images)
     assert checked.numbers["images"].tolist() == [2, 1, 2, 0, 0]
     row = checked.layout.iloc[0]
-    assert row["Differ by more than one image"] == "2" and row["Largest difference"] == "4.000" and row["Mean difference"] == "2.000"
+    assert (
+        row["Differ by more than one image"] == "2"
+        and row["Largest difference"] == "4.000"
+        and row["Mean difference"] == "2.000"
+    )
 
 
 def test_what_cannot_be_a_source_is_told(tmp_path, trained, published):
@@ -154,15 +173,23 @@ def test_a_file_of_a_zenodo_record_is_a_source(tmp_path, monkeypatch):
     monkeypatch.setenv("ZOOTWINS_DATA", str(tmp_path))
     population = sample_population(get_zoo("mnist_seed"), 3)
     told = {"epoch": 50, "train_loss": 1.0, "train_acc": 0.5, "test_loss": 1.0, "test_acc": 0.5}
-    folder = write_zoo({50: population}, pd.DataFrame([{"model": m, **told} for m in range(3)]), tmp_path / "published" / "stl10" / "tune_zoo")
+    folder = write_zoo(
+        {50: population},
+        pd.DataFrame([{"model": m, **told} for m in range(3)]),
+        tmp_path / "published" / "stl10" / "tune_zoo",
+    )
     shutil.make_archive(str(folder), "zip", folder.parent, folder.name)
-    plan = make_plan("mnist_seed", None, "stl10/tune_zoo.zip", store=str(tmp_path / "store"), figures=str(tmp_path / "figures"))
+    plan = make_plan(
+        "mnist_seed", None, "stl10/tune_zoo.zip", store=str(tmp_path / "store"), figures=str(tmp_path / "figures")
+    )
     name = "module_list.0.weight"
     assert plan.n_models == 3 and torch.equal(plan.source.population.weights[name], population.weights[name])
 
 
 def test_fitting_epoch_finds_the_records_that_belong_to_the_weights():
-    recorded = pd.DataFrame([(m, e, 0.5 + 0.01 * e + 0.001 * m) for m in range(4) for e in range(5)], columns=["model", "epoch", "test_acc"])
+    recorded = pd.DataFrame(
+        [(m, e, 0.5 + 0.01 * e + 0.001 * m) for m in range(4) for e in range(5)], columns=["model", "epoch", "test_acc"]
+    )
     for shift in (-1, 0, 1):
         found = np.array([0.5 + 0.01 * (3 + shift) + 0.001 * m for m in range(4)])
         assert fitting_epoch(recorded, found, 3, 1000) == (3 + shift, 4)
@@ -189,7 +216,10 @@ def test_what_a_source_does_not_tell_is_counted_and_named(tmp_path):
 
 def test_a_publication_with_a_damaged_file_is_no_source(tmp_path):
     save_population(sample_population(get_zoo("digits_seed"), 2), tmp_path / "original")
-    row = {"zoo": "digits_seed", "method": "original", "selector": "", "level": np.nan, "epoch": 50, **dict.fromkeys(METRIC_COLUMNS[6:], 0.5)}
+    row = {
+        "zoo": "digits_seed", "method": "original", "selector": "", "level": np.nan, "epoch": 50,
+        **dict.fromkeys(METRIC_COLUMNS[6:], 0.5),
+    }
     metrics = pd.DataFrame([row | {"model": m} for m in range(2)])
     metrics.to_parquet(tmp_path / "metrics.parquet")
     (tmp_path / HASHES).write_text(hashes(tmp_path))
@@ -206,12 +236,16 @@ def test_a_publication_with_a_damaged_file_is_no_source(tmp_path):
 def test_a_reevaluation_says_which_records_the_weights_belong_to(tmp_path, shift):
     "Six digits models; the checkpoint folders of one of the zoos carry a number that is one too high."
     zoo, images = get_zoo("digits_seed"), subset(load_images("digits"), 200, 400)
-    trained = train(sample_population(zoo, 6), images, Recipe(zoo.name, "original", 4, 2e-3), keep=(1, 2, 3), progress=False)
+    trained = train(
+        sample_population(zoo, 6), images, Recipe(zoo.name, "original", 4, 2e-3), keep=(1, 2, 3), progress=False
+    )
     folder = write_zoo(trained.snapshots, trained.metrics.assign(sparsity=0.0), tmp_path / "zoo")
     for model in folder.iterdir():
         for path in sorted(model.glob("checkpoint_*"), reverse=True):
             path.rename(model / f"checkpoint_{int(path.name[-6:]) + shift:06d}")
-    plan = make_plan(zoo.name, 6, source=str(folder), methods="vd", store=str(tmp_path / "store"), figures=str(tmp_path / "figures"))
+    plan = make_plan(
+        zoo.name, 6, source=str(folder), methods="vd", store=str(tmp_path / "store"), figures=str(tmp_path / "figures")
+    )
     plan = replace(plan, zoo=replace(plan.zoo, vd_epochs=1))
     make_twins(plan, images, progress=False)
     table = table_reevaluation(plan, images)

@@ -46,17 +46,23 @@ def test_what_is_not_finished_is_not_written(trained, wrong):
     piece = Piece({6: whole}, metrics, 0, torch.zeros(len(whole), 50, dtype=torch.uint8))
     check_piece(piece)
     changes = {
-        "epoch": {"metrics": metrics[metrics["epoch"] != 3]}, "row": {"populations": {6: whole, 5: whole[:2]}},
-        "metrics": {"metrics": metrics[metrics["model"] != 1]}, "twice": {"metrics": pd.concat([metrics, metrics.tail(1)])},
+        "epoch": {"metrics": metrics[metrics["epoch"] != 3]},
+        "row": {"populations": {6: whole, 5: whole[:2]}},
+        "metrics": {"metrics": metrics[metrics["model"] != 1]},
+        "twice": {"metrics": pd.concat([metrics, metrics.tail(1)])},
         "predictions": {"predictions": piece.predictions[:2]},
     }
     with pytest.raises(UserError, match="rows"):
         pack(replace(piece, **changes[wrong]))
 
 
-@pytest.mark.parametrize("stage,harm", [
-    *((stage, harm) for stage in STAGES for harm in ("delete", "flip")), *(("mp", harm) for harm in ("truncate", "empty", "folder", "link")),
-])
+@pytest.mark.parametrize(
+    "stage,harm",
+    [
+        *((stage, harm) for stage in STAGES for harm in ("delete", "flip")),
+        *(("mp", harm) for harm in ("truncate", "empty", "folder", "link")),
+    ],
+)
 def test_a_harmed_piece_is_made_again_or_told(copied, trained, capsys, stage, harm):
     path = finished_files(copied.folder, stage)[0]
     content = bytearray(path.read_bytes())
@@ -78,10 +84,18 @@ def test_a_harmed_piece_is_made_again_or_told(copied, trained, capsys, stage, ha
         assert "are gone" in made_again(copied, trained, capsys)
 
 
-@pytest.mark.parametrize("stage,harm", [
-    *((stage, "delete") for stage in STAGES),
-    *(("mp", harm) for harm in ("[]", "3", "null", "{}", "", "folder", "half", '{"files": ["../../x"], "history": [], "digest": ""}')),
-])
+@pytest.mark.parametrize(
+    "stage,harm",
+    [
+        *((stage, "delete") for stage in STAGES),
+        *(
+            ("mp", harm)
+            for harm in (
+                "[]", "3", "null", "{}", "", "folder", "half", '{"files": ["../../x"], "history": [], "digest": ""}',
+            )
+        ),
+    ],
+)
 def test_a_harmed_manifest_is_made_again_or_told(copied, trained, capsys, stage, harm):
     path = copied.folder / f"{stage}.json"
     before = path.read_text()
@@ -114,9 +128,13 @@ def test_a_store_without_a_record_is_not_adopted(copied, trained, capsys):
     assert "what it was made from is not known" in made_again(copied, trained, capsys)
 
 
-@pytest.mark.parametrize("changes,told", [
-    ({"seed": 1}, "another seed"), ({"engine": "torch"}, "another engine"), ({"epochs": 4}, "epochs 3, now 4"), ({"arithmetic": 1}, "another arithmetic"),
-])
+@pytest.mark.parametrize(
+    "changes,told",
+    [
+        ({"seed": 1}, "another seed"), ({"engine": "torch"}, "another engine"), ({"epochs": 4}, "epochs 3, now 4"),
+        ({"arithmetic": 1}, "another arithmetic"),
+    ],
+)
 def test_other_parameters_do_not_touch_a_store(tmp_path, images, changes, told):
     plan = small_plan(tmp_path)
     if plan.engine.name == "torch" and "engine" in changes:
@@ -194,7 +212,10 @@ def test_a_lack_of_memory_is_not_blamed_on_a_file(copied, monkeypatch):
 
 
 def test_temporary_files_are_swept_up_and_others_are_not(copied, images):
-    ours = [copied.folder / name for name in (".store-1.json", ".mp-1.json", "mp/.mp-1-2.safetensors", "parts/.vd-1-2.safetensors")]
+    ours = [
+        copied.folder / name
+        for name in (".store-1.json", ".mp-1.json", "mp/.mp-1-2.safetensors", "parts/.vd-1-2.safetensors")
+    ]
     others = [copied.folder / name for name in (".keep", "mp/.DS_Store", "mp/.ipynb_checkpoints/mp.json")]
     for path in (*ours, *others):
         path.parent.mkdir(exist_ok=True)
@@ -232,7 +253,7 @@ def test_the_latest_unfinished_work_counts(tmp_path):
 
 
 def test_a_reader_beside_a_writer_never_sees_halves(tmp_path, images):
-    """While models and levels are added, a reader of what was there before finds it as it was; one of everything, the old or the new whole."""
+    """While models and levels are added, a reader of earlier ones finds them whole: the old or the new."""
     plan = small_plan(tmp_path, n=2)
     make_twins(plan, images, progress=False)
     before, sizes = load_metrics(plan), set()
@@ -240,10 +261,24 @@ def test_a_reader_beside_a_writer_never_sees_halves(tmp_path, images):
         target=make_twins, args=(small_plan(tmp_path, n=4, levels="0,50,90"), images), kwargs={"progress": False})
     writer.start()
     while writer.is_alive():
-        assert load_metrics(plan).equals(before) and len(load_twins(plan, "mp", 0.9, 2)) == 2 == len(load_epoch(plan, 1))
-        sizes.add((len(load_models(plan.folder / "original")), len(load_models(plan.folder / "mp")), len(load_models(plan.folder / "vd"))))
+        assert load_metrics(plan).equals(before) and len(load_twins(plan, "mp", 0.9, 2)) == 2 == len(
+            load_epoch(plan, 1)
+        )
+        sizes.add(
+            (
+                len(load_models(plan.folder / "original")),
+                len(load_models(plan.folder / "mp")),
+                len(load_models(plan.folder / "vd")),
+            )
+        )
     writer.join()
-    sizes.add((len(load_models(plan.folder / "original")), len(load_models(plan.folder / "mp")), len(load_models(plan.folder / "vd"))))
+    sizes.add(
+        (
+            len(load_models(plan.folder / "original")),
+            len(load_models(plan.folder / "mp")),
+            len(load_models(plan.folder / "vd")),
+        )
+    )
     assert writer.exitcode == 0 and {(2, 4, 2), (4, 12, 4)} <= sizes <= {(2, 4, 2), (4, 4, 2), (4, 12, 2), (4, 12, 4)}
 
 
@@ -263,7 +298,9 @@ def test_a_second_run_says_that_it_waits(tmp_path, capsys):
 
 def test_a_manifest_lists_what_is_read(copied):
     names = [path.name for path in finished_files(copied.folder, "mp")]
-    assert read_manifest(copied.folder, "mp")["files"] == names and len(read_manifest(copied.folder, "mp")["history"]) == 1
+    assert (
+        read_manifest(copied.folder, "mp")["files"] == names and len(read_manifest(copied.folder, "mp")["history"]) == 1
+    )
     with opened(copied.folder / "mp" / names[0]) as file:
         assert len(rows_in(file)) == 15
 

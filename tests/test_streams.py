@@ -6,7 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from zootwins.streams import WORD, Draws, dropout_keep, epoch_order, philox, random_normal, random_words, stream_keys, to_uniform
+from zootwins.streams import (
+    WORD, Draws, dropout_keep, epoch_order, philox, random_normal, random_words, stream_keys, to_uniform,
+)
 
 
 def plain_philox(counter, key, rounds):
@@ -39,7 +41,13 @@ def test_a_stream_does_not_depend_on_company(n, site, position, epoch):
 
 
 def test_streams_of_models_stages_and_runs_differ():
-    keys = [tuple(stream_keys(zoo, stage, [seed], run)[0].tolist()) for zoo in "ab" for stage in "cd" for seed in (1, 2) for run in (0, 1)]
+    keys = [
+        tuple(stream_keys(zoo, stage, [seed], run)[0].tolist())
+        for zoo in "ab"
+        for stage in "cd"
+        for seed in (1, 2)
+        for run in (0, 1)
+    ]
     assert len(set(keys)) == 16
 
 

@@ -27,7 +27,9 @@ def digits():
 def by_hand(population, i, images, recipe, masks):
     "Train one model with an ordinary loop, torch's optimizers and the same random numbers."
     factors = population.models.iloc[i]
-    plain = Population({k: w for k, w in population.weights.items() if "sigma" not in k}, population.models, population.architecture)
+    plain = Population(
+        {k: w for k, w in population.weights.items() if "sigma" not in k}, population.models, population.architecture
+    )
     module, noisy = training_module(plain.to_module(i), recipe.variational)
     module.load_state_dict({k: w[i] for k, w in population.weights.items()})
     lr = factors["lr"] if recipe.lr is None else recipe.lr
@@ -58,13 +60,17 @@ def by_hand(population, i, images, recipe, masks):
 @pytest.mark.parametrize("form", ["original", "mp", "vd"])
 def test_a_population_trains_as_its_models_would_alone(digits, form, optimizer, activation, dropout):
     population = sample_population(ZOOS["digits_seed"], 3)
-    population.models = population.models.assign(optimizer=optimizer, activation=activation, dropout=dropout, lr=[1e-3, 3e-3, 1e-4], wd=[0.0, 1e-3, 1e-2])
+    population.models = population.models.assign(
+        optimizer=optimizer, activation=activation, dropout=dropout, lr=[1e-3, 3e-3, 1e-4], wd=[0.0, 1e-3, 1e-2]
+    )
     masks = {}
     if form == "mp":
         population, masks = prune(population, 0.7)
     if form == "vd":
         population = begin_variational(population)
-    recipe = Recipe("digits_seed", form, epochs=2, lr=None if form == "original" else 2e-3, batch_size=8, variational=form == "vd")
+    recipe = Recipe(
+        "digits_seed", form, epochs=2, lr=None if form == "original" else 2e-3, batch_size=8, variational=form == "vd"
+    )
     trained = train(population, digits, recipe, masks=masks, engine="torch", progress=False).population
     for i in (0, 2):
         alone = by_hand(population, i, digits, recipe, masks)
@@ -80,7 +86,10 @@ def test_mixed_populations_are_trained_group_by_group(digits):
     assert zoo.models[["activation", "optimizer", "dropout"]].drop_duplicates().shape[0] > 1
     for i in (0, 5):
         alone = train(zoo[[i]], digits, recipe, engine="torch", progress=False)
-        assert all(torch.allclose(alone.population.weights[k][0], w[i], atol=1e-5) for k, w in together.population.weights.items())
+        assert all(
+            torch.allclose(alone.population.weights[k][0], w[i], atol=1e-5)
+            for k, w in together.population.weights.items()
+        )
     assert together.metrics["model"].tolist() == sorted(together.metrics["model"])
     with pytest.raises(UserError, match="differ in activation"):
         train_epoch(begin(zoo, stream_keys("z", "s", zoo.models["seed"])), digits.x_train, digits.y_train, recipe)
@@ -89,23 +98,36 @@ def test_mixed_populations_are_trained_group_by_group(digits):
 def test_any_module_of_standard_layers(digits, monkeypatch):
     nn = torch.nn
     mine = lambda activation, dropout: nn.Sequential(
-        nn.Conv2d(1, 4, 3, stride=2, padding=1, bias=False), nn.ReLU(), nn.AvgPool2d(2), nn.Dropout(0.2), nn.Flatten(), nn.Linear(196, 10))
+        nn.Conv2d(1, 4, 3, stride=2, padding=1, bias=False),
+        nn.ReLU(),
+        nn.AvgPool2d(2),
+        nn.Dropout(0.2),
+        nn.Flatten(),
+        nn.Linear(196, 10),
+    )
     monkeypatch.setitem(ARCHITECTURES, "mine", mine)
     torch.manual_seed(0)
     population = from_modules([mine("relu", 0) for _ in range(3)], "mine", plain_models(3, activation="relu"))
     trained = train(population, digits, Recipe("mine", "original", epochs=8), engine="torch", progress=False)
     assert trained.metrics.query("epoch == 8")["test_acc"].min() > trained.metrics.query("epoch == 0")["test_acc"].max()
-    sparse = train(begin_variational(trained.population), digits, Recipe("mine", "vd", epochs=1, variational=True), engine="torch", progress=False)
+    sparse = train(
+        begin_variational(trained.population), digits, Recipe("mine", "vd", epochs=1, variational=True), engine="torch",
+        progress=False,
+    )
     assert set(sparse.population.weights) == {"0.weight", "0.log_sigma2", "5.weight", "5.bias", "5.log_sigma2"}
 
 
 def test_epoch_0_is_an_eval_mode_pass(digits):
     zoo = sample_population(ZOOS["digits_seed"], 2)
     zoo.models = zoo.models.assign(dropout=0.5)
-    row = train(zoo, digits, Recipe("digits_seed", "original", epochs=1), engine="torch", progress=False).metrics.iloc[0]
+    row = train(zoo, digits, Recipe("digits_seed", "original", epochs=1), engine="torch", progress=False).metrics.iloc[
+        0
+    ]
     module = zoo.to_module(0).eval()
     assert row["epoch"] == 0
-    assert row["train_acc"] == pytest.approx((module(digits.x_train).argmax(1) == digits.y_train).double().mean().item())
+    assert row["train_acc"] == pytest.approx(
+        (module(digits.x_train).argmax(1) == digits.y_train).double().mean().item()
+    )
     assert row["test_loss"] == pytest.approx(F.cross_entropy(module(digits.x_test), digits.y_test).item(), abs=1e-5)
 
 
@@ -131,8 +153,10 @@ class Functional(nn.Module):
 
     def forward(self, x):
         x = x.flatten(1)
-        x = {"training": lambda: F.dropout(x, 0.5, self.training), "always": lambda: F.dropout(x, 0.5), "dice": lambda: x * random.random(),
-            "noise": lambda: x + torch.randn_like(x)}[self.kind]()
+        x = {
+            "training": lambda: F.dropout(x, 0.5, self.training), "always": lambda: F.dropout(x, 0.5),
+            "dice": lambda: x * random.random(), "noise": lambda: x + torch.randn_like(x),
+        }[self.kind]()
         return self.layer(x)
 
 
@@ -140,23 +164,34 @@ def flat(*layers, classes=10):
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(784, classes))
 
 
-@pytest.mark.parametrize("make,reason", [(lambda: flat(nn.Dropout2d(0.5)), "Dropout2d"), (lambda: flat(nn.AlphaDropout(0.5)), "AlphaDropout"), (lambda: flat(nn.RReLU()), "RReLU"),
-                                         (lambda: flat(nn.FeatureAlphaDropout(0.2)), "FeatureAlphaDropout"), (lambda: Functional("training"), "F.dropout"),
-                                             (lambda: Functional("always"), "F.dropout"),
-                                         (lambda: Functional("dice"), "random numbers"), (lambda: Functional("noise"), "random numbers"),
-                                         (lambda: flat(classes=257), "of which there may be 256"), (lambda: flat(classes=9), "the classes 0 to 8")])
+@pytest.mark.parametrize(
+    "make,reason",
+    [
+        (lambda: flat(nn.Dropout2d(0.5)), "Dropout2d"), (lambda: flat(nn.AlphaDropout(0.5)), "AlphaDropout"),
+        (lambda: flat(nn.RReLU()), "RReLU"), (lambda: flat(nn.FeatureAlphaDropout(0.2)), "FeatureAlphaDropout"),
+        (lambda: Functional("training"), "F.dropout"), (lambda: Functional("always"), "F.dropout"),
+        (lambda: Functional("dice"), "random numbers"), (lambda: Functional("noise"), "random numbers"),
+        (lambda: flat(classes=257), "of which there may be 256"), (lambda: flat(classes=9), "the classes 0 to 8"),
+    ],
+)
 @pytest.mark.parametrize("form", ["original", "vd"])
 def test_modules_that_cannot_be_trained_are_refused(monkeypatch, digits, make, reason, form):
     monkeypatch.setitem(ARCHITECTURES, "mine", lambda activation, dropout: make())
     population = from_modules([make() for _ in range(2)], "mine", plain_models(2))
     before = {name: tensor.clone() for name, tensor in population.weights.items()}
     with pytest.raises(UserError, match=reason):
-        train(begin_variational(population) if form == "vd" else population, digits, Recipe("digits_seed", form, 1, variational=form == "vd"), progress=False)
+        train(
+            begin_variational(population) if form == "vd" else population, digits,
+            Recipe("digits_seed", form, 1, variational=form == "vd"), progress=False,
+        )
     assert all(torch.equal(tensor, before[name]) for name, tensor in population.weights.items())
 
 
 def test_as_many_classes_as_predictions_can_tell(monkeypatch, digits):
     monkeypatch.setitem(ARCHITECTURES, "mine", lambda activation, dropout: flat(nn.Dropout(dropout), classes=256))
     many = replace(digits, y_train=digits.y_train + 246, y_test=digits.y_test + 246)
-    done = train(from_modules([flat(nn.Dropout(0.1), classes=256)], "mine", plain_models(1, dropout=0.1)), many, Recipe("digits_seed", "original", 3, 1e-2), progress=False)
+    done = train(
+        from_modules([flat(nn.Dropout(0.1), classes=256)], "mine", plain_models(1, dropout=0.1)), many,
+        Recipe("digits_seed", "original", 3, 1e-2), progress=False,
+    )
     assert done.metrics["test_acc"].iloc[-1] > 0.5

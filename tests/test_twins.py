@@ -22,7 +22,8 @@ from zootwins.metrics import METRIC_COLUMNS
 from zootwins.store import finished_files
 from zootwins.states import choose_states
 from zootwins.twins import (
-    Interrupted, load_metrics, load_models, load_stage, make_twins, partner_agreements, read_history, removal_frequencies, run_record,
+    Interrupted, load_metrics, load_models, load_stage, make_twins, partner_agreements, read_history,
+    removal_frequencies, run_record,
 )
 
 
@@ -64,7 +65,11 @@ def test_more_models_and_levels_are_added_and_nothing_is_changed(tmp_path, train
         metrics = load_metrics(part)
         states = choose_states(metrics, level=0.9)
         own = partner_agreements(part, IMAGES, states).query("partner == 'its own original'")
-        expected = metrics.merge(states, on=["zoo", "method", "level", "epoch"]).groupby("method")["agreement"].agg(["mean", "size"])
+        expected = (
+            metrics.merge(states, on=["zoo", "method", "level", "epoch"])
+            .groupby("method")["agreement"]
+            .agg(["mean", "size"])
+        )
         assert dict(zip(own["method"], own["mean"])) == pytest.approx((100 * expected["mean"]).to_dict())
         assert own["n"].tolist() == expected["size"].tolist()
 
@@ -104,10 +109,16 @@ def test_a_store_names_no_commit_that_is_not_zootwins(tmp_path, monkeypatch):
 
 def test_models_as_they_are_judged(trained):
     metrics = load_metrics(trained)
-    for stage, rows in metrics[metrics["epoch"] == metrics.groupby("method")["epoch"].transform("max")].groupby("method"):
+    for stage, rows in metrics[metrics["epoch"] == metrics.groupby("method")["epoch"].transform("max")].groupby(
+        "method"
+    ):
         models = load_models(trained.folder / stage)
-        zeros = [float(sum((layer.weight == 0).sum() for layer in models.to_module(i).module_list if hasattr(layer, "weight")))
-                 for i in range(len(models))]
+        zeros = [
+            float(
+                sum((layer.weight == 0).sum() for layer in models.to_module(i).module_list if hasattr(layer, "weight"))
+            )
+            for i in range(len(models))
+        ]
         assert np.allclose(np.array(zeros) / 2416, rows.sort_values(["level", "model"])["sparsity"])
 
 

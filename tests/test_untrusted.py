@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 
 from zootwins.architectures import build
 from zootwins.core import UserError
-from zootwins.untrusted import (KNOWN, LIMITS, Kind, Record, Storage, Stored, Unpickler, find_state, merge_masks, open_zip, read_checkpoint, read_file, read_table,
-                                read_tensors, stored_tensor, unpickle, view)
+from zootwins.untrusted import (
+    KNOWN, LIMITS, Kind, Record, Storage, Stored, Unpickler, find_state, merge_masks, open_zip, read_checkpoint,
+    read_file, read_table, read_tensors, stored_tensor, unpickle, view,
+)
 
 
 def saved(state, **options):
@@ -48,7 +50,9 @@ def test_no_damage_to_a_checkpoint_goes_unseen():
                 tensors = read_tensors(bytes(data), known)
             except ValueError:
                 continue
-            assert list(tensors) == list(state) and all(np.array_equal(tensors[name], tensor.numpy()) for name, tensor in state.items())
+            assert list(tensors) == list(state) and all(
+                np.array_equal(tensors[name], tensor.numpy()) for name, tensor in state.items()
+            )
 
 
 @settings(max_examples=20, deadline=None)
@@ -67,11 +71,20 @@ def test_every_precision_is_read(tmp_path, dtype):
     assert all(torch.equal(read[name].float(), tensor.float()) for name, tensor in state.items())
 
 
-@pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"epoch": 3, "state_dict": state}, lambda state: {"model": state, "optimizer": {"state": {0: {}},
-    "param_groups": []}},
-                                  lambda state: {"model_state_dict": {f"module.{name}": tensor for name, tensor in state.items()}},
-                                  lambda state: {f"_orig_mod.{name}": tensor for name, tensor in state.items()} | {"_orig_mod.n_averaged": torch.tensor(1)},
-                                  lambda state: {"generator": state, "step": 7}, lambda state: {"a": defaultdict(list), "state_dict": state, "args": Path("x")}])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: state,
+        lambda state: {"epoch": 3, "state_dict": state},
+        lambda state: {"model": state, "optimizer": {"state": {0: {}}, "param_groups": []}},
+        lambda state: {"model_state_dict": {f"module.{name}": tensor for name, tensor in state.items()}},
+        lambda state: (
+            {f"_orig_mod.{name}": tensor for name, tensor in state.items()} | {"_orig_mod.n_averaged": torch.tensor(1)}
+        ),
+        lambda state: {"generator": state, "step": 7},
+        lambda state: {"a": defaultdict(list), "state_dict": state, "args": Path("x")},
+    ],
+)
 def test_what_people_save_is_found(tmp_path, wrap):
     state = build("cnn_small_1ch").state_dict()
     torch.save(wrap(state), tmp_path / "model.pt")
@@ -84,11 +97,18 @@ class Module(torch.nn.Module):
     pass
 
 
-@pytest.mark.parametrize("content,reason", [(Module(), "an object of .*Module, not a state dict"), ({"epoch": 3}, "'epoch' is a value of type int"), ({}, "it is empty"),
-                                            ([1], "type list"),
-                                            ({"student": {"w": torch.ones(1)}, "teacher": {"w": torch.ones(1)}}, r"2 state dicts \(student, teacher\)"),
-                                            ({"model": {"model": {"model": {"w": torch.ones(1)}}}}, "too deep"), ({"w": torch.ones(1), "epoch": 3}, "'epoch' is a value"),
-                                            ({"w": torch.ones(2, dtype=torch.complex64)}, "type that is not known"), ({"state_dict": Module()}, "an object of")])
+@pytest.mark.parametrize(
+    "content,reason",
+    [
+        (Module(), "an object of .*Module, not a state dict"), ({"epoch": 3}, "'epoch' is a value of type int"),
+        ({}, "it is empty"), ([1], "type list"),
+        ({"student": {"w": torch.ones(1)}, "teacher": {"w": torch.ones(1)}}, r"2 state dicts \(student, teacher\)"),
+        ({"model": {"model": {"model": {"w": torch.ones(1)}}}}, "too deep"),
+        ({"w": torch.ones(1), "epoch": 3}, "'epoch' is a value"),
+        ({"w": torch.ones(2, dtype=torch.complex64)}, "type that is not known"),
+        ({"state_dict": Module()}, "an object of"),
+    ],
+)
 def test_what_is_no_state_dict_is_named(tmp_path, content, reason):
     torch.save(content, tmp_path / "model.pt")
     with pytest.raises(UserError, match=reason):
@@ -105,7 +125,10 @@ def test_what_is_no_file_of_pytorch(tmp_path):
 
 
 def test_masks_are_multiplied_and_other_names_are_left_alone():
-    state = {"a.weight_orig": torch.tensor([1.0, 2.0]), "a.weight_mask": torch.tensor([1.0, 0.0]), "b_mask": torch.ones(1), "c_orig": torch.ones(1)}
+    state = {
+        "a.weight_orig": torch.tensor([1.0, 2.0]), "a.weight_mask": torch.tensor([1.0, 0.0]), "b_mask": torch.ones(1),
+        "c_orig": torch.ones(1),
+    }
     merged = merge_masks(state)
     assert list(merged) == ["a.weight", "b_mask", "c_orig"] and merged["a.weight"].tolist() == [1.0, 0.0]
 
@@ -124,8 +147,11 @@ class Runs:
 @pytest.mark.parametrize("kind", ["system", "exec", "open", "getattr", "path"])
 def test_a_hostile_pickle_runs_nothing(tmp_path, kind, protocol):
     mark = tmp_path / "it_ran"
-    call = {"system": Runs(os.system, f"touch {mark}"), "exec": Runs(builtins.exec, f"open({str(mark)!r}, 'w')"), "open": Runs(builtins.open, str(mark), "w"),
-            "getattr": Runs(builtins.getattr, "text", "upper"), "path": Runs(Path.touch, Path(mark))}[kind]
+    call = {
+        "system": Runs(os.system, f"touch {mark}"), "exec": Runs(builtins.exec, f"open({str(mark)!r}, 'w')"),
+        "open": Runs(builtins.open, str(mark), "w"), "getattr": Runs(builtins.getattr, "text", "upper"),
+        "path": Runs(Path.touch, Path(mark)),
+    }[kind]
     read = unpickle(pickle.dumps(OrderedDict(state=[{"deep": call}], epoch=4), protocol))
     assert read.value["epoch"] == 4 and type(read.value["state"][0]["deep"]) is Record and read.unknown.total() > 0
     assert not mark.exists()
@@ -136,9 +162,15 @@ def test_old_protocols_are_not_read():
         unpickle(pickle.dumps({"a": 1.5}, 0))
 
 
-@pytest.mark.parametrize("program", [b"", b".", b"I1\n.", b"\x80\x02\xff", b"\x80\x02NQ.", b"\x80\x02\x82\x01.", b"\x80\x02K\x01}b.", b"\x80\x022.", b"\x80\x02}}b}a.",
-                                     b"\x80\x02]K\x01K\x02s.", b"\x80\x02N)R.", b"\x80\x02h\x05.", b"\x80\x02ctorch\nSize\n)K\x01b.", b"\x80\x04\x8c\x01aK\x01\x93.",
-                                     b"\x80\x02c" + b"a" * 300 + b"\nb\n."], ids=range(15))
+@pytest.mark.parametrize(
+    "program",
+    [
+        b"", b".", b"I1\n.", b"\x80\x02\xff", b"\x80\x02NQ.", b"\x80\x02\x82\x01.", b"\x80\x02K\x01}b.", b"\x80\x022.",
+        b"\x80\x02}}b}a.", b"\x80\x02]K\x01K\x02s.", b"\x80\x02N)R.", b"\x80\x02h\x05.",
+        b"\x80\x02ctorch\nSize\n)K\x01b.", b"\x80\x04\x8c\x01aK\x01\x93.", b"\x80\x02c" + b"a" * 300 + b"\nb\n.",
+    ],
+    ids=range(15),
+)
 def test_programs_that_are_none(program):
     with pytest.raises(ValueError, match="not a pickle of plain data"):
         unpickle(program)
@@ -151,18 +183,32 @@ EXPENSIVE = {
     "a path of nested pairs": b"\x80\x02cpathlib\nPosixPath\nK\x01K\x01\x86" + PAIRS + b"\x85R.",
     "a number of nested pairs": b"\x80\x02cnumpy\ndtype\nK\x01K\x01\x86" + PAIRS + b"\x85R.",
     "bytes of nested pairs": b"\x80\x02c_codecs\nencode\nK\x01K\x01\x86" + PAIRS + b"X\x06\x00\x00\x00latin1\x86R.",
-    "a tensor of nested pairs": b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(K\x01K\x01\x86" + PAIRS + b"h\x00h\x00h\x00tR.",
+    "a tensor of nested pairs": b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(K\x01K\x01\x86"
+    + PAIRS
+    + b"h\x00h\x00h\x00tR.",
     "a dictionary made of nested pairs": b"\x80\x02ccollections\nOrderedDict\nK\x01K\x01\x86" + PAIRS + b"\x85R.",
     "a large index": b"\x80\x02Nr\xff\xff\xff\x7f.",
     "large bytes": b"\x80\x05\x96" + (2**33).to_bytes(8, "little") + b".",
     "a large frame": b"\x80\x04\x95" + (2**60).to_bytes(8, "little") + b".",
     "a large text": b"\x80\x02X\xff\xff\xff\x7fabc.",
-
-           "attributes copied again and again": b"\x80\x02cx\ny\nq\x01}q\x02(" + b"".join(b"X\x04\x00\x00\x00%04dK\x01" % i for i in range(9999)) + b"u0"
-                                         + b"h\x01)\x81h\x02b0" * 20_000 + b"N.",
-    "arguments copied again and again": b"\x80\x02ctorch._utils\n_rebuild_parameter\nq\x01(" + b"K\x01" * 50_000 + b"tq\x020" + b"h\x01h\x02R0" * 20_000 + b"N.",
-    "keys of equal hash": b"\x80\x02}(" + b"".join(b"\x8a\x0c%bK\x01" % (i * (2**61 - 1)).to_bytes(12, "little") for i in range(1, 20_000)) + b"u.",
-    "a long name asked for again and again": b"\x80\x04X\x40\x42\x0f\x00" + b"a" * 1_000_000 + b"\x94" + b"h\x00h\x00\x930" * 50_000 + b"N.",
+    "attributes copied again and again": b"\x80\x02cx\ny\nq\x01}q\x02("
+    + b"".join(b"X\x04\x00\x00\x00%04dK\x01" % i for i in range(9999))
+    + b"u0"
+    + b"h\x01)\x81h\x02b0" * 20_000
+    + b"N.",
+    "arguments copied again and again": b"\x80\x02ctorch._utils\n_rebuild_parameter\nq\x01("
+    + b"K\x01" * 50_000
+    + b"tq\x020"
+    + b"h\x01h\x02R0" * 20_000
+    + b"N.",
+    "keys of equal hash": b"\x80\x02}("
+    + b"".join(b"\x8a\x0c%bK\x01" % (i * (2**61 - 1)).to_bytes(12, "little") for i in range(1, 20_000))
+    + b"u.",
+    "a long name asked for again and again": b"\x80\x04X\x40\x42\x0f\x00"
+    + b"a" * 1_000_000
+    + b"\x94"
+    + b"h\x00h\x00\x930" * 50_000
+    + b"N.",
     "deep lists": b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".",
 }
 
@@ -178,7 +224,9 @@ def test_a_pickle_costs_no_more_than_its_size(kind):
     assert time.process_time() - started < 3
 
 
-@pytest.mark.parametrize("state", [b"N}U\x08labels_iNs\x86b", b"}U\x08labels_iNsb", b"N}U\x08__init__Ns\x86b", b"}U\x0c__setstate__Nsb"])
+@pytest.mark.parametrize(
+    "state", [b"N}U\x08labels_iNs\x86b", b"}U\x08labels_iNsb", b"N}U\x08__init__Ns\x86b", b"}U\x0c__setstate__Nsb"]
+)
 def test_a_pickle_cannot_change_the_stand_ins(state):
     before = dict(vars(Record)), dict(vars(Kind)), dict(Unpickler.dispatch), dict(KNOWN)
     for name in [*KNOWN, "x.y"]:
@@ -187,10 +235,14 @@ def test_a_pickle_cannot_change_the_stand_ins(state):
     assert (dict(vars(Record)), dict(vars(Kind)), dict(Unpickler.dispatch), dict(KNOWN)) == before
 
 
-@pytest.mark.parametrize("offset,shape,stride", [(10**30, (2,), (1,)), (0, (2,), (10**30,)), ("x", (2,), (1,)), (0, "ab", (1, 1)), (0, (2, 2), (1,)), (0, (2,), None),
-                                                 (0.5, (2,), (1,)),
-                                                 (True, (2,), (1,)), (-1, (2,), (1,)), (0, (-2,), (1,)), (0, (2,), (-1,)), (199, (2,), (1,)), (0, (10**9, 10**9), (0, 0)),
-                                                 (0, [[8]], (1,)), (0, (1,) * 9, (1,) * 9), (0, (201,), (0,))])
+@pytest.mark.parametrize(
+    "offset,shape,stride",
+    [
+        (10**30, (2,), (1,)), (0, (2,), (10**30,)), ("x", (2,), (1,)), (0, "ab", (1, 1)), (0, (2, 2), (1,)),
+        (0, (2,), None), (0.5, (2,), (1,)), (True, (2,), (1,)), (-1, (2,), (1,)), (0, (-2,), (1,)), (0, (2,), (-1,)),
+        (199, (2,), (1,)), (0, (10**9, 10**9), (0, 0)), (0, [[8]], (1,)), (0, (1,) * 9, (1,) * 9), (0, (201,), (0,)),
+    ],
+)
 def test_a_tensor_that_cannot_be(offset, shape, stride):
     assert stored_tensor(Storage("<f4", "0", 200), 198, (2,), (1,)).count == 200
     with pytest.raises(pickle.UnpicklingError):
@@ -211,7 +263,9 @@ def with_storage(count, length):
         def persistent_id(self, item):
             return ("storage", torch.FloatStorage, "0", "cpu", count) if item == "here" else None
 
-    Pickler(program, 2).dump(OrderedDict(w=Runs(torch._utils._rebuild_tensor_v2, "here", 0, (2,), (1,), False, OrderedDict())))
+    Pickler(program, 2).dump(
+        OrderedDict(w=Runs(torch._utils._rebuild_tensor_v2, "here", 0, (2,), (1,), False, OrderedDict()))
+    )
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("archive/data.pkl", program.getvalue())
         archive.writestr("archive/data/0", bytes(length))

@@ -1,4 +1,4 @@
-"""Variational dropout: the divergence against its integral, the outputs against sampled weights, modules against populations."""
+"""Variational dropout: the divergence against its integral, outputs against sampled weights, modules, populations."""
 import math
 
 import pytest
@@ -37,7 +37,12 @@ def integral(value):
     "The divergence up to a constant, by numerical integration."
     std = math.exp(value / 2)
     low, high = 1 - 12 * std, 1 + 12 * std
-    return quad(lambda e: norm.pdf(e, 1, std) * math.log(abs(e)), low, high, points=[0.0] if low < 0 else None, limit=500)[0] - value / 2
+    return (
+        quad(lambda e: norm.pdf(e, 1, std) * math.log(abs(e)), low, high, points=[0.0] if low < 0 else None, limit=500)[
+            0
+        ]
+        - value / 2
+    )
 
 
 @settings(deadline=None, max_examples=30)
@@ -66,12 +71,24 @@ def test_outputs_have_the_moments_of_sampled_weights(layer):
         if conv:
             layer.log_sigma2_bias.fill_(-2.0)
         x = torch.rand(1, 2, 5, 5) if conv else torch.rand(1, 7)
-        std = torch.exp(log_alpha(layer.weight, layer.log_sigma2, CONV_LIMIT if conv else LINEAR_LIMIT) / 2) * layer.weight.abs()
-        std_bias = torch.exp(log_alpha(layer.bias, layer.log_sigma2_bias, CONV_LIMIT) / 2) * layer.bias.abs() if conv else torch.zeros(4)
+        std = (
+            torch.exp(log_alpha(layer.weight, layer.log_sigma2, CONV_LIMIT if conv else LINEAR_LIMIT) / 2)
+            * layer.weight.abs()
+        )
+        std_bias = (
+            torch.exp(log_alpha(layer.bias, layer.log_sigma2_bias, CONV_LIMIT) / 2) * layer.bias.abs()
+            if conv
+            else torch.zeros(4)
+        )
         apply = (lambda w, b: F.conv2d(x, w, b, 2, 1)) if conv else (lambda w, b: F.linear(x, w, b))
         n = 6000
         local = torch.cat([layer(x) for _ in range(n)])
-        direct = torch.cat([apply(layer.weight + std * torch.randn_like(std), layer.bias + std_bias * torch.randn_like(std_bias)) for _ in range(n)])
+        direct = torch.cat(
+            [
+                apply(layer.weight + std * torch.randn_like(std), layer.bias + std_bias * torch.randn_like(std_bias))
+                for _ in range(n)
+            ]
+        )
     error = direct.std(0) / math.sqrt(n)
     assert ((local.mean(0) - direct.mean(0)).abs() < 8 * error).all()
     assert torch.allclose(local.std(0), direct.std(0), rtol=0.06)
@@ -79,7 +96,10 @@ def test_outputs_have_the_moments_of_sampled_weights(layer):
 
 @pytest.mark.parametrize("name", ["cnn_small_1ch", "cnn_small_3ch", "cnn_large"])
 def test_modules_and_populations_are_pruned_alike(name):
-    zoo = sample_population(ZOOS[{"cnn_small_1ch": "usps_seed", "cnn_small_3ch": "cifar10_seed", "cnn_large": "cifar10_large_seed"}[name]], 3)
+    zoo = sample_population(
+        ZOOS[{"cnn_small_1ch": "usps_seed", "cnn_small_3ch": "cifar10_seed", "cnn_large": "cifar10_large_seed"}[name]],
+        3,
+    )
     noisy = begin_variational(zoo)
     torch.manual_seed(0)
     for key in noisy.weights:
@@ -110,10 +130,21 @@ def test_the_threshold_is_reached_at_exactly_3():
 def test_log_alphas_are_clamped_by_the_kind_of_their_layer():
     noisy = begin_variational(sample_population(ZOOS["digits_seed"], 2))
     for sign in (-1, 1):
-        found = log_alphas({name: torch.full_like(w, sign * 50.0) if "log_sigma2" in name else w for name, w in noisy.weights.items()})
-        limits = {name: CONV_LIMIT if noisy.weights[name.removesuffix(".bias") + ".weight" if name.endswith(".bias") else name].ndim == 5 else LINEAR_LIMIT for name in found}
-        assert all((relative == sign * limits[name]).all() for name, relative in found.items()) and set(limits.values()) == {8.0, 10.0}
-        assert sum(name.endswith(".bias") for name in found) == 3 and sum(name.endswith(".weight") for name in found) == 5
+        found = log_alphas(
+            {name: torch.full_like(w, sign * 50.0) if "log_sigma2" in name else w for name, w in noisy.weights.items()}
+        )
+        limits = {
+            name: CONV_LIMIT
+            if noisy.weights[name.removesuffix(".bias") + ".weight" if name.endswith(".bias") else name].ndim == 5
+            else LINEAR_LIMIT
+            for name in found
+        }
+        assert all((relative == sign * limits[name]).all() for name, relative in found.items()) and set(
+            limits.values()
+        ) == {8.0, 10.0}
+        assert (
+            sum(name.endswith(".bias") for name in found) == 3 and sum(name.endswith(".weight") for name in found) == 5
+        )
 
 
 def test_a_diverged_model_is_not_sparse():
@@ -148,11 +179,17 @@ def test_the_divergence_counts_weights_and_biases_of_convolutions():
         for p in twin.parameters():
             p.fill_(0.0)  # log alpha at the upper clamp everywhere
     layers = 8.0 * torch.ones(432 + 16 + 4608 + 32 + 4320 + 15), 10.0 * torch.ones(1200 + 200)
-    assert total_divergence(twin).item() == pytest.approx(sum(kl_divergence(part).sum().item() for part in layers), rel=1e-3)
+    assert total_divergence(twin).item() == pytest.approx(
+        sum(kl_divergence(part).sum().item() for part in layers), rel=1e-3
+    )
 
 
 def test_other_layers_are_left_as_they_are():
-    module = nn.Sequential(nn.Conv2d(3, 4, 3, groups=1, bias=False, padding="same"), nn.BatchNorm2d(4), nn.Sequential(nn.Flatten(), nn.Linear(4 * 64, 2)))
+    module = nn.Sequential(
+        nn.Conv2d(3, 4, 3, groups=1, bias=False, padding="same"),
+        nn.BatchNorm2d(4),
+        nn.Sequential(nn.Flatten(), nn.Linear(4 * 64, 2)),
+    )
     twin = sparsify(module)
     kinds = [type(m).__name__ for m in twin.modules() if not isinstance(m, nn.Sequential)]
     assert kinds == ["SparseConv2d", "BatchNorm2d", "Flatten", "SparseLinear"]

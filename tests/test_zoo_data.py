@@ -22,8 +22,10 @@ from zootwins.store import read_stage, read_stage_metrics
 from zootwins.twins import make_twins
 from zootwins.untrusted import HASHES
 from zootwins.variational import deterministic, sparse_masks
-from zootwins.zoo_data import (FIRST, PLACE, ZooDataset, best, graph_places, load_zoo, masks, population_of, random_order, select, split_models,
-                               token_places, twins_of)
+from zootwins.zoo_data import (
+    FIRST, PLACE, ZooDataset, best, graph_places, load_zoo, masks, population_of, random_order, select, split_models,
+    token_places, twins_of,
+)
 
 
 @pytest.fixture(scope="module")
@@ -41,21 +43,33 @@ def public(twelve, tmp_path_factory):
 
 
 def test_all_states_are_there_with_what_was_measured_of_them(twelve, public):
-    zoo, metrics = load_zoo(twelve.folder), {stage: read_stage_metrics(twelve.folder, stage) for stage in ("original", "mp", "vd")}
+    zoo, metrics = (
+        load_zoo(twelve.folder),
+        {stage: read_stage_metrics(twelve.folder, stage) for stage in ("original", "mp", "vd")},
+    )
     assert len(zoo) == 12 + 24 + 36 and zoo.models == list(range(12)) and load_zoo(zoo) is zoo
     for stage, measured in metrics.items():
         states = zoo.states[zoo.states["stage"] == stage]
         wanted = states[["model", "level", "epoch"]].merge(measured, how="left", on=["model", "level", "epoch"])
         for name in ("test_acc", "sparsity", "agreement", "train_loss"):
-            assert np.array_equal(states[name], wanted[name], equal_nan=True) and (name == "agreement" or states[name].notna().all())
-    assert load_zoo(public).states.drop(columns=PLACE).equals(zoo.states.drop(columns=PLACE)[load_zoo(public).states.drop(columns=PLACE).columns])
+            assert np.array_equal(states[name], wanted[name], equal_nan=True) and (
+                name == "agreement" or states[name].notna().all()
+            )
+    assert (
+        load_zoo(public)
+        .states.drop(columns=PLACE)
+        .equals(zoo.states.drop(columns=PLACE)[load_zoo(public).states.drop(columns=PLACE).columns])
+    )
 
 
 @pytest.mark.parametrize("form", ["flat", "layers", "tokens", "graph"])
 @pytest.mark.parametrize("stage", ["original", "mp", "vd"])
 def test_every_form_holds_the_weights_that_are_judged(twelve, public, form, stage):
     stored = read_stage(twelve.folder, stage)
-    judged, order = deterministic(stored.weights), {key: i for i, key in enumerate(zip(stored.models["model"], stored.models["level"].fillna(-1)))}
+    judged, order = (
+        deterministic(stored.weights),
+        {key: i for i, key in enumerate(zip(stored.models["model"], stored.models["level"].fillna(-1)))},
+    )
     for source in (twelve.folder, public):
         data = ZooDataset(source, stage, form=form)
         assert len(data) == len(stored)
@@ -68,10 +82,15 @@ def test_every_form_holds_the_weights_that_are_judged(twelve, public, form, stag
             if form == "layers":
                 assert item.keys() == weights.keys() and all(torch.equal(item[name], weights[name]) for name in item)
             elif form == "flat":
-                assert torch.equal(item, torch.cat([weights[name].flatten() for name in parameter_shapes("cnn_small_1ch")]))
+                assert torch.equal(
+                    item, torch.cat([weights[name].flatten() for name in parameter_shapes("cnn_small_1ch")])
+                )
             elif form == "tokens":
                 assert torch.equal(item["tokens"][:8, :25], weights["module_list.0.weight"].flatten(1))
-                assert torch.equal(item["tokens"][:8, 25], weights["module_list.0.bias"]) and (item["tokens"][~item["mask"]] == 0).all()
+                assert (
+                    torch.equal(item["tokens"][:8, 25], weights["module_list.0.bias"])
+                    and (item["tokens"][~item["mask"]] == 0).all()
+                )
             else:
                 first = item["edge_layer"] == 4  # nine inputs of a linear layer are an edge
                 ends = item["edge_index"][:, first]
@@ -87,7 +106,11 @@ def test_tokens_are_neurons_cut_and_padded(architecture, width):
     state = {name: torch.randn_like(tensor) for name, tensor in build(architecture).state_dict().items()}
     vector = flatten({name: tensor[None] for name, tensor in state.items()})[0]
     layers = [name for name in state if name.endswith("weight")]
-    neurons = [[*state[name][unit].flatten().tolist(), state[name.replace("weight", "bias")][unit].item()] for name in layers for unit in range(len(state[name]))]
+    neurons = [
+        [*state[name][unit].flatten().tolist(), state[name.replace("weight", "bias")][unit].item()]
+        for name in layers
+        for unit in range(len(state[name]))
+    ]
     where = [(layer, unit) for layer, name in enumerate(layers) for unit in range(len(state[name]))]
     size, tokens, positions = width or max(map(len, neurons)), [], []
     for neuron, place in zip(neurons, where):
@@ -98,7 +121,9 @@ def test_tokens_are_neurons_cut_and_padded(architecture, width):
     values = torch.cat([vector, torch.zeros(1)])[found.index]
     assert found.positions.tolist() == [list(position) for position in positions] and len(values) == len(tokens)
     for value, mask, token in zip(values, found.mask, tokens):
-        assert value.tolist() == [*token, *[0.0] * (size - len(token))] and mask.tolist() == [i < len(token) for i in range(size)]
+        assert value.tolist() == [*token, *[0.0] * (size - len(token))] and mask.tolist() == [
+            i < len(token) for i in range(size)
+        ]
 
 
 def test_a_graph_computes_what_its_model_does(twelve):
@@ -121,7 +146,10 @@ def test_graphs_of_pytorch_geometric(twelve, monkeypatch):
         ZooDataset(twelve.folder, form="pyg")
     monkeypatch.undo()
     loader = pytest.importorskip("torch_geometric.loader").DataLoader
-    data, plain = ZooDataset(twelve.folder, form="pyg", targets=("test_acc", "lr")), ZooDataset(twelve.folder, form="graph")
+    data, plain = (
+        ZooDataset(twelve.folder, form="pyg", targets=("test_acc", "lr")),
+        ZooDataset(twelve.folder, form="graph"),
+    )
     batch = next(iter(loader(data, batch_size=3)))
     assert batch.num_nodes == 3 * 49 and tuple(batch.y.shape) == (3, 2) and batch.edge_index.max() == 3 * 49 - 1
     assert torch.equal(batch[2].edge_attr, plain[2][0]["edge_attr"])
@@ -132,9 +160,13 @@ def test_workers_read_the_same(twelve, context):
     data = ZooDataset(twelve.folder, "vd", epoch="all", targets=("sparsity", "optimizer", "lr"))
     data[0]  # files are open when it travels
     assert len(pickle.dumps(data)) < 100_000
-    loader = DataLoader(data, batch_size=8, num_workers={"fork": 2, "spawn": 1}[context], multiprocessing_context=context)
+    loader = DataLoader(
+        data, batch_size=8, num_workers={"fork": 2, "spawn": 1}[context], multiprocessing_context=context
+    )
     vectors, targets = (torch.cat(parts) for parts in zip(*loader))
-    assert torch.equal(vectors, torch.stack([data[i][0] for i in range(len(data))])) and torch.equal(targets, data.targets)
+    assert torch.equal(vectors, torch.stack([data[i][0] for i in range(len(data))])) and torch.equal(
+        targets, data.targets
+    )
     assert data.classes == {"optimizer": ["adam"]} and (targets[:, 1] == 0).all()
 
 
@@ -151,7 +183,9 @@ def test_twins_and_copies_of_a_model_are_on_one_side(twelve):
     for part in ("train", "val", "test"):
         data = ZooDataset(twelve.folder, ("original", "mp", "vd"), split=part, epoch="all")
         assert set(data.rows["model"]) == set(split[split == part].index) and len(data) == (split == part).sum() * 6
-    assert set(ZooDataset(twelve.folder, split="test").rows["model"]) != set(ZooDataset(twelve.folder, split="test", seed=3).rows["model"])
+    assert set(ZooDataset(twelve.folder, split="test").rows["model"]) != set(
+        ZooDataset(twelve.folder, split="test", seed=3).rows["model"]
+    )
     with pytest.raises(UserError, match="too few"):
         split_models(range(9), "digits_seed")
 
@@ -163,7 +197,9 @@ def test_transforms_move_weights_and_not_what_they_compute(twelve):
     first, again = moved.population(3), moved.population(3)
     torch.manual_seed(1)
     same = moved.population(3)
-    assert not torch.equal(flatten(first.weights), flatten(again.weights)) and torch.equal(flatten(first.weights), flatten(same.weights))
+    assert not torch.equal(flatten(first.weights), flatten(again.weights)) and torch.equal(
+        flatten(first.weights), flatten(same.weights)
+    )
     assert torch.allclose(first.to_module(0)(images), data.population(3).to_module(0)(images), atol=1e-4)
     reference = data.population(3)
     back = ZooDataset(twelve.folder, "vd", transform=partial(lambda p: aligned(random_order(p), reference)))
@@ -179,13 +215,20 @@ def test_masks_are_those_of_the_model_with_that_number(twelve, public):
         found = masks(source, model=5)
         for name, mask in sparse_masks(noisy.weights).items():
             assert torch.equal(found[name], mask[noisy.models.query("model == 5").index[0]])
-    assert sum(int(mask.sum()) for mask in masks(public, model=5, level=0.1 + 0.2 + 0.5).values()) == 2416 - round(0.8 * 2416)  # 0.8 and a bit
+    assert sum(int(mask.sum()) for mask in masks(public, model=5, level=0.1 + 0.2 + 0.5).values()) == 2416 - round(
+        0.8 * 2416
+    )  # 0.8 and a bit
 
 
-@pytest.mark.parametrize("wrong,reason", [({"model": 12}, "no model 12"), ({"model": 3, "level": 0.7}, r"no level 0.7 .* 0.5, 0.8"),
-                                          ({"model": 3, "stage": "mp"}, "differ in level"),
-                                          ({"model": 3, "selector": "lamp"}, "no selector lamp"), ({"model": 3, "level": 0.8, "epoch": 1}, "no epoch 1"),
-                                          ({"model": 3, "epoch": "all"}, "differ in epoch"), ({"model": 3, "stage": "imp"}, "no stage imp")])
+@pytest.mark.parametrize(
+    "wrong,reason",
+    [
+        ({"model": 12}, "no model 12"), ({"model": 3, "level": 0.7}, r"no level 0.7 .* 0.5, 0.8"),
+        ({"model": 3, "stage": "mp"}, "differ in level"), ({"model": 3, "selector": "lamp"}, "no selector lamp"),
+        ({"model": 3, "level": 0.8, "epoch": 1}, "no epoch 1"), ({"model": 3, "epoch": "all"}, "differ in epoch"),
+        ({"model": 3, "stage": "imp"}, "no stage imp"),
+    ],
+)
 def test_twins_that_are_not_there(twelve, wrong, reason):
     with pytest.raises(UserError, match=reason) as told:
         masks(twelve.folder, **wrong)
@@ -221,7 +264,10 @@ def test_copies_and_selectors_are_told_apart(tmp_path, public):
 def test_candidates_of_soups_are_states_of_their_own(copied):
     told = []
     chain = Chain(level=0.5, phases=1, m=2, merge="uniform", epochs=1)
-    make_soups(copied, IMAGES, [chain], progress=False, on_epoch=lambda stage, rows, epoch, metrics: told.append((epoch, len(rows))))
+    make_soups(
+        copied, IMAGES, [chain], progress=False,
+        on_epoch=lambda stage, rows, epoch, metrics: told.append((epoch, len(rows))),
+    )
     stage, zoo = phase_name(copied, chain, 1), load_zoo(copied.folder)
     states = select(zoo, stage)
     assert set(states["method"]) == {"imp"} and len(states) == 10 and sorted(set(states["copy"])) == [0, 1]
@@ -239,7 +285,9 @@ def test_the_best_and_their_twins(twelve):
     zoo = load_zoo(twelve.folder)
     table = best(zoo, 4)
     originals = read_stage_metrics(twelve.folder, "original").query("epoch == 2").set_index("model")["test_acc"]
-    assert table["test_acc"].tolist() == sorted(originals, reverse=True)[:4] and [*table] == ["model", "test_acc", "mp 50 %", "mp 80 %", "vd"]
+    assert table["test_acc"].tolist() == sorted(originals, reverse=True)[:4] and [*table] == [
+        "model", "test_acc", "mp 50 %", "mp 80 %", "vd",
+    ]
     ties = originals[originals == table["test_acc"][0]].index.tolist()
     assert table["model"].tolist()[: len(ties)] == sorted(ties)[:4]
     twins = twins_of(zoo, table["model"])
@@ -253,15 +301,22 @@ def test_originals_and_noise_as_trained(twelve):
     zoo = load_zoo(twelve.folder)
     whole = population_of(zoo, select(zoo, "vd"), judged=False)
     stored = read_stage(twelve.folder, "vd")
-    assert list(whole.weights) == list(stored.weights) and all(torch.equal(whole.weights[name], stored.weights[name]) for name in stored.weights)
+    assert list(whole.weights) == list(stored.weights) and all(
+        torch.equal(whole.weights[name], stored.weights[name]) for name in stored.weights
+    )
     item, _ = ZooDataset(zoo, "vd", form="layers", judged=False)[0]
     assert item.keys() == stored.weights.keys()
     mixed = population_of(zoo, select(zoo, ("original", "vd"), model=1), judged=False)
     assert list(mixed.weights) == list(parameter_shapes(zoo.architecture))
-    assert torch.equal(unflatten(flatten(mixed.weights), zoo.architecture)["module_list.3.weight"], mixed.weights["module_list.3.weight"])
+    assert torch.equal(
+        unflatten(flatten(mixed.weights), zoo.architecture)["module_list.3.weight"],
+        mixed.weights["module_list.3.weight"],
+    )
 
 
-@pytest.mark.parametrize("damage,reason", [("store.json", "no zoo"), ("vd.json", "damaged"), ("weights", "damaged"), ("names", "no zoo")])
+@pytest.mark.parametrize(
+    "damage,reason", [("store.json", "no zoo"), ("vd.json", "damaged"), ("weights", "damaged"), ("names", "no zoo")]
+)
 def test_a_damaged_store_is_a_sentence(copied, damage, reason):
     if damage == "weights":
         path = next((copied.folder / "vd").glob("*.safetensors"))
@@ -286,9 +341,14 @@ def test_a_publication_is_not_trusted(tmp_path, public):
     assert says(told.value)
 
 
-@pytest.mark.parametrize("wrong,reason", [({"targets": "accuracy"}, "no target 'accuracy'"),
-                                          ({"form": "vector"}, "no form of weights 'vector'"), ({"split": "training"}, "no split"),
-                                          ({"form": "tokens", "width": -1}, "not a width"), ({"stage": "mp", "level": 0.9}, "no level 0.9")])
+@pytest.mark.parametrize(
+    "wrong,reason",
+    [
+        ({"targets": "accuracy"}, "no target 'accuracy'"), ({"form": "vector"}, "no form of weights 'vector'"),
+        ({"split": "training"}, "no split"), ({"form": "tokens", "width": -1}, "not a width"),
+        ({"stage": "mp", "level": 0.9}, "no level 0.9"),
+    ],
+)
 def test_data_sets_that_cannot_be(twelve, wrong, reason):
     with pytest.raises(UserError, match=reason) as told:
         ZooDataset(twelve.folder, **wrong)

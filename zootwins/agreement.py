@@ -43,7 +43,7 @@ def _indicators(
     classes = torch.arange(n_classes, dtype=predictions.dtype, device=predictions.device)
     return (predictions[:, :, None] == classes).flatten(1).float()
 
-# %% ../nbs/21_agreement.ipynb #d4de1adb
+
 def pairwise_agreement(
     first: Tensor,           # uint8 [M, samples]: predictions of one population
     second: Tensor,          # uint8 [K, samples]: predictions of another, for the same samples

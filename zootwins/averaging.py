@@ -280,51 +280,6 @@ def class_logits(
     weights = deterministic(population.weights)
     return engine_for(engine, population).logits(weights, population.architecture, population.models["activation"], x)
 
-
-def learned_soup(
-    population: Population,  # copies
-    images: Images,          # with validation images
-    teacher: Population | None = None,  # N dense models to imitate; default: the labels
-    steps: int = 50,         # of Adam
-    lr: float = 0.1,         # of Adam
-    masks: Mapping[str, Tensor] | None = None,  # of the copies; default: zero weights are pruned
-    engine: Engine | str = "auto",  # evaluates the teacher
-) -> tuple[Population, Tensor]:                 # N models, and float32 [N, m]: the coefficients
-    """Learn coefficients on the simplex from validation images (LearnedSoup); raises `UserError` if masks differ.
-
-    Args:
-        population: copies
-        images: with validation images
-        teacher: N dense models to imitate; default: the labels
-        steps: of Adam
-        lr: of Adam
-        masks: of the copies; default: zero weights are pruned
-        engine: evaluates the teacher
-
-    Returns:
-        tuple[Population, Tensor]: N models, and float32 [N, m]: the coefficients
-    """
-    check_masks(population, masks)
-    m, found = number_of_copies(population), []
-    taught = None if teacher is None else class_logits(teacher, images.x_val, engine).softmax(-1)
-    for i in range(len(population) // m):
-        rows = slice(i * m, (i + 1) * m)
-        module = build(population.architecture, population.models["activation"].iloc[i * m]).eval()
-        weights = {name: tensor[rows] for name, tensor in population.weights.items()}
-        target = images.y_val if taught is None else taught[i]
-        found.append(
-            _learn(
-                lambda share, module=module, weights=weights, target=target: _mixed_loss(
-                    module, weights, share, images.x_val, target
-                ),
-                m,
-                steps,
-                lr,
-            )
-        )
-    coefficients = torch.stack(found)
-    return average(population, coefficients), coefficients
-
 # %% ../nbs/19_averaging.ipynb #08838028
 def _mixed_loss(
     module: torch.nn.Module,     # serves for all copies
@@ -378,6 +333,51 @@ def _learn(
         optimizer.step()
     return best
 
+# %% ../nbs/19_averaging.ipynb #learned_
+def learned_soup(
+    population: Population,  # copies
+    images: Images,          # with validation images
+    teacher: Population | None = None,  # N dense models to imitate; default: the labels
+    steps: int = 50,         # of Adam
+    lr: float = 0.1,         # of Adam
+    masks: Mapping[str, Tensor] | None = None,  # of the copies; default: zero weights are pruned
+    engine: Engine | str = "auto",  # evaluates the teacher
+) -> tuple[Population, Tensor]:                 # N models, and float32 [N, m]: the coefficients
+    """Learn coefficients on the simplex from validation images (LearnedSoup); raises `UserError` if masks differ.
+
+    Args:
+        population: copies
+        images: with validation images
+        teacher: N dense models to imitate; default: the labels
+        steps: of Adam
+        lr: of Adam
+        masks: of the copies; default: zero weights are pruned
+        engine: evaluates the teacher
+
+    Returns:
+        tuple[Population, Tensor]: N models, and float32 [N, m]: the coefficients
+    """
+    check_masks(population, masks)
+    m, found = number_of_copies(population), []
+    taught = None if teacher is None else class_logits(teacher, images.x_val, engine).softmax(-1)
+    for i in range(len(population) // m):
+        rows = slice(i * m, (i + 1) * m)
+        module = build(population.architecture, population.models["activation"].iloc[i * m]).eval()
+        weights = {name: tensor[rows] for name, tensor in population.weights.items()}
+        target = images.y_val if taught is None else taught[i]
+        found.append(
+            _learn(
+                lambda share, module=module, weights=weights, target=target: _mixed_loss(
+                    module, weights, share, images.x_val, target
+                ),
+                m,
+                steps,
+                lr,
+            )
+        )
+    coefficients = torch.stack(found)
+    return average(population, coefficients), coefficients
+
 # %% ../nbs/19_averaging.ipynb #ca0ae664
 TOGETHER = 64  # number of models whose copies' logits are held in memory at a time
 
@@ -407,7 +407,7 @@ def prediction_ensemble(
         classes.append(mean.argmax(-1).to(torch.uint8))
     return torch.cat(losses), torch.cat(classes)
 
-
+# %% ../nbs/19_averaging.ipynb #weight_a
 def weight_average(
     snapshots: Mapping[int, Population],  # epoch -> the same models, from Trajectory.snapshots
 ) -> Population:                          # their average over the epochs
@@ -482,7 +482,7 @@ def test_accuracy(
         judge(weights, population.architecture, models["activation"], images.x_test, images.y_test)[1], images.y_test
     )
 
-
+# %% ../nbs/19_averaging.ipynb #compare_
 def compare_candidates(
     population: Population,  # copies
     soups: Mapping[str, Population],  # merged models, by name
@@ -632,7 +632,7 @@ def gradual_events(
     at = [(i + dense) * epochs // (events + dense) for i in range(events)]
     return tuple((epoch, level * (1 - (1 - i / events) ** 3)) for i, epoch in enumerate(at, start=1))
 
-
+# %% ../nbs/19_averaging.ipynb #merge_an
 def merge_and_prune(
     state: State,    # of copies, those of a model adjacent; changed in place
     level: float,    # sparsity afterwards

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STAGES', 'SPARSITY', 'QUICK', 'ENGINES', 'TITLES', 'NETS', 'GROWTH', 'random_images', 'random_mask',
            'random_population', 'Rate', 'undisturbed', 'rate', 'population_rate', 'lanes_rate', 'vmap_rate', 'Masked',
-           'stock_module', 'stock_rate', 'serve', 'Workers', 'dense_operations', 'peak', 'measure', 'spread', 'row',
+           'stock_module', 'stock_rate', 'serve', 'Workers', 'dense_operations', 'peak', 'spread', 'row', 'measure',
            'growth', 'error_bars', 'figure_rates', 'figure_growth', 'report', 'machine', 'main']
 
 # %% ../nbs/50_bench.ipynb #bb8c45cd
@@ -386,39 +386,6 @@ def peak() -> float:  # operations per second
     function.restype = lanes.ctypes.c_double
     return max(function() for _ in range(3))
 
-# %% ../nbs/50_bench.ipynb #4e71340b
-def measure(
-    architectures: list[str],  # keys of ARCHITECTURES
-    threads: list[int],        # numbers of threads or processes
-    rounds: int,               # how often
-    seconds: float,            # per measurement
-) -> list[dict]:               # one row per architecture, stage and number of threads
-    """Measure all cases in turn.
-
-    Args:
-        architectures: keys of ARCHITECTURES
-        threads: numbers of threads or processes
-        rounds: how often
-        seconds: per measurement
-
-    Returns:
-        list[dict]: one row per architecture, stage and number of threads
-    """
-    workers = Workers(max(threads))
-    engines = {"stock": workers.rate, "vmap": vmap_rate, "lanes": lanes_rate}
-    cases = [(architecture, stage, n) for architecture in architectures for stage in STAGES for n in threads]
-    rates, peaks = {(case, engine): [] for case in cases for engine in engines}, {case: [] for case in cases}
-    try:
-        for number in range(rounds):
-            for case in cases:
-                peaks[case].append(peak())
-                for engine, function in engines.items():
-                    rates[case, engine].append(function(*case, seconds))
-            print(f"round {number + 1} of {rounds} is done", file=sys.stderr)
-    finally:
-        workers.close()
-    return [row(case, {engine: rates[case, engine] for engine in engines}, peaks[case]) for case in cases]
-
 # %% ../nbs/50_bench.ipynb #585a072e
 def spread(
     name: str,            # of the measure
@@ -464,6 +431,39 @@ def row(
         "share_of_peak", [lanes.cpu * operations / (peak * threads) for lanes, peak in zip(rates["lanes"], peaks)]
     )
 
+# %% ../nbs/50_bench.ipynb #4e71340b
+def measure(
+    architectures: list[str],  # keys of ARCHITECTURES
+    threads: list[int],        # numbers of threads or processes
+    rounds: int,               # how often
+    seconds: float,            # per measurement
+) -> list[dict]:               # one row per architecture, stage and number of threads
+    """Measure all cases in turn.
+
+    Args:
+        architectures: keys of ARCHITECTURES
+        threads: numbers of threads or processes
+        rounds: how often
+        seconds: per measurement
+
+    Returns:
+        list[dict]: one row per architecture, stage and number of threads
+    """
+    workers = Workers(max(threads))
+    engines = {"stock": workers.rate, "vmap": vmap_rate, "lanes": lanes_rate}
+    cases = [(architecture, stage, n) for architecture in architectures for stage in STAGES for n in threads]
+    rates, peaks = {(case, engine): [] for case in cases for engine in engines}, {case: [] for case in cases}
+    try:
+        for number in range(rounds):
+            for case in cases:
+                peaks[case].append(peak())
+                for engine, function in engines.items():
+                    rates[case, engine].append(function(*case, seconds))
+            print(f"round {number + 1} of {rounds} is done", file=sys.stderr)
+    finally:
+        workers.close()
+    return [row(case, {engine: rates[case, engine] for engine in engines}, peaks[case]) for case in cases]
+
 # %% ../nbs/50_bench.ipynb #4fb42b93
 def growth(
     sizes: dict[str, list[int]],  # numbers of "models" and of "images" to try
@@ -508,7 +508,7 @@ def error_bars(
     """
     return [[row[name] - row[f"{name}_lowest"] for row in rows], [row[f"{name}_highest"] - row[name] for row in rows]]
 
-# %% ../nbs/50_bench.ipynb #7947abd9
+
 @styled
 def figure_rates(
     rows: list[dict],  # from `measure`

@@ -363,7 +363,7 @@ def draw_tokens(
         box(ax, (x - 0.17, bottom + 0.21 * i, 0.34, 0.17), colour=GREEN if special else colour)
         note(ax, x, bottom + 0.21 * i + 0.08, first if special else "", fontsize=7.5)
 
-# %% ../nbs/35_diagrams.ipynb #72bc10c4
+
 def draw_stack(
     ax: Axes,                                  # from canvas
     place: tuple[float, float, float, float],  # inches, of the layer in front

@@ -24,7 +24,7 @@ FAILED = 0.2  # test accuracy below which a model of ten classes has learned not
 def accuracy_changes(
     metrics: pd.DataFrame,  # tidy metrics of one zoo
     method: str,            # "mp" or "vd"
-) -> pd.DataFrame:          # a row per model, a column per level (after fine-tuning) or epoch: accuracy of the twin minus that of the original
+) -> pd.DataFrame:          # by model and level (after fine-tuning) or epoch: accuracy of the twin minus the original's
     """What every model that had learned something gains; empty where originals or twins are missing.
 
     Args:
@@ -32,20 +32,21 @@ def accuracy_changes(
         method: "mp" or "vd"
 
     Returns:
-        pd.DataFrame: a row per model, a column per level (after fine-tuning) or epoch: accuracy of the twin minus that
-            of the original
+        pd.DataFrame: by model and level (after fine-tuning) or epoch: accuracy of the twin minus the original's
     """
     metrics = one_selector(metrics)
     last = last_epoch(metrics)
     originals = metrics[(metrics["method"] == "original") & last].set_index("model")["test_acc"]
-    twins = metrics[(metrics["method"] == method) & (last | (method == "vd"))].pivot(index="model", columns=STEPS[method], values="test_acc")
+    twins = metrics[(metrics["method"] == method) & (last | (method == "vd"))].pivot(
+        index="model", columns=STEPS[method], values="test_acc"
+    )
     return twins.sub(originals[originals >= FAILED], axis=0).dropna(how="all")
 
 # %% ../nbs/31_individuals.ipynb #485ff98e
 def hardness(
     changes: pd.DataFrame,  # from accuracy_changes
-) -> pd.Series:             # per model, from 0 to 1
-    """Mean rank of a model's loss over the steps with sparsity, scaled to 0 (always the smallest) to 1 (always the largest).
+) -> pd.Series:            # per model, from 0 to 1
+    """Mean rank of a model's loss over the steps with sparsity, from 0 (always the smallest) to 1 (always the largest).
 
     Args:
         changes: from accuracy_changes
@@ -56,11 +57,11 @@ def hardness(
     sparse = changes.loc[:, changes.columns > 0]
     return ((sparse.rank(ascending=False) - 1) / max(len(sparse) - 1, 1)).mean(axis=1).rename("hardness")
 
-# %% ../nbs/31_individuals.ipynb #071f888c
+
 def individuals(
-    metrics: pd.DataFrame,                 # tidy metrics of one or more zoos
-    models: pd.DataFrame | None = None,    # generating factors by `model`, of a zoo of one's own; none: from the registry
-) -> pd.DataFrame:                         # zoo, method, model, hardness, original (accuracy), change (mean), seed and other factors; friendliest first
+    metrics: pd.DataFrame,  # tidy metrics of one or more zoos
+    models: pd.DataFrame | None = None,  # generating factors by `model`, of a zoo of one's own; none: from the registry
+) -> pd.DataFrame:  # zoo, method, model, hardness, original (accuracy), change (mean), factors; friendliest first
     """How hard every model is to sparsify, with its generating factors.
 
     Args:
@@ -68,18 +69,29 @@ def individuals(
         models: generating factors by `model`, of a zoo of one's own; none: from the registry
 
     Returns:
-        pd.DataFrame: zoo, method, model, hardness, original (accuracy), change (mean), seed and other factors;
-            friendliest first
+        pd.DataFrame: zoo, method, model, hardness, original (accuracy), change (mean), factors; friendliest first
     """
     parts = []
     for zoo, rows in metrics.groupby("zoo", sort=False):
         factors = model_table(ZOOS[zoo]) if models is None and zoo in ZOOS else models
-        originals = rows[(rows["method"] == "original") & last_epoch(rows)].set_index("model")["test_acc"].rename("original")
+        originals = (
+            rows[(rows["method"] == "original") & last_epoch(rows)].set_index("model")["test_acc"].rename("original")
+        )
         for method in METHOD_TITLES:
             changes = accuracy_changes(rows, method)
             mean = changes.loc[:, changes.columns > 0].mean(axis=1).rename("change")
-            found = pd.concat([hardness(changes), mean], axis=1).join(originals).rename_axis("model").reset_index().sort_values(["hardness", "model"])
-            parts.append(found.assign(zoo=zoo, method=method) if factors is None else found.assign(zoo=zoo, method=method).merge(factors, on="model"))
+            found = (
+                pd.concat([hardness(changes), mean], axis=1)
+                .join(originals)
+                .rename_axis("model")
+                .reset_index()
+                .sort_values(["hardness", "model"])
+            )
+            parts.append(
+                found.assign(zoo=zoo, method=method)
+                if factors is None
+                else found.assign(zoo=zoo, method=method).merge(factors, on="model")
+            )
     table = pd.concat(parts, ignore_index=True)
     shown = [name for name in ("seed", *FACTORS) if name in table]
     return table[["zoo", "method", "model", "hardness", "original", "change", *shown]]
@@ -88,7 +100,7 @@ def individuals(
 def describe_model(
     row: pd.Series,          # of `individuals`
     varied: Sequence[str],   # factors that differ between the models
-) -> str:                    # such as "model 3 (91.2 %): relu, seed 4" in lines that fit below a panel; "seed 4 (91.2 %)" where nothing else varies
+) -> str:                    # such as "model 3 (91.2 %): relu, seed 4", in short lines; "seed 4 (91.2 %)" in seed zoos
     """Name a model, the accuracy of its original, and its generating factors.
 
     Args:
@@ -96,12 +108,19 @@ def describe_model(
         varied: factors that differ between the models
 
     Returns:
-        str: such as "model 3 (91.2 %): relu, seed 4" in lines that fit below a panel; "seed 4 (91.2 %)" where nothing
-            else varies
+        str: such as "model 3 (91.2 %): relu, seed 4", in short lines; "seed 4 (91.2 %)" in seed zoos
     """
-    write = lambda name: f"{name}\u00a0{short_number(row[name]) if isinstance(row[name], float) else row[name]}" if name in ("seed", "lr", "wd", "dropout") else row[name]
+    write = lambda name: (
+        f"{name}\u00a0{short_number(row[name]) if isinstance(row[name], float) else row[name]}"
+        if name in ("seed", "lr", "wd", "dropout")
+        else row[name]
+    )
     factors, accuracy = ", ".join(map(write, varied)), f"({100 * row['original']:.1f}\u00a0%)"
-    return f"{factors} {accuracy}" if list(varied) == ["seed"] else fill(f"model {row['model']} {accuracy}" + (f": {factors}" if factors else ""), 48)
+    return (
+        f"{factors} {accuracy}"
+        if list(varied) == ["seed"]
+        else fill(f"model {row['model']} {accuracy}" + (f": {factors}" if factors else ""), 48)
+    )
 
 
 def varied_factors(

@@ -7,15 +7,15 @@ __all__ = ['WANTED', 'PACKED', 'Passed', 'FACTOR_NAMES', 'ORIGIN', 'SETTINGS', '
            'RESULT_KEYS', 'NOT_MEASURED', 'LIMIT', 'PROPERTY_NAMES', 'EXPECTED', 'ZENODO', 'SITE', 'Fit',
            'stored_layers', 'own_columns', 'fit', 'shapes_of', 'row_of', 'check_row', 'ModelFiles', 'open_zoo',
            'refuse_packed', 'find_models', 'passed_table', 'flattened', 'read_number', 'read_text', 'read_factors',
-           'passed_factors', 'Recorded', 'recorded_value', 'Unusable', 'recorded_epoch', 'read_result', 'add_record',
-           'passed_fields', 'in_fractions', 'Numbering', 'by_counts', 'find_numbering', 'noted_offset', 'PublishedZoo',
-           'Found', 'read_records', 'noted_offsets', 'Reading', 'begin_reading', 'put_weights', 'first_fit',
-           'wanted_epochs', 'read_raw', 'number_checkpoints', 'present_models', 'read_weights', 'no_checkpoint',
-           'collect', 'left_out_table', 'take_populations', 'cut_rows', 'method_of', 'collect_records',
-           'recorded_metrics', 'State', 'find_parts', 'refuse_other', 'part_states', 'usable_properties',
-           'property_factors', 'property_record', 'mapped_tensors', 'read_preprocessed', 'find_states',
-           'first_state_fit', 'open_saved', 'label_numbering', 'read_states', 'places_of', 'read_state', 'read_zoo',
-           'write_zoo', 'ZenodoRecord', 'Resuming', 'record_files', 'download']
+           'passed_factors', 'Recorded', 'recorded_value', 'Unusable', 'recorded_epoch', 'add_record', 'passed_fields',
+           'read_result', 'in_fractions', 'Numbering', 'by_counts', 'find_numbering', 'noted_offset', 'Found',
+           'read_records', 'noted_offsets', 'Reading', 'begin_reading', 'put_weights', 'first_fit', 'wanted_epochs',
+           'number_checkpoints', 'present_models', 'read_weights', 'no_checkpoint', 'PublishedZoo', 'method_of',
+           'left_out_table', 'take_populations', 'cut_rows', 'collect_records', 'recorded_metrics', 'collect',
+           'read_raw', 'refuse_other', 'find_parts', 'usable_properties', 'State', 'part_states', 'property_factors',
+           'property_record', 'open_saved', 'mapped_tensors', 'find_states', 'first_state_fit', 'label_numbering',
+           'places_of', 'read_state', 'read_states', 'read_preprocessed', 'read_zoo', 'write_zoo', 'ZenodoRecord',
+           'Resuming', 'record_files', 'download']
 
 # %% ../nbs/06_published.ipynb #245be6b1
 import errno
@@ -71,7 +71,7 @@ class Fit:
         "Mask of the weights and biases in a row, excluding the logarithms of their noise."
         return np.concatenate([np.full(math.prod(shape), "log_sigma2" not in ours) for _, ours, shape in self.columns])
 
-# %% ../nbs/06_published.ipynb #cbc64f9e
+
 def stored_layers(
     names: Iterable[str],  # of a state dict
 ) -> list[dict[str, str]]:  # "weight" -> its name in the file, and so on, layer by layer
@@ -136,7 +136,7 @@ def fit(
     weights = [list(shapes[layer["weight"]]) for layer in layers]
     raise ValueError(f"its layers are those of no known architecture ({one_line(weights, 150)})")
 
-# %% ../nbs/06_published.ipynb #558d0068
+
 def shapes_of(
     tensors: dict[str, np.ndarray | Stored],  # a state dict
 ) -> tuple[tuple[str, tuple[int, ...]], ...]:  # for `fit`
@@ -177,7 +177,7 @@ def row_of(
     check_row(row, own.bounded, limit)
     return row
 
-# %% ../nbs/06_published.ipynb #3f123d59
+
 def check_row(
     row: np.ndarray,      # float32, the parameters of a model
     bounded: np.ndarray,  # bool, mask of weights and biases
@@ -237,7 +237,7 @@ def open_zoo(
         names = refuse_packed(path, archive.namelist())
         yield names, lambda name, limit: read_member(archive.getinfo(name), data, limit)
 
-# %% ../nbs/06_published.ipynb #f9f769fd
+
 def refuse_packed(
     path: Path,        # a folder or a zip
     names: list[str],  # of the files in it
@@ -400,7 +400,7 @@ def read_factors(
         raise ValueError(f"params.json cannot be read ({one_line(error)})") from error
     return {"seed": seed, **texts, **numbers, "origin": origin}, passed_factors(params, used)
 
-# %% ../nbs/06_published.ipynb #2e0f2895
+
 def passed_factors(
     params: dict[str, object],      # flattened
     used: dict[str, str | None],    # factor -> the name it was found under
@@ -446,7 +446,7 @@ class Recorded:
     offsets: Counter[int] = field(default_factory=Counter)  # epoch minus the number of a checkpoint
     passed: Passed = field(default_factory=Counter)
 
-# %% ../nbs/06_published.ipynb #995db2e7
+
 def recorded_value(
     record: dict[str, object],  # a line of result.json
     key: str,                   # one of RESULT_KEYS
@@ -476,7 +476,7 @@ def recorded_value(
 class Unusable(ValueError):
     "Raised for a record that is valid JSON but useless."
 
-# %% ../nbs/06_published.ipynb #f1de53b2
+
 def recorded_epoch(
     record: object,   # a line of result.json
 ) -> int:
@@ -493,26 +493,6 @@ def recorded_epoch(
     if type(value) not in (int, float) or not 0 <= value < 10**9 or value != int(value):
         raise Unusable("has an epoch that cannot be")
     return int(value)
-
-# %% ../nbs/06_published.ipynb #8cad5ce5
-def read_result(
-    text: bytes,  # content of result.json
-) -> Recorded:
-    """Read a model's records; unreadable lines are counted.
-
-    Args:
-        text: content of result.json
-    """
-    found, fields = Recorded(), Counter()
-    for line in filter(bytes.strip, text.splitlines()):
-        try:
-            add_record(json.loads(line), found, fields)
-        except (ValueError, RecursionError) as error:
-            reason = "not JSON" if not isinstance(error, Unusable) else str(error)
-            found.passed["record", "a line", reason] += 1
-    found.values = dict(sorted(found.values.items()))
-    found.passed = +found.passed + passed_fields(fields)
-    return found
 
 # %% ../nbs/06_published.ipynb #e78c9ec4
 def add_record(
@@ -537,7 +517,7 @@ def add_record(
     found.passed["record", "an epoch that comes twice", "the later one counts"] += epoch in found.values
     found.values[epoch] = values
 
-# %% ../nbs/06_published.ipynb #59d31817
+
 def passed_fields(
     fields: Counter[str],  # of all records of a model
 ) -> Passed:
@@ -549,6 +529,26 @@ def passed_fields(
     known = {name for names in RESULT_NAMES.values() for name in names} | {*EPOCH_NAMES, "checkpoint_dir_name"}
     return Counter({("field", one_line(name, 60), "not needed here"): n for name, n in fields.items()
                     if name not in known})
+
+# %% ../nbs/06_published.ipynb #8cad5ce5
+def read_result(
+    text: bytes,  # content of result.json
+) -> Recorded:
+    """Read a model's records; unreadable lines are counted.
+
+    Args:
+        text: content of result.json
+    """
+    found, fields = Recorded(), Counter()
+    for line in filter(bytes.strip, text.splitlines()):
+        try:
+            add_record(json.loads(line), found, fields)
+        except (ValueError, RecursionError) as error:
+            reason = "not JSON" if not isinstance(error, Unusable) else str(error)
+            found.passed["record", "a line", reason] += 1
+    found.values = dict(sorted(found.values.items()))
+    found.passed = +found.passed + passed_fields(fields)
+    return found
 
 # %% ../nbs/06_published.ipynb #ea6a58d1
 def in_fractions(
@@ -589,7 +589,7 @@ class Numbering:
     evidence: str
     certain: bool
 
-# %% ../nbs/06_published.ipynb #70c2f516
+
 def by_counts(
     numbers: set[int],  # of a model's checkpoints
     epochs: set[int],   # of its records
@@ -652,28 +652,7 @@ def noted_offset(
     iteration = noted.get("iteration", noted.get("training_iteration")) if isinstance(noted, dict) else None
     return iteration - number if type(iteration) is int and 0 <= iteration < 10**9 else None
 
-# %% ../nbs/06_published.ipynb #58825929
-@dataclass(frozen=True)
-class PublishedZoo:
-    """A published zoo: its populations, its recorded metrics, and what was skipped.
-
-    Attributes:
-        method: "original", or "vd" for variational twins
-        populations: by epoch; column `model` lists the models of an epoch
-        metrics: the authors' records of every epoch, tidy as in zootwins.metrics
-        left_out: model (its folder), epoch (missing: all), reason
-        passed_over: kind, name, reason, times, models: everything else unused or missing
-        numbering: relation between checkpoint numbers and epochs
-    """
-
-    method: str                          # "original", or "vd" for variational twins
-    populations: dict[int, Population]   # by epoch; column `model` lists the models of an epoch
-    metrics: pd.DataFrame                # the authors' records of every epoch, tidy as in zootwins.metrics
-    left_out: pd.DataFrame               # model (its folder), epoch (missing: all), reason
-    passed_over: pd.DataFrame            # kind, name, reason, times, models: everything else unused or missing
-    numbering: Numbering                 # relation between checkpoint numbers and epochs
-
-# %% ../nbs/06_published.ipynb #b8d7b689
+# %% ../nbs/06_published.ipynb #limit000
 LIMIT = 5.0  # largest absolute weight, as in the authors' preprocessing
 
 
@@ -693,7 +672,7 @@ class Found:
     reasons: dict[int, str] = field(default_factory=dict)  # epoch -> why the model is excluded there
     reason: str = ""                                       # why it is excluded altogether
 
-# %% ../nbs/06_published.ipynb #20c97ae3
+
 def read_records(
     files: ModelFiles,                  # of a model
     read: Callable[[str, int], bytes],  # reads a file
@@ -757,7 +736,7 @@ class Reading:
     rows: dict[int, np.ndarray]      # epoch -> float32 [models that have it, parameters]
     layouts: list[Layout] = field(default_factory=list)
 
-# %% ../nbs/06_published.ipynb #59b84aa0
+
 def begin_reading(
     fitted: Fit,                   # of the zoo
     limit: float | None,           # largest absolute weight allowed
@@ -822,7 +801,7 @@ def first_fit(
                     "params.json, result.json and checkpoint_NNNNNN/checkpoints, and its models are of a known "
                     f"architecture ({', '.join(ARCHITECTURES)}).")
 
-# %% ../nbs/06_published.ipynb #7de5e6b0
+
 def wanted_epochs(
     epochs: Sequence[int] | str | None,  # as given to read_zoo
     present: Iterable[int],              # existing epochs
@@ -847,36 +826,6 @@ def wanted_epochs(
                         f"give epochs from {present[0]} to {present[-1]}, or \"all\".")
     return chosen
 
-# %% ../nbs/06_published.ipynb #820b2fc3
-def read_raw(
-    path: Path,                          # a folder or a zip
-    epochs: Sequence[int] | str | None,  # which
-    limit: float | None,                 # of absolute weights
-    progress: bool,                      # show a bar
-    workers: int,                        # threads
-) -> PublishedZoo:
-    """Read a raw zoo.
-
-    Args:
-        path: a folder or a zip
-        epochs: which
-        limit: of absolute weights
-        progress: show a bar
-        workers: threads
-    """
-    with open_zoo(path) as (names, read), ThreadPoolExecutor(workers) as pool:
-        models = find_models(names)
-        fitted = first_fit(models, read)
-        found = list(pool.map(lambda files: read_records(files, read), models.values()))
-        numbering = number_checkpoints(models, found, read)
-        files = [{number + numbering.offset: name for number, name in one.checkpoints.items()}
-                 for one in models.values()]
-        reading = begin_reading(fitted, limit, present_models(files, found, epochs))
-        bar = lambda function, items: list(tqdm(pool.map(function, items), total=len(items), desc=path.name,
-                                                unit=" models", disable=not progress))
-        read_weights(reading, files, found, read, bar)
-    return collect(path.stem, reading, [folder.rpartition("/")[2] or path.stem for folder in models], found, numbering)
-
 # %% ../nbs/06_published.ipynb #365ca252
 def number_checkpoints(
     models: dict[str, ModelFiles],      # of the zoo
@@ -894,7 +843,7 @@ def number_checkpoints(
     pairs = [(set(files.checkpoints), set(one.recorded.values)) for files, one in zip(models.values(), found)]
     return find_numbering(told, pairs)
 
-# %% ../nbs/06_published.ipynb #abf7d38f
+
 def present_models(
     files: list[dict[int, str]],         # of every model: epoch -> name of the checkpoint
     found: list[Found],                  # one per model
@@ -942,7 +891,7 @@ def read_weights(
 
     progress(read_one, range(len(files)))
 
-# %% ../nbs/06_published.ipynb #e0a786a6
+
 def no_checkpoint(
     files: dict[int, str],  # of a model, by epoch
 ) -> str:
@@ -953,41 +902,40 @@ def no_checkpoint(
     """
     return f"no checkpoint of this epoch; the last one is of epoch {max(files)}" if files else "no checkpoint at all"
 
-# %% ../nbs/06_published.ipynb #092bf91b
-def collect(
-    name: str,               # of the zoo
-    reading: Reading,        # its weights, released on the way to save memory
-    folders: Sequence[str],  # of all models
-    found: Sequence[Found],  # every model
-    numbering: Numbering,    # of checkpoints
-    passed: Passed | None = None,  # skipped items that belong to no single model
-) -> PublishedZoo:
-    """Make populations, metrics and tables of what was skipped; raises `UserError` if no model is usable.
+# %% ../nbs/06_published.ipynb #58825929
+@dataclass(frozen=True)
+class PublishedZoo:
+    """A published zoo: its populations, its recorded metrics, and what was skipped.
+
+    Attributes:
+        method: "original", or "vd" for variational twins
+        populations: by epoch; column `model` lists the models of an epoch
+        metrics: the authors' records of every epoch, tidy as in zootwins.metrics
+        left_out: model (its folder), epoch (missing: all), reason
+        passed_over: kind, name, reason, times, models: everything else unused or missing
+        numbering: relation between checkpoint numbers and epochs
+    """
+
+    method: str                          # "original", or "vd" for variational twins
+    populations: dict[int, Population]   # by epoch; column `model` lists the models of an epoch
+    metrics: pd.DataFrame                # the authors' records of every epoch, tidy as in zootwins.metrics
+    left_out: pd.DataFrame               # model (its folder), epoch (missing: all), reason
+    passed_over: pd.DataFrame            # kind, name, reason, times, models: everything else unused or missing
+    numbering: Numbering                 # relation between checkpoint numbers and epochs
+
+
+def method_of(
+    fitted: Fit,  # of a zoo
+) -> str:         # "original" or "vd"
+    """Distinguish twins from originals.
 
     Args:
-        name: of the zoo
-        reading: its weights, released on the way to save memory
-        folders: of all models
-        found: every model
-        numbering: of checkpoints
-        passed: skipped items that belong to no single model
+        fitted: of a zoo
+
+    Returns:
+        str: "original" or "vd"
     """
-    name, folders = one_line(name), [one_line(folder, 1_000) for folder in folders]  # may not even be Unicode
-    left_out = left_out_table(folders, found)
-    good = [i for i, model in enumerate(found) if not model.reason and len(model.reasons) < len(reading.rows)]
-    if not good:
-        raise UserError(f"No model of {name} could be used; the first of them was left out because: "
-                        f"{left_out['reason'].iloc[0]}.")
-    number = {model: i for i, model in enumerate(good)}
-    table = pd.DataFrame([found[i].factors | {"parent": folders[i]} for i in good])
-    table.insert(0, "model", range(len(table)))
-    populations = take_populations(reading, table, found, number)
-    metrics, units = collect_records(name, reading.fitted, {number[i]: found[i].recorded.values for i in good})
-    beside = Counter({("checkpoint", what, "beside the weights"): 1 for layout in reading.layouts
-                      for what in layout.beside})
-    counts = [found[i].passed + found[i].recorded.passed for i in good]
-    return PublishedZoo(method_of(reading.fitted), populations, metrics, left_out,
-                        passed_table([*counts, *units, beside, passed or Counter()]), numbering)
+    return "vd" if any("log_sigma2" in ours for _, ours, _ in fitted.columns) else "original"
 
 # %% ../nbs/06_published.ipynb #c4f2ee4a
 def left_out_table(
@@ -1037,7 +985,7 @@ def take_populations(
             populations[epoch] = cut_rows(weights, reading.fitted, factors)
     return populations
 
-# %% ../nbs/06_published.ipynb #6de4b205
+
 def cut_rows(
     rows: np.ndarray,       # float32 [models, parameters]
     fitted: Fit,            # the meaning of the columns
@@ -1055,20 +1003,6 @@ def cut_rows(
     weights = {ours: torch.from_numpy(np.ascontiguousarray(part)).reshape(-1, *shape) for (_, ours, shape),
                part in zip(fitted.columns, parts)}
     return Population(weights, models, fitted.architecture)
-
-# %% ../nbs/06_published.ipynb #767f4d9f
-def method_of(
-    fitted: Fit,  # of a zoo
-) -> str:         # "original" or "vd"
-    """Distinguish twins from originals.
-
-    Args:
-        fitted: of a zoo
-
-    Returns:
-        str: "original" or "vd"
-    """
-    return "vd" if any("log_sigma2" in ours for _, ours, _ in fitted.columns) else "original"
 
 # %% ../nbs/06_published.ipynb #40050460
 def collect_records(
@@ -1094,7 +1028,7 @@ def collect_records(
         changed += passed
     return recorded_metrics(zoo, method_of(fitted), records, list(layer_names(build(fitted.architecture)))), changed
 
-# %% ../nbs/06_published.ipynb #922a2f75
+
 def recorded_metrics(
     zoo: str,                # name of the zoo
     method: str,             # "original" or "vd"
@@ -1122,28 +1056,93 @@ def recorded_metrics(
     keys = ["zoo", "method", "selector", "level", "model", "epoch"]
     return frame[[*keys, *measures]].astype({"model": int, "epoch": int, **dict.fromkeys(measures, float)})
 
+# %% ../nbs/06_published.ipynb #092bf91b
+def collect(
+    name: str,               # of the zoo
+    reading: Reading,        # its weights, released on the way to save memory
+    folders: Sequence[str],  # of all models
+    found: Sequence[Found],  # every model
+    numbering: Numbering,    # of checkpoints
+    passed: Passed | None = None,  # skipped items that belong to no single model
+) -> PublishedZoo:
+    """Make populations, metrics and tables of what was skipped; raises `UserError` if no model is usable.
+
+    Args:
+        name: of the zoo
+        reading: its weights, released on the way to save memory
+        folders: of all models
+        found: every model
+        numbering: of checkpoints
+        passed: skipped items that belong to no single model
+    """
+    name, folders = one_line(name), [one_line(folder, 1_000) for folder in folders]  # may not even be Unicode
+    left_out = left_out_table(folders, found)
+    good = [i for i, model in enumerate(found) if not model.reason and len(model.reasons) < len(reading.rows)]
+    if not good:
+        raise UserError(f"No model of {name} could be used; the first of them was left out because: "
+                        f"{left_out['reason'].iloc[0]}.")
+    number = {model: i for i, model in enumerate(good)}
+    table = pd.DataFrame([found[i].factors | {"parent": folders[i]} for i in good])
+    table.insert(0, "model", range(len(table)))
+    populations = take_populations(reading, table, found, number)
+    metrics, units = collect_records(name, reading.fitted, {number[i]: found[i].recorded.values for i in good})
+    beside = Counter({("checkpoint", what, "beside the weights"): 1 for layout in reading.layouts
+                      for what in layout.beside})
+    counts = [found[i].passed + found[i].recorded.passed for i in good]
+    return PublishedZoo(method_of(reading.fitted), populations, metrics, left_out,
+                        passed_table([*counts, *units, beside, passed or Counter()]), numbering)
+
+# %% ../nbs/06_published.ipynb #820b2fc3
+def read_raw(
+    path: Path,                          # a folder or a zip
+    epochs: Sequence[int] | str | None,  # which
+    limit: float | None,                 # of absolute weights
+    progress: bool,                      # show a bar
+    workers: int,                        # threads
+) -> PublishedZoo:
+    """Read a raw zoo.
+
+    Args:
+        path: a folder or a zip
+        epochs: which
+        limit: of absolute weights
+        progress: show a bar
+        workers: threads
+    """
+    with open_zoo(path) as (names, read), ThreadPoolExecutor(workers) as pool:
+        models = find_models(names)
+        fitted = first_fit(models, read)
+        found = list(pool.map(lambda files: read_records(files, read), models.values()))
+        numbering = number_checkpoints(models, found, read)
+        files = [{number + numbering.offset: name for number, name in one.checkpoints.items()}
+                 for one in models.values()]
+        reading = begin_reading(fitted, limit, present_models(files, found, epochs))
+        bar = lambda function, items: list(tqdm(pool.map(function, items), total=len(items), desc=path.name,
+                                                unit=" models", disable=not progress))
+        read_weights(reading, files, found, read, bar)
+    return collect(path.stem, reading, [folder.rpartition("/")[2] or path.stem for folder in models], found, numbering)
+
 # %% ../nbs/06_published.ipynb #f7c4105a
 PROPERTY_NAMES = {ours: names[0] for ours, names in FACTOR_NAMES.items() if ours != "seed"}
 EXPECTED = {"checkpoints_to_datasets.dataset_base.ModelDatasetBase", "pathlib.PosixPath", "pathlib.PurePosixPath"}
 
+# %% ../nbs/06_published.ipynb #61cf8202
+def refuse_other(
+    saved: object,  # anything but a preprocessed zoo
+) -> None:
+    """Raise a `ValueError` that says what was saved instead.
 
-@dataclass
-class State:
-    """One model at one epoch in a preprocessed file.
-
-    Attributes:
-        path: of the model
-        epoch: from its label
-        state: supposedly its state dict
-        properties: under the authors' names
+    Args:
+        saved: anything but a preprocessed zoo
     """
+    try:
+        find_state(saved)
+    except ValueError as error:
+        raise ValueError(f"it is no preprocessed zoo: none of its parts has a list data_in; {error}") from error
+    raise ValueError("it is one model's state dict; give the folder of a zoo, or stack such files by "
+                     "zootwins.population.from_state_dicts")
 
-    path: str                     # of the model
-    epoch: int                    # from its label
-    state: object                 # supposedly its state dict
-    properties: dict[str, object]  # under the authors' names
 
-# %% ../nbs/06_published.ipynb #330c5be9
 def find_parts(
     saved: object,   # content of the file
     passed: Passed,  # to count in
@@ -1167,45 +1166,6 @@ def find_parts(
     if not found:
         refuse_other(saved)
     return list(found.values())
-
-# %% ../nbs/06_published.ipynb #61cf8202
-def refuse_other(
-    saved: object,  # anything but a preprocessed zoo
-) -> None:
-    """Raise a `ValueError` that says what was saved instead.
-
-    Args:
-        saved: anything but a preprocessed zoo
-    """
-    try:
-        find_state(saved)
-    except ValueError as error:
-        raise ValueError(f"it is no preprocessed zoo: none of its parts has a list data_in; {error}") from error
-    raise ValueError("it is one model's state dict; give the folder of a zoo, or stack such files by "
-                     "zootwins.population.from_state_dicts")
-
-# %% ../nbs/06_published.ipynb #81c9b38c
-def part_states(
-    part: dict[str, object],  # attributes of a part
-    passed: Passed,           # to count in
-) -> Iterator[State]:
-    """List the states of a part; raises `ValueError` if it has another form.
-
-    Args:
-        part: attributes of a part
-        passed: to count in
-    """
-    labels, states = part.get("labels_in"), part["data_in"]
-    if not isinstance(labels, list) or len(labels) != len(states):
-        raise ValueError("its labels_in is no list with a label for each state")
-    properties = usable_properties(part.get("properties"), len(labels), passed)
-    for i, (label, state) in enumerate(zip(labels, states)):
-        path, *rest = label.split("#_#", 2) if isinstance(label, str) and len(label) <= 4_096 else ("",)
-        epoch = re.fullmatch(r"epoch_(\d{1,9})", rest[0]) if rest else None
-        if epoch:
-            yield State(path, int(epoch[1]), state, {name: values[i] for name, values in properties.items()})
-        else:
-            passed["state", "a label", "not understood"] += 1
 
 # %% ../nbs/06_published.ipynb #21eacf04
 def usable_properties(
@@ -1235,6 +1195,46 @@ def usable_properties(
              for name in (*PROPERTY_NAMES.values(), "test_acc", "ggap", "training_iteration")}
     return {name: values for name, values in known.items() if isinstance(values, list) and len(values) == n}
 
+# %% ../nbs/06_published.ipynb #state000
+@dataclass
+class State:
+    """One model at one epoch in a preprocessed file.
+
+    Attributes:
+        path: of the model
+        epoch: from its label
+        state: supposedly its state dict
+        properties: under the authors' names
+    """
+
+    path: str                     # of the model
+    epoch: int                    # from its label
+    state: object                 # supposedly its state dict
+    properties: dict[str, object]  # under the authors' names
+
+
+def part_states(
+    part: dict[str, object],  # attributes of a part
+    passed: Passed,           # to count in
+) -> Iterator[State]:
+    """List the states of a part; raises `ValueError` if it has another form.
+
+    Args:
+        part: attributes of a part
+        passed: to count in
+    """
+    labels, states = part.get("labels_in"), part["data_in"]
+    if not isinstance(labels, list) or len(labels) != len(states):
+        raise ValueError("its labels_in is no list with a label for each state")
+    properties = usable_properties(part.get("properties"), len(labels), passed)
+    for i, (label, state) in enumerate(zip(labels, states)):
+        path, *rest = label.split("#_#", 2) if isinstance(label, str) and len(label) <= 4_096 else ("",)
+        epoch = re.fullmatch(r"epoch_(\d{1,9})", rest[0]) if rest else None
+        if epoch:
+            yield State(path, int(epoch[1]), state, {name: values[i] for name, values in properties.items()})
+        else:
+            passed["state", "a label", "not understood"] += 1
+
 # %% ../nbs/06_published.ipynb #58ec5f59
 def property_factors(
     state: State,    # any state of a model
@@ -1257,7 +1257,7 @@ def property_factors(
     numbers = {name: read_number(name, given[name]) for name in ("lr", "wd", "dropout")}
     return {"seed": -1, **texts, **numbers, "origin": ""}
 
-# %% ../nbs/06_published.ipynb #8219d557
+
 def property_record(
     state: State,    # of a model
     passed: Passed,  # to count in
@@ -1276,6 +1276,31 @@ def property_record(
     passed.update(("value", name, "not recorded") for name, value in (("test_acc", test), ("ggap", gap))
                   if math.isnan(value))
     return (math.nan, test + gap, math.nan, test, math.nan)
+
+# %% ../nbs/06_published.ipynb #6e90d0e5
+@contextmanager
+def open_saved(
+    path: Path,  # a .pt file
+) -> Iterator[tuple]:  # as open_zip
+    """Open a file saved by PyTorch; raises `UserError` if it predates 1.6 or is something else.
+
+    Args:
+        path: a .pt file
+
+    Returns:
+        Iterator[tuple]: as open_zip
+    """
+    try:
+        ordinary_size(path)
+        with open(path, "rb") as file:
+            start = file.read(len(OLD))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({one_line(error)}).") from error
+    if start == OLD:
+        raise UserError(f"{path} was saved by PyTorch before 1.6, without checksums: load and save it with a "
+                        "current PyTorch, or use the raw zoo.")
+    with open_zip(path) as opened:
+        yield opened
 
 # %% ../nbs/06_published.ipynb #9251aec5
 def mapped_tensors(
@@ -1312,38 +1337,6 @@ def mapped_tensors(
         tensors[name] = view(data[start : start + max(reach, 0) * size], tensor._replace(offset=0))
     return merge_masks(tensors)
 
-# %% ../nbs/06_published.ipynb #ef30ae36
-def read_preprocessed(
-    path: Path,                          # dataset_<zoo>.pt
-    epochs: Sequence[int] | str | None,  # which
-    limit: float | None,                 # of absolute weights
-    progress: bool,                      # show a bar
-) -> PublishedZoo:
-    """Read a preprocessed zoo; raises `UserError` if the file is damaged or something else.
-
-    Args:
-        path: dataset_<zoo>.pt
-        epochs: which
-        limit: of absolute weights
-        progress: show a bar
-    """
-    passed: Passed = Counter()
-    with open_saved(path) as (archive, data):
-        try:
-            members, states = find_states(archive, data, passed)
-            fitted = first_state_fit(states, data, members)
-            if len(states) * len(fitted.bounded) > len(data):  # at least one byte for each number
-                raise ValueError("it names more states than it can hold")
-        except Exception as error:  # a broken file raises whatever its fields lead to
-            raise UserError(f"{path} was not read ({one_line(error)}): give a preprocessed dataset_*.pt, or the "
-                            "raw zoo.") from error
-        place, present = places_of(states, epochs)
-        reading = begin_reading(fitted, limit, present)
-        found = read_states(states, reading, place, (data, members), path.name if progress else "")
-    told = Counter(n - s.epoch for s in states if type(n := s.properties.get("training_iteration")) is int)
-    return collect(path.stem, reading, [PurePosixPath(name).name for name in place], found, label_numbering(told),
-                   passed)
-
 # %% ../nbs/06_published.ipynb #3465ade0
 def find_states(
     archive: zipfile.ZipFile,  # a preprocessed file
@@ -1366,7 +1359,7 @@ def find_states(
     passed.update({("class", one_line(name, 60), why): n for name, n in unknown.items() if name not in EXPECTED})
     return members, [state for part in find_parts(value, passed) for state in part_states(part, passed)]
 
-# %% ../nbs/06_published.ipynb #6d37203b
+
 def first_state_fit(
     states: list[State],         # of a preprocessed file
     data: mmap.mmap,             # the file
@@ -1387,32 +1380,7 @@ def first_state_fit(
             reason = f"no state in it can be used; the last one: {one_line(error)}"
     raise ValueError(reason)
 
-# %% ../nbs/06_published.ipynb #6e90d0e5
-@contextmanager
-def open_saved(
-    path: Path,  # a .pt file
-) -> Iterator[tuple]:  # as open_zip
-    """Open a file saved by PyTorch; raises `UserError` if it predates 1.6 or is something else.
-
-    Args:
-        path: a .pt file
-
-    Returns:
-        Iterator[tuple]: as open_zip
-    """
-    try:
-        ordinary_size(path)
-        with open(path, "rb") as file:
-            start = file.read(len(OLD))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({one_line(error)}).") from error
-    if start == OLD:
-        raise UserError(f"{path} was saved by PyTorch before 1.6, without checksums: load and save it with a "
-                        "current PyTorch, or use the raw zoo.")
-    with open_zip(path) as opened:
-        yield opened
-
-# %% ../nbs/06_published.ipynb #b1f1dec2
+# %% ../nbs/06_published.ipynb #label_nu
 def label_numbering(
     told: Counter[int],  # recorded iteration minus epoch of the label, over all states
 ) -> Numbering:
@@ -1424,40 +1392,6 @@ def label_numbering(
     right = told[0] == told.total()
     evidence = f"as the labels say; {told[0]} of {told.total()} recorded iterations are the same"
     return Numbering(0, evidence, right and bool(told))
-
-# %% ../nbs/06_published.ipynb #2c859c3f
-def read_states(
-    states: list[State],                 # of the whole file
-    reading: Reading,                    # receives their weights
-    place: dict[str, int],               # path of a model -> its position
-    opened: tuple[mmap.mmap, dict[str, Member]],  # the file, and the locations of its storages
-    title: str,                          # of the progress bar; empty: no bar
-) -> list[Found]:                        # one per model
-    """Read the states of a preprocessed file.
-
-    Args:
-        states: of the whole file
-        reading: receives their weights
-        place: path of a model -> its position
-        opened: the file, and the locations of its storages
-        title: of the progress bar; empty: no bar
-
-    Returns:
-        list[Found]: one per model
-    """
-    found = [Found(reasons={epoch: "not in the file" for epoch, has in reading.place.items() if i not in has})
-             for i in place.values()]
-    seen, whole, labels = set(), set(), set()
-    for state in tqdm(states, desc=title, unit=" states", disable=not title):
-        model = found[place[state.path]]
-        model.passed["state", "an epoch that comes twice", "the later one counts"] += (state.path,
-                                                                                       state.epoch) in labels
-        labels.add((state.path, state.epoch))
-        read_state(state, model)
-        if state.epoch in reading.place and not model.reason:
-            put_weights(reading, place[state.path], model, state.epoch, mapped_tensors, *opened, state.state, whole,
-                        seen)
-    return found
 
 # %% ../nbs/06_published.ipynb #b54dfa3b
 def places_of(
@@ -1499,6 +1433,72 @@ def read_state(
     values = property_record(state, found.passed)
     if not all(map(math.isnan, values)):
         found.recorded.values[state.epoch] = values
+
+# %% ../nbs/06_published.ipynb #2c859c3f
+def read_states(
+    states: list[State],                 # of the whole file
+    reading: Reading,                    # receives their weights
+    place: dict[str, int],               # path of a model -> its position
+    opened: tuple[mmap.mmap, dict[str, Member]],  # the file, and the locations of its storages
+    title: str,                          # of the progress bar; empty: no bar
+) -> list[Found]:                        # one per model
+    """Read the states of a preprocessed file.
+
+    Args:
+        states: of the whole file
+        reading: receives their weights
+        place: path of a model -> its position
+        opened: the file, and the locations of its storages
+        title: of the progress bar; empty: no bar
+
+    Returns:
+        list[Found]: one per model
+    """
+    found = [Found(reasons={epoch: "not in the file" for epoch, has in reading.place.items() if i not in has})
+             for i in place.values()]
+    seen, whole, labels = set(), set(), set()
+    for state in tqdm(states, desc=title, unit=" states", disable=not title):
+        model = found[place[state.path]]
+        model.passed["state", "an epoch that comes twice", "the later one counts"] += (state.path,
+                                                                                       state.epoch) in labels
+        labels.add((state.path, state.epoch))
+        read_state(state, model)
+        if state.epoch in reading.place and not model.reason:
+            put_weights(reading, place[state.path], model, state.epoch, mapped_tensors, *opened, state.state, whole,
+                        seen)
+    return found
+
+# %% ../nbs/06_published.ipynb #ef30ae36
+def read_preprocessed(
+    path: Path,                          # dataset_<zoo>.pt
+    epochs: Sequence[int] | str | None,  # which
+    limit: float | None,                 # of absolute weights
+    progress: bool,                      # show a bar
+) -> PublishedZoo:
+    """Read a preprocessed zoo; raises `UserError` if the file is damaged or something else.
+
+    Args:
+        path: dataset_<zoo>.pt
+        epochs: which
+        limit: of absolute weights
+        progress: show a bar
+    """
+    passed: Passed = Counter()
+    with open_saved(path) as (archive, data):
+        try:
+            members, states = find_states(archive, data, passed)
+            fitted = first_state_fit(states, data, members)
+            if len(states) * len(fitted.bounded) > len(data):  # at least one byte for each number
+                raise ValueError("it names more states than it can hold")
+        except Exception as error:  # a broken file raises whatever its fields lead to
+            raise UserError(f"{path} was not read ({one_line(error)}): give a preprocessed dataset_*.pt, or the "
+                            "raw zoo.") from error
+        place, present = places_of(states, epochs)
+        reading = begin_reading(fitted, limit, present)
+        found = read_states(states, reading, place, (data, members), path.name if progress else "")
+    told = Counter(n - s.epoch for s in states if type(n := s.properties.get("training_iteration")) is int)
+    return collect(path.stem, reading, [PurePosixPath(name).name for name in place], found, label_numbering(told),
+                   passed)
 
 # %% ../nbs/06_published.ipynb #b0a4b18a
 def read_zoo(
@@ -1548,7 +1548,7 @@ def _state_dict(
             state[f"{name}_bias"] = torch.full_like(state[name.replace("log_sigma2", "bias")], -10.0)
     return state
 
-# %% ../nbs/06_published.ipynb #9f6ad915
+
 def _params(
     model: pd.Series,    # generating factors
     architecture: str,   # of the zoo
@@ -1578,41 +1578,6 @@ def _params(
             "training::val_epochs": 1, "training::checkpoint_dir": None,
             **factors, **momentum, **parent}
 
-# %% ../nbs/06_published.ipynb #0b257cbb
-def write_zoo(
-    populations: dict[int, Population],  # by epoch; models have a column `model`
-    metrics: pd.DataFrame,               # tidy, of one method and level
-    folder: Path | str,                  # folder to create; must not exist
-) -> Path:                               # the same folder
-    """Write a zoo in the authors' layout, atomically; raises `UserError` if the folder exists.
-
-    Args:
-        populations: by epoch; models have a column `model`
-        metrics: tidy, of one method and level
-        folder: folder to create; must not exist
-
-    Returns:
-        Path: the same folder
-    """
-    folder = Path(folder)
-    if folder.exists():
-        raise UserError(f"{folder} exists already: choose another folder, or delete it first.")
-    with atomic_path(folder) as temporary:
-        try:
-            for epoch, population in populations.items():
-                for i in range(len(population)):
-                    model = temporary / _folder_name(population.models.iloc[i])
-                    path = model / f"checkpoint_{epoch:06d}" / "checkpoints"
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    torch.save(_state_dict(population, i), path)
-            for _, model in _all_models(populations).iterrows():
-                _write_records(temporary / _folder_name(model), model, next(iter(populations.values())),
-                               metrics[metrics["model"] == model["model"]])
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-    return folder
-
 # %% ../nbs/06_published.ipynb #39689f0a
 def _folder_name(
     model: pd.Series,  # with model and seed
@@ -1627,7 +1592,7 @@ def _folder_name(
     """
     return f"NN_tune_trainable_zootwins_{model['model']:05d}_{model['model']}_seed={model['seed']}"
 
-# %% ../nbs/06_published.ipynb #bc8b0a44
+
 def _all_models(
     populations: dict[int, Population],  # by epoch
 ) -> pd.DataFrame:                       # every model once
@@ -1668,7 +1633,7 @@ def _write_records(
         lines.append(json.dumps({"training_iteration": row["epoch"], **record}, default=_plain))
     (folder / "result.json").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
-# %% ../nbs/06_published.ipynb #67ab4216
+
 def _plain(
     value: object,  # possibly a numpy scalar
 ) -> object:        # the Python equivalent
@@ -1681,6 +1646,41 @@ def _plain(
         object: the Python equivalent
     """
     return value.item()
+
+# %% ../nbs/06_published.ipynb #0b257cbb
+def write_zoo(
+    populations: dict[int, Population],  # by epoch; models have a column `model`
+    metrics: pd.DataFrame,               # tidy, of one method and level
+    folder: Path | str,                  # folder to create; must not exist
+) -> Path:                               # the same folder
+    """Write a zoo in the authors' layout, atomically; raises `UserError` if the folder exists.
+
+    Args:
+        populations: by epoch; models have a column `model`
+        metrics: tidy, of one method and level
+        folder: folder to create; must not exist
+
+    Returns:
+        Path: the same folder
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise UserError(f"{folder} exists already: choose another folder, or delete it first.")
+    with atomic_path(folder) as temporary:
+        try:
+            for epoch, population in populations.items():
+                for i in range(len(population)):
+                    model = temporary / _folder_name(population.models.iloc[i])
+                    path = model / f"checkpoint_{epoch:06d}" / "checkpoints"
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    torch.save(_state_dict(population, i), path)
+            for _, model in _all_models(populations).iterrows():
+                _write_records(temporary / _folder_name(model), model, next(iter(populations.values())),
+                               metrics[metrics["model"] == model["model"]])
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    return folder
 
 # %% ../nbs/06_published.ipynb #7aa78da7
 @dataclass(frozen=True)
@@ -1769,7 +1769,7 @@ class Resuming:
                     raise requests.ConnectionError("the connection ended early")
         self.part.replace(output_file)
 
-# %% ../nbs/06_published.ipynb #10299764
+
 def record_files(
     record: int,        # number of a version
     site: str = SITE,   # base URL

@@ -373,7 +373,7 @@ def _score(
         found[name] = scores.flatten(1)
     return found
 
-
+# %% ../nbs/15_selectors.ipynb #choose00
 def _choose(
     scores: dict[str, Tensor],  # from _score
     shapes: Mapping[str, tuple[int, ...]],  # of one model's scores

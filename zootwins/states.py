@@ -33,18 +33,24 @@ TABLE_1_STATES = {
     "cifar10_seed": (0.7, 0.671), "stl10_seed": (0.7, 0.665),
 }  # zoo -> level of magnitude pruning, mean sparsity of variational dropout
 TABLE_2_STATES = {
-    "mnist_seed": (0.8, 0.780), "usps_seed": (0.8, 0.885), "svhn_seed": (0.8, 0.647), "fmnist_seed": (0.8, 0.726),
-    "cifar10_seed": (0.8, 0.671), "cifar10_large_seed": (0.8, 0.673), "stl10_seed": (0.8, 0.665), "stl10_large_seed": (0.8, 0.490),
+    "mnist_seed": (0.8, 0.780),
+    "usps_seed": (0.8, 0.885),
+    "svhn_seed": (0.8, 0.647),
+    "fmnist_seed": (0.8, 0.726),
+    "cifar10_seed": (0.8, 0.671),
+    "cifar10_large_seed": (0.8, 0.673),
+    "stl10_seed": (0.8, 0.665),
+    "stl10_large_seed": (0.8, 0.490),
 }
 OTHER_LEVEL = 0.8
 
 # %% ../nbs/30_states.ipynb #8f8196e9
 def choose_states(
-    metrics: pd.DataFrame,                                                 # tidy metrics of one or more zoos
-    states: Mapping[str, tuple[float, float]] = TABLE_1_STATES,            # zoo -> level, target sparsity
-    level: float | None = None,                                            # instead, for all zoos
-    target: float | None = None,                                           # of variational dropout; none: as printed, or the level
-) -> pd.DataFrame:                                                         # zoo, method, selector, level, epoch, target: one row per state that the run has
+    metrics: pd.DataFrame,  # tidy metrics of one or more zoos
+    states: Mapping[str, tuple[float, float]] = TABLE_1_STATES,  # zoo -> level, target sparsity
+    level: float | None = None,   # instead, for all zoos
+    target: float | None = None,  # of variational dropout; none: as printed, or the level
+) -> pd.DataFrame:                # zoo, method, selector, level, epoch, target: one row per state that the run has
     """The twins that Tables 1 and 2 show.
 
     Args:
@@ -69,7 +75,9 @@ def choose_states(
             aim = next(value for value in (target, printed[1], used) if value is not None)
             epoch = vd.groupby("epoch")["sparsity"].mean().sub(aim).abs().idxmin()
             chosen.append({"zoo": zoo, "method": "vd", "selector": "", "level": np.nan, "epoch": epoch, "target": aim})
-    return pd.DataFrame(chosen, columns=["zoo", "method", "selector", "level", "epoch", "target"]).astype({"level": float, "epoch": int, "target": float})
+    return pd.DataFrame(chosen, columns=["zoo", "method", "selector", "level", "epoch", "target"]).astype(
+        {"level": float, "epoch": int, "target": float}
+    )
 
 # %% ../nbs/30_states.ipynb #1b9f0a56
 def rows_of_states(

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TORCH', 'Recipe', 'State', 'begin', 'StreamDropout', 'SeenBatchNorm', 'training_module', 'loss_function',
-           'rates_and_decays', 'rate_factors', 'optimizer_step', 'alike', 'check_randomness', 'train_epoch', 'evaluate',
-           'logits', 'accuracy', 'check_classes', 'Engine', 'torch_arithmetic', 'groups', 'Measured', 'epochs',
-           'model_keys', 'on_device']
+           'rates_and_decays', 'rate_factors', 'optimizer_step', 'alike', 'check_randomness', 'train_epoch',
+           'check_classes', 'accuracy', 'evaluate', 'logits', 'Engine', 'torch_arithmetic', 'groups', 'Measured',
+           'epochs', 'model_keys', 'on_device']
 
 # %% ../nbs/12_training.ipynb #adf53ed8
 import copy
@@ -205,7 +205,18 @@ def training_module(
         layer.site = site
     return module.train(), noisy
 
-# %% ../nbs/12_training.ipynb #52e5a248
+# %% ../nbs/12_training.ipynb #divergen
+class _Divergence(nn.Module):
+    "A module's summed divergence as a forward pass, for use with functional_call."
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self) -> Tensor:
+        return total_divergence(self.module)
+
+
 def loss_function(
     module: nn.Module,       # from training_module
     noisy: list[nn.Module],  # its noisy layers
@@ -236,17 +247,6 @@ def loss_function(
         return entropy + divergence_weight * divergence, told
 
     return loss
-
-
-class _Divergence(nn.Module):
-    "A module's summed divergence as a forward pass, for use with functional_call."
-
-    def __init__(self, module: nn.Module):
-        super().__init__()
-        self.module = module
-
-    def forward(self) -> Tensor:
-        return total_divergence(self.module)
 
 # %% ../nbs/12_training.ipynb #329b8115
 def rates_and_decays(
@@ -404,7 +404,7 @@ def _copy_of(
     population = replace(state.population, weights=clone(state.population.weights))
     return replace(state, population=population, first=clone(state.first), second=clone(state.second))
 
-
+# %% ../nbs/12_training.ipynb #train_ep
 def train_epoch(
     state: State,    # alike models; updated in place
     x: Tensor,       # float32 [N, C, H, W], on the state's device
@@ -447,36 +447,41 @@ def train_epoch(
     state.epoch, state.steps = epoch, moving.steps
     return entropy / n, right / n
 
-# %% ../nbs/12_training.ipynb #99b889d3
-def evaluate(
-    weights: dict[str, Tensor],  # plain stacked parameters, if needed pruned or made `variational.deterministic`
-    architecture: str,           # a key of ARCHITECTURES
-    activations: Iterable[str],  # one per model
-    x: Tensor,                   # float32 [N, C, H, W], on the weights' device
-    y: Tensor,                   # int64 [N]
-) -> tuple[Tensor, Tensor]:      # mean cross-entropy float64 [models], predicted classes uint8 [models, N]
-    """Evaluate all models on the same images.
+# %% ../nbs/12_training.ipynb #62caa0c6
+def check_classes(
+    logits: Tensor,  # [models, N, classes]
+    labels: Tensor,  # int64 [N]
+) -> None:
+    """Raise `UserError` if predictions cannot encode all classes, or labels are out of range.
 
     Args:
-        weights: plain stacked parameters, if needed pruned or made `variational.deterministic`
-        architecture: a key of ARCHITECTURES
-        activations: one per model
-        x: float32 [N, C, H, W], on the weights' device
+        logits: [models, N, classes]
+        labels: int64 [N]
+    """
+    if logits.ndim != 3 or logits.shape[-1] > 256:
+        raise UserError(f"A model gives {list(logits.shape[1:])} numbers for {len(labels)} images: it has to give one "
+                        "for each class, of which there may be 256.")
+    if not 0 <= labels.min() <= labels.max() < logits.shape[-1]:
+        raise UserError(f"The labels go from {labels.min()} to {labels.max()}, and the models know the classes 0 to "
+                        f"{logits.shape[-1] - 1}.")
+
+
+def accuracy(
+    predictions: Tensor,  # uint8 [models, N]
+    y: Tensor,            # int64 [N]
+) -> Tensor:              # float64 [models], fractions
+    """The share of correct predictions.
+
+    Args:
+        predictions: uint8 [models, N]
         y: int64 [N]
 
     Returns:
-        tuple[Tensor, Tensor]: mean cross-entropy float64 [models], predicted classes uint8 [models, N]
+        Tensor: float64 [models], fractions
     """
-    groups = pd.Series(list(activations)).groupby(list(activations)).indices
-    entropy = torch.empty(sum(map(len, groups.values())), dtype=torch.float64, device=x.device)
-    predictions = torch.empty(len(entropy), len(x), dtype=torch.uint8, device=x.device)
-    for activation, rows in groups.items():
-        module, at = build(architecture, activation).eval(), torch.as_tensor(rows, device=x.device)
-        part = {name: tensor[at] for name, tensor in weights.items()}
-        entropy[at], predictions[at] = _evaluate_alike(module, part, x, y)
-    return entropy, predictions
+    return (predictions == y).double().mean(-1)
 
-
+# %% ../nbs/12_training.ipynb #evaluate
 def _evaluate_alike(
     module: nn.Module,           # serves for all of them, in eval mode
     weights: dict[str, Tensor],  # stacked
@@ -506,6 +511,35 @@ def _evaluate_alike(
         predictions.append(logits.argmax(-1).to(torch.uint8))
     return entropy / len(x), torch.cat(predictions, 1)
 
+# %% ../nbs/12_training.ipynb #99b889d3
+def evaluate(
+    weights: dict[str, Tensor],  # plain stacked parameters, if needed pruned or made `variational.deterministic`
+    architecture: str,           # a key of ARCHITECTURES
+    activations: Iterable[str],  # one per model
+    x: Tensor,                   # float32 [N, C, H, W], on the weights' device
+    y: Tensor,                   # int64 [N]
+) -> tuple[Tensor, Tensor]:      # mean cross-entropy float64 [models], predicted classes uint8 [models, N]
+    """Evaluate all models on the same images.
+
+    Args:
+        weights: plain stacked parameters, if needed pruned or made `variational.deterministic`
+        architecture: a key of ARCHITECTURES
+        activations: one per model
+        x: float32 [N, C, H, W], on the weights' device
+        y: int64 [N]
+
+    Returns:
+        tuple[Tensor, Tensor]: mean cross-entropy float64 [models], predicted classes uint8 [models, N]
+    """
+    groups = pd.Series(list(activations)).groupby(list(activations)).indices
+    entropy = torch.empty(sum(map(len, groups.values())), dtype=torch.float64, device=x.device)
+    predictions = torch.empty(len(entropy), len(x), dtype=torch.uint8, device=x.device)
+    for activation, rows in groups.items():
+        module, at = build(architecture, activation).eval(), torch.as_tensor(rows, device=x.device)
+        part = {name: tensor[at] for name, tensor in weights.items()}
+        entropy[at], predictions[at] = _evaluate_alike(module, part, x, y)
+    return entropy, predictions
+
 # %% ../nbs/12_training.ipynb #933d0b72
 def logits(
     weights: dict[str, Tensor],  # plain stacked parameters, as for `evaluate`
@@ -532,40 +566,6 @@ def logits(
     with torch.no_grad():
         return torch.stack([functional_call(modules[name], of(i), (x,)) for i, name in enumerate(activations)])
 
-
-def accuracy(
-    predictions: Tensor,  # uint8 [models, N]
-    y: Tensor,            # int64 [N]
-) -> Tensor:              # float64 [models], fractions
-    """The share of correct predictions.
-
-    Args:
-        predictions: uint8 [models, N]
-        y: int64 [N]
-
-    Returns:
-        Tensor: float64 [models], fractions
-    """
-    return (predictions == y).double().mean(-1)
-
-# %% ../nbs/12_training.ipynb #62caa0c6
-def check_classes(
-    logits: Tensor,  # [models, N, classes]
-    labels: Tensor,  # int64 [N]
-) -> None:
-    """Raise `UserError` if predictions cannot encode all classes, or labels are out of range.
-
-    Args:
-        logits: [models, N, classes]
-        labels: int64 [N]
-    """
-    if logits.ndim != 3 or logits.shape[-1] > 256:
-        raise UserError(f"A model gives {list(logits.shape[1:])} numbers for {len(labels)} images: it has to give one "
-                        "for each class, of which there may be 256.")
-    if not 0 <= labels.min() <= labels.max() < logits.shape[-1]:
-        raise UserError(f"The labels go from {labels.min()} to {labels.max()}, and the models know the classes 0 to "
-                        f"{logits.shape[-1] - 1}.")
-
 # %% ../nbs/12_training.ipynb #49753644
 @dataclass(frozen=True)
 class Engine:
@@ -591,7 +591,7 @@ class Engine:
     schedules: bool = False                         # whether it supports schedules and Nesterov momentum
     arithmetic: Callable[[], str] = lambda: ""      # names its rounding; different names may mean different bits
 
-# %% ../nbs/12_training.ipynb #0acbd9da
+
 def torch_arithmetic() -> str:  # such as "torch 2.13.0 AVX512"
     """Name what determines the reference engine's bits: PyTorch's version and CPU instruction set.
 
@@ -603,7 +603,7 @@ def torch_arithmetic() -> str:  # such as "torch 2.13.0 AVX512"
 
 TORCH = Engine("torch", train_epoch, evaluate, logits, schedules=True, arithmetic=torch_arithmetic)
 
-
+# %% ../nbs/12_training.ipynb #groups00
 def groups(
     models: pd.DataFrame,  # generating factors
     engine: Engine,        # the engine that trains them
@@ -640,7 +640,7 @@ class Measured:
     test_accuracy: Tensor   # float64 [models]
     predictions: Tensor     # uint8 [models, test images]
 
-# %% ../nbs/12_training.ipynb #07ac1136
+
 def _judge(
     state: State,    # of models that the engine takes together
     x: Tensor,       # float32 [N, C, H, W]
@@ -665,7 +665,7 @@ def _judge(
                                         state.population.models["activation"], x, y)
     return loss, accuracy(predictions, y), predictions
 
-
+# %% ../nbs/12_training.ipynb #epochs00
 def epochs(
     state: State,            # of models that the engine trains together; updated in place
     images: Images,          # training and test images, on the state's device
