@@ -5,8 +5,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from zootwins.kept import Kept, fact, joint_pictures, kept_partners, pictures
+from zootwins.figures import FIGURES
+from zootwins.kept import Kept, fact, kept_partners
 from zootwins.metrics import with_selectors
+from zootwins.reported import read_reported
 
 ROOT = Path(__file__).resolve().parents[1]
 ZOO = "usps_seed"
@@ -37,7 +39,7 @@ def both(tmp_path_factory):
 
 @pytest.mark.parametrize("key", [
     f"mean {ZOO} test_acc mp 0.8", f"std {ZOO} test_acc mp 0.8", f"lowest {ZOO} test_acc mp 0.9", f"lead {ZOO} 0.8", f"models {ZOO}",
-    f"correlation {ZOO} mp test_acc", f"partner {ZOO} mp 'its own original'",
+    f"correlation {ZOO} mp pearson", f"partner {ZOO} mp 'its own original'",
 ])
 def test_sentences_take_the_zoos_own_selector(both, key):
     one, two = (fact(kept, key) for kept in both)
@@ -47,7 +49,6 @@ def test_sentences_take_the_zoos_own_selector(both, key):
 def test_figures_and_tables_take_the_zoos_own_selector(both):
     assert set(both[1].metrics.query("method == 'mp'")["selector"]) == {"global"} and len(both[0].metrics) == len(both[1].metrics)
     lines = lambda figure: [(line.get_label(), list(line.get_ydata())) for ax in figure.axes for line in ax.lines]
-    for drawn in (lambda kept: pictures(kept, ZOO)["figure_5"], lambda kept: joint_pictures(kept)["figure_5"]):
-        one, two = map(drawn, both)
-        assert len(lines(one)) and str(lines(one)) == str(lines(two))
+    one, two = (FIGURES["figure_5"](kept.of(ZOO), read_reported()) for kept in both)
+    assert len(lines(one)) and str(lines(one)) == str(lines(two))
     assert kept_partners(both[0]).layout.equals(kept_partners(both[1]).layout)

@@ -103,7 +103,8 @@ def test_facts_of_the_sweeps_are_those_of_their_tables(kept):
 
 
 @pytest.mark.parametrize("key, problem", [("gain 'digits_seed erk 90 constant' a b 3 3", "0 stories fit"), ("gains", "Valid: gain|did you mean 'gain'"),
-                                          ("sweep digits_seed rates 'rate == 7' uniform", "No row of rates"), ("gain 'digits_seed lamp 90 constant' nothing IMP 3 3", "does not name")])
+                                          ("sweep digits_seed rates 'rate == 7' uniform", "No row of rates"),
+                                          ("gain 'digits_seed lamp 90 constant' nothing IMP 3 3", "does not name")])
 def test_a_key_that_names_nothing_is_refused(kept, key, problem):
     with pytest.raises(UserError, match=problem) as error:
         fact(kept, key, SOUP_FACTS)

@@ -10,7 +10,8 @@ from test_soup_figures import story, sweep
 from zootwins.claims import FAILS, HOLDS, OPEN
 from zootwins.reported_soups import ALWAYS, MOSTLY, ONCE, SOUP_CLAIMS
 from zootwins.kept import SIGNS
-from zootwins.soup_claims import SWEEP_CLAIMS, judge_cells, judge_story, judge_sweep, printed_verdicts, row_differences, story_verdicts, sweep_verdicts, verdict_matrix, verdict_text
+from zootwins.soup_claims import SWEEP_CLAIMS, judge_cells, judge_story, judge_sweep, printed_verdicts, row_differences, story_verdicts, sweep_verdicts
+from zootwins.soup_claims import verdict_matrix, verdict_text
 
 ROOT = Path(__file__).resolve().parents[1]
 NOISE = pd.Series(np.random.default_rng(0).normal(0, 0.5, 40))
