@@ -193,7 +193,8 @@ def spread_note(
     Returns:
         str: for a heading
     """
-    parts = ["bands: middle 90 % and range of the models"] * (max(counts) > FEW) + ["thin: single models"] * (1 < min(counts) <= FEW)
+    parts = ["bands: middle 90 % and range of the models"] * (max(counts) > FEW)
+    parts += ["thin: single models"] * (1 < min(counts) <= FEW)
     return "; ".join(["Lines: means", *parts]) if max(counts) > 1 else "One model"
 
 # %% ../nbs/30_style.ipynb #3270bf6e
@@ -221,7 +222,9 @@ def draw_spread(
     ax.plot(curves.index, curves.mean(axis=1), label=label, markevery=marker_steps(len(curves)), **look)
 
 # %% ../nbs/30_style.ipynb #e921d97b
-RING = {"linestyle": "", "marker": "o", "markersize": 7.5, "markerfacecolor": "none", "markeredgewidth": 0.9, "zorder": 4}
+RING = {
+    "linestyle": "", "marker": "o", "markersize": 7.5, "markerfacecolor": "none", "markeredgewidth": 0.9, "zorder": 4,
+}
 RINGS = {"printed 2023": "black", "printed, but contradicted": "#aaaaaa"}
 
 
@@ -281,11 +284,15 @@ def printed_handles(
         list[Line2D]: one for each kind of ring that was drawn
     """
     drawn = {line.get_gid() for ax in fig.axes for line in ax.lines}
-    return [Line2D([], [], **RING, markeredgecolor=colour, label=label) for label, colour in RINGS.items() if label in drawn]
+    ring = lambda label: Line2D([], [], **RING, markeredgecolor=RINGS[label], label=label)
+    return [ring(label) for label in RINGS if label in drawn]
 
 # %% ../nbs/30_style.ipynb #ba6e5df4
 DPI = {".png": 200, ".pdf": 300, ".svg": 300}  # of vector files: of what in them is an image
-METADATA = {".png": {"Software": None}, ".pdf": {"CreationDate": None, "Creator": None, "Producer": None}, ".svg": {"Date": None, "Creator": None}}
+METADATA = {
+    ".png": {"Software": None}, ".pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+    ".svg": {"Date": None, "Creator": None},
+}
 
 # %% ../nbs/30_style.ipynb #3188b644
 def few_colours(
