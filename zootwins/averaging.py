@@ -333,7 +333,7 @@ def _learn(
         optimizer.step()
     return best
 
-# %% ../nbs/19_averaging.ipynb #learned_
+# %% ../nbs/19_averaging.ipynb #9b8dcf62
 def learned_soup(
     population: Population,  # copies
     images: Images,          # with validation images
@@ -407,7 +407,7 @@ def prediction_ensemble(
         classes.append(mean.argmax(-1).to(torch.uint8))
     return torch.cat(losses), torch.cat(classes)
 
-# %% ../nbs/19_averaging.ipynb #weight_a
+# %% ../nbs/19_averaging.ipynb #eeccef56
 def weight_average(
     snapshots: Mapping[int, Population],  # epoch -> the same models, from Trajectory.snapshots
 ) -> Population:                          # their average over the epochs
@@ -482,7 +482,7 @@ def test_accuracy(
         judge(weights, population.architecture, models["activation"], images.x_test, images.y_test)[1], images.y_test
     )
 
-# %% ../nbs/19_averaging.ipynb #compare_
+# %% ../nbs/19_averaging.ipynb #9d936fe3
 def compare_candidates(
     population: Population,  # copies
     soups: Mapping[str, Population],  # merged models, by name
@@ -632,7 +632,7 @@ def gradual_events(
     at = [(i + dense) * epochs // (events + dense) for i in range(events)]
     return tuple((epoch, level * (1 - (1 - i / events) ** 3)) for i, epoch in enumerate(at, start=1))
 
-# %% ../nbs/19_averaging.ipynb #merge_an
+# %% ../nbs/19_averaging.ipynb #72afa956
 def merge_and_prune(
     state: State,    # of copies, those of a model adjacent; changed in place
     level: float,    # sparsity afterwards

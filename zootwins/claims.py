@@ -290,7 +290,7 @@ def at_the_end(
     line = [np.interp(sparsity, levels, of, left=np.nan) for sparsity, of in zip(end, accuracies.to_numpy())]
     return pd.Series(line, index=end.index, dtype=float) - first_passed(twins, end)
 
-# %% ../nbs/34_claims.ipynb #smallest
+# %% ../nbs/34_claims.ipynb #d7e2134c
 def smallest_advantage(
     differences: dict[str, pd.Series],  # where -> accuracy of one method minus the other's, by model
     which: str,                         # names the difference
@@ -525,7 +525,7 @@ def layers_consistent(rows: pd.DataFrame) -> list[Finding]:
         for name, sparsities in layer_states(rows).items()
     ]
 
-# %% ../nbs/34_claims.ipynb #half_epo
+# %% ../nbs/34_claims.ipynb #27888a15
 def half_epochs(
     rows: pd.DataFrame,  # tidy metrics of one zoo
 ) -> pd.DataFrame:       # by model, one column per layer: epochs; without models with a layer that loses nothing

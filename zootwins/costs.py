@@ -121,7 +121,7 @@ def block_seconds(
     epochs = stage.recipe.epochs
     return train * n_train * epochs + test * (n_test * (epochs + 1) + n_train)
 
-# %% ../nbs/52_costs.ipynb #measure_
+# %% ../nbs/52_costs.ipynb #1aa7d221
 def measure_costs(
     zoos: Sequence[str] = TABLE_4,  # names
 ) -> pd.DataFrame:                  # COLUMNS; times of training and testing in microseconds per model and image

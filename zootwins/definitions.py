@@ -25,8 +25,8 @@ from .states import TABLE_2_STATES, choose_states
 # %% ../nbs/34_definitions.ipynb #a5ed1564
 def least_train_test_correlation(
     cells: pd.DataFrame,  # from reported.read_reported
-    level: float = 0.8,    # of magnitude pruning
-) -> pd.DataFrame:         # zoo, accuracy_std, gap_std, least (train and test accuracy), printed (r of Table 2), excluded
+    level: float = 0.8,  # of magnitude pruning
+) -> pd.DataFrame:  # zoo, accuracy_std, gap_std, least (train and test accuracy), printed (r of Table 2), excluded
     """The least correlation that training and test accuracy of pruned models can have, from Table 5, beside Table 2.
 
     Args:
@@ -151,16 +151,14 @@ def fisher_errors(
 def reproduces(
     metrics: pd.DataFrame,  # tidy metrics of one or more zoos
     cells: pd.DataFrame | None = None,  # printed cells; none: from reported.read_reported
-) -> pd.DataFrame:  # zoo, method, family, definition, n; value, printed, z of both coefficients; worst (larger |z|); fits
+) -> (
+    pd.DataFrame
+):  # zoo, method, family, definition, n; value, printed, z of both coefficients; worst (larger |z|); fits
     """Try every candidate against the printed correlations of Table 2.
 
     Args:
         metrics: tidy metrics of one or more zoos
         cells: printed cells; none: from reported.read_reported
-
-    Returns:
-        pd.DataFrame: zoo, method, family, definition, n; value, printed, z of both coefficients; worst (larger |z|);
-            fits
     """
     printed = (read_reported() if cells is None else cells).query("table == 2 and metric in ['pearson', 'kendall']")
     goal, found, metrics = printed.set_index(["zoo", "method", "metric"])["mean"] / 100, [], own_selector(metrics)

@@ -309,7 +309,7 @@ def _add_factors(
     put("correction1", 1 / (1 - 0.9**step))
     put("correction2", 1 / (1 - 0.999**step).sqrt())
 
-# %% ../nbs/14_gpu.ipynb #training
+# %% ../nbs/14_gpu.ipynb #e495d941
 def _training_job(
     state: State,       # of any models
     x: Tensor,          # [N, C, H, W]
@@ -632,7 +632,7 @@ def _shapes(
     """
     return dict(islice(tensor_shapes(architecture).items(), TENSORS if variational else PLAIN_TENSORS))
 
-# %% ../nbs/14_gpu.ipynb #train_ep
+# %% ../nbs/14_gpu.ipynb #dacef8d8
 def train_epoch(
     state: State,    # of any models; updated in place
     x: Tensor,       # float32 [N, C, H, W], on the state's device
@@ -766,7 +766,7 @@ def _on_gpu(
         return found.to(here) if isinstance(found, Tensor) else tuple(tensor.to(here) for tensor in found)
     return moved
 
-# %% ../nbs/14_gpu.ipynb #why_unav
+# %% ../nbs/14_gpu.ipynb #afed4cdd
 def why_unavailable(
     architecture: str,  # of the models
 ) -> str:               # empty if the engine can train them on a GPU here

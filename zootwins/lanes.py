@@ -101,7 +101,7 @@ def _library_path(
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     return cache_folder() / "lanes" / f"lanes-{scalar}-{digest}.so"
 
-# %% ../nbs/13_lanes.ipynb #compile0
+# %% ../nbs/13_lanes.ipynb #c363700e
 def _compile(
     command: str,  # the compiler
     scalar: str,   # "float" or "double"
@@ -360,7 +360,7 @@ def check_tensors(
         raise UserError(f"The fast engine calculates in float32 (or float64), not in {' or '.join(unknown)}: convert "
                         "the weights.")
 
-# %% ../nbs/13_lanes.ipynb #check_im
+# %% ../nbs/13_lanes.ipynb #b908afc4
 def check_images(
     architecture: str,  # a key of IMAGE_SHAPES
     x: Tensor,          # [N, C, H, W]
@@ -504,7 +504,7 @@ def _work_through(
         while blocks.active:
             time.sleep(0.01)
 
-# %% ../nbs/13_lanes.ipynb #run00000
+# %% ../nbs/13_lanes.ipynb #d202cd45
 def _run(
     function: str,        # "lanes_train" or "lanes_evaluate"
     job: Job,             # complete
@@ -560,7 +560,7 @@ def _copies(
     """
     return {name: tensor.detach().to("cpu", dtype, copy=True).contiguous() for name, tensor in tensors.items()}
 
-# %% ../nbs/13_lanes.ipynb #training
+# %% ../nbs/13_lanes.ipynb #1910f69e
 def _training_job(
     state: State,                  # of any models
     moving: list[dict[str, Tensor]],  # copies of weights, first and second moments
@@ -669,7 +669,7 @@ def _evaluation_job(
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     return _common_job(plain, architecture, activations, x, y), next(iter(plain.values())).dtype
 
-# %% ../nbs/13_lanes.ipynb #evaluate
+# %% ../nbs/13_lanes.ipynb #078689a0
 @_enough_memory()
 def evaluate(
     weights: dict[str, Tensor],  # plain stacked parameters, if needed pruned or made `variational.deterministic`

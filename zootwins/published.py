@@ -652,7 +652,7 @@ def noted_offset(
     iteration = noted.get("iteration", noted.get("training_iteration")) if isinstance(noted, dict) else None
     return iteration - number if type(iteration) is int and 0 <= iteration < 10**9 else None
 
-# %% ../nbs/06_published.ipynb #limit000
+# %% ../nbs/06_published.ipynb #e4d13fc8
 LIMIT = 5.0  # largest absolute weight, as in the authors' preprocessing
 
 
@@ -1195,7 +1195,7 @@ def usable_properties(
              for name in (*PROPERTY_NAMES.values(), "test_acc", "ggap", "training_iteration")}
     return {name: values for name, values in known.items() if isinstance(values, list) and len(values) == n}
 
-# %% ../nbs/06_published.ipynb #state000
+# %% ../nbs/06_published.ipynb #732364e2
 @dataclass
 class State:
     """One model at one epoch in a preprocessed file.
@@ -1380,7 +1380,7 @@ def first_state_fit(
             reason = f"no state in it can be used; the last one: {one_line(error)}"
     raise ValueError(reason)
 
-# %% ../nbs/06_published.ipynb #label_nu
+# %% ../nbs/06_published.ipynb #600a749c
 def label_numbering(
     told: Counter[int],  # recorded iteration minus epoch of the label, over all states
 ) -> Numbering:

@@ -127,7 +127,7 @@ def _compare(
         CHECK
     ]
 
-# %% ../nbs/36_reported_soups.ipynb #check_re
+# %% ../nbs/36_reported_soups.ipynb #ef010456
 def check_repeated(
     cells: pd.DataFrame,  # from read_reported_soups
 ) -> pd.DataFrame:        # CHECK
@@ -172,7 +172,7 @@ def check_candidates(
         _compare("candidates of phase 1, uniform = greedy", uniform, greedy, [*STATE, "row"]),
     ], ignore_index=True)
 
-# %% ../nbs/36_reported_soups.ipynb #check_ar
+# %% ../nbs/36_reported_soups.ipynb #1e3d15e5
 def check_arithmetic(
     cells: pd.DataFrame,  # from read_reported_soups
 ) -> pd.DataFrame:        # CHECK

@@ -373,7 +373,7 @@ def _score(
         found[name] = scores.flatten(1)
     return found
 
-# %% ../nbs/15_selectors.ipynb #choose00
+# %% ../nbs/15_selectors.ipynb #39cce188
 def _choose(
     scores: dict[str, Tensor],  # from _score
     shapes: Mapping[str, tuple[int, ...]],  # of one model's scores

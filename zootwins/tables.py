@@ -131,7 +131,7 @@ def column_widths(
         max(map(len, of)) for of in texts
     ]
 
-# %% ../nbs/30_tables.ipynb #long_lat
+# %% ../nbs/30_tables.ipynb #dea31c30
 def long_latex(
     styled: Styler,        # the table's texts
     words: Sequence[int],  # length of the longest word of every column

@@ -205,7 +205,7 @@ def training_module(
         layer.site = site
     return module.train(), noisy
 
-# %% ../nbs/12_training.ipynb #divergen
+# %% ../nbs/12_training.ipynb #3339853b
 class _Divergence(nn.Module):
     "A module's summed divergence as a forward pass, for use with functional_call."
 
@@ -404,7 +404,7 @@ def _copy_of(
     population = replace(state.population, weights=clone(state.population.weights))
     return replace(state, population=population, first=clone(state.first), second=clone(state.second))
 
-# %% ../nbs/12_training.ipynb #train_ep
+# %% ../nbs/12_training.ipynb #69c84003
 def train_epoch(
     state: State,    # alike models; updated in place
     x: Tensor,       # float32 [N, C, H, W], on the state's device
@@ -481,7 +481,7 @@ def accuracy(
     """
     return (predictions == y).double().mean(-1)
 
-# %% ../nbs/12_training.ipynb #evaluate
+# %% ../nbs/12_training.ipynb #8cce6fdc
 def _evaluate_alike(
     module: nn.Module,           # serves for all of them, in eval mode
     weights: dict[str, Tensor],  # stacked
@@ -603,7 +603,7 @@ def torch_arithmetic() -> str:  # such as "torch 2.13.0 AVX512"
 
 TORCH = Engine("torch", train_epoch, evaluate, logits, schedules=True, arithmetic=torch_arithmetic)
 
-# %% ../nbs/12_training.ipynb #groups00
+# %% ../nbs/12_training.ipynb #2e893988
 def groups(
     models: pd.DataFrame,  # generating factors
     engine: Engine,        # the engine that trains them
@@ -665,7 +665,7 @@ def _judge(
                                         state.population.models["activation"], x, y)
     return loss, accuracy(predictions, y), predictions
 
-# %% ../nbs/12_training.ipynb #epochs00
+# %% ../nbs/12_training.ipynb #c5892a68
 def epochs(
     state: State,            # of models that the engine trains together; updated in place
     images: Images,          # training and test images, on the state's device

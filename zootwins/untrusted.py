@@ -414,7 +414,7 @@ def extend(
     elif type(target) is not Record:
         raise pickle.UnpicklingError("it fills something that is no list")
 
-# %% ../nbs/01_untrusted.ipynb #append_o
+# %% ../nbs/01_untrusted.ipynb #626beda9
 @instruction(pickle.APPEND)
 def append_one(machine: Unpickler) -> None:
     "Append one element."
@@ -465,7 +465,7 @@ def unpickle(
     except Exception as error:
         raise ValueError(f"not a pickle of plain data: {one_line(error)}") from error
 
-# %% ../nbs/01_untrusted.ipynb #check_cl
+# %% ../nbs/01_untrusted.ipynb #57fd3e2c
 def check_claims(
     members: list[zipfile.ZipInfo],  # of a zip
     size: int,                       # of the zip in bytes
@@ -522,7 +522,7 @@ def content_start(
         raise ValueError("its table of contents is damaged")
     return at + 30 + name + extra
 
-# %% ../nbs/01_untrusted.ipynb #read_mem
+# %% ../nbs/01_untrusted.ipynb #087a1d17
 def read_member(
     member: zipfile.ZipInfo,   # of a zip
     data: bytes | mmap.mmap,   # the whole zip
@@ -994,7 +994,7 @@ def listed_hashes(
         raise UserError(f"{folder / HASHES} is not a list of hashes as sha256sum writes it: download it again.")
     return {match[2]: match[1] for match in found}
 
-# %% ../nbs/01_untrusted.ipynb #check_ha
+# %% ../nbs/01_untrusted.ipynb #05a315f8
 def check_hashes(
     folder: Path | str,  # a publication
 ) -> list[str]:          # harmless changes: unlisted files and a rewritten card

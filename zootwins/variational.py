@@ -239,7 +239,7 @@ def total_divergence(
             total = total + kl_divergence(log_alpha(layer.weight, layer.log_sigma2, LINEAR_LIMIT)).sum()
     return total
 
-# %% ../nbs/11_variational.ipynb #noise_na
+# %% ../nbs/11_variational.ipynb #7fe86ff2
 def _noise_name(
     name: str,  # of a weight or bias
 ) -> str:       # of its log variance, as in the published twins
