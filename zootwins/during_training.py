@@ -484,7 +484,7 @@ class STR(Method):
     def final(self, weights: Weights, memory: Memory) -> Weights:
         return self.seen(weights, memory)
 
-# %% ../nbs/77_during_training.ipynb #5064069d
+# %% ../nbs/77_during_training.ipynb #2d9cf709
 def even_counts(
     shapes: Mapping[str, tuple[int, ...]],  # of one model's prunable weights, in the order of the layers
     level: float,                           # fraction to prune
@@ -528,7 +528,7 @@ def swapped(
     grown = keep_highest(growth.flatten(1).masked_fill(stays, -1), count)
     return (stays | grown).reshape(mask.shape)
 
-# %% ../nbs/77_during_training.ipynb #e7c0f41a
+# %% ../nbs/77_during_training.ipynb #608b1cbd
 @dataclass(frozen=True)
 class SET(Method):
     """Sparse evolutionary training (Mocanu et al. 2018).
@@ -592,7 +592,7 @@ def _drawn(
     draw = lambda site, size: random_words(size[0].numel(), memory.keys.to(size.device), site, epoch=memory.changes)
     return {name: to_uniform(draw(site, size)).reshape(size.shape) for site, (name, size) in enumerate(sizes.items())}
 
-# %% ../nbs/77_during_training.ipynb #80abab03
+# %% ../nbs/77_during_training.ipynb #a1f9363b
 @dataclass(frozen=True)
 class RigL(SET):
     "The rigged lottery: SET that grows by gradients (Evci et al. 2020)."
