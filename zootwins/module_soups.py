@@ -33,6 +33,7 @@ from zootwins.batch_statistics import (
     Data,
     batches,
     class_probabilities,
+    device_of,
     evaluate,
     judge,
     recompute_statistics,
@@ -240,6 +241,8 @@ def merge_coefficients(
     Returns:
         Tensor: float64 [m], they sum to 1
     """
+    if not modules:
+        raise UserError("A soup needs at least one model, and there is none.")
     if not callable(merge):
         check_name(merge, MERGES, "merge")
     if merge == "uniform":
@@ -814,12 +817,12 @@ def soup(
         ModuleSoup: phases, candidates, soups, sparsities, accuracies
     """
     numbers = range(m) if isinstance(m, int) else m
-    if len(numbers) < 1:
-        raise UserError(f"A soup needs at least one copy, not {m}.")
+    if not isinstance(numbers, Sequence) or isinstance(numbers, str) or len(numbers) < 1:
+        raise UserError(f"A soup needs at least one copy, not {m!r}: give a number, or a list of numbers of copies.")
     if data is None and statistic_layers(model):
         raise UserError("A pruned or averaged model has other statistics of BatchNorm: give data to compute them from.")
     retrain = retrain or _plain_trainer(data, settings)
-    device, place, found, frames = next(model.parameters()).device, Path(folder) if folder else None, [], []
+    device, place, found, frames = device_of(model), Path(folder) if folder else None, [], []
     before, earlier = copy.deepcopy(unwrapped(model)).cpu(), None
     with ExitStack() as stack:
         if place:
