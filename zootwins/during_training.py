@@ -610,7 +610,9 @@ class RigL(SET):
         return self.share / 2 * (1 + math.cos(math.pi * progress / self.until))
 
 # %% ../nbs/77_during_training.ipynb #a0e289bc
-METHODS: dict[str, type[Method]] = {method.title: method for method in (BIMP, GMP, DPF, GSM, DNW, LC, DST, STR, SET, RigL)}
+METHODS: dict[str, type[Method]] = {
+    method.title: method for method in (BIMP, GMP, DPF, GSM, DNW, LC, DST, STR, SET, RigL)
+}
 GRIDS: dict[str, dict[str, tuple]] = {
     "BIMP": {"dense": (60 / 90, 75 / 90), "events": (1, 2, 3)},
     "GMP": {"events": (5, 9, 18, 45)},

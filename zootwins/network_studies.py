@@ -244,9 +244,9 @@ def toy_study(
         Study: the same parts
     """
     settings = replace(study.settings, batch_size=64, amp=False, device="cpu")
-    small = {"size": 28, "factor": 2, "n_train": 192, "n_val": 64, "n_test": 64, "epochs": 2, "retrain_epochs": 1, "m": 2}
-    title = f"{study.title}, as a toy"
-    return replace(study, title=title, network="resnet8", dataset="digits", settings=settings, **small)
+    title, images = f"{study.title}, as a toy", {"size": 28, "factor": 2, "n_train": 192, "n_val": 64, "n_test": 64}
+    return replace(study, title=title, network="resnet8", dataset="digits", epochs=2, retrain_epochs=1, m=2,
+                   settings=settings, **images)
 
 
 def main(
@@ -275,8 +275,8 @@ def main(
         study = toy_study(study) if told.toy else study
         device = told.device or study.settings.device
         if device.startswith("cuda") and not torch.cuda.is_available():
-            raise UserError(f"The study {told.study} is for a GPU, and there is none here: give --device cpu, which takes "
-                            "days, or --toy with it to see that everything runs.")
+            raise UserError(f"The study {told.study} is for a GPU, and there is none here: give --device cpu, which "
+                            "takes days, or --toy with it to see that everything runs.")
         study = replace(study, settings=replace(study.settings, device=device))
         rows = study_rows(study, told.folder, [int(word) for word in told.seeds.split(",")])
     except UserError as error:
