@@ -10,8 +10,9 @@ import sys
 import tempfile
 import threading
 import time
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -25,7 +26,9 @@ from zootwins import workers as w
 from zootwins.blocks import train_block
 from zootwins.core import UserError, cache_folder
 from zootwins.datasets import images_fingerprint, load_images
+from zootwins.module_soups import soup
 from zootwins.plans import make_plan, make_stages
+from zootwins.retraining import Rates
 from zootwins.store import finished_files, read_predictions, read_stage, read_stage_metrics
 from zootwins.twins import make_twins, make_zoos
 from zootwins.workers import open_workers
@@ -549,6 +552,47 @@ def test_ray_goes_on_when_one_of_its_workers_is_killed_in_the_middle(tmp_path, i
     plan, same = plan_in(tmp_path, **slow), plan_in(tmp_path / "same", **slow)
     make_twins(same, images, progress=False)
     assert_same_bits(plan, same)
+
+
+@pytest.mark.slow
+def test_copies_of_a_module_on_ray_go_on_when_a_worker_is_killed_in_the_middle(tmp_path, monkeypatch, images):
+    pytest.importorskip("ray")
+    tag, x, y = f"tag{secrets.token_hex(8)}", images.x_train[:64], images.y_train[:64]
+    monkeypatch.setenv("ZOOTWINS_TEST", tag)
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(x[0].numel(), 32), torch.nn.ReLU(), torch.nn.Linear(32, 10))
+    log = tmp_path / "begun"
+
+    def retrain(model, seed, rates):
+        with log.open("a") as file:
+            file.write(f"{seed}\n")
+        generator, optimizer = torch.Generator().manual_seed(seed), torch.optim.SGD(model.parameters(), rates(0), momentum=0.9)
+        for _ in range(rates.epochs):
+            rows = torch.randint(64, (32,), generator=generator)
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(x[rows]), y[rows]).backward()
+            optimizer.step()
+            time.sleep(0.05)  # so that the blow falls in the middle
+        return model
+
+    def blow():
+        wait_for(lambda: tagged(tag, b"ray::retrain_copy"), seconds=200)
+        time.sleep(0.5)
+        os.kill(tagged(tag, b"ray::retrain_copy")[0], signal.SIGKILL)
+
+    make = partial(soup, net, level=0.6, m=3, retrain=retrain, rates=Rates(0.05, 60))
+    killer = threading.Thread(target=blow)
+    killer.start()
+    with open_workers("ray") as executor:
+        found = make(workers=executor, folder=tmp_path / "kept")
+    killer.join()
+    begun = log.read_text().split()
+    assert len(begun) == 4 and len(set(begun)) == 3 and len(list((tmp_path / "kept").glob("copy-*"))) == 3
+    with ThreadPoolExecutor(3) as threads:
+        same = make(workers=threads)
+    for one, other in zip((found.model, *found.phases[0].candidates), (same.model, *same.phases[0].candidates), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+    assert not tagged(tag, b"ray::")
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from small import IMAGES, says
 from zootwins.core import UserError
 from zootwins.datasets import subset
 from zootwins.during_training import (
-    BIMP, DNW, DPF, DST, GMP, GRIDS, GSM, LC, METHODS, STR, THRESHOLD, Memory, Method, SparseRule, cubic_levels,
-    largest, layer_work, paper_grid, speed_up, sparsify_module, sparsify_population, table_2,
+    BIMP, DNW, DPF, DST, GMP, GRIDS, GSM, LC, METHODS, SET, STR, THRESHOLD, Memory, Method, RigL, SparseRule, cubic_levels, largest, layer_work, paper_grid,
+    sparsify_module, sparsify_population, speed_up, table_2,
 )
 from zootwins.module_masks import prunable_weights
 from zootwins.networks import make_network
@@ -21,6 +21,7 @@ from zootwins.population import sample_population
 from zootwins.retraining import Rates, TrainSettings, train_network
 from zootwins.schedules import initial_factors
 from zootwins.selectors import prunable
+from zootwins.streams import stream_keys
 from zootwins.training import Recipe, train_epoch
 from zootwins.zoos import ZOOS
 
@@ -102,9 +103,7 @@ def test_lc_pulls_as_the_augmented_lagrangian_does():
     memory = after(method, W)
     assert flat(memory.more["target"]) == [0, 0, 0.3, -0.4] and flat(memory.more["multiplier"]) == [0] * 4
     moved = weights([0.2, -0.1], [0.5, -0.4])
-    assert flat(method.reach(moved, weights([0.0, 0.0], [0.0, 0.0]), memory)) == pytest.approx(
-        [0.5 * 0.2, -0.5 * 0.1, 0.5 * 0.2, 0]
-    )
+    assert flat(method.reach(moved, weights([0.0, 0.0], [0.0, 0.0]), memory)) == pytest.approx([0.5 * 0.2, -0.5 * 0.1, 0.5 * 0.2, 0])
     method.change(moved, 0.5, memory)
     memory.changes += 1
     assert flat(memory.more["target"]) == [0, 0, 0.5, -0.4]
@@ -173,9 +172,87 @@ def test_str_reaches_what_differentiation_gives():
     assert torch.allclose(method.seen(every, Memory(0.5))[NAME], seen.detach())
     reached = method.reach(every, G, Memory(0.5))
     assert torch.allclose(reached[NAME], w.grad) and torch.allclose(reached[NAME + THRESHOLD], s.grad)
-    assert flat(method.seen(every, Memory(0.5))) == pytest.approx(
-        [0, 0, 0.3 - 1 / (1 + math.e), -(0.4 - 1 / (1 + math.e))]
-    )
+    assert flat(method.seen(every, Memory(0.5))) == pytest.approx([0, 0, 0.3 - 1 / (1 + math.e), -(0.4 - 1 / (1 + math.e))])
+
+
+SIX = {NAME: torch.tensor([[[0.1, -0.5, 0.4], [0.0, 0.0, 0.0]]], dtype=torch.float64)}
+SLOPES = {NAME: torch.tensor([[[1.0, 9.0, 9.0], [2.0, -4.0, 3.0]]], dtype=torch.float64)}
+
+
+def connected(progress=0.0, seed=0):
+    "The six weights above, the first three of them in the mask."
+    return Memory(0.5, {NAME: SIX[NAME] != 0}, progress=progress, keys=stream_keys("", "test", [seed]))
+
+
+def test_rigl_drops_the_smallest_and_grows_where_the_dense_gradient_is_largest():
+    memory, method = connected(), RigL(share=0.34)
+    assert flat(method.reach(SIX, SLOPES, memory)) == [1, 9, 9, 0, 0, 0]  # what is off does not move, yet its gradient counts
+    method.change(SIX, 0.5, memory)
+    assert flat(memory.masks) == [False, True, True, False, True, False]
+    assert flat(method.seen(SIX, memory)) == [0, -0.5, 0.4, 0, 0, 0]  # the new one begins at zero
+    memory = connected()
+    method.reach(SIX, {NAME: torch.tensor([[[5.0, 0.0, 0.0], [1.0, 2.0, 3.0]]])}, memory)
+    method.change(SIX, 0.5, memory)  # what was dropped has the largest gradient and is grown again, with its value
+    assert flat(method.seen(SIX, memory)) == flat(SIX)
+
+
+def test_rigl_replaces_a_share_that_falls_as_a_cosine():
+    method = RigL(share=0.3, until=0.75)
+    assert [method.replaced(progress) for progress in (0, 0.25, 0.375, 0.75)] == pytest.approx([0.3, 0.225, 0.15, 0])
+    assert list(RigL(every=10, until=0.5).when(0.8, 60)) == [0, 10, 20] and set(RigL(every=10).when(0.8, 60).values()) == {0.8}
+    two, one = connected(0.0), connected(0.375)  # of three weights two fall at first, and one where the share is half
+    for memory, left in ((two, 1), (one, 2)):
+        RigL(share=0.7).reach(SIX, {NAME: torch.tensor([[[0.0, 0.0, 0.0], [2.0, -4.0, 3.0]]])}, memory)
+        RigL(share=0.7).change(SIX, 0.5, memory)
+        assert (memory.masks[NAME] & (SIX[NAME] != 0)).sum() == left and memory.masks[NAME].sum() == 3
+
+
+def test_set_drops_the_smallest_and_grows_anywhere():
+    grown = torch.zeros(6)
+    for seed in range(200):
+        memory = connected(0.7, seed)
+        SET(share=0.34).change(SIX, 0.5, memory)
+        mask = memory.masks[NAME].flatten()
+        assert mask[1] and mask[2] and mask.sum() == 3
+        grown += mask
+    assert (grown[[0, 3, 4, 5]] > 30).all()  # 50 each on average
+    again = connected(0.7, 199)
+    SET(share=0.34).change(SIX, 0.5, again)
+    assert torch.equal(again.masks[NAME].flatten(), mask)
+
+
+@pytest.mark.parametrize("start, counts", [("erk", [24, 12]), ("uniform", [16, 20])])
+def test_a_sparse_start_has_the_counts_of_its_rule(start, counts):
+    w = {"a.weight": torch.ones(2, 4, 20), "b.weight": torch.ones(2, 10, 10)}  # 36 of 180 in proportion to 24 and 20, or 80 and 100
+    memory = Memory(0.8, keys=stream_keys("", "test", [1, 2]))
+    SET(start=start).change(w, 0.8, memory)
+    found = [[int(mask.sum()) for mask in masks] for masks in memory.masks.values()]
+    assert found == ([[20, 20], [16, 16]] if start == "erk" else [[n] * 2 for n in counts])
+    assert not torch.equal(*memory.masks["b.weight"])  # each model has its own
+
+
+@pytest.mark.parametrize("method", [SET(every=2), RigL(every=2)])
+def test_sparsity_is_exact_and_constant_and_grown_weights_begin_at_nothing(method):
+    net = small_net()
+    optimizer, rule = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4), SparseRule(method, 0.7)
+    rule.start(net, optimizer, 12)
+    before, changed = deepcopy(rule.memory.masks), 0
+    for step in range(12):
+        batch = torch.arange(20) + step % 4 * 20
+        optimizer.zero_grad()
+        F.cross_entropy(net(IMAGES.x_train[batch]), IMAGES.y_train[batch]).backward()
+        rule.gradients(net, step / 12)
+        optimizer.step()
+        rule.stepped(net, optimizer, (step + 1) / 12)
+        masks = rule.memory.masks
+        assert sum(int((~mask).sum()) for mask in masks.values()) == round(0.7 * 1540)
+        for name, weight in prunable_weights(net).items():
+            buffer, grown = optimizer.state[weight]["momentum_buffer"], (masks[name] & ~before[name])[0]
+            assert masks[name].sum() == before[name].sum() and (weight[~masks[name][0]] == 0).all() and (buffer[~masks[name][0]] == 0).all()
+            assert (weight[grown] == 0).all() and (buffer[grown] == 0).all()
+            changed += int(grown.sum())
+        before = deepcopy(masks)
+    assert changed > 50
 
 
 def test_bimp_shares_the_budget_and_restarts_the_rate():
@@ -185,20 +262,14 @@ def test_bimp_shares_the_budget_and_restarts_the_rate():
     method.change(W, 0.5, memory)
     d = math.sqrt((0.01 + 0.04) / 0.3) / math.sqrt(0.5)  # |w - w_p| / (|w| sqrt(q))
     assert memory.first_rate.item() == pytest.approx(d)
-    assert float(method.rate(40, 80, memory)) == pytest.approx(max(d, 20 / 40)) and float(
-        method.rate(50, 80, memory)
-    ) == pytest.approx(max(d, 0.5) / 2)
+    assert float(method.rate(40, 80, memory)) == pytest.approx(max(d, 20 / 40)) and float(method.rate(50, 80, memory)) == pytest.approx(max(d, 0.5) / 2)
     assert float(method.rate(50, 80, memory)) == pytest.approx(0.5 * float(initial_factors(torch.tensor([d]), 20, 40)))
 
 
 def test_grids_are_those_of_the_appendix():
-    assert {name: len(paper_grid(name)) for name in GRIDS} == {
-        "BIMP": 6, "GMP": 4, "DPF": 2, "GSM": 4, "LC": 2, "DNW": 2, "DST": 16,
-    }
+    assert {name: len(paper_grid(name)) for name in GRIDS} == {"BIMP": 6, "GMP": 4, "DPF": 2, "GSM": 4, "LC": 2, "DNW": 2, "DST": 16}
     assert {method.events for method, _ in paper_grid("GMP")} == {5, 9, 18, 45}
-    assert [(method.momentum, other["wd"]) for method, other in paper_grid("GSM")] == [
-        (0.9, 1e-4), (0.9, 1e-5), (0.95, 1e-4), (0.95, 1e-5),
-    ]
+    assert [(method.momentum, other["wd"]) for method, other in paper_grid("GSM")] == [(0.9, 1e-4), (0.9, 1e-5), (0.95, 1e-4), (0.95, 1e-5)]
     with pytest.raises(UserError, match="no method with a grid in the paper 'STR'"):
         paper_grid("STR")
 
@@ -217,17 +288,12 @@ def zeros(population):
 TOTAL = 2464 - 48
 
 
-@pytest.mark.parametrize(
-    "method", [GMP(events=2), DPF(events=2, every=3), BIMP(dense=0.5, events=2), GSM(), DNW(), LC(events=3), Method()]
-)
+@pytest.mark.parametrize("method", [GMP(events=2), DPF(events=2, every=3), BIMP(dense=0.5, events=2), GSM(), DNW(), LC(events=3), SET(every=4), RigL(every=4), Method()])
 def test_every_model_ends_at_the_level(start, method):
     before = {name: tensor.clone() for name, tensor in start.weights.items()}
     found = sparsify_population(start, IMAGES, SHORT, method, 0.7)
     assert zeros(found) == [round(0.7 * sum(w[0].numel() for w in prunable(found.weights).values()))] * 3
-    assert (
-        all(tensor.isfinite().all() for tensor in found.weights.values())
-        and found.weights.keys() == start.weights.keys()
-    )
+    assert all(tensor.isfinite().all() for tensor in found.weights.values()) and found.weights.keys() == start.weights.keys()
     assert all(torch.equal(before[name], tensor) for name, tensor in start.weights.items())
 
 
@@ -237,7 +303,7 @@ def test_thresholds_are_learned_and_not_left_behind(start, method):
     assert found.weights.keys() == start.weights.keys() and min(zeros(found)) > 0
 
 
-@pytest.mark.parametrize("method, m", [(GMP(events=2), 1), (DPF(events=2), 2), (STR(), 1)])
+@pytest.mark.parametrize("method, m", [(GMP(events=2), 1), (DPF(events=2), 2), (STR(), 1), (SET(every=4), 1), (RigL(every=4), 1)])
 def test_a_model_does_not_depend_on_its_neighbours(start, method, m):
     together = sparsify_population(start, IMAGES, SHORT, method, 0.6, m=m)
     alone = sparsify_population(start[[1]], IMAGES, SHORT, method, 0.6, m=m)
@@ -250,9 +316,7 @@ def test_dense_training_is_the_reference_engine(start):
     found = sparsify_population(start, IMAGES, replace(SHORT, epochs=1), Method(), 0.0)
     state = begin(start, model_keys(SHORT, start.models))
     train_epoch(state, IMAGES.x_train, IMAGES.y_train, replace(SHORT, epochs=1))
-    assert all(
-        torch.allclose(found.weights[name], tensor, atol=1e-6) for name, tensor in state.population.weights.items()
-    )
+    assert all(torch.allclose(found.weights[name], tensor, atol=1e-6) for name, tensor in state.population.weights.items())
 
 
 @pytest.mark.parametrize("method", [GMP(events=2), BIMP(dense=0.5, events=2), DPF(events=2)])
@@ -270,6 +334,9 @@ def test_soups_in_every_interval_keep_the_level(start, method):
     (lambda p: sparsify_population(p, IMAGES, SHORT, GMP(), 1.0), "sparsity level of 1.0"),
     (lambda p: sparsify_population(p, IMAGES, SHORT, GMP(events=0), 0.5), "at least one for events"),
     (lambda p: sparsify_population(p, IMAGES, SHORT, BIMP(dense=1.0), 0.5), "share between 0 and 1"),
+    (lambda p: sparsify_population(p, IMAGES, SHORT, RigL(share=1.2), 0.5), "at most 1 for share, and not 1.2"),
+    (lambda p: sparsify_population(p, IMAGES, SHORT, SET(start="dense"), 0.5), "no start 'dense'"),
+    (lambda p: sparsify_population(p, IMAGES, SHORT, SET(every=0), 0.5), "at least one for every"),
 ])
 def test_what_cannot_be(start, call, told):
     with pytest.raises(UserError, match=told) as error:
@@ -279,22 +346,15 @@ def test_what_cannot_be(start, call, told):
 
 def small_net():
     torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(1, 4, 5, stride=4), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 10)
-    )
+    return nn.Sequential(nn.Conv2d(1, 4, 5, stride=4), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 10))
 
 
 def module_zeros(module):
     return sum(int((weight == 0).sum()) for weight in prunable_weights(module).values())
 
 
-@pytest.mark.parametrize(
-    "method, m",
-    [
-        (GMP(events=2), 1), (GMP(events=2), 2), (DPF(events=2), 2), (BIMP(dense=0.5), 2), (GSM(), 1), (LC(events=3), 1),
-        (DNW(), 1),
-    ],
-)
+@pytest.mark.parametrize("method, m", [(GMP(events=2), 1), (GMP(events=2), 2), (DPF(events=2), 2), (BIMP(dense=0.5), 2), (GSM(), 1), (LC(events=3), 1), (DNW(), 1),
+    (SET(every=4), 1), (RigL(every=4), 1)])
 def test_modules_end_at_the_level_too(method, m):
     module = sparsify_module(small_net(), IMAGES, replace(SHORT, lr=0.05), method, 0.7, m=m)
     assert module_zeros(module) == round(0.7 * (100 + 1440))
@@ -304,14 +364,11 @@ def test_modules_end_at_the_level_too(method, m):
 @pytest.mark.parametrize("name", METHODS)
 def test_a_rule_in_a_foreign_loop_is_the_same_method(name):
     "SGD written out here and the package's own loop give the same network, for every method."
-    method = METHODS[name](events=2) if name in ("GMP", "BIMP", "DPF", "LC") else METHODS[name]()
+    method = METHODS[name](events=2) if name in ("GMP", "BIMP", "DPF", "LC") else METHODS[name](**{"every": 1} if name in ("SET", "RigL") else {})
     recipe, one, other = replace(SHORT, lr=0.05, schedule="constant"), small_net(), small_net()
     images = subset(IMAGES, 40, 10)
     sparsify_module(one, images, recipe, method, 0.5)
-    rule, optimizer = (
-        SparseRule(method, 0.5),
-        torch.optim.SGD(other.parameters(), lr=0.05, momentum=method.momentum, weight_decay=1e-4),
-    )
+    rule, optimizer = SparseRule(method, 0.5), torch.optim.SGD(other.parameters(), lr=0.05, momentum=method.momentum, weight_decay=1e-4)
     rule.start(other, optimizer, 4)
     from zootwins.streams import epoch_order
     from zootwins.training import model_keys
@@ -328,17 +385,13 @@ def test_a_rule_in_a_foreign_loop_is_the_same_method(name):
         assert torch.allclose(a, b, atol=1e-5), path
 
 
-@pytest.mark.parametrize("method", [GMP(events=3), DPF(events=3, every=2), LC(events=4)])
+@pytest.mark.parametrize("method", [GMP(events=3), DPF(events=3, every=2), LC(events=4), SET(every=4), RigL(every=4)])
 def test_a_rule_goes_on_from_a_file(tmp_path, method):
     settings, rates = TrainSettings(batch_size=20, augment=False), Rates(lr=0.05, epochs=3)
     x, y, start = IMAGES.x_train, IMAGES.y_train, small_net()
     whole = train_network(deepcopy(start), x, y, rates, settings, 0, SparseRule(method, 0.6))
-    train_network(
-        deepcopy(start), x, y, rates, settings, 0, SparseRule(method, 0.6), checkpoint=tmp_path / "half", until=2
-    )
-    again = train_network(
-        deepcopy(start), x, y, rates, settings, 0, SparseRule(method, 0.6), checkpoint=tmp_path / "half"
-    )
+    train_network(deepcopy(start), x, y, rates, settings, 0, SparseRule(method, 0.6), checkpoint=tmp_path / "half", until=2)
+    again = train_network(deepcopy(start), x, y, rates, settings, 0, SparseRule(method, 0.6), checkpoint=tmp_path / "half")
     assert module_zeros(whole) == round(0.6 * 1540)
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values()))
 

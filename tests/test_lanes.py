@@ -416,7 +416,7 @@ def test_other_registers_and_compilers_yield_the_same_bits(command, machine, lev
     """All nets, stages, activations and optimizers: AVX2, SSE2 without multiply-add, AVX-512; GCC and clang."""
     if not shutil.which(command):
         pytest.skip(f"{command} is not installed")
-    if machine == "x86-64-v3" and "avx2" not in lanes._processor():
+    if machine == "x86-64-v3" and "avx2" not in lanes.describe_processor():
         pytest.skip("this processor has no AVX2")
     flags = [flag.replace("native", machine).replace("-O3", level) for flag in lanes._flags("float")]
     monkeypatch.setattr(lanes, "_flags", lambda scalar: flags)

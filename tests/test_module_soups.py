@@ -7,6 +7,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -20,7 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from zootwins.batch_statistics import evaluate, recompute_statistics
+from zootwins.batch_statistics import class_probabilities, evaluate, recompute_statistics
 from zootwins.core import UserError
 from zootwins.module_masks import choose_masks, enforce, prunable_weights, revived, sparsity_table
 from zootwins.module_soups import (
@@ -269,6 +270,65 @@ def test_learned_coefficients_leave_a_spoiled_copy_out(cooked):
             weight.neg_()
     share = learned_coefficients([*cooked.phases[0].candidates, spoiled], DATA)
     assert share[2] < 0.2 and share.sum() == pytest.approx(1)
+
+
+def test_a_distilled_soup_imitates_the_dense_model():
+    cooked = cook(0.9, m=2, merge="distilled").phases[0]
+    share = learned_coefficients(cooked.candidates, DATA, teacher=NET)
+    assert torch.equal(cooked.coefficients, share / share.sum())
+    taught = class_probabilities(NET, DATA, "val")[0]
+
+    def divergence(coefficients):
+        mixed = average_modules(cooked.candidates, coefficients)
+        recompute_statistics(mixed, DATA)
+        found = class_probabilities(mixed, DATA, "val")[0]
+        return (taught * (taught.log() - found.log())).sum(1).mean().item()
+
+    assert divergence(share) <= divergence([1, 1])
+    backwards = copy.deepcopy(cooked.candidates[0])
+    with torch.no_grad():
+        for weight in backwards.linear.parameters():
+            weight.neg_()
+    wrong = [cooked.candidates[0], backwards]  # imitation, and not the labels, decides: a teacher who is wrong is followed
+    assert learned_coefficients(wrong, DATA, teacher=NET)[0] > 0.8
+    assert learned_coefficients(wrong, DATA, teacher=backwards)[0] < 0.2
+    merged = merge_modules(cooked.candidates, DATA, "distilled", teacher=NET)
+    assert bits(merged) == bits(cooked.soup)
+    with pytest.raises(UserError, match="dense model"):
+        merge_modules(cooked.candidates, DATA, "distilled")
+
+
+def dropping():
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Flatten(), nn.Linear(196, 64), nn.ReLU(), nn.Dropout(0.5), nn.Linear(64, 10))
+
+
+def test_dropout_in_threads_gives_the_same_bits_and_leaves_the_generator_alone():
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    make = functools.partial(soup, dropping(), DATA, 0.5, m=4, rates=Rates(0.05, 6), settings=SETTINGS)
+    alone = make()
+    with ThreadPoolExecutor(4) as workers:
+        together = [make(workers=workers) for _ in range(2)]
+    assert {bits(each.model) for each in together} == {bits(alone.model)} and torch.equal(before, torch.get_rng_state())
+    assert len({bits(module) for module in alone.phases[0].candidates}) == 4
+
+
+def test_loops_that_share_the_global_generator_are_told():
+    both = threading.Barrier(2, timeout=60)
+
+    def draws_with_others(model, seed, rates):
+        both.wait()
+        torch.rand(1)
+        both.wait()
+        return model
+
+    with ThreadPoolExecutor(2) as workers, pytest.warns(UserWarning, match="PyTorch's global generator side by side"):
+        soup(NET, DATA, retrain=draws_with_others, m=2, workers=workers)
+    with ThreadPoolExecutor(1) as workers, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        soup(NET, DATA, retrain=lambda model, seed, rates: model if torch.rand(1) < 2 else None, m=2, workers=workers)
 
 
 def test_models_without_a_common_parent_are_warned_of_and_copies_are_not(cooked):

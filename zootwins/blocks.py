@@ -29,7 +29,6 @@ from .population import Population, initial_population
 from .schedules import pruning_damage
 from .selectors import prunable, prune
 from .store import Piece, read_part, row_names, save_part
-from .streams import stream_keys
 from .training import Engine, Measured, State, begin, epochs, groups, model_keys
 from .variational import begin_variational, deterministic, sparse_masks
 
@@ -142,7 +141,7 @@ def cut_blocks(
 def row_keys(
     stage: Stage,         # names the streams
 ) -> Tensor:              # int64 [rows, 2]
-    """The random stream of every row; for copies, those of `training.model_keys`.
+    """The random stream of every row: that of `training.model_keys`, by levels where there are no copies.
 
     Args:
         stage: names the streams
@@ -150,12 +149,11 @@ def row_keys(
     Returns:
         Tensor: int64 [rows, 2]
     """
-    if "copy" in stage.rows:
-        return model_keys(stage.recipe, stage.rows)
-    recipe = stage.recipe
-    names = [recipe.stage if np.isnan(level) else f"{recipe.stage}_{100 * level:g}" for level in stage.rows["level"]]
-    streams = zip(names, stage.rows["seed"])
-    return torch.cat([stream_keys(recipe.zoo, name, [seed], recipe.run_seed) for name, seed in streams])
+    recipe, rows = stage.recipe, stage.rows
+    if "copy" in rows:
+        return model_keys(recipe, rows)
+    names = [recipe.stage if np.isnan(level) else f"{recipe.stage}_{100 * level:g}" for level in rows["level"]]
+    return torch.cat([model_keys(replace(recipe, stage=name), rows.iloc[[at]]) for at, name in enumerate(names)])
 
 # %% ../nbs/28_blocks.ipynb #3cb1a5be
 def start_of(

@@ -30,7 +30,7 @@ from torch import Tensor
 from .architectures import ACTIVATIONS
 from .core import UserError, atomic_path, cache_folder
 from .lanes import (CLASSES, IMAGE_SHAPES, LAYERS, PLAIN_TENSORS, TENSORS,
-                            _check_images, _check_models, _check_weights, _processor,
+                            check_images, check_supported, check_tensors, describe_processor,
                             compiler, noise_sites, tensor_shapes)
 from .training import Engine, Recipe, State, rate_factors, rates_and_decays
 from .variational import kl_weight
@@ -109,7 +109,7 @@ def _compile_for_host(
                         "or use engine='torch'.")
     version = subprocess.run([command, "--version"], capture_output=True, text=True, check=True).stdout
     flags = _host_flags(scalar)
-    path = variant.file("host", ".so", [version, *flags, _processor()])
+    path = variant.file("host", ".so", [version, *flags, describe_processor()])
     if not path.exists():
         with atomic_path(path) as temporary:
             result = subprocess.run([command, *flags, *variant.options(), "-x", "c++", str(SOURCE),
@@ -244,7 +244,7 @@ def _check_once(
     """
     key = (architecture, tuple(x.shape), id(y), y._version)
     if _seen.get(key) is not y:
-        _check_images(architecture, x, y)
+        check_images(architecture, x, y)
         _seen[key] = y
 
 
@@ -651,8 +651,8 @@ def train_epoch(
         tuple[Tensor, Tensor]: float64 [models] each: running mean cross-entropy and accuracy in train mode
     """
     population, models = state.population, state.population.models
-    _check_models(population.architecture, models["activation"], models["optimizer"])
-    _check_weights(population.weights, population.architecture, recipe.variational)
+    check_supported(population.architecture, models["activation"], models["optimizer"])
+    check_tensors(population.weights, population.architecture, recipe.variational)
     if recipe.batch_size < 1 or not models["dropout"].between(0, 1, inclusive="left").all():
         raise UserError(f"A batch has at least one image (here {recipe.batch_size}), and dropout is at least 0 and "
                         f"below 1 (here up to {models['dropout'].max()}).")
@@ -693,8 +693,8 @@ def _evaluated(
     Returns:
         Job: with results
     """
-    _check_models(architecture, activations := list(activations))
-    _check_weights(weights, architecture, variational=False)
+    check_supported(architecture, activations := list(activations))
+    check_tensors(weights, architecture, variational=False)
     stack = next(iter(weights.values()))
     job = _common_job(pack(weights, _shapes(architecture, False)), architecture, activations, x, y)
     shape, dtype = ((CLASSES,), stack.dtype) if wanted == "logits" else ((), torch.uint8)

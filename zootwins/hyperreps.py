@@ -413,7 +413,7 @@ def choose_config(
     return replace(config, epochs=epochs)
 
 # %% ../nbs/60_hyperreps.ipynb #f0d47890
-PARAMETERS = ("zoo", "config", "n_models", "epochs", "device", "seed", "store", "figures")
+PARAMETERS = ("zoo", "config", "n_models", "epochs", "device", "seed", "store", "figures", "formats")
 
 
 def check_request(
@@ -729,6 +729,7 @@ def find_trajectory(
     n_models: int | None = None,   # how many; None: the zoo's own number
     store: str | None = None,      # as in plans.make_plan
     figures: str | None = None,    # as in plans.make_plan
+    formats: str = "csv,png",      # as in plans.make_plan
 ) -> Plan:                         # its folder holds the trajectory, or is where to make it
     """Plan to learn from a zoo's variational dropout; raises `UserError` like make_plan, and for too few models.
 
@@ -737,11 +738,12 @@ def find_trajectory(
         n_models: how many; None: the zoo's own number
         store: as in plans.make_plan
         figures: as in plans.make_plan
+        formats: as in plans.make_plan
 
     Returns:
         Plan: its folder holds the trajectory, or is where to make it
     """
-    plan = make_plan(zoo, n_models, methods="vd", store=store, figures=figures)
+    plan = make_plan(zoo, n_models, methods="vd", store=store, figures=figures, formats=formats)
     split_models(range(plan.n_models), zoo)
     return plan if has_trajectory(plan) else replace(plan, folder=plan.folder.parent / "hyper_representations" / zoo)
 

@@ -16,7 +16,7 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +31,7 @@ from .core import UserError, atomic_path, check_name, read_json
 from .figures import FIGURES, RINGED, figure_3, figure_individuals
 from .style import save_figure
 from .layers import read_frequencies
-from .metrics import read_metrics
+from .metrics import own_selector, read_metrics
 from .probes import table_3
 from .reported import check_all, check_counts, missing_originals, read_reported, reported
 from .states import TABLE_1_STATES, last_epoch
@@ -61,8 +61,8 @@ class Kept:
 
     @cached_property
     def metrics(self) -> pd.DataFrame:
-        "Tidy metrics of all zoos."
-        return read_metrics(*[self.folder / zoo / "metrics.parquet" for zoo in self.zoos])
+        "Tidy metrics of all zoos; of magnitude pruning, those by each zoo's own selector, as the paper prunes."
+        return own_selector(read_metrics(*[self.folder / zoo / "metrics.parquet" for zoo in self.zoos]))
 
     @cached_property
     def comparison(self) -> pd.DataFrame:
@@ -160,7 +160,7 @@ def pictures(
     }
     drawn["figure_individuals"] = figure_individuals(rows, model_table(ZOOS[zoo], int(rows["model"].max()) + 1))
     path = kept.folder / zoo / "removal.parquet"
-    return drawn | ({"figure_3": figure_3(read_frequencies(path))} if path.exists() else {})
+    return drawn | ({"figure_3": figure_3(own_selector(read_frequencies(path)))} if path.exists() else {})
 
 
 def joint_pictures(
@@ -275,7 +275,7 @@ def kept_partners(
     cells = kept.comparison.query("table == 1 and metric == 'agreement' and zoo in @folders")
     printed = cells.assign(partner="printed", n=0, mean=cells["paper_mean"], std=cells["paper_std"])
     columns = ["zoo", "method", "level", "epoch", "n", "partner", "mean", "std"]
-    return table_partners(pd.concat([*(kept.table(zoo, "table_partners") for zoo in folders), printed[columns]]))
+    return table_partners(pd.concat([*(own_selector(kept.table(zoo, "table_partners")) for zoo in folders), printed[columns]]))
 
 # %% ../nbs/37_kept.ipynb #24590268
 def contradictions(
@@ -373,14 +373,14 @@ def _claim(kept: Kept, zoo: str, claim: str, of: str, column: str) -> object:
 # %% ../nbs/37_kept.ipynb #03a195fc
 def _correlation(kept: Kept, zoo: str, method: str, metric: str, column: str = "value") -> float:
     "A coefficient of Table 2, in %."
-    rows = kept.table(zoo, "table_2").query("method == @method and metric == @metric")
+    rows = own_selector(kept.table(zoo, "table_2")).query("method == @method and metric == @metric")
     return _one(rows, column, f"{zoo}, {method}, {metric}")
 
 
 def _partner(kept: Kept, zoo: str, method: str, partner: str) -> float:
     "Mean agreement with partners of one kind, in %."
     return _one(
-        kept.table(zoo, "table_partners").query("method == @method and partner == @partner"), "mean",
+        own_selector(kept.table(zoo, "table_partners")).query("method == @method and partner == @partner"), "mean",
         f"{zoo}, {method}, {partner}",
     )
 
@@ -465,13 +465,16 @@ FACTS: dict[str, Callable] = {
 
 
 def fact(
-    kept: Kept,
-    key: str,      # a name in FACTS and what it needs, as in a shell; after "minus", with the other sign
+    kept: object,  # what the facts read: Kept, or soup_facts.KeptSoups
+    key: str,      # a name in `facts` and what it needs, as in a shell; after "minus", with the other sign
+    facts: Mapping[str, Callable] = FACTS,  # kind of key -> its fact
 ) -> object:       # a number or a word
     """Look up a fact; raises `UserError` for a key that names none.
 
     Args:
-        key: a name in FACTS and what it needs, as in a shell; after "minus", with the other sign
+        kept: what the facts read: Kept, or soup_facts.KeptSoups
+        key: a name in `facts` and what it needs, as in a shell; after "minus", with the other sign
+        facts: kind of key -> its fact
 
     Returns:
         object: a number or a word
@@ -479,7 +482,7 @@ def fact(
     name, *words = shlex.split(key.removeprefix("minus "))
     sign = -1 if key.startswith("minus ") else 1
     try:
-        value = FACTS[check_name(name, list(FACTS), "fact")](kept, *words)
+        value = facts[check_name(name, list(facts), "fact")](kept, *words)
     except (TypeError, ValueError, KeyError) as problem:
         raise UserError(
             f"The key {key!r} does not name a fact: {' '.join(str(problem).split()).rstrip('.')}."
@@ -507,28 +510,35 @@ def written(
 
 
 def fill(
-    kept: Kept,
-    text: str,  # with keys
-) -> str:       # with the numbers of the kept runs
+    kept: object,  # as for `fact`
+    text: str,     # with keys
+    facts: Mapping[str, Callable] = FACTS,  # as for `fact`
+) -> str:          # with the numbers of the kept runs
     """Fill in every number.
 
     Args:
+        kept: as for `fact`
         text: with keys
+        facts: as for `fact`
 
     Returns:
         str: with the numbers of the kept runs
     """
-    return TOLD.sub(lambda found: f"{written(fact(kept, found['key']), found['text'])}<!-- {found['key']} -->", text)
+    said = lambda found: written(fact(kept, found["key"], facts), found["text"])
+    return TOLD.sub(lambda found: f"{said(found)}<!-- {found['key']} -->", text)
 
 # %% ../nbs/37_kept.ipynb #0ae23497
 def refill(
-    kept: Kept,
+    kept: object,      # as for `fact`
     path: Path | str,  # of a notebook
+    facts: Mapping[str, Callable] = FACTS,  # as for `fact`
 ) -> list[str]:        # cells that changed
     """Fill in the numbers of a notebook's prose.
 
     Args:
+        kept: as for `fact`
         path: of a notebook
+        facts: as for `fact`
 
     Returns:
         list[str]: cells that changed
@@ -536,7 +546,7 @@ def refill(
     notebook, changed = read_json(path), []
     for cell in notebook["cells"]:
         before = "".join(cell["source"])
-        after = fill(kept, before) if cell["cell_type"] == "markdown" else before
+        after = fill(kept, before, facts) if cell["cell_type"] == "markdown" else before
         if after != before:
             cell["source"] = after.splitlines(keepends=True)
             changed.append(cell["id"])

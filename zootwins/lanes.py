@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = [
     'SOURCE', 'HEADER', 'TENSORS', 'PLAIN_TENSORS', 'LAYERS', 'CLASSES', 'DONE', 'STOPPED', 'OUT_OF_MEMORY',
-    'OPTIMIZERS', 'IMAGE_SHAPES', 'SLOW_START', 'LANES', 'compiler', 'library', 'why_unavailable', 'Job',
-    'tensor_shapes', 'noise_sites', 'processors', 'interrupt', 'train_epoch', 'evaluate', 'logits', 'lane_count',
-    'arithmetic',
+    'OPTIMIZERS', 'IMAGE_SHAPES', 'SLOW_START', 'LANES', 'compiler', 'describe_processor', 'library',
+    'why_unavailable', 'Job', 'tensor_shapes', 'noise_sites', 'check_supported', 'check_tensors', 'check_images',
+    'processors', 'interrupt', 'train_epoch', 'evaluate', 'logits', 'lane_count', 'arithmetic',
 ]
 
 # %% ../nbs/13_lanes.ipynb #7b7f161f
@@ -69,7 +69,7 @@ def _flags(
             "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-w"]
 
 # %% ../nbs/13_lanes.ipynb #d963677c
-def _processor() -> str:  # model and instruction sets; outside Linux, everything that identifies the machine
+def describe_processor() -> str:  # model and instruction sets; outside Linux, everything that identifies the machine
     """Describe the processor: a library built for one may not run on another.
 
     Returns:
@@ -97,7 +97,7 @@ def _library_path(
     """
     version = subprocess.run([command, "--version"], capture_output=True, text=True, check=True).stdout
     parts = [*(path.read_text(encoding="utf-8") for path in (SOURCE, HEADER)),
-             version, " ".join(_flags(scalar)), _processor()]
+             version, " ".join(_flags(scalar)), describe_processor()]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     return cache_folder() / "lanes" / f"lanes-{scalar}-{digest}.so"
 
@@ -318,7 +318,7 @@ def noise_sites(
     return dropout, noise or [0] * LAYERS
 
 # %% ../nbs/13_lanes.ipynb #4421c1a0
-def _check_models(
+def check_supported(
     architecture: str,           # name of the architecture
     activations: Iterable[str],  # of the models
     optimizers: Iterable[str] = (),  # of the models, if they are trained
@@ -337,7 +337,7 @@ def _check_models(
                         "which trains any module of standard layers.")
 
 # %% ../nbs/13_lanes.ipynb #c5aec1a9
-def _check_weights(
+def check_tensors(
     weights: dict[str, Tensor],  # stacked
     architecture: str,           # a key of IMAGE_SHAPES
     variational: bool,           # whether the layers carry noise
@@ -361,7 +361,7 @@ def _check_weights(
                         "the weights.")
 
 # %% ../nbs/13_lanes.ipynb #b908afc4
-def _check_images(
+def check_images(
     architecture: str,  # a key of IMAGE_SHAPES
     x: Tensor,          # [N, C, H, W]
     y: Tensor,          # [N]
@@ -401,7 +401,7 @@ def _common_job(
     Returns:
         Job: without the fields that only training needs
     """
-    _check_images(architecture, x, y)
+    check_images(architecture, x, y)
     activations, dtype = list(activations), next(iter(weights.values())).dtype
     job = Job(architecture=list(IMAGE_SHAPES).index(architecture), models=len(activations), samples=len(x))
     job.hold("activation", torch.tensor([list(ACTIVATIONS).index(name) for name in activations], dtype=torch.int64),
@@ -581,8 +581,8 @@ def _training_job(
         Job: complete
     """
     models, architecture = state.population.models, state.population.architecture
-    _check_models(architecture, models["activation"], models["optimizer"])
-    _check_weights(moving[0], architecture, recipe.variational)
+    check_supported(architecture, models["activation"], models["optimizer"])
+    check_tensors(moving[0], architecture, recipe.variational)
     for part, tensors in (("first moments", moving[1]), ("second moments", moving[2])):
         if tensors.keys() != moving[0].keys() and (tensors or part == "first moments"
                                                    or (models["optimizer"] == "adam").any()):
@@ -664,8 +664,8 @@ def _evaluation_job(
     Returns:
         tuple[Job, torch.dtype]: without outputs; type of the weights
     """
-    _check_models(architecture, activations := list(activations))
-    _check_weights(weights, architecture, variational=False)
+    check_supported(architecture, activations := list(activations))
+    check_tensors(weights, architecture, variational=False)
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     return _common_job(plain, architecture, activations, x, y), next(iter(plain.values())).dtype
 

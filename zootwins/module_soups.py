@@ -5,18 +5,19 @@
 # %% auto #0
 __all__ = ['LEARNING_STEPS', 'LEARNING_RATE', 'MergeRule', 'WALL', 'Retrain', 'RATES', 'SMS_ROWS', 'check_same_masks',
            'average_modules', 'greedy_coefficients', 'learned_coefficients', 'merge_coefficients', 'barrier_of',
-           'merge_modules', 'Copy', 'retrain_copy', 'identity_of', 'copy_name', 'make_copies', 'ModulePhase',
-           'ModuleSoup', 'copy_seed', 'phase_rows', 'soup', 'repruned', 'related_runs', 'compare_runs']
+           'merge_modules', 'Copy', 'Retrained', 'retrain_copy', 'identity_of', 'copy_name', 'make_copies',
+           'ModulePhase', 'ModuleSoup', 'copy_seed', 'phase_rows', 'soup', 'repruned', 'related_runs', 'compare_runs']
 
 # %% ../nbs/73_module_soups.ipynb #c0c50d00
 import copy
 import functools
 import inspect
 import json
+import threading
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, as_completed
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -153,12 +154,14 @@ LEARNING_STEPS, LEARNING_RATE = 30, 0.1  # of Adam
 def learned_coefficients(
     modules: Sequence[nn.Module],  # copies
     data: Data,                    # with a validation part
+    teacher: nn.Module | None = None,  # the dense model to imitate; default: the labels
 ) -> Tensor:                       # float64 [m], on the simplex
     """LearnedSoup: descend the validation loss from equal coefficients, batch by batch; never worse there than equal ones.
 
     Args:
         modules: copies
         data: with a validation part
+        teacher: the dense model to imitate; default: the labels
 
     Returns:
         Tensor: float64 [m], on the simplex
@@ -168,21 +171,43 @@ def learned_coefficients(
     stacked = {name: torch.stack([state[name] for state in states]) for name in floating}
     learned = dict(modules[0].named_parameters())  # statistics cannot be differentiated
     device, pieces = stacked[floating[0]].device, list(batches(data, "val"))
+    taught = None if teacher is None else class_probabilities(teacher, data, "val")[0]
+    sizes = [len(labels) for _, _, labels in pieces]
+    targets = [labels for _, _, labels in pieces] if taught is None else taught.float().split(sizes)
     z = torch.zeros(len(modules), device=device, requires_grad=True)
     optimizer, module = torch.optim.Adam([z], LEARNING_RATE), copy.deepcopy(modules[0]).eval()
     for step in range(LEARNING_STEPS):
-        inputs, named, labels = pieces[step % len(pieces)]
+        inputs, named, _ = pieces[step % len(pieces)]
+        named = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in named.items()}
         share = z.softmax(0)
         mixed = {name: torch.tensordot(share if name in learned else share.detach(), tensor, 1) for name, tensor in stacked.items()}
         scores = logits_of(functional_call(module, mixed, tuple(x.to(device) for x in inputs), named))
         optimizer.zero_grad()
-        F.cross_entropy(scores, labels.to(device)).backward()
+        F.cross_entropy(scores, targets[step % len(pieces)].to(device)).backward()
         optimizer.step()
     equal, found = torch.full_like(z, 1 / len(modules)).double().cpu(), z.detach().double().softmax(0).cpu()
-    losses = [evaluate(_mix(modules, share, data), data, "val")["loss"] for share in (equal, found)]
+    losses = [_loss_from(_mix(modules, share, data), data, taught) for share in (equal, found)]
     return found if losses[1] < losses[0] else equal
 
 
+def _loss_from(
+    module: nn.Module,      # an average, with its statistics
+    data: Data,             # with a validation part
+    taught: Tensor | None,  # float64 [N, classes], probabilities; None: the labels
+) -> float:
+    """Cross-entropy on validation images; with a teacher, the divergence plus the teacher's constant entropy.
+
+    Args:
+        module: an average, with its statistics
+        data: with a validation part
+        taught: float64 [N, classes], probabilities; None: the labels
+    """
+    if taught is None:
+        return evaluate(module, data, "val")["loss"]
+    likely = class_probabilities(module, data, "val")[0].clamp_min(torch.finfo(torch.float64).tiny).log()
+    return -(taught * likely).sum(1).mean().item()
+
+# %% ../nbs/73_module_soups.ipynb #f6f1f118
 MergeRule = Callable[[Sequence[nn.Module], Data], Sequence[float] | Tensor]  # (copies, data) -> coefficients
 
 
@@ -190,13 +215,15 @@ def merge_coefficients(
     merge: str | MergeRule,        # one of averaging.MERGES, or a function of copies and data
     modules: Sequence[nn.Module],  # copies
     data: Data | None,             # for choices
+    teacher: nn.Module | None = None,  # the dense model, for distillation
 ) -> Tensor:                       # float64 [m], they sum to 1
-    """Weigh the copies; raises `UserError` for an unknown merge, and for a choice without data.
+    """Weigh the copies; raises `UserError` for an unknown merge, a missing teacher, and for a choice without data.
 
     Args:
         merge: one of averaging.MERGES, or a function of copies and data
         modules: copies
         data: for choices
+        teacher: the dense model, for distillation
 
     Returns:
         Tensor: float64 [m], they sum to 1
@@ -207,7 +234,10 @@ def merge_coefficients(
         return torch.full((len(modules),), 1 / len(modules), dtype=torch.float64)
     if data is None:
         raise UserError("Only the uniform soup can be had without data: give data with validation images.")
-    rule = {"greedy": greedy_coefficients, "learned": learned_coefficients}.get(merge, merge)
+    if merge == "distilled" and teacher is None:
+        raise UserError("A soup is distilled from a dense model: give it as the teacher, or merge by learned.")
+    distilled = functools.partial(learned_coefficients, teacher=teacher)
+    rule = {"greedy": greedy_coefficients, "learned": learned_coefficients, "distilled": distilled}.get(merge, merge)
     share = torch.as_tensor(rule(modules, data)).double()
     if share.shape != (len(modules),) or not share.isfinite().all() or share.sum() == 0:
         raise UserError(f"A merge of {len(modules)} copies needs as many finite coefficients that do not sum to zero.")
@@ -243,6 +273,7 @@ def merge_modules(
     modules: Sequence[nn.Module],  # retrained copies of one pruned model
     data: Data | None = None,      # for statistics and choices
     merge: str | MergeRule = "uniform",  # one of averaging.MERGES, or a function of copies and data
+    teacher: nn.Module | None = None,  # the dense model, for distillation
 ) -> nn.Module:                    # their average, with its own statistics
     """Cook a soup of models that are there; raises `UserError` as `average_modules` does, and warns of a wall.
 
@@ -250,13 +281,14 @@ def merge_modules(
         modules: retrained copies of one pruned model
         data: for statistics and choices
         merge: one of averaging.MERGES, or a function of copies and data
+        teacher: the dense model, for distillation
 
     Returns:
         nn.Module: their average, with its own statistics
     """
     if data is None and modules and statistic_layers(modules[0]):
         raise UserError("An average has other statistics of BatchNorm than its parts: give data to compute them from.")
-    mixed = _mix(modules, merge_coefficients(merge, modules, data), data)
+    mixed = _mix(modules, merge_coefficients(merge, modules, data, teacher), data)
     if data is not None:
         part = "val" if _has(data, "val") else "train"
         wall = barrier_of(mixed, modules, data, part)
@@ -302,20 +334,53 @@ class Copy:
     rates: Rates
 
 
+@dataclass(frozen=True)
+class Retrained:
+    """A copy that has been retrained.
+
+    Attributes:
+        state: by plain names, on the CPU
+        back: pruned weights that had come back
+        mixed: whether it drew from the global generator while other copies were retrained
+    """
+
+    state: dict[str, Tensor]  # by plain names, on the CPU
+    back: int                 # pruned weights that had come back
+    mixed: bool               # whether it drew from the global generator while other copies were retrained
+
+
+_at_work: set[threading.Event] = set()  # of every copy that is retrained in this process; set: it is not alone
+_door = threading.Lock()
+
+
+@contextmanager
+def _company() -> Iterator[threading.Event]:
+    "Note whether other copies are retrained in this process meanwhile."
+    mark = threading.Event()
+    with _door:
+        _at_work.add(mark)
+        for each in _at_work if len(_at_work) > 1 else ():
+            each.set()
+    try:
+        yield mark
+    finally:
+        with _door:
+            _at_work.discard(mark)
+
+# %% ../nbs/73_module_soups.ipynb #ee854156
 def retrain_copy(
-    task: Copy,                        # what to do
-) -> tuple[dict[str, Tensor], int]:    # the state by plain names, on the CPU, and how many weights had come back
+    task: Copy,   # what to do
+) -> Retrained:
     """Retrain one copy; raises `UserError` for a function that returns no such model, and for NaN.
 
     Args:
         task: what to do
-
-    Returns:
-        tuple[dict[str, Tensor], int]: the state by plain names, on the CPU, and how many weights had come back
     """
     model = copy.deepcopy(task.model)
-    with holding(model, task.masks):
+    with holding(model, task.masks), _company() as company:
+        before = torch.get_rng_state()
         found = task.retrain(model.train(), task.seed, task.rates)
+        drawn = not torch.equal(before, torch.get_rng_state())
     if not isinstance(found, nn.Module):
         raise UserError(f"retrain has to return the retrained model, and returned {type(found).__name__}.")
     found = unwrapped(found)
@@ -326,7 +391,7 @@ def retrain_copy(
     state = {name: tensor.detach().cpu().clone() for name, tensor in found.state_dict().items()}
     if broken := [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]:
         raise UserError(f"A retrained copy has diverged: {broken[0]} has infinite values or NaN; retrain with a lower rate.")
-    return state, back
+    return Retrained(state, back, drawn and company.is_set() and not isinstance(task.retrain, Trainer))
 
 # %% ../nbs/73_module_soups.ipynb #b9201d25
 def identity_of(
@@ -387,23 +452,38 @@ def make_copies(
     names = [copy_name(task, identity_of(task.retrain)) for task in tasks] if folder else [""] * len(tasks)
     tasks = [_checkpointed(task, folder, name) for task, name in zip(tasks, names)]
     states = [_kept(folder, name) for name in names]
-    missing, backs = [i for i, state in enumerate(states) if state is None], 0
-    for i, (state, back) in _carried_out([tasks[i] for i in missing], workers):
-        states[missing[i]], backs = state, backs + back
+    missing, made = [i for i, state in enumerate(states) if state is None], []
+    for i, copied in _carried_out([tasks[i] for i in missing], workers):
+        states[missing[i]] = state = copied.state
+        made.append(copied)
         if folder:
             task = tasks[missing[i]]
             settings = {"seed": task.seed, **asdict(task.rates), "sparsity": sparsity(task.masks)}
             add_file(folder, names[missing[i]], archive({name: t.contiguous() for name, t in state.items()}, settings))
             (folder / "parts" / f"{names[missing[i]]}.safetensors").unlink(missing_ok=True)
-    if backs:
-        warnings.warn(f"{backs} pruned weights had come back and were pruned again: retrain has to train the model that it "
-                      "is given, or to keep pruned weights at zero itself.", stacklevel=3)
+    _warn_of_copies(made)
     models = [copy.deepcopy(task.model).cpu() for task in tasks]
     for model, state in zip(models, states):
         model.load_state_dict(state)
     return models
 
 # %% ../nbs/73_module_soups.ipynb #0d8b747e
+def _warn_of_copies(
+    made: Sequence[Retrained],  # just now
+) -> None:
+    """Say what was wrong with the way in which copies were retrained.
+
+    Args:
+        made: just now
+    """
+    if backs := sum(each.back for each in made):
+        warnings.warn(f"{backs} pruned weights had come back and were pruned again: retrain has to train the model that it "
+                      "is given, or to keep pruned weights at zero itself.", stacklevel=4)
+    if any(each.mixed for each in made):
+        warnings.warn("Copies drew from PyTorch's global generator side by side, in threads of one process, so another run "
+                      "will not give the same bits: use processes, a single thread, or a generator per copy.", stacklevel=4)
+
+
 def _kept(
     folder: Path | None,  # where copies are kept
     name: str,            # of a copy
@@ -440,11 +520,11 @@ def _checkpointed(
 def _carried_out(
     tasks: Sequence[Copy],
     workers: Executor | None,
-) -> Iterable[tuple[int, tuple[dict[str, Tensor], int]]]:  # place of the task, and what came of it, as they come
+) -> Iterable[tuple[int, Retrained]]:  # place of the task, and what came of it, as they come
     """Carry out tasks; the first that fails ends the work.
 
     Returns:
-        Iterable[tuple[int, tuple[dict[str, Tensor], int]]]: place of the task, and what came of it, as they come
+        Iterable[tuple[int, Retrained]]: place of the task, and what came of it, as they come
     """
     if workers is None:
         for i, task in enumerate(tasks):
@@ -657,6 +737,7 @@ def _cook(
     retrain: Retrain,
     numbers: Sequence[int],      # of the copies
     merge: str | MergeRule,
+    teacher: nn.Module,          # dense, for distillation
     data: Data | None,
     seed: int,
     device: torch.device,        # where modules are judged
@@ -668,6 +749,7 @@ def _cook(
     Args:
         phase: pruned
         numbers: of the copies
+        teacher: dense, for distillation
         device: where modules are judged
 
     Returns:
@@ -678,7 +760,7 @@ def _cook(
     pruned = copy.deepcopy(phase.pruned).to(device)
     for module in (pruned, *candidates) if data is not None else ():
         recompute_statistics(module, data)
-    share = merge_coefficients(merge, candidates, data)
+    share = merge_coefficients(merge, candidates, data, teacher)
     return replace(phase, pruned=pruned, candidates=candidates, coefficients=share, soup=_mix(candidates, share, data))
 
 
@@ -691,11 +773,11 @@ def soup(
     retrain: Retrain | None = None,  # (model, seed, rates) -> model; none: the plain trainer on these images
     rates: Rates = RATES,         # of every phase
     selector: str | Selector | ModuleScores = "global",  # which weights go, as in module_masks.choose_masks
-    merge: str | MergeRule = "uniform",  # one of averaging.MERGES, or a function of copies and data
+    merge: str | MergeRule = "uniform",  # one of averaging.MERGES (distilled: from `model`), or a function of copies and data
     seed: int = 0,                # of all that is random
     settings: TrainSettings = SETTINGS,  # of the plain trainer
     folder: Path | str | None = None,    # where copies are kept, to go on from; none: nowhere
-    workers: Executor | None = None,     # such as concurrent.futures.ThreadPoolExecutor(2), or from workers.open_workers
+    workers: Executor | None = None,     # a pool of threads, or of processes where retrain draws from the global generator
 ) -> ModuleSoup:                  # phases, candidates, soups, sparsities, accuracies
     """A sparse model soup (Algorithm 1) of any module; raises `UserError` for what cannot be, and warns of a wall.
 
@@ -708,11 +790,11 @@ def soup(
         retrain: (model, seed, rates) -> model; none: the plain trainer on these images
         rates: of every phase
         selector: which weights go, as in module_masks.choose_masks
-        merge: one of averaging.MERGES, or a function of copies and data
+        merge: one of averaging.MERGES (distilled: from `model`), or a function of copies and data
         seed: of all that is random
         settings: of the plain trainer
         folder: where copies are kept, to go on from; none: nowhere
-        workers: such as concurrent.futures.ThreadPoolExecutor(2), or from workers.open_workers
+        workers: a pool of threads, or of processes where retrain draws from the global generator
 
     Returns:
         ModuleSoup: phases, candidates, soups, sparsities, accuracies
@@ -731,7 +813,7 @@ def soup(
             sweep(place, "copy")
         for number, reached in enumerate(sparsity_per_phase(level, phases), start=1):
             begun = _begin_phase(before, number, reached, earlier, selector, rates, data, seed)
-            phase = _cook(begun, retrain, numbers, merge, data, seed, device, place, workers)
+            phase = _cook(begun, retrain, numbers, merge, model, data, seed, device, place, workers)
             found.append(phase)
             frames.append(phase_rows(phase, data))
             _warn_of_wall(frames[-1], number)

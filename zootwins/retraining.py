@@ -5,13 +5,16 @@
 # %% auto #0
 __all__ = [
     'SETTINGS', 'Rates', 'augmented', 'shrunk', 'TrainSettings', 'Rule', 'save_progress', 'load_progress',
-    'train_epoch', 'state_digest', 'train_network', 'images_of', 'Trainer',
+    'train_epoch', 'state_digest', 'draws', 'train_network', 'images_of', 'Trainer',
 ]
 
 # %% ../nbs/72_retraining.ipynb #1741e640
+import copy
 import json
 import pickle
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -323,6 +326,51 @@ def _stop_if_diverged(
         raise UserError(f"Training has diverged in epoch {epoch} of {rates.epochs}, at rates up to {rates(0):.3g}: "
                         "train with a lower rate.")
 
+# %% ../nbs/72_retraining.ipynb #c5f9f7bb
+_generator = threading.Lock()  # for PyTorch's global one
+
+
+def draws(
+    module: nn.Module,  # any
+    x: Tensor,          # two images or more, on its device
+) -> bool:              # False: it trains without random numbers
+    """Whether a forward pass in train mode draws from the global generator.
+
+    Args:
+        module: any
+        x: two images or more, on its device
+
+    Returns:
+        bool: False: it trains without random numbers
+    """
+    devices, device_module = ([x.device], torch.cuda) if x.is_cuda else ([], torch)
+    still = copy.deepcopy(module).train()
+    with _generator, torch.no_grad(), torch.random.fork_rng(devices=devices):
+        before = device_module.get_rng_state()
+        still(x)
+        return not torch.equal(before, device_module.get_rng_state())
+
+
+@contextmanager
+def _seeded(
+    wanted: bool,          # False: nothing is drawn, and nothing happens
+    seed: int,             # of the block
+    device: torch.device,  # on which it draws
+) -> Iterator[None]:
+    """Hold the global generator, seeded for one block, and leave it as it was.
+
+    Args:
+        wanted: False: nothing is drawn, and nothing happens
+        seed: of the block
+        device: on which it draws
+    """
+    if not wanted:
+        yield
+        return
+    with _generator, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
 # %% ../nbs/72_retraining.ipynb #6e57534e
 def train_network(
     module: nn.Module,       # the starting point; trained in place
@@ -363,9 +411,9 @@ def train_network(
     if checkpoint and Path(checkpoint).exists():
         done = load_progress(Path(checkpoint), module, optimizer, rule, name)
     key, x, y = stream_keys("network", "training", [seed])[0], x.to(device), y.to(device)
+    drawn = draws(module, x[:2])
     for epoch in range(done + 1, min(until or rates.epochs, rates.epochs) + 1):
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(int(random_words(1, key, site=2, epoch=epoch)))  # for dropout and the like
+        with _seeded(drawn, int(random_words(1, key, site=2, epoch=epoch)), device):
             loss = train_epoch(module, optimizer, x, y, rates, settings, key, epoch, rule)
         _stop_if_diverged(loss, epoch, rates)
         if checkpoint:

@@ -10,7 +10,7 @@ __all__ = [
     'by_cell', 'change', 'gains_two_points', 'declines', 'collapses', 'greedy_is_safe', 'schedules_help',
     'swa_does_not_help', 'distances_grow', 'beats_longer', 'loses_when_brief', 'breaks_even', 'returns_diminish',
     'one_epoch_is_enough', 'pair_gains', 'most_pairs_improve', 'seeds_gain_most', 'SweepClaim', 'judge_sweep',
-    'printed_verdicts', 'story_verdicts', 'verdict_matrix', 'verdict_text', 'sweep_verdicts',
+    'printed_verdicts', 'story_title', 'story_verdicts', 'verdict_matrix', 'verdict_text', 'sweep_verdicts',
 ]
 
 # %% ../nbs/38_soup_claims.ipynb #2ecb21d9
@@ -22,8 +22,10 @@ import numpy as np
 import pandas as pd
 
 from .claims import Finding, bootstrap, finding, mean_interval
+from .kept import SIGNS
 from .reported_soups import ALWAYS, MOSTLY, ONCE, SOUP_CLAIMS, SoupClaim, judge_soups, read_reported_soups
 from .soup_figures import STORY, read_sweep, setting_title
+from .tables import zoo_title
 
 # %% ../nbs/38_soup_claims.ipynb #d1da823c
 WIDTH = 0.05  # of all intervals together
@@ -157,7 +159,7 @@ def change(
     first, *_, last = cells.values()
     return (last - first).dropna()
 
-
+# %% ../nbs/38_soup_claims.ipynb #f4b54652
 def gains_two_points(table: pd.DataFrame) -> list[Finding]:
     "Soups gain up to 2 points over the best candidate."
     return [
@@ -178,7 +180,7 @@ def declines(table: pd.DataFrame) -> list[Finding]:
         else []
     )
 
-
+# %% ../nbs/38_soup_claims.ipynb #cb282dd7
 def collapses(table: pd.DataFrame) -> list[Finding]:
     "At some sparsity the uniform soup is far below its mean candidate."
     return judge_cells(by_cell(table, "mean candidate", "uniform"), ONCE, "mean candidate minus uniform soup", COLLAPSE)
@@ -203,7 +205,7 @@ def swa_does_not_help(table: pd.DataFrame) -> list[Finding]:
     rows = table[np.isclose(table["level"], 0.9) & table["IMP + SWA"].notna()]
     return judge_cells(by_cell(rows, "IMP", "IMP + SWA", ("schedule",)), ALWAYS, "IMP minus IMP + SWA")
 
-
+# %% ../nbs/38_soup_claims.ipynb #eb632692
 def distances_grow(table: pd.DataFrame) -> list[Finding]:
     "Copies end farther apart at the highest sparsity than at 90 %."
     wide = table.pivot(index="model", columns="level", values="relative")
@@ -228,7 +230,7 @@ def loses_when_brief(table: pd.DataFrame) -> list[Finding]:
         by_cell(rows, "IMP_mx", "uniform", ("level", "epochs")), ALWAYS, "longer training minus uniform soup"
     )
 
-
+# %% ../nbs/38_soup_claims.ipynb #8d32315a
 def breaks_even(table: pd.DataFrame) -> list[Finding]:
     "At the highest sparsity and from 15 epochs on the soup beats longer training."
     rows = table[(table["level"] == table["level"].max()) & (table["epochs"] >= 15)]
@@ -245,7 +247,7 @@ def returns_diminish(table: pd.DataFrame) -> list[Finding]:
         cells |= {f"level {level:g}": -change(of_level)} if len(of_level) > 1 else {}
     return judge_cells(cells, ALWAYS, "gain after the shortest training minus gain after the longest")
 
-
+# %% ../nbs/38_soup_claims.ipynb #0a03f738
 def one_epoch_is_enough(table: pd.DataFrame) -> list[Finding]:
     "After a single epoch the soup improves upon the best candidate, at every sparsity."
     rows = table[table["epochs"] == 1]
@@ -282,7 +284,7 @@ def most_pairs_improve(pairs: pd.DataFrame) -> list[Finding]:
         found += judge_cells(cells, MOSTLY, "pairs with a gain", of=name)
     return found
 
-
+# %% ../nbs/38_soup_claims.ipynb #6fd1aee2
 def seeds_gain_most(pairs: pd.DataFrame) -> list[Finding]:
     "Varying the seed gains more than varying anything else."
     means = {name: gain.mean(axis=1) for name, gain in pair_gains(pairs).items()}
@@ -394,49 +396,57 @@ def printed_verdicts() -> pd.Series:  # by claim
     return judge_soups(read_reported_soups()).set_index("claim")["verdict"]
 
 
+def story_title(
+    results: pd.DataFrame,  # one story
+) -> str:                   # such as "USPS (s) Seed, LAMP to 90%, constant 0.005 (200 models; m = 3, 5)"
+    """Name a story with what a verdict on it rests on.
+
+    Args:
+        results: one story
+
+    Returns:
+        str: such as "USPS (s) Seed, LAMP to 90%, constant 0.005 (200 models; m = 3, 5)"
+    """
+    numbers = ", ".join(map(str, sorted(results["m"].unique())))
+    return f"{setting_title(results.iloc[0])} ({results['model'].nunique()} models; m = {numbers})"
+
+# %% ../nbs/38_soup_claims.ipynb #752fba25
 def story_verdicts(
     stories: pd.DataFrame,  # from soup_figures.read_stories
-) -> pd.DataFrame:          # setting (its title), and the columns of `judge_story`
+) -> pd.DataFrame:          # setting (from story_title), and the columns of `judge_story`
     """Try the claims on every story.
 
     Args:
         stories: from soup_figures.read_stories
 
     Returns:
-        pd.DataFrame: setting (its title), and the columns of `judge_story`
+        pd.DataFrame: setting (from story_title), and the columns of `judge_story`
     """
     parts = [
-        judge_story(rows).assign(setting=setting_title(rows.iloc[0]))
-        for _, rows in stories.groupby(STORY, dropna=False, sort=False)
+        judge_story(rows).assign(setting=story_title(rows)) for _, rows in stories.groupby(STORY, dropna=False)
     ]
     return pd.concat(parts, ignore_index=True)
 
-
+# %% ../nbs/38_soup_claims.ipynb #633105f9
 def verdict_matrix(
     verdicts: pd.DataFrame,  # from story_verdicts
-) -> pd.DataFrame:           # one row per claim: place, printed tables, and a column per setting
+) -> pd.DataFrame:           # one row per claim: place, printed tables, and a column per story; kept.SIGNS
     """Verdicts at a glance.
 
     Args:
         verdicts: from story_verdicts
 
     Returns:
-        pd.DataFrame: one row per claim: place, printed tables, and a column per setting
+        pd.DataFrame: one row per claim: place, printed tables, and a column per story; kept.SIGNS
     """
     printed = printed_verdicts()
     wide = verdicts.pivot(index="claim", columns="setting", values="verdict")
     wide = wide.reindex(
         index=[claim.name for claim in SOUP_CLAIMS if claim.name in wide.index], columns=verdicts["setting"].unique()
     )
-    places = {claim.name: claim.place for claim in SOUP_CLAIMS}
-    return pd.concat(
-        [
-            wide.index.to_series().map(places).rename("place"),
-            printed.reindex(wide.index).rename("printed tables"),
-            wide,
-        ],
-        axis=1,
-    ).fillna("")
+    places = wide.index.to_series().map({claim.name: claim.place for claim in SOUP_CLAIMS})
+    told = [printed.reindex(wide.index).rename("printed tables"), wide]
+    return pd.concat([places.rename("place"), pd.concat(told, axis=1).replace(SIGNS)], axis=1).fillna("")
 
 # %% ../nbs/38_soup_claims.ipynb #f2124ecb
 def verdict_text(
@@ -460,9 +470,8 @@ def verdict_text(
         for row in rows.itertuples():
             of = f" ({row.of})" if row.of else ""
             number = f"{row.value:+.2f} [{row.low:+.2f}, {row.high:+.2f}]"
-            lines.append(
-                f"- {row.setting}{of}: **{row.verdict}**. {row.quantity[0].upper()}{row.quantity[1:]}: {number}, {row.n} models."
-            )
+            quantity = f"{row.quantity[0].upper()}{row.quantity[1:]}"
+            lines.append(f"- {row.setting}{of}: **{row.verdict}**. {quantity}: {number}, {row.n} models.")
         lines += ["- Not tried on a population here."] * (not len(rows)) + [""]
     return "\n".join(lines)
 
@@ -480,14 +489,17 @@ def sweep_verdicts(
     Returns:
         pd.DataFrame: setting, and the columns of `judge_sweep`
     """
-    one_shot = read_sweep(folder, zoo, "one_shot").query("selector == 'lamp'")
-    most = one_shot[one_shot["m"] == one_shot["m"].max()]
+    one_shot, lengths, pairs = (read_sweep(folder, zoo, name) for name in ("one_shot", "lengths", "pairs"))
+    lamp, title = one_shot[one_shot["selector"] == "lamp"], zoo_title(zoo)
+    most, longest = lamp[lamp["m"] == lamp["m"].max()], lengths[lengths["m"] == lengths["m"].max()]
+    named = lambda rows, what: f"{title}, one shot, {what}, m = {rows['m'].iloc[0]}"
     parts = [
-        judge_sweep(most[most["schedule"] == name], "one_shot").assign(setting=name) for name in ("constant", "LLR")
+        judge_sweep(rows, "one_shot").assign(setting=named(rows, f"{name} rate"))
+        for name, rows in most.groupby("schedule", sort=False)
+        if name in ("constant", "LLR")
     ]
-    parts.append(judge_sweep(most, "schedules").assign(setting="all schedules"))
-    parts.append(judge_sweep(read_sweep(folder, zoo, "lengths"), "lengths").assign(setting="constant"))
-    pairs = read_sweep(folder, zoo, "pairs")
+    parts.append(judge_sweep(most, "schedules").assign(setting=named(most, "all schedules")))
+    parts.append(judge_sweep(longest, "lengths").assign(setting=named(longest, "constant rate")))
     for (level, schedule), rows in pairs.groupby(["level", "schedule"], sort=False):
-        parts.append(judge_sweep(rows, "pairs").assign(setting=f"{level:.0%}, {schedule}"))
+        parts.append(judge_sweep(rows, "pairs").assign(setting=f"{title}, pairs at {level:.0%}, {schedule}"))
     return pd.concat(parts, ignore_index=True)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = [
-    'LEVELS', 'VARIED', 'ALIGNMENTS', 'COLLAPSE', 'GRADUAL', 'EXPERIMENTS', 'Shot', 'shot_recipe', 'judge',
+    'LEVELS', 'VARIED', 'ALIGNMENTS', 'LOOKS', 'COLLAPSE', 'GRADUAL', 'EXPERIMENTS', 'Shot', 'shot_recipe', 'judge',
     'first_copies', 'compare_copies', 'one_shot', 'sweep', 'sparsity_shots', 'length_shots', 'rate_shots',
     'pair_table', 'varied_pairs', 'all_pairs', 'zeros', 'line_table', 'shifted', 'line_tables', 'zoo_soups',
-    'variational_soups', 'activation_table', 'gaining_models', 'pearson_table', 'figure_gaining', 'figure_distance',
+    'variational_runs', 'activation_table', 'gaining_models', 'pearson_table', 'figure_gaining', 'figure_distance',
     'distance_correlations', 'activation_gains', 'collapse_table', 'figure_collapse', 'figure_lines', 'middles',
     'figure_zoo_soups', 'variational_gains', 'figure_variational', 'gradual_accuracies', 'figure_gradual',
     'make_experiments',
@@ -43,11 +43,11 @@ from .population import Population, sample_population
 from .schedules import pruning_damage
 from .selectors import empty_layers, prune
 from .soup_figures import draw_mean
+from .soups import make_variational, variational_table
 from .store import read_stage
 from .tables import zoo_title
 from .training import Engine, Recipe, accuracy
 from .twins import make_twins, run_record, save_metrics
-from .variational import begin_variational, deterministic
 from .zoos import Zoo
 
 # %% ../nbs/46_soup_questions.ipynb #134c13c9
@@ -446,37 +446,27 @@ def zoo_soups(
     return pd.DataFrame(frames)
 
 # %% ../nbs/46_soup_questions.ipynb #180787e6
-def variational_soups(
-    zoo: Zoo,               # the registry's entry
-    originals: Population,  # N trained models
-    images: Images,         # to train on and judge by
-    engine: Engine,         # who trains
-    m: int = 3,             # runs of every model
-    epochs: Sequence[int] = (1, 3, 5, 8, 10, 15, 20, 25),  # after which to look
-) -> pd.DataFrame:          # epoch, row (VD, VD soup), model, sparsity, test_acc; VD: means over the runs
-    """Soups of variational runs over their epochs.
+LOOKS = (1, 3, 5, 8, 10, 15, 20, 25)  # epochs after which variational runs are judged
+
+
+def variational_runs(
+    plan: Plan,      # whose store has the originals
+    images: Images,  # to train on and judge by
+    m: int = 3,      # runs of every model
+) -> pd.DataFrame:   # from soups.variational_table
+    """Make variational runs of the first 16 models in the store, and judge them and their soups.
 
     Args:
-        zoo: the registry's entry
-        originals: N trained models
+        plan: whose store has the originals
         images: to train on and judge by
-        engine: who trains
         m: runs of every model
-        epochs: after which to look
 
     Returns:
-        pd.DataFrame: epoch, row (VD, VD soup), model, sparsity, test_acc; VD: means over the runs
+        pd.DataFrame: from soups.variational_table
     """
-    recipe = Recipe(zoo.name, "vd", max(epochs), zoo.vd_learning_rate, zoo.batch_size, variational=True)
-    run = train(copies(begin_variational(originals), m), images, recipe, None, tuple(epochs), engine, progress=False)
-    frames = []
-    for epoch in epochs:
-        for row, noisy in (("VD", run.snapshots[epoch]), ("VD soup", average(run.snapshots[epoch]))):
-            plain = Population(deterministic(noisy.weights), noisy.models, noisy.architecture)
-            columns = {"sparsity": zeros(plain), "test_acc": judge(plain, images, engine)[1]}
-            frame = pd.DataFrame({"model": plain.models["model"].to_numpy(), **columns})
-            frames.append(frame.groupby("model", as_index=False).mean().assign(epoch=epoch, row=row))
-    return pd.concat(frames, ignore_index=True)[["epoch", "row", "model", "sparsity", "test_acc"]]
+    some = replace(plan, n_models=min(16, plan.n_models))
+    make_variational(some, images, m, progress=False)
+    return variational_table(some, m, images, [epoch for epoch in LOOKS if epoch <= plan.zoo.vd_epochs])
 
 # %% ../nbs/46_soup_questions.ipynb #4f2fc5a2
 def activation_table(
@@ -797,12 +787,12 @@ def figure_zoo_soups(
 
 # %% ../nbs/46_soup_questions.ipynb #2d40156e
 def variational_gains(
-    table: pd.DataFrame,  # from variational_soups
+    table: pd.DataFrame,  # from variational_runs
 ) -> pd.DataFrame:        # by epoch: means of both, paired differences, standard errors; in %
     """What the average of several runs gains over their mean, in accuracy and in sparsity.
 
     Args:
-        table: from variational_soups
+        table: from variational_runs
 
     Returns:
         pd.DataFrame: by epoch: means of both, paired differences, standard errors; in %
@@ -824,12 +814,12 @@ def variational_gains(
 
 @styled
 def figure_variational(
-    table: pd.DataFrame,  # from variational_soups
+    table: pd.DataFrame,  # from variational_runs
 ) -> Figure:
     """Accuracy over sparsity along the epochs, of single runs and of their soup.
 
     Args:
-        table: from variational_soups
+        table: from variational_runs
     """
     fig, ax = plt.subplots(figsize=(WIDTH / 1.4, HEIGHT), layout="constrained")
     means = table.groupby(["row", "epoch"])[["sparsity", "test_acc"]].mean()
@@ -904,7 +894,7 @@ EXPERIMENTS: dict[str, Callable[[Plan, Population, Images], pd.DataFrame]] = {
     "pairs": lambda plan, zoo, images: all_pairs(plan.zoo, zoo[:8], images, plan.engine),
     "lines": lambda plan, zoo, images: line_tables(plan.zoo, zoo, images, plan.engine),
     "zoo_soups": lambda plan, zoo, images: zoo_soups(zoo, images, plan.engine),
-    "variational": lambda plan, zoo, images: variational_soups(plan.zoo, zoo[:16], images, plan.engine),
+    "variational": lambda plan, zoo, images: variational_runs(plan, images),
     "activations": lambda plan, zoo, images: activation_table(plan.zoo, min(16, len(zoo)), images, plan.engine),
 }  # name -> what makes its table
 

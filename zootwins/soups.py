@@ -262,7 +262,7 @@ def as_gradual(
 # %% ../nbs/44_soups.ipynb #a9697d6b
 PARAMETERS = (
     "zoo", "n_models", "source", "level", "phases", "copies", "epochs", "rate", "schedule", "selector", "merge",
-    "baselines", "device", "engine", "seed", "store", "figures", "workers",
+    "baselines", "device", "engine", "seed", "store", "figures", "formats", "workers",
 )  # of sparse_soups
 
 
@@ -903,7 +903,7 @@ def soup_cells(
 def story_folder(
     plan: Plan,      # the zoo, and the folder of figures
     chains: Mapping[tuple[str, int], Chain],  # from story_chains
-) -> Path:           # such as "runs/soups/digits_seed/lamp_90_constant_0.005_m3_uniform"
+) -> Path:           # such as "runs/soups/digits_seed/lamp_90_3x5_constant_0.005_m3_uniform"
     """Name the folder of a story by its setting.
 
     Args:
@@ -911,13 +911,14 @@ def story_folder(
         chains: from story_chains
 
     Returns:
-        Path: such as "runs/soups/digits_seed/lamp_90_constant_0.005_m3_uniform"
+        Path: such as "runs/soups/digits_seed/lamp_90_3x5_constant_0.005_m3_uniform"
     """
     chain = next(iter(chains.values()))
     rate = "own" if chain.lr is None else f"{chain.lr:g}"
     numbers = "-".join(map(str, sorted({m for _, m in chains})))
     merges = "-".join(dict.fromkeys(name for name, _ in chains if name in MERGES))
-    setting = f"{chain.selector}_{100 * chain.level:g}_{chain.schedule}_{rate}_m{numbers}_{merges}"
+    length = f"{chain.phases}x{chain.epochs}"
+    setting = f"{chain.selector}_{100 * chain.level:g}_{length}_{chain.schedule}_{rate}_m{numbers}_{merges}"
     return plan.figures.parent / "soups" / plan.zoo.name / setting
 
 # %% ../nbs/44_soups.ipynb #3473d5e2
