@@ -560,13 +560,18 @@ def test_copies_of_a_module_on_ray_go_on_when_a_worker_is_killed_in_the_middle(t
     tag, x, y = f"tag{secrets.token_hex(8)}", images.x_train[:64], images.y_train[:64]
     monkeypatch.setenv("ZOOTWINS_TEST", tag)
     torch.manual_seed(0)
-    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(x[0].numel(), 32), torch.nn.ReLU(), torch.nn.Linear(32, 10))
+    net = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(x[0].numel(), 32), torch.nn.ReLU(), torch.nn.Linear(32, 10)
+    )
     log = tmp_path / "begun"
 
     def retrain(model, seed, rates):
         with log.open("a") as file:
             file.write(f"{seed}\n")
-        generator, optimizer = torch.Generator().manual_seed(seed), torch.optim.SGD(model.parameters(), rates(0), momentum=0.9)
+        generator, optimizer = (
+            torch.Generator().manual_seed(seed),
+            torch.optim.SGD(model.parameters(), rates(0), momentum=0.9),
+        )
         for _ in range(rates.epochs):
             rows = torch.randint(64, (32,), generator=generator)
             optimizer.zero_grad()
@@ -590,8 +595,12 @@ def test_copies_of_a_module_on_ray_go_on_when_a_worker_is_killed_in_the_middle(t
     assert len(begun) == 4 and len(set(begun)) == 3 and len(list((tmp_path / "kept").glob("copy-*"))) == 3
     with ThreadPoolExecutor(3) as threads:
         same = make(workers=threads)
-    for one, other in zip((found.model, *found.phases[0].candidates), (same.model, *same.phases[0].candidates), strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+    for one, other in zip(
+        (found.model, *found.phases[0].candidates), (same.model, *same.phases[0].candidates), strict=True
+    ):
+        assert all(
+            torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+        )
     assert not tagged(tag, b"ray::")
 
 

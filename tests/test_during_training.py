@@ -12,8 +12,8 @@ from small import IMAGES, says
 from zootwins.core import UserError
 from zootwins.datasets import subset
 from zootwins.during_training import (
-    BIMP, DNW, DPF, DST, GMP, GRIDS, GSM, LC, METHODS, SET, STR, THRESHOLD, Memory, Method, RigL, SparseRule, cubic_levels, largest, layer_work, paper_grid,
-    sparsify_module, sparsify_population, speed_up, table_2,
+    BIMP, DNW, DPF, DST, GMP, GRIDS, GSM, LC, METHODS, SET, STR, THRESHOLD, Memory, Method, RigL, SparseRule,
+    cubic_levels, largest, layer_work, paper_grid, sparsify_module, sparsify_population, speed_up, table_2,
 )
 from zootwins.module_masks import prunable_weights
 from zootwins.networks import make_network
@@ -103,7 +103,9 @@ def test_lc_pulls_as_the_augmented_lagrangian_does():
     memory = after(method, W)
     assert flat(memory.more["target"]) == [0, 0, 0.3, -0.4] and flat(memory.more["multiplier"]) == [0] * 4
     moved = weights([0.2, -0.1], [0.5, -0.4])
-    assert flat(method.reach(moved, weights([0.0, 0.0], [0.0, 0.0]), memory)) == pytest.approx([0.5 * 0.2, -0.5 * 0.1, 0.5 * 0.2, 0])
+    assert flat(method.reach(moved, weights([0.0, 0.0], [0.0, 0.0]), memory)) == pytest.approx(
+        [0.5 * 0.2, -0.5 * 0.1, 0.5 * 0.2, 0]
+    )
     method.change(moved, 0.5, memory)
     memory.changes += 1
     assert flat(memory.more["target"]) == [0, 0, 0.5, -0.4]
@@ -172,7 +174,9 @@ def test_str_reaches_what_differentiation_gives():
     assert torch.allclose(method.seen(every, Memory(0.5))[NAME], seen.detach())
     reached = method.reach(every, G, Memory(0.5))
     assert torch.allclose(reached[NAME], w.grad) and torch.allclose(reached[NAME + THRESHOLD], s.grad)
-    assert flat(method.seen(every, Memory(0.5))) == pytest.approx([0, 0, 0.3 - 1 / (1 + math.e), -(0.4 - 1 / (1 + math.e))])
+    assert flat(method.seen(every, Memory(0.5))) == pytest.approx(
+        [0, 0, 0.3 - 1 / (1 + math.e), -(0.4 - 1 / (1 + math.e))]
+    )
 
 
 SIX = {NAME: torch.tensor([[[0.1, -0.5, 0.4], [0.0, 0.0, 0.0]]], dtype=torch.float64)}
@@ -186,7 +190,9 @@ def connected(progress=0.0, seed=0):
 
 def test_rigl_drops_the_smallest_and_grows_where_the_dense_gradient_is_largest():
     memory, method = connected(), RigL(share=0.34)
-    assert flat(method.reach(SIX, SLOPES, memory)) == [1, 9, 9, 0, 0, 0]  # what is off does not move, yet its gradient counts
+    assert flat(method.reach(SIX, SLOPES, memory)) == [
+        1, 9, 9, 0, 0, 0,
+    ]  # what is off does not move, yet its gradient counts
     method.change(SIX, 0.5, memory)
     assert flat(memory.masks) == [False, True, True, False, True, False]
     assert flat(method.seen(SIX, memory)) == [0, -0.5, 0.4, 0, 0, 0]  # the new one begins at zero
@@ -199,7 +205,9 @@ def test_rigl_drops_the_smallest_and_grows_where_the_dense_gradient_is_largest()
 def test_rigl_replaces_a_share_that_falls_as_a_cosine():
     method = RigL(share=0.3, until=0.75)
     assert [method.replaced(progress) for progress in (0, 0.25, 0.375, 0.75)] == pytest.approx([0.3, 0.225, 0.15, 0])
-    assert list(RigL(every=10, until=0.5).when(0.8, 60)) == [0, 10, 20] and set(RigL(every=10).when(0.8, 60).values()) == {0.8}
+    assert list(RigL(every=10, until=0.5).when(0.8, 60)) == [0, 10, 20] and set(
+        RigL(every=10).when(0.8, 60).values()
+    ) == {0.8}
     two, one = connected(0.0), connected(0.375)  # of three weights two fall at first, and one where the share is half
     for memory, left in ((two, 1), (one, 2)):
         RigL(share=0.7).reach(SIX, {NAME: torch.tensor([[[0.0, 0.0, 0.0], [2.0, -4.0, 3.0]]])}, memory)
@@ -223,7 +231,10 @@ def test_set_drops_the_smallest_and_grows_anywhere():
 
 @pytest.mark.parametrize("start, counts", [("erk", [24, 12]), ("uniform", [16, 20])])
 def test_a_sparse_start_has_the_counts_of_its_rule(start, counts):
-    w = {"a.weight": torch.ones(2, 4, 20), "b.weight": torch.ones(2, 10, 10)}  # 36 of 180 in proportion to 24 and 20, or 80 and 100
+    w = {
+        "a.weight": torch.ones(2, 4, 20),
+        "b.weight": torch.ones(2, 10, 10),
+    }  # 36 of 180 in proportion to 24 and 20, or 80 and 100
     memory = Memory(0.8, keys=stream_keys("", "test", [1, 2]))
     SET(start=start).change(w, 0.8, memory)
     found = [[int(mask.sum()) for mask in masks] for masks in memory.masks.values()]
@@ -234,7 +245,10 @@ def test_a_sparse_start_has_the_counts_of_its_rule(start, counts):
 @pytest.mark.parametrize("method", [SET(every=2), RigL(every=2)])
 def test_sparsity_is_exact_and_constant_and_grown_weights_begin_at_nothing(method):
     net = small_net()
-    optimizer, rule = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4), SparseRule(method, 0.7)
+    optimizer, rule = (
+        torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4),
+        SparseRule(method, 0.7),
+    )
     rule.start(net, optimizer, 12)
     before, changed = deepcopy(rule.memory.masks), 0
     for step in range(12):
@@ -248,7 +262,11 @@ def test_sparsity_is_exact_and_constant_and_grown_weights_begin_at_nothing(metho
         assert sum(int((~mask).sum()) for mask in masks.values()) == round(0.7 * 1540)
         for name, weight in prunable_weights(net).items():
             buffer, grown = optimizer.state[weight]["momentum_buffer"], (masks[name] & ~before[name])[0]
-            assert masks[name].sum() == before[name].sum() and (weight[~masks[name][0]] == 0).all() and (buffer[~masks[name][0]] == 0).all()
+            assert (
+                masks[name].sum() == before[name].sum()
+                and (weight[~masks[name][0]] == 0).all()
+                and (buffer[~masks[name][0]] == 0).all()
+            )
             assert (weight[grown] == 0).all() and (buffer[grown] == 0).all()
             changed += int(grown.sum())
         before = deepcopy(masks)
@@ -262,14 +280,20 @@ def test_bimp_shares_the_budget_and_restarts_the_rate():
     method.change(W, 0.5, memory)
     d = math.sqrt((0.01 + 0.04) / 0.3) / math.sqrt(0.5)  # |w - w_p| / (|w| sqrt(q))
     assert memory.first_rate.item() == pytest.approx(d)
-    assert float(method.rate(40, 80, memory)) == pytest.approx(max(d, 20 / 40)) and float(method.rate(50, 80, memory)) == pytest.approx(max(d, 0.5) / 2)
+    assert float(method.rate(40, 80, memory)) == pytest.approx(max(d, 20 / 40)) and float(
+        method.rate(50, 80, memory)
+    ) == pytest.approx(max(d, 0.5) / 2)
     assert float(method.rate(50, 80, memory)) == pytest.approx(0.5 * float(initial_factors(torch.tensor([d]), 20, 40)))
 
 
 def test_grids_are_those_of_the_appendix():
-    assert {name: len(paper_grid(name)) for name in GRIDS} == {"BIMP": 6, "GMP": 4, "DPF": 2, "GSM": 4, "LC": 2, "DNW": 2, "DST": 16}
+    assert {name: len(paper_grid(name)) for name in GRIDS} == {
+        "BIMP": 6, "GMP": 4, "DPF": 2, "GSM": 4, "LC": 2, "DNW": 2, "DST": 16,
+    }
     assert {method.events for method, _ in paper_grid("GMP")} == {5, 9, 18, 45}
-    assert [(method.momentum, other["wd"]) for method, other in paper_grid("GSM")] == [(0.9, 1e-4), (0.9, 1e-5), (0.95, 1e-4), (0.95, 1e-5)]
+    assert [(method.momentum, other["wd"]) for method, other in paper_grid("GSM")] == [
+        (0.9, 1e-4), (0.9, 1e-5), (0.95, 1e-4), (0.95, 1e-5),
+    ]
     with pytest.raises(UserError, match="no method with a grid in the paper 'STR'"):
         paper_grid("STR")
 
@@ -288,12 +312,21 @@ def zeros(population):
 TOTAL = 2464 - 48
 
 
-@pytest.mark.parametrize("method", [GMP(events=2), DPF(events=2, every=3), BIMP(dense=0.5, events=2), GSM(), DNW(), LC(events=3), SET(every=4), RigL(every=4), Method()])
+@pytest.mark.parametrize(
+    "method",
+    [
+        GMP(events=2), DPF(events=2, every=3), BIMP(dense=0.5, events=2), GSM(), DNW(), LC(events=3), SET(every=4),
+        RigL(every=4), Method(),
+    ],
+)
 def test_every_model_ends_at_the_level(start, method):
     before = {name: tensor.clone() for name, tensor in start.weights.items()}
     found = sparsify_population(start, IMAGES, SHORT, method, 0.7)
     assert zeros(found) == [round(0.7 * sum(w[0].numel() for w in prunable(found.weights).values()))] * 3
-    assert all(tensor.isfinite().all() for tensor in found.weights.values()) and found.weights.keys() == start.weights.keys()
+    assert (
+        all(tensor.isfinite().all() for tensor in found.weights.values())
+        and found.weights.keys() == start.weights.keys()
+    )
     assert all(torch.equal(before[name], tensor) for name, tensor in start.weights.items())
 
 
@@ -303,7 +336,9 @@ def test_thresholds_are_learned_and_not_left_behind(start, method):
     assert found.weights.keys() == start.weights.keys() and min(zeros(found)) > 0
 
 
-@pytest.mark.parametrize("method, m", [(GMP(events=2), 1), (DPF(events=2), 2), (STR(), 1), (SET(every=4), 1), (RigL(every=4), 1)])
+@pytest.mark.parametrize(
+    "method, m", [(GMP(events=2), 1), (DPF(events=2), 2), (STR(), 1), (SET(every=4), 1), (RigL(every=4), 1)]
+)
 def test_a_model_does_not_depend_on_its_neighbours(start, method, m):
     together = sparsify_population(start, IMAGES, SHORT, method, 0.6, m=m)
     alone = sparsify_population(start[[1]], IMAGES, SHORT, method, 0.6, m=m)
@@ -316,7 +351,9 @@ def test_dense_training_is_the_reference_engine(start):
     found = sparsify_population(start, IMAGES, replace(SHORT, epochs=1), Method(), 0.0)
     state = begin(start, model_keys(SHORT, start.models))
     train_epoch(state, IMAGES.x_train, IMAGES.y_train, replace(SHORT, epochs=1))
-    assert all(torch.allclose(found.weights[name], tensor, atol=1e-6) for name, tensor in state.population.weights.items())
+    assert all(
+        torch.allclose(found.weights[name], tensor, atol=1e-6) for name, tensor in state.population.weights.items()
+    )
 
 
 @pytest.mark.parametrize("method", [GMP(events=2), BIMP(dense=0.5, events=2), DPF(events=2)])
@@ -346,15 +383,22 @@ def test_what_cannot_be(start, call, told):
 
 def small_net():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(1, 4, 5, stride=4), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 10))
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 5, stride=4), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 10)
+    )
 
 
 def module_zeros(module):
     return sum(int((weight == 0).sum()) for weight in prunable_weights(module).values())
 
 
-@pytest.mark.parametrize("method, m", [(GMP(events=2), 1), (GMP(events=2), 2), (DPF(events=2), 2), (BIMP(dense=0.5), 2), (GSM(), 1), (LC(events=3), 1), (DNW(), 1),
-    (SET(every=4), 1), (RigL(every=4), 1)])
+@pytest.mark.parametrize(
+    "method, m",
+    [
+        (GMP(events=2), 1), (GMP(events=2), 2), (DPF(events=2), 2), (BIMP(dense=0.5), 2), (GSM(), 1), (LC(events=3), 1),
+        (DNW(), 1), (SET(every=4), 1), (RigL(every=4), 1),
+    ],
+)
 def test_modules_end_at_the_level_too(method, m):
     module = sparsify_module(small_net(), IMAGES, replace(SHORT, lr=0.05), method, 0.7, m=m)
     assert module_zeros(module) == round(0.7 * (100 + 1440))
@@ -364,11 +408,18 @@ def test_modules_end_at_the_level_too(method, m):
 @pytest.mark.parametrize("name", METHODS)
 def test_a_rule_in_a_foreign_loop_is_the_same_method(name):
     "SGD written out here and the package's own loop give the same network, for every method."
-    method = METHODS[name](events=2) if name in ("GMP", "BIMP", "DPF", "LC") else METHODS[name](**{"every": 1} if name in ("SET", "RigL") else {})
+    method = (
+        METHODS[name](events=2)
+        if name in ("GMP", "BIMP", "DPF", "LC")
+        else METHODS[name](**{"every": 1} if name in ("SET", "RigL") else {})
+    )
     recipe, one, other = replace(SHORT, lr=0.05, schedule="constant"), small_net(), small_net()
     images = subset(IMAGES, 40, 10)
     sparsify_module(one, images, recipe, method, 0.5)
-    rule, optimizer = SparseRule(method, 0.5), torch.optim.SGD(other.parameters(), lr=0.05, momentum=method.momentum, weight_decay=1e-4)
+    rule, optimizer = (
+        SparseRule(method, 0.5),
+        torch.optim.SGD(other.parameters(), lr=0.05, momentum=method.momentum, weight_decay=1e-4),
+    )
     rule.start(other, optimizer, 4)
     from zootwins.streams import epoch_order
     from zootwins.training import model_keys
@@ -390,8 +441,12 @@ def test_a_rule_goes_on_from_a_file(tmp_path, method):
     settings, rates = TrainSettings(batch_size=20, augment=False), Rates(lr=0.05, epochs=3)
     x, y, start = IMAGES.x_train, IMAGES.y_train, small_net()
     whole = train_network(deepcopy(start), x, y, rates, settings, 0, SparseRule(method, 0.6))
-    train_network(deepcopy(start), x, y, rates, settings, 0, SparseRule(method, 0.6), checkpoint=tmp_path / "half", until=2)
-    again = train_network(deepcopy(start), x, y, rates, settings, 0, SparseRule(method, 0.6), checkpoint=tmp_path / "half")
+    train_network(
+        deepcopy(start), x, y, rates, settings, 0, SparseRule(method, 0.6), checkpoint=tmp_path / "half", until=2
+    )
+    again = train_network(
+        deepcopy(start), x, y, rates, settings, 0, SparseRule(method, 0.6), checkpoint=tmp_path / "half"
+    )
     assert module_zeros(whole) == round(0.6 * 1540)
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values()))
 

@@ -19,7 +19,10 @@ def widened(table, selector="lamp"):
     "The table, with every row of magnitude pruning once more for another selector, under other numbers."
     own = with_selectors(table)
     other = own[own["method"] == "mp"].assign(selector=selector)
-    return pd.concat([other.assign(**{name: 0.5 * other[name] for name in ("test_acc", "value", "mean") if name in other}), own], ignore_index=True)
+    return pd.concat(
+        [other.assign(**{name: 0.5 * other[name] for name in ("test_acc", "value", "mean") if name in other}), own],
+        ignore_index=True,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -31,23 +34,30 @@ def both(tmp_path_factory):
         for name in NAMES:
             shutil.copy(ROOT / "figures" / ZOO / name, folder / ZOO / name)
     place = runs[1] / ZOO
-    widened(pd.read_parquet(place / "metrics.parquet").astype({"method": object})).to_parquet(place / "metrics.parquet", index=False)
+    widened(pd.read_parquet(place / "metrics.parquet").astype({"method": object})).to_parquet(
+        place / "metrics.parquet", index=False
+    )
     for name in ("table_2.csv", "table_partners.csv"):
         widened(pd.read_csv(place / name)).to_csv(place / name, index=False)
     return [Kept(folder) for folder in runs]
 
 
-@pytest.mark.parametrize("key", [
-    f"mean {ZOO} test_acc mp 0.8", f"std {ZOO} test_acc mp 0.8", f"lowest {ZOO} test_acc mp 0.9", f"lead {ZOO} 0.8", f"models {ZOO}",
-    f"correlation {ZOO} mp pearson", f"partner {ZOO} mp 'its own original'",
-])
+@pytest.mark.parametrize(
+    "key",
+    [
+        f"mean {ZOO} test_acc mp 0.8", f"std {ZOO} test_acc mp 0.8", f"lowest {ZOO} test_acc mp 0.9", f"lead {ZOO} 0.8",
+        f"models {ZOO}", f"correlation {ZOO} mp pearson", f"partner {ZOO} mp 'its own original'",
+    ],
+)
 def test_sentences_take_the_zoos_own_selector(both, key):
     one, two = (fact(kept, key) for kept in both)
     assert one == pytest.approx(two, abs=1e-9)
 
 
 def test_figures_and_tables_take_the_zoos_own_selector(both):
-    assert set(both[1].metrics.query("method == 'mp'")["selector"]) == {"global"} and len(both[0].metrics) == len(both[1].metrics)
+    assert set(both[1].metrics.query("method == 'mp'")["selector"]) == {"global"} and len(both[0].metrics) == len(
+        both[1].metrics
+    )
     lines = lambda figure: [(line.get_label(), list(line.get_ydata())) for ax in figure.axes for line in ax.lines]
     one, two = (FIGURES["figure_5"](kept.of(ZOO), read_reported()) for kept in both)
     assert len(lines(one)) and str(lines(one)) == str(lines(two))

@@ -289,7 +289,10 @@ def test_a_distilled_soup_imitates_the_dense_model():
     with torch.no_grad():
         for weight in backwards.linear.parameters():
             weight.neg_()
-    wrong = [cooked.candidates[0], backwards]  # imitation, and not the labels, decides: a teacher who is wrong is followed
+    wrong = [
+        cooked.candidates[0],
+        backwards,
+    ]  # imitation, and not the labels, decides: a teacher who is wrong is followed
     assert learned_coefficients(wrong, DATA, teacher=NET)[0] > 0.8
     assert learned_coefficients(wrong, DATA, teacher=backwards)[0] < 0.2
     merged = merge_modules(cooked.candidates, DATA, "distilled", teacher=NET)

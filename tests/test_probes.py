@@ -42,16 +42,23 @@ def some_images(n=40):
 def drifting_states(n_models=20, n_epochs=3):
     "Models whose noise grows from epoch to epoch, with true accuracies and sparsities."
     generator = torch.Generator().manual_seed(0)
-    weights = {name: 0.3 * torch.randn(n_models, *p.shape, generator=generator) for name, p in build(ARCHITECTURE).named_parameters()}
+    weights = {
+        name: 0.3 * torch.randn(n_models, *p.shape, generator=generator)
+        for name, p in build(ARCHITECTURE).named_parameters()
+    }
     images, epochs, rows = some_images(), {}, []
     for epoch in range(n_epochs):
         noisy = begin_variational(Population(weights, plain_models(n_models), ARCHITECTURE)).weights
         noise = {name: tensor + 4.0 * epoch for name, tensor in noisy.items() if "log_sigma2" in name}
         epochs[epoch] = noisy | noise
-        right = TORCH.evaluate(deterministic(epochs[epoch]), ARCHITECTURE, ["tanh"] * n_models, images.x_test, images.y_test)[1]
+        right = TORCH.evaluate(
+            deterministic(epochs[epoch]), ARCHITECTURE, ["tanh"] * n_models, images.x_test, images.y_test
+        )[1]
         zeros = sparsity(sparse_masks(epochs[epoch]), {layer.path: layer.path for layer in LAYOUT})["sparsity"]
         accuracies = (right == images.y_test).double().mean(1)
-        rows += [(model, epoch, accuracies[model].item(), 0.01 * model, zeros[model].item()) for model in range(n_models)]
+        rows += [
+            (model, epoch, accuracies[model].item(), 0.01 * model, zeros[model].item()) for model in range(n_models)
+        ]
     metrics = pd.DataFrame(rows, columns=["model", "epoch", "test_acc", "ggap", "sparsity"])
     return hyperreps.gather_states(epochs, metrics, range(n_models), "digits_seed", ARCHITECTURE)
 
@@ -72,7 +79,9 @@ def test_probe_is_the_best_ridge_regression(n, features):
     inputs = StandardScaler().fit(x[train]).transform(x)
     found = probes.probe(x, y, split)
     for name in y:
-        rivals = [Ridge(penalty).fit(inputs[train], y.loc[train, name]) for penalty in probes.LAMBDAS if penalty >= 1e-4]
+        rivals = [
+            Ridge(penalty).fit(inputs[train], y.loc[train, name]) for penalty in probes.LAMBDAS if penalty >= 1e-4
+        ]
         best = max(rivals, key=lambda rival: r2_score(y.loc[val, name], rival.predict(inputs[val])))
         assert np.allclose(found[name], best.predict(inputs[test]), atol=1e-3)
     assert found.index.tolist() == np.flatnonzero(test).tolist()
@@ -105,7 +114,11 @@ def test_intervals_are_those_of_resampled_rows():
     found = probes.explained_share(truth, predicted, models, draws=4000)
     chosen = random.integers(12, size=(4000, 12))
     rows = [np.concatenate([np.flatnonzero(models == model) for model in draw]) for draw in chosen[:1500]]
-    slow = np.percentile([r2_score(truth.to_numpy()[at], predicted.to_numpy()[at], multioutput="raw_values") for at in rows], [2.5, 97.5], axis=0)
+    slow = np.percentile(
+        [r2_score(truth.to_numpy()[at], predicted.to_numpy()[at], multioutput="raw_values") for at in rows],
+        [2.5, 97.5],
+        axis=0,
+    )
     assert np.allclose(found[["low", "high"]].to_numpy().T, slow, atol=0.05)
     assert np.allclose(found["r2"], [r2_score(truth[name], predicted[name]) for name in "ab"])
 
@@ -113,7 +126,9 @@ def test_intervals_are_those_of_resampled_rows():
 def test_statistics_do_not_depend_on_the_order_of_neurons():
     weights = torch.randn(3, 2464)
     index = hyperreps.permutation_index(LAYOUT, hyperreps.random_orders(LAYOUT, 3, torch.Generator().manual_seed(0)))
-    assert np.allclose(probes.weight_statistics(weights, LAYOUT), probes.weight_statistics(weights.gather(1, index), LAYOUT), atol=1e-6)
+    assert np.allclose(
+        probes.weight_statistics(weights, LAYOUT), probes.weight_statistics(weights.gather(1, index), LAYOUT), atol=1e-6
+    )
 
 
 def test_pruning_by_magnitude_is_magnitude_pruning():
@@ -133,7 +148,9 @@ def test_a_twins_own_mask_at_its_own_level_gives_the_twin():
     places = LAYOUT and probes.weight_places(LAYOUT)
     assert torch.equal(kept[:, places], (state.log_alphas < 3)[:, places])
     bias_noise = torch.where(~places & (state.log_alphas >= 3), 0.0, 1.0)
-    right = probes.vector_accuracy(state.weights * kept * bias_noise, pd.Series(["tanh"]), ARCHITECTURE, some_images(), TORCH)
+    right = probes.vector_accuracy(
+        state.weights * kept * bias_noise, pd.Series(["tanh"]), ARCHITECTURE, some_images(), TORCH
+    )
     assert right[0] == pytest.approx(state.rows["test_acc"].item())
 
 
@@ -144,7 +161,9 @@ def test_vector_accuracy_knows_activations():
     found = probes.vector_accuracy(states.weights, activations, ARCHITECTURE, images, TORCH)
     for i in (0, 1, 9):
         module = build(ARCHITECTURE, activations[i])
-        module.load_state_dict({name: tensor[i] for name, tensor in hyperreps.to_weights(states.weights, LAYOUT).items()})
+        module.load_state_dict(
+            {name: tensor[i] for name, tensor in hyperreps.to_weights(states.weights, LAYOUT).items()}
+        )
         assert found[i] == (module(images.x_test).argmax(1) == images.y_test).double().mean().item()
 
 
@@ -158,7 +177,9 @@ def test_zero_shot_prunes_test_models_only_and_equally():
     assert masked["sparsity"].nunique() == 1
     level = states.rows.query("epoch == 2 and split == 'train'")["sparsity"].mean()
     assert abs(masked["sparsity"].iloc[0] - level) < 1e-3
-    assert (masked.loc[masked["method"] == "mask of the twin", "overlap"] == 1).all() and masked["overlap"].between(0, 1).all()
+    assert (masked.loc[masked["method"] == "mask of the twin", "overlap"] == 1).all() and masked["overlap"].between(
+        0, 1
+    ).all()
     same_order = masked[masked["method"] == "magnitude pruning"]["overlap"]
     assert (same_order > 0.99).all()  # with equal log variances the order of log alphas is that of magnitudes
 
@@ -169,12 +190,21 @@ def test_tables_have_the_printed_rows_and_every_baseline():
     numbers = probes.qualities(model, states)
     table = probes.table_3(pd.concat([numbers, numbers.assign(zoo="mnist_seed")]))
     assert list(table.layout.columns) == ["Weights", "Alphas", "Accuracy", "Sparsity", "Epoch", "GGap"]
-    assert table.layout.loc[("SVHN (s)", "printed in the paper")].tolist() == ["74.8", "74.2", "94.5", "97.6", "30.2", "10.5"]
+    assert table.layout.loc[("SVHN (s)", "printed in the paper")].tolist() == [
+        "74.8", "74.2", "94.5", "97.6", "30.2", "10.5",
+    ]
     ours = table.layout.loc["Digits (s) Seed"]
-    assert ours.index.tolist() == ["hyper-representation", "layer statistics", "raw weights"] and ours.equals(table.layout.loc["MNIST (s) Seed"])
+    assert ours.index.tolist() == ["hyper-representation", "layer statistics", "raw weights"] and ours.equals(
+        table.layout.loc["MNIST (s) Seed"]
+    )
     accuracy = numbers.query("features == 'layer statistics' and property == 'test_acc'")
-    assert ours.loc["layer statistics", "Accuracy"] == f"{100 * accuracy['r2'].item():.1f}" and accuracy["low"].item() <= accuracy["r2"].item() <= accuracy["high"].item()
-    assert (ours.loc["hyper-representation"] != "").all() and (ours.loc["raw weights", ["Weights", "Alphas"]] == "").all()
+    assert (
+        ours.loc["layer statistics", "Accuracy"] == f"{100 * accuracy['r2'].item():.1f}"
+        and accuracy["low"].item() <= accuracy["r2"].item() <= accuracy["high"].item()
+    )
+    assert (ours.loc["hyper-representation"] != "").all() and (
+        ours.loc["raw weights", ["Weights", "Alphas"]] == ""
+    ).all()
     assert "Digits (s) Seed: 3, MNIST (s) Seed: 3" in table.caption
     twins = probes.probe_twins(model, states)
     assert set(twins["property"]) == {"test_acc", "sparsity"} and "the original's accuracy" in set(twins["features"])
@@ -191,14 +221,25 @@ def papermill(folder, **parameters):
     "Run the notebook; give the finished process."
     parameters = {"store": folder / "zoos", "figures": folder / "figures", **parameters}
     options = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
-    return subprocess.run([sys.executable, "-m", "papermill", str(NOTEBOOK), str(folder / "out.ipynb"), "--kernel", "python3", "--no-progress-bar", *options],
-                          cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(
+        [
+            sys.executable, "-m", "papermill", str(NOTEBOOK), str(folder / "out.ipynb"), "--kernel", "python3",
+            "--no-progress-bar", *options,
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
 
 
 def test_the_notebook_explains_its_parameters():
     cells = [c for c in nbformat.read(NOTEBOOK, 4).cells if "parameters" in c.metadata.get("tags", [])]
     lines = cells[0].source.splitlines()
-    assert len(cells) == 1 and tuple(line.split(" = ")[0] for line in lines) == PARAMETERS and all("  # " in line for line in lines)
+    assert (
+        len(cells) == 1
+        and tuple(line.split(" = ")[0] for line in lines) == PARAMETERS
+        and all("  # " in line for line in lines)
+    )
 
 
 @pytest.mark.slow
@@ -217,8 +258,16 @@ def test_the_notebook_writes_its_tables_and_figures(tmp_path):
 def test_the_notebook_runs_again_in_one_kernel(tmp_path):
     notebook = nbformat.read(NOTEBOOK, 4)
     first = next(i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", [])) + 1
-    own = [f"n_models, epochs, store, figures = 12, {n}, {str(tmp_path / 'zoos')!r}, {str(tmp_path / 'figures')!r}\nmine = 3" for n in (1, 2)]
-    notebook.cells = [cell for code in own for cell in (*notebook.cells[:first], nbformat.v4.new_code_cell(code), *notebook.cells[first:])]
+    own = [
+        f"n_models, epochs = 12, {n}\n"
+        f"store, figures = {str(tmp_path / 'zoos')!r}, {str(tmp_path / 'figures')!r}\nmine = 3"
+        for n in (1, 2)
+    ]
+    notebook.cells = [
+        cell
+        for code in own
+        for cell in (*notebook.cells[:first], nbformat.v4.new_code_cell(code), *notebook.cells[first:])
+    ]
     NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": str(ROOT / "nbs")}}).execute()
     record = json.loads((tmp_path / "figures/digits_seed/hyper_representations/run.json").read_text())
     assert record["config"]["epochs"] == 2
@@ -233,7 +282,10 @@ def test_a_mistake_is_told_before_any_work(tmp_path):
 
 
 def test_mistakes_are_told(tmp_path):
-    for wrong, told in (({"zoo": "digits_sed"}, "did you mean 'digits_seed'"), ({"zoo": "digits_seed", "n_models": 4}, "take at least 10")):
+    for wrong, told in (
+        ({"zoo": "digits_sed"}, "did you mean 'digits_seed'"),
+        ({"zoo": "digits_seed", "n_models": 4}, "take at least 10"),
+    ):
         with pytest.raises(UserError, match=told):
             find_trajectory(**wrong, store=str(tmp_path), figures=str(tmp_path))
     with pytest.raises(UserError, match="There is no configuration of the auto-encoder 'large'"):

@@ -31,7 +31,9 @@ def resnet():
         num_channels=1, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=10))
 
 
-@pytest.mark.parametrize("title, packages", [("Lightning", ["lightning"]), ("the Trainer of Transformers", ["accelerate"])])
+@pytest.mark.parametrize(
+    "title, packages", [("Lightning", ["lightning"]), ("the Trainer of Transformers", ["accelerate"])]
+)
 def test_a_recipe_of_the_notebook_runs_as_it_stands(tmp_path, monkeypatch, title, packages):
     for package in packages:
         pytest.importorskip(package)

@@ -8,8 +8,12 @@ from test_evidence import differences, saved
 
 from zootwins.core import UserError, write_json
 from zootwins.reported_soups import ROWS
-from zootwins.soup_figures import STORY, difference_cell, figure_4, figure_9, figure_10, figure_pairs, figure_when, last_gains, one_story
-from zootwins.soup_figures import paired_table, read_stories, read_sweep, setting_title, shot_story, table_1, table_6, table_16, table_17, table_18
+from zootwins.soup_figures import (
+    STORY, difference_cell, figure_4, figure_9, figure_10, figure_pairs, figure_when, last_gains, one_story,
+)
+from zootwins.soup_figures import (
+    paired_table, read_stories, read_sweep, setting_title, shot_story, table_1, table_6, table_16, table_17, table_18,
+)
 from zootwins.soups import story_gains
 from zootwins.twins import save_metrics
 from zootwins.zoos import ZOOS
@@ -17,16 +21,28 @@ from zootwins.zoos import ZOOS
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = sorted((ROOT / "figures" / "soups").glob("*/*/run.json"))
 STORIES = [path.parent for path in KEPT if (path.parent / "gains.csv").exists()]
-TOLD = {"zoo": "digits_seed", "selector": "lamp", "level": 0.9, "schedule": "constant", "rate": 5e-3, "epochs": 5, "phases": 3, "varied": "seed"}
+TOLD = {
+    "zoo": "digits_seed", "selector": "lamp", "level": 0.9, "schedule": "constant", "rate": 5e-3, "epochs": 5,
+    "phases": 3, "varied": "seed",
+}
 
 
 def story(n=6, phases=2, m=3, soup=0.02, longer=0.03, **told):
     "A story in which the soup gains `soup` over its mean candidate and a longer run `longer` over that."
     base = 0.8 + 0.01 * np.arange(n)
-    values = {("SMS", "uniform"): soup, ("best candidate", "uniform"): 0.01, ("mean candidate", "uniform"): 0.0, ("IMP_mx", ""): soup + longer,
-              ("IMP", ""): 0.005, ("IMP with m phases", ""): soup}
-    rows = [{"row": row, "merge": merge, "m": m, "level": 0.9, "phase": phase, "sparsity": phase * 0.9 / phases, "model": model, "test_acc": base[model] + plus}
-            for phase in range(1, phases + 1) for (row, merge), plus in values.items() for model in range(n)]
+    values = {
+        ("SMS", "uniform"): soup, ("best candidate", "uniform"): 0.01, ("mean candidate", "uniform"): 0.0,
+        ("IMP_mx", ""): soup + longer, ("IMP", ""): 0.005, ("IMP with m phases", ""): soup,
+    }
+    rows = [
+        {
+            "row": row, "merge": merge, "m": m, "level": 0.9, "phase": phase, "sparsity": phase * 0.9 / phases,
+            "model": model, "test_acc": base[model] + plus,
+        }
+        for phase in range(1, phases + 1)
+        for (row, merge), plus in values.items()
+        for model in range(n)
+    ]
     return pd.DataFrame(rows).assign(**TOLD | told)
 
 
@@ -39,11 +55,21 @@ def sweep(n=6, levels=(0.7, 0.9), schedules=("constant", "LLR"), numbers=(3, 5),
                 for length in epochs:
                     mean = 0.9 - 0.1 * (level > 0.8) + random.normal(0, 0.01, n)
                     gain = 0.01 * m * (schedule == "constant")
-                    columns = {"mean candidate": mean, "best candidate": mean + 0.01, "best by validation": mean, "uniform": mean + gain,
-                               "greedy": mean + 0.01, "IMP": mean, "IMP + SWA": mean - 0.02, "IMP_mx": mean + 0.03, "original": mean, "pruned": mean,
-                               "distance": level + random.normal(0, 0.01, n), "farthest": 2 * level, "relative": level / 5, "empty": 0, "kept": 2,
-                               "candidate_loss": 0.5, "soup_loss": 0.4, "spread": 0.01}
-                    frames.append(pd.DataFrame({"model": range(n), "m": m, **columns, **TOLD, "level": level, "schedule": schedule, "epochs": length}))
+                    columns = {
+                        "mean candidate": mean, "best candidate": mean + 0.01, "best by validation": mean,
+                        "uniform": mean + gain, "greedy": mean + 0.01, "IMP": mean, "IMP + SWA": mean - 0.02,
+                        "IMP_mx": mean + 0.03, "original": mean, "pruned": mean,
+                        "distance": level + random.normal(0, 0.01, n), "farthest": 2 * level, "relative": level / 5,
+                        "empty": 0, "kept": 2, "candidate_loss": 0.5, "soup_loss": 0.4, "spread": 0.01,
+                    }
+                    frames.append(
+                        pd.DataFrame(
+                            {
+                                "model": range(n), "m": m, **columns, **TOLD, "level": level, "schedule": schedule,
+                                "epochs": length,
+                            }
+                        )
+                    )
     return pd.concat(frames, ignore_index=True)
 
 
@@ -59,10 +85,18 @@ def test_kept_gains_follow_from_the_results(folder):
 
 @pytest.mark.parametrize("folder", [path.parent for path in KEPT], ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_kept_results_say_what_made_them(folder):
-    assert {path.name for path in folder.iterdir()} <= {"run.json", "results.parquet", "gains.csv"} and folder.parent.name in ZOOS
+    assert {path.name for path in folder.iterdir()} <= {
+        "run.json",
+        "results.parquet",
+        "gains.csv",
+    } and folder.parent.name in ZOOS
     results = pd.read_parquet(folder / "results.parquet")
     values = results.select_dtypes(float)
-    shares = [name for name in values if name in ("test_acc", "uniform", "greedy", "best candidate", "mean candidate", "soup", "better", "sparsity")]
+    shares = [
+        name
+        for name in values
+        if name in ("test_acc", "uniform", "greedy", "best candidate", "mean candidate", "soup", "better", "sparsity")
+    ]
     assert len(results) and shares and values[shares].stack().between(0, 1).all()
 
 
@@ -79,12 +113,24 @@ def test_stories_are_read_once_and_named_by_their_setting(tmp_path):
         folder = tmp_path / "digits_seed" / place
         folder.mkdir(parents=True)
         save_metrics(results, folder / "results.parquet")
-        write_json({"zoo": "digits_seed", "chains": [{"selector": "lamp", "schedule": "LLR", "epochs": 5, "phases": 3, "lr": rate}]}, folder / "run.json")
+        write_json(
+            {
+                "zoo": "digits_seed",
+                "chains": [{"selector": "lamp", "schedule": "LLR", "epochs": 5, "phases": 3, "lr": rate}],
+            },
+            folder / "run.json",
+        )
     write_json({"zoo": "digits_seed", "experiment": "pairs"}, tmp_path / "digits_seed" / "c.json")
     again = tmp_path / "digits_seed" / "d"
     again.mkdir()
     save_metrics(results.head(3), again / "results.parquet")
-    write_json({"zoo": "digits_seed", "chains": [{"selector": "lamp", "schedule": "LLR", "epochs": 5, "phases": 3, "lr": 5e-3}]}, again / "run.json")
+    write_json(
+        {
+            "zoo": "digits_seed",
+            "chains": [{"selector": "lamp", "schedule": "LLR", "epochs": 5, "phases": 3, "lr": 5e-3}],
+        },
+        again / "run.json",
+    )
     found = read_stories(tmp_path)
     assert len(found) == 2 * len(results) and found["rate"].isna().sum() == len(results)
     assert setting_title(found.iloc[0]) == "Digits (s) Seed, LAMP to 90%, LLR 0.005"
@@ -101,9 +147,16 @@ def test_stories_are_read_once_and_named_by_their_setting(tmp_path):
 
 def test_table_1_has_the_papers_rows_and_one_bold_cell_per_column():
     table = table_1(story().query("row != 'IMP with m phases'"))
-    there = {("SMS", "uniform"), ("best candidate", "uniform"), ("mean candidate", "uniform"), ("IMP_mx", ""), ("IMP", "")}
-    assert list(table.layout.index) == [f"{row} ({merge})" if merge else row for row, merge in ROWS if (row, merge) in there]
-    assert [[name for name, cell in column.items() if "**" in cell] for _, column in table.layout.items()] == [["IMP_mx"], ["IMP_mx"]]
+    there = {
+        ("SMS", "uniform"), ("best candidate", "uniform"), ("mean candidate", "uniform"), ("IMP_mx", ""), ("IMP", ""),
+    }
+    assert list(table.layout.index) == [
+        f"{row} ({merge})" if merge else row for row, merge in ROWS if (row, merge) in there
+    ]
+    assert [[name for name, cell in column.items() if "**" in cell] for _, column in table.layout.items()] == [
+        ["IMP_mx"],
+        ["IMP_mx"],
+    ]
     assert table.layout.iloc[0, 0] == "84.50 ± 1.87"
 
 
@@ -111,7 +164,11 @@ def test_paired_differences_are_those_of_the_models():
     table = paired_table(story())
     rows = table.numbers.set_index(["over", "phase"])
     assert np.allclose(rows.loc["mean candidate (uniform)", "gain"], 2) and np.allclose(rows.loc["IMP_mx", "gain"], -3)
-    assert (rows.loc["IMP_mx", "wins"] == 0).all() and (rows.loc["mean candidate (uniform)", "wins"] == 1).all() and (rows["n"] == 6).all()
+    assert (
+        (rows.loc["IMP_mx", "wins"] == 0).all()
+        and (rows.loc["mean candidate (uniform)", "wins"] == 1).all()
+        and (rows["n"] == 6).all()
+    )
     assert table.layout.loc["IMP", ("45.0%, phase 1", "m = 3")].startswith("+1.50 [+1.50, +1.50], 100% win")
     uneven = story()
     uneven.loc[(uneven["row"] == "SMS") & (uneven["model"] == 0), "test_acc"] -= 0.06
@@ -128,21 +185,33 @@ def test_a_single_model_has_no_interval():
 def test_a_sweep_is_table_6():
     rows = sweep(schedules=("constant",), numbers=(3,))
     told = shot_story(rows).groupby(["row", "merge"])["test_acc"].mean()
-    assert np.isclose(told["SMS", "uniform"], rows["uniform"].mean()) and np.isclose(told["IMP_mx", ""], rows["IMP_mx"].mean())
+    assert np.isclose(told["SMS", "uniform"], rows["uniform"].mean()) and np.isclose(
+        told["IMP_mx", ""], rows["IMP_mx"].mean()
+    )
     layout = table_6(rows).layout
-    assert [heading for heading, _ in layout.columns] == ["70.0%, phase 1", "90.0%, phase 1"] and "best by validation" not in layout.index
+    assert [heading for heading, _ in layout.columns] == [
+        "70.0%, phase 1",
+        "90.0%, phase 1",
+    ] and "best by validation" not in layout.index
 
 
 def test_tables_16_to_18():
     table = table_16(story())
-    assert table.layout.loc["difference", "m = 3"].startswith("-3.00") and table.layout.loc["IMP_mx", "m = 3"] == "87.5 (1.9)"
+    assert (
+        table.layout.loc["difference", "m = 3"].startswith("-3.00")
+        and table.layout.loc["IMP_mx", "m = 3"] == "87.5 (1.9)"
+    )
     with pytest.raises(UserError, match="baseline phases"):
         table_16(story().query("row != 'IMP with m phases'"))
     table = table_17(sweep(), 0.9)
-    assert list(table.layout) == ["constant", "LLR"] and all(cell.startswith("-2.00") for cell in table.layout.loc["difference"])
+    assert list(table.layout) == ["constant", "LLR"] and all(
+        cell.startswith("-2.00") for cell in table.layout.loc["difference"]
+    )
     assert len(table.numbers) == 2 * 6
     table = table_18(sweep(schedules=("LLR",), numbers=(5,)))
-    assert table.layout.loc["max L2 distance"].tolist() == ["1.40", "1.80"] and table.layout.loc["mean distance / norm"].tolist() == ["14.0%", "18.0%"]
+    assert table.layout.loc["max L2 distance"].tolist() == ["1.40", "1.80"] and table.layout.loc[
+        "mean distance / norm"
+    ].tolist() == ["14.0%", "18.0%"]
 
 
 def test_figures_draw_what_the_tables_say():
@@ -157,11 +226,18 @@ def test_figures_draw_what_the_tables_say():
     lengths = sweep(schedules=("constant",), numbers=(3,), epochs=(1, 5))
     assert np.allclose(curves(figure_10(lengths).axes[0])["1 epoch"], 2)
     left, right = figure_4(rows.query("schedule == 'constant' and m == 5"), lengths).axes
-    assert np.allclose(left.lines[0].get_ydata(), 4) and all(np.allclose(values, 0) for values in curves(right).values())
+    assert np.allclose(left.lines[0].get_ydata(), 4) and all(
+        np.allclose(values, 0) for values in curves(right).values()
+    )
 
 
 def test_the_figure_of_pairs_counts_wins():
-    pairs = pd.DataFrame({"model": range(4), "first": 0, "second": 1, "varied": "seed", "level": 0.7, "schedule": "LLR", "better": 0.9, "soup": [0.91, 0.92, 0.9, 0.8]})
+    pairs = pd.DataFrame(
+        {
+            "model": range(4), "first": 0, "second": 1, "varied": "seed", "level": 0.7, "schedule": "LLR",
+            "better": 0.9, "soup": [0.91, 0.92, 0.9, 0.8],
+        }
+    )
     fig = figure_pairs(pd.concat([pairs, pairs.assign(schedule="constant", soup=1.0)]))
     texts = [ax.get_legend().get_texts()[0].get_text() for ax in fig.axes]
     assert texts == ["seed: 50% win", "seed: 100% win"]
@@ -178,10 +254,17 @@ def test_when_to_cook():
 
 
 def test_every_number_of_copies_level_and_length_is_a_line_of_its_own():
-    stories = pd.concat([story(), story(m=10, soup=0.03), story(level=0.8), story(epochs=10), story(phases=1, epochs=10).assign(phases=1)])
+    stories = pd.concat(
+        [
+            story(), story(m=10, soup=0.03), story(level=0.8), story(epochs=10),
+            story(phases=1, epochs=10).assign(phases=1),
+        ]
+    )
     table = last_gains(stories)
     lines = table[["title", "m"]].drop_duplicates()
-    assert len(lines) == 5 == len(figure_when(stories).axes[0].get_yticklabels()) and sorted(lines["m"]) == [3, 3, 3, 3, 10]
+    assert len(lines) == 5 == len(figure_when(stories).axes[0].get_yticklabels()) and sorted(lines["m"]) == [
+        3, 3, 3, 3, 10,
+    ]
     assert {title.partition("0.005")[2] for title in lines["title"]} == {"", ", 3 x 10 epochs", ", 1 x 10 epochs"}
     assert np.allclose(table[(table["m"] == 10) & (table["over"] == "mean candidate")]["gain"], 3)
 
@@ -190,7 +273,9 @@ def test_differences_are_over_the_models_that_have_both():
     results = story()
     some = results[(results["row"] != "IMP_mx") | (results["model"] < 2)]
     table = last_gains(some).set_index("over")
-    assert table["n"].to_dict() == {"mean candidate": 6, "IMP": 6, "best candidate (oracle)": 6, "one run, m times as long": 2}
+    assert table["n"].to_dict() == {
+        "mean candidate": 6, "IMP": 6, "best candidate (oracle)": 6, "one run, m times as long": 2,
+    }
     assert paired_table(some).numbers.query("over == 'IMP_mx'")["n"].tolist() == [2, 2]
 
 
@@ -205,5 +290,9 @@ def test_of_one_setting_the_folder_with_most_models_is_read(tmp_path):
         write_json({"zoo": "digits_seed", "chains": [chain]}, folder / "run.json")
     found = read_stories(tmp_path)
     assert found.groupby(["row", "merge", "m"])["model"].nunique().to_dict()["SMS", "uniform", 3] == 8
-    assert found.query("merge == 'greedy'")["model"].nunique() == 3 and set(found["m"]) == {3, 5} and set(found["phases"]) == {2}
+    assert (
+        found.query("merge == 'greedy'")["model"].nunique() == 3
+        and set(found["m"]) == {3, 5}
+        and set(found["phases"]) == {2}
+    )
     assert np.allclose(last_gains(found).query("over == 'mean candidate'")["gain"], 2)

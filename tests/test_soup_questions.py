@@ -17,10 +17,17 @@ from zootwins.datasets import load_images, subset
 from zootwins.lanes import LANES, why_unavailable
 from zootwins.population import Population, sample_population
 from zootwins.selectors import prunable, prune
-from zootwins.soup_questions import VARIED, Shot, activation_gains, collapse_table, distance_correlations, figure_collapse, figure_distance, figure_gaining
+from zootwins.soup_questions import (
+    VARIED, Shot, activation_gains, collapse_table, distance_correlations, figure_collapse, figure_distance,
+    figure_gaining,
+)
 from zootwins.soup_questions import figure_gradual, gradual_accuracies
-from zootwins.soup_questions import figure_lines, figure_variational, figure_zoo_soups, first_copies, gaining_models, judge, line_table, line_tables
-from zootwins.soup_questions import length_shots, make_experiments, middles, one_shot, pair_table, pearson_table, rate_shots, shifted, sparsity_shots
+from zootwins.soup_questions import (
+    figure_lines, figure_variational, figure_zoo_soups, first_copies, gaining_models, judge, line_table, line_tables,
+)
+from zootwins.soup_questions import (
+    length_shots, make_experiments, middles, one_shot, pair_table, pearson_table, rate_shots, shifted, sparsity_shots,
+)
 from zootwins.soup_questions import varied_pairs, variational_gains, variational_runs, zeros, zoo_soups
 from zootwins.soups import Chain, make_soups, read_candidates, variational_table
 from zootwins.training import TORCH
@@ -48,10 +55,14 @@ def shot_table(models, images):
 
 def test_a_shot_has_a_row_for_every_model_and_number(shot_table):
     assert shot_table.groupby("m")["model"].apply(list).to_dict() == {2: [0, 1, 2], 3: [0, 1, 2]}
-    assert (shot_table["best candidate"] >= shot_table["mean candidate"]).all() and (shot_table["farthest"] >= shot_table["distance"]).all()
+    assert (shot_table["best candidate"] >= shot_table["mean candidate"]).all() and (
+        shot_table["farthest"] >= shot_table["distance"]
+    ).all()
     assert (shot_table["kept"] <= shot_table["m"]).all() and (shot_table["spread"] > 0).any()
     assert (shot_table["IMP + SWA"] == shot_table["IMP"]).all()  # of one epoch
-    assert {"zoo", "selector", "level", "schedule", "rate", "epochs", "original", "pruned", "empty", "IMP_mx"} <= set(shot_table)
+    assert {"zoo", "selector", "level", "schedule", "rate", "epochs", "original", "pruned", "empty", "IMP_mx"} <= set(
+        shot_table
+    )
 
 
 def test_a_shot_is_the_first_phase_of_a_chain(tmp_path, images):
@@ -61,7 +72,9 @@ def test_a_shot_is_the_first_phase_of_a_chain(tmp_path, images):
     make_soups(plan, images, [chain], progress=False)
     stored = uniform_soup(read_candidates(plan, chain, 1))
     found = one_shot(plan.zoo, load_stage(plan, "original"), images, Shot(0.6, epochs=1, numbers=(2,)), plan.engine)
-    assert (judge(stored, images, plan.engine)[1] == found["uniform"]).all() and np.allclose(judge(stored, images, plan.engine)[0], found["soup_loss"])
+    assert (judge(stored, images, plan.engine)[1] == found["uniform"]).all() and np.allclose(
+        judge(stored, images, plan.engine)[0], found["soup_loss"]
+    )
 
 
 def test_pairs_are_averages_of_two(models, images):
@@ -70,17 +83,28 @@ def test_pairs_are_averages_of_two(models, images):
         candidates.weights[name] = tensor + 0.05 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1))
     table = pair_table(candidates, images, ENGINE)
     assert len(table) == 9 and set(zip(table["first"], table["second"])) == {(0, 1), (0, 2), (1, 2)}
-    two = Population({name: tensor.unflatten(0, (3, 3))[:, [0, 2]].flatten(0, 1) for name, tensor in candidates.weights.items()},
-                     candidates.models[candidates.models["copy"] != 1].assign(copy=[0, 1] * 3), candidates.architecture)
+    two = Population(
+        {name: tensor.unflatten(0, (3, 3))[:, [0, 2]].flatten(0, 1) for name, tensor in candidates.weights.items()},
+        candidates.models[candidates.models["copy"] != 1].assign(copy=[0, 1] * 3),
+        candidates.architecture,
+    )
     soup = judge(average(two), images, ENGINE)[1]
     here = table[(table["first"] == 0) & (table["second"] == 2)]
-    assert np.allclose(here["soup"], soup) and np.allclose(here["better"], judge(two, images, ENGINE)[1].reshape(3, 2).max(1))
+    assert np.allclose(here["soup"], soup) and np.allclose(
+        here["better"], judge(two, images, ENGINE)[1].reshape(3, 2).max(1)
+    )
 
 
 def test_all_that_is_varied_is_eight_values_around_the_default(models, images, monkeypatch):
     assert all(len(values) == 8 for factors in VARIED.values() for values in factors.values())
-    assert np.isclose(np.median(VARIED["weight decay"]["wd"]), 1.1e-3) and 5 in VARIED["length"]["epochs"] and 5e-3 in VARIED["learning rate"]["lr"]
-    monkeypatch.setattr(soup_questions, "VARIED", {"length": {"epochs": (1,) * 8}, "learning rate": {"lr": (1e-3,) * 7 + (0.0,)}})
+    assert (
+        np.isclose(np.median(VARIED["weight decay"]["wd"]), 1.1e-3)
+        and 5 in VARIED["length"]["epochs"]
+        and 5e-3 in VARIED["learning rate"]["lr"]
+    )
+    monkeypatch.setattr(
+        soup_questions, "VARIED", {"length": {"epochs": (1,) * 8}, "learning rate": {"lr": (1e-3,) * 7 + (0.0,)}}
+    )
     table = varied_pairs(SHORT, models[[0]], images, Shot(0.7, epochs=1), ENGINE)
     assert table.groupby("varied").size().to_dict() == {"length": 28, "learning rate": 28}
 
@@ -92,7 +116,10 @@ def test_lines_end_where_the_models_are(models, images):
     assert np.allclose(table.query("place == 0")["test_acc"], judge(models, images, ENGINE)[1])
     assert np.allclose(table.query("place == 1")["loss"], judge(other, images, ENGINE)[0])
     pruned = prune(models, 0.8)[0]
-    assert np.allclose(zeros(pruned), 0.8, atol=1e-3) and (line_table(pruned, shifted(pruned), images, ENGINE, 3).query("place == 0.5")["sparsity"] < 0.7).all()
+    assert (
+        np.allclose(zeros(pruned), 0.8, atol=1e-3)
+        and (line_table(pruned, shifted(pruned), images, ENGINE, 3).query("place == 0.5")["sparsity"] < 0.7).all()
+    )
 
 
 def test_lines_of_all_kinds_and_their_barriers(models, images):
@@ -100,16 +127,31 @@ def test_lines_of_all_kinds_and_their_barriers(models, images):
     counts = table.groupby(["ends", "alignment"], sort=False).size()
     assert len(counts) == 9 and (counts == 33).all()
     rows = middles(table)
-    assert (rows["barrier"] >= -1e-9).all() and np.isclose(rows.loc[("two twins of one mask", "as they are"), "sparsity"], 0.8, atol=1e-3)
+    assert (rows["barrier"] >= -1e-9).all() and np.isclose(
+        rows.loc[("two twins of one mask", "as they are"), "sparsity"], 0.8, atol=1e-3
+    )
     assert rows.loc[("two twins of other masks", "as they are"), "sparsity"] < 0.8
-    straight = pd.DataFrame({"place": [0.0, 0.5, 1.0], "model": 0, "loss": [1.0, 3.5, 2.0], "test_acc": [0.5, 0.2, 0.7], "sparsity": 0.0, "ends": "a", "alignment": "b"})
+    straight = pd.DataFrame(
+        {
+            "place": [0.0, 0.5, 1.0], "model": 0, "loss": [1.0, 3.5, 2.0], "test_acc": [0.5, 0.2, 0.7], "sparsity": 0.0,
+            "ends": "a", "alignment": "b",
+        }
+    )
     assert middles(straight).iloc[0][["ends", "middle", "barrier"]].round(6).tolist() == [0.6, 0.2, 2.0]
-    assert [line.get_label() for line in figure_lines(table).axes[1].lines] == ["as they are", "permuted", "permuted and flipped"]
+    assert [line.get_label() for line in figure_lines(table).axes[1].lines] == [
+        "as they are",
+        "permuted",
+        "permuted and flipped",
+    ]
 
 
 def test_the_soup_of_a_zoo_of_one_is_the_model(models, images):
     table = zoo_soups(models, images, ENGINE, (1, 2, 4))
-    assert sorted(table["n"].unique()) == [1, 2] and table.groupby("alignment").size().to_dict() == {"as they are": 6, "permuted": 6, "permuted and flipped": 6}
+    assert sorted(table["n"].unique()) == [1, 2] and table.groupby("alignment").size().to_dict() == {
+        "as they are": 6,
+        "permuted": 6,
+        "permuted and flipped": 6,
+    }
     alone = judge(models, images, ENGINE)[1]
     assert all(np.isclose(row.test_acc, alone[row.reference]) for row in table.query("n == 1").itertuples())
     assert len(figure_zoo_soups(table).axes[0].containers) == 3
@@ -120,7 +162,10 @@ def test_variational_runs_and_their_soup(tmp_path, images):
     plan = replace(plan, zoo=replace(plan.zoo, vd_epochs=3))
     make_twins(plan, images, progress=False, only=["original"])
     table = variational_runs(plan, images, 2)
-    assert table.groupby(["epoch", "row"])["model"].apply(list).tolist() == [[0, 1, 2]] * 6 and table["sparsity"].between(0, 1).all()
+    assert (
+        table.groupby(["epoch", "row"])["model"].apply(list).tolist() == [[0, 1, 2]] * 6
+        and table["sparsity"].between(0, 1).all()
+    )
     assert table.equals(variational_table(plan, 2, images, (1, 3)))
     rows = variational_gains(table)
     wide = table.query("epoch == 3").pivot(index="model", columns="row", values="test_acc")
@@ -130,12 +175,16 @@ def test_variational_runs_and_their_soup(tmp_path, images):
 
 def test_first_copies(models):
     some = first_copies(copies(models, 5), 2)
-    assert some.models["copy"].tolist() == [0, 1] * 3 and all(len(tensor) == 6 for tensor in prunable(some.weights).values())
+    assert some.models["copy"].tolist() == [0, 1] * 3 and all(
+        len(tensor) == 6 for tensor in prunable(some.weights).values()
+    )
 
 
 def test_shots_cover_what_the_figures_need():
     shots = sparsity_shots()
-    assert len(set(shots)) == len(shots) == 42 and {shot.schedule for shot in shots} == {"constant", "SLR", "CLR", "LLR", "ALLR"}
+    assert len(set(shots)) == len(shots) == 42 and {shot.schedule for shot in shots} == {
+        "constant", "SLR", "CLR", "LLR", "ALLR",
+    }
     assert all(shot.longer for shot in length_shots()) and {shot.epochs for shot in length_shots()} == {1, 2, 5, 10, 20}
     assert len({(shot.rate, shot.epochs) for shot in rate_shots()}) == 15
 
@@ -155,8 +204,18 @@ def test_experiments_are_kept_with_what_made_them(tmp_path, images, monkeypatch)
 
 def twin_metrics(n=6):
     "Tidy metrics of originals and of twins right after pruning."
-    originals = pd.DataFrame({"zoo": "digits_seed", "method": "original", "model": range(n), "epoch": 30, "level": np.nan, "test_acc": 0.9 + 0.01 * np.arange(n)})
-    twins = pd.DataFrame({"zoo": "digits_seed", "method": "mp", "model": range(n), "epoch": 0, "level": 0.8, "test_acc": 0.5 - 0.01 * np.arange(n)})
+    originals = pd.DataFrame(
+        {
+            "zoo": "digits_seed", "method": "original", "model": range(n), "epoch": 30, "level": np.nan,
+            "test_acc": 0.9 + 0.01 * np.arange(n),
+        }
+    )
+    twins = pd.DataFrame(
+        {
+            "zoo": "digits_seed", "method": "mp", "model": range(n), "epoch": 0, "level": 0.8,
+            "test_acc": 0.5 - 0.01 * np.arange(n),
+        }
+    )
     return pd.concat([originals, twins])
 
 
@@ -164,20 +223,38 @@ def test_who_gains():
     results = story()
     results.loc[(results["row"] == "SMS") & (results["phase"] == 2), "test_acc"] += 0.002 * np.arange(6)
     table = gaining_models(results, twin_metrics(), 3)
-    assert np.allclose(table["gain"], 2 + 0.2 * np.arange(6)) and np.allclose(table["spread"], 0.01) and np.allclose(table["friendliness"], 0.5 - 0.01 * np.arange(6))
+    assert (
+        np.allclose(table["gain"], 2 + 0.2 * np.arange(6))
+        and np.allclose(table["spread"], 0.01)
+        and np.allclose(table["friendliness"], 0.5 - 0.01 * np.arange(6))
+    )
     r = pearson_table(table, "gain", ["original", "friendliness"])
     assert np.allclose(r["r"], [1, -1]) and (r["n"] == 6).all()
     assert figure_gaining(table, "a story").axes[0].get_title(loc="left").startswith("r = 1.00")
 
 
 def test_distances_and_activations():
-    rates = pd.concat([sweep(levels=(0.8,), schedules=("constant",), numbers=(5,)).assign(rate=rate, relative=50 * rate) for rate in (1e-3, 1e-2)])
+    rates = pd.concat(
+        [
+            sweep(levels=(0.8,), schedules=("constant",), numbers=(5,)).assign(rate=rate, relative=50 * rate)
+            for rate in (1e-3, 1e-2)
+        ]
+    )
     rows = distance_correlations(rates)
-    assert rows["rate"].tolist() == [1e-3, 1e-2] and np.allclose(rows["gain"], 5) and np.allclose(rows["relative"], [0.05, 0.5])
-    assert [list(container[0].get_xdata()) for container in figure_distance(rates).axes[1].containers] == [[pytest.approx(0.05), pytest.approx(0.5)]]
+    assert (
+        rows["rate"].tolist() == [1e-3, 1e-2]
+        and np.allclose(rows["gain"], 5)
+        and np.allclose(rows["relative"], [0.05, 0.5])
+    )
+    assert [list(container[0].get_xdata()) for container in figure_distance(rates).axes[1].containers] == [
+        [pytest.approx(0.05), pytest.approx(0.5)]
+    ]
     table = pd.concat([sweep(levels=(0.7,), numbers=(5,)).assign(activation=name) for name in ("tanh", "relu")])
     told = activation_gains(table)
-    assert told.loc[("constant", "relu"), "over mean candidate"] == "+5.00 ± 0.00" and told.loc[("LLR", "tanh"), "over best candidate"] == "-1.00 ± 0.00"
+    assert (
+        told.loc[("constant", "relu"), "over mean candidate"] == "+5.00 ± 0.00"
+        and told.loc[("LLR", "tanh"), "over best candidate"] == "-1.00 ± 0.00"
+    )
 
 
 def test_collapses_are_counted_from_five_points_on():
