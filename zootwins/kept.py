@@ -275,7 +275,8 @@ def kept_partners(
     cells = kept.comparison.query("table == 1 and metric == 'agreement' and zoo in @folders")
     printed = cells.assign(partner="printed", n=0, mean=cells["paper_mean"], std=cells["paper_std"])
     columns = ["zoo", "method", "level", "epoch", "n", "partner", "mean", "std"]
-    return table_partners(pd.concat([*(own_selector(kept.table(zoo, "table_partners")) for zoo in folders), printed[columns]]))
+    ours = [own_selector(kept.table(zoo, "table_partners")) for zoo in folders]
+    return table_partners(pd.concat([*ours, printed[columns]]))
 
 # %% ../nbs/37_kept.ipynb #24590268
 def contradictions(
