@@ -2,8 +2,8 @@
 
     python benchmarks/variational_end.py ZOO MODELS FILE.csv [VARIANT ...]
 
-Twins of the first MODELS originals, which are taken from the store or made. A variant of the engine is its own C++ source with
-one line exchanged, so that nothing else differs; a variant that is in the file already is not made again.
+Twins of the first MODELS originals, which are taken from the store or made. A variant of the engine is its own C++
+source with one line exchanged, so that nothing else differs; a variant that is in the file already is not made again.
 """
 
 import sys
@@ -24,7 +24,10 @@ from zootwins.training import Recipe
 from zootwins.twins import load_models, make_twins
 from zootwins.variational import begin_variational, sparse_masks
 
-CLAMP = "inside = (raw >= -bound) & (raw <= bound);\n    return raw < -bound ? splat(-bound) : (raw > bound ? splat(bound) : raw);"
+CLAMP = (
+    "inside = (raw >= -bound) & (raw <= bound);\n"
+    "    return raw < -bound ? splat(-bound) : (raw > bound ? splat(bound) : raw);"
+)
 VARIANTS = {  # name -> the lines that replace CLAMP; none: the source as it is
     "as it is": None,
     "one noise for all twins": None,
@@ -68,7 +71,10 @@ def run(
         trained = train(population, images, recipe, keep=tuple(range(plan.zoo.vd_epochs + 1)), engine="lanes")
         lanes.SOURCE, lanes.HEADER = source
     layers = layer_names(build(population.architecture))
-    zeros = {epoch: sparsity(sparse_masks(then.weights), layers)["sparsity"].numpy() for epoch, then in trained.snapshots.items()}
+    zeros = {
+        epoch: sparsity(sparse_masks(then.weights), layers)["sparsity"].numpy()
+        for epoch, then in trained.snapshots.items()
+    }
     rows = trained.metrics[["model", "epoch", "train_acc", "test_acc"]]
     at = {number: place for place, number in enumerate(population.models["model"])}
     found = [zeros[epoch][at[model]] for model, epoch in zip(rows["model"], rows["epoch"])]
@@ -85,8 +91,14 @@ def summary(
     table.columns = [f"{name}_{what}" for name, what in table.columns]
     wide = rows.pivot_table("train_acc", ["zoo", "epoch", "model"], "variant")
     paired = 100 * wide.sub(wide["as it is"], axis=0)
-    table["train_acc_change"] = paired.groupby(["zoo", "epoch"]).mean().stack().reorder_levels(["zoo", "variant", "epoch"])
-    table["change_error"] = (paired.groupby(["zoo", "epoch"]).std() / np.sqrt(rows["model"].nunique())).stack().reorder_levels(["zoo", "variant", "epoch"])
+    table["train_acc_change"] = (
+        paired.groupby(["zoo", "epoch"]).mean().stack().reorder_levels(["zoo", "variant", "epoch"])
+    )
+    table["change_error"] = (
+        (paired.groupby(["zoo", "epoch"]).std() / np.sqrt(rows["model"].nunique()))
+        .stack()
+        .reorder_levels(["zoo", "variant", "epoch"])
+    )
     return table
 
 
@@ -97,10 +109,16 @@ def main(
     path = Path(file)
     for variant in variants or VARIANTS:
         check_name(variant, VARIANTS, "variant")
-        known = pd.read_parquet(path.with_suffix(".parquet")) if path.with_suffix(".parquet").exists() else pd.DataFrame(columns=["variant"])
+        known = (
+            pd.read_parquet(path.with_suffix(".parquet"))
+            if path.with_suffix(".parquet").exists()
+            else pd.DataFrame(columns=["variant"])
+        )
         if variant in set(known["variant"]):
             continue
-        rows = pd.concat([known, run(zoo, int(n), variant)] if len(known) else [run(zoo, int(n), variant)], ignore_index=True)
+        rows = pd.concat(
+            [known, run(zoo, int(n), variant)] if len(known) else [run(zoo, int(n), variant)], ignore_index=True
+        )
         with atomic_path(path.with_suffix(".parquet")) as temporary:
             rows.to_parquet(temporary, index=False)
         with atomic_path(path) as temporary:
