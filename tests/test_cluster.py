@@ -586,9 +586,9 @@ def test_copies_of_a_module_on_ray_go_on_when_a_worker_is_killed_in_the_middle(t
         os.kill(tagged(tag, b"ray::retrain_copy")[0], signal.SIGKILL)
 
     make = partial(soup, net, level=0.6, m=3, retrain=retrain, rates=Rates(0.05, 60))
-    killer = threading.Thread(target=blow)
-    killer.start()
+    killer = threading.Thread(target=blow, daemon=True)
     with open_workers("ray") as executor:
+        killer.start()
         found = make(workers=executor, folder=tmp_path / "kept")
     killer.join()
     begun = log.read_text().split()

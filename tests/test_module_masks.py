@@ -15,7 +15,7 @@ from zootwins.architectures import build
 from zootwins.core import UserError
 from zootwins.module_masks import (
     Pattern, check_fit, choose_masks, enforce, holding, load_masks, plain_state, prunable_weights, revived, save_masks,
-    sparsity, sparsity_table, unwrapped,
+    snip_saliency, sparsity, sparsity_table, unwrapped,
 )
 from zootwins.networks import make_network
 from zootwins.population import Population
@@ -297,3 +297,14 @@ def test_patterns_keep_the_largest_of_every_group():
     for pattern, level in ((Pattern(2, 4), 0.6), (Pattern(4, 4), 0.0)):
         with pytest.raises(UserError, match="prune by that"):
             choose_masks(module, level, pattern)
+
+
+def test_snip_scores_frozen_and_unused_layers_and_leaves_them_so():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(784, 6), nn.ReLU(), nn.Linear(6, 10))
+    free = snip_saliency(net, (IMAGES.x_train, IMAGES.y_train))
+    net[1].weight.requires_grad_(False)
+    frozen = snip_saliency(net, (IMAGES.x_train, IMAGES.y_train))
+    assert all(torch.equal(free[name], frozen[name]) for name in free) and not net[1].weight.requires_grad
+    net.register_module("spare", nn.Linear(2, 2))
+    net.forward = lambda x: net[3](net[2](net[1](net[0](x))))
+    assert (snip_saliency(net, (IMAGES.x_train, IMAGES.y_train))["spare.weight"] == 0).all()

@@ -203,10 +203,14 @@ def test_retraining_that_went_wrong_is_said(retrain, words):
         soup(NET, DATA, retrain=retrain, m=1)
 
 
-@pytest.mark.parametrize("how", [
-    dict(m=0), dict(level=1.0), dict(level=-0.1), dict(phases=0), dict(merge="stew"), dict(selector="best"),
-    dict(merge=lambda modules, data: [1.0]), dict(merge=lambda modules, data: [1.0, -1.0, 0.0]),
-])
+@pytest.mark.parametrize(
+    "how",
+    [
+        dict(m=0), dict(m="three"), dict(m=2.0), dict(level=1.0), dict(level=-0.1), dict(phases=0), dict(merge="stew"),
+        dict(selector="best"), dict(merge=lambda modules, data: [1.0]),
+        dict(merge=lambda modules, data: [1.0, -1.0, 0.0]),
+    ],
+)
 def test_what_cannot_be_is_said_in_one_line(how):
     with pytest.raises(UserError) as caught:
         soup(NET, DATA, retrain=lambda model, seed, rates: model, **how)
@@ -224,8 +228,11 @@ def test_without_data_only_plain_models_can_be_souped():
         soup(plain)
     with pytest.raises(UserError, match="uniform soup"):
         soup(plain, retrain=retrain, merge="greedy")
-    with pytest.raises(UserError, match="no weights that can be pruned"):
-        soup(nn.Sequential(nn.LayerNorm(3)), retrain=retrain)
+    for empty in (nn.Sequential(nn.LayerNorm(3)), nn.Sequential(nn.Flatten(), nn.ReLU())):
+        with pytest.raises(UserError, match="no weights that can be pruned"):
+            soup(empty, retrain=retrain)
+    with pytest.raises(UserError, match="at least one model"):
+        merge_modules([])
 
 
 def test_loaders_serve_as_data_and_shuffling_ones_are_refused():

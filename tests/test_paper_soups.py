@@ -1,4 +1,4 @@
-"""The second paper as a notebook: prose in front, code in a line or two, numbers looked up in the kept tables."""
+"""The second paper as a notebook: prose in front, little code, and numbers that are looked up in the kept tables."""
 import json
 import re
 from pathlib import Path

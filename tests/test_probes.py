@@ -259,8 +259,8 @@ def test_the_notebook_runs_again_in_one_kernel(tmp_path):
     notebook = nbformat.read(NOTEBOOK, 4)
     first = next(i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", [])) + 1
     own = [
-        f"n_models, epochs = 12, {n}\n"
-        f"store, figures = {str(tmp_path / 'zoos')!r}, {str(tmp_path / 'figures')!r}\nmine = 3"
+        f"n_models, epochs, store, figures = 12, {n}, {str(tmp_path / 'zoos')!r}, {str(tmp_path / 'figures')!r}\n"
+        "mine = 3"
         for n in (1, 2)
     ]
     notebook.cells = [

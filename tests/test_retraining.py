@@ -13,7 +13,7 @@ import torch
 from small import IMAGES
 from torch import nn
 from torch.optim.swa_utils import update_bn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, TensorDataset
 
 from zootwins.batch_statistics import (
     batches, check_fixed, class_probabilities, evaluate, recompute_statistics, statistic_layers,
@@ -228,6 +228,28 @@ def test_loaders_without_a_fixed_order_or_with_augmentation_are_refused():
     assert bits(plain) == bits(ours)
     with pytest.raises(UserError, match="no part 'val'"):
         evaluate(plain, {"train": DataLoader(pairs, 80)}, "val")
+
+
+def test_loaders_that_hide_their_order_are_refused_too():
+    class Stream(IterableDataset):
+        def __init__(self, shuffled):
+            self.shuffled = shuffled
+
+        def __iter__(self):
+            order = torch.randperm(len(X)) if self.shuffled else torch.arange(len(X))
+            return iter(zip(X[order], Y[order]))
+
+    pairs = TensorDataset(X, Y)
+    hidden = DataLoader(pairs, batch_sampler=BatchSampler(RandomSampler(pairs), 20, False))
+    for loader in (hidden, DataLoader(Stream(True), 20)):
+        with pytest.raises(UserError, match="shuffles"):
+            check_fixed(loader)
+    with pytest.raises(UserError, match="read only once"):
+        recompute_statistics(copy.deepcopy(NET), {"train": iter([(X, Y)])})
+    ours, theirs = copy.deepcopy(NET), copy.deepcopy(NET)
+    recompute_statistics(ours, {"train": DataLoader(Stream(False), 20)})
+    recompute_statistics(theirs, {"train": DataLoader(pairs, 20)})
+    assert bits(ours) == bits(theirs)
 
 
 def test_judging_restores_modes_and_refuses_nan():

@@ -1,4 +1,4 @@
-"""Claims about soups: the rule at its edges, each claim on tables of known answer, both verdicts within reach."""
+"""Claims about soups: the rule at its edges, and each claim on tables whose answer is known."""
 from pathlib import Path
 
 import numpy as np

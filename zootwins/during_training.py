@@ -29,7 +29,7 @@ from .averaging import copies
 from .core import UserError, check_name
 from .datasets import Images
 from .magnitude import check_level, count_kept, keep_highest
-from .module_masks import prunable_weights
+from .module_masks import prunable_weights, unwrapped
 from .networks import logits_of
 from .population import Population, concatenate, plain_models
 from .retraining import Rule
@@ -486,7 +486,7 @@ class STR(Method):
     def final(self, weights: Weights, memory: Memory) -> Weights:
         return self.seen(weights, memory)
 
-# %% ../nbs/77_during_training.ipynb #5064069d
+# %% ../nbs/77_during_training.ipynb #2d9cf709
 def even_counts(
     shapes: Mapping[str, tuple[int, ...]],  # of one model's prunable weights, in the order of the layers
     level: float,                           # fraction to prune
@@ -530,7 +530,7 @@ def swapped(
     grown = keep_highest(growth.flatten(1).masked_fill(stays, -1), count)
     return (stays | grown).reshape(mask.shape)
 
-# %% ../nbs/77_during_training.ipynb #e7c0f41a
+# %% ../nbs/77_during_training.ipynb #608b1cbd
 @dataclass(frozen=True)
 class SET(Method):
     """Sparse evolutionary training (Mocanu et al. 2018).
@@ -594,7 +594,7 @@ def _drawn(
     draw = lambda site, size: random_words(size[0].numel(), memory.keys.to(size.device), site, epoch=memory.changes)
     return {name: to_uniform(draw(site, size)).reshape(size.shape) for site, (name, size) in enumerate(sizes.items())}
 
-# %% ../nbs/77_during_training.ipynb #80abab03
+# %% ../nbs/77_during_training.ipynb #a1f9363b
 @dataclass(frozen=True)
 class RigL(SET):
     "The rigged lottery: SET that grows by gradients (Evci et al. 2020)."
@@ -612,7 +612,9 @@ class RigL(SET):
         return self.share / 2 * (1 + math.cos(math.pi * progress / self.until))
 
 # %% ../nbs/77_during_training.ipynb #a0e289bc
-METHODS: dict[str, type[Method]] = {method.title: method for method in (BIMP, GMP, DPF, GSM, DNW, LC, DST, STR, SET, RigL)}
+METHODS: dict[str, type[Method]] = {
+    method.title: method for method in (BIMP, GMP, DPF, GSM, DNW, LC, DST, STR, SET, RigL)
+}
 GRIDS: dict[str, dict[str, tuple]] = {
     "BIMP": {"dense": (60 / 90, 75 / 90), "events": (1, 2, 3)},
     "GMP": {"events": (5, 9, 18, 45)},
@@ -688,7 +690,7 @@ class ModuleLearner:
         for i, (module, chosen) in enumerate(zip(self.modules, batch)):
             own = {name: tensor[i].detach().requires_grad_() for name, tensor in weights.items()}
             loss = F.cross_entropy(logits_of(functional_call(module, own, (self.x[chosen],))), self.y[chosen])
-            found.append(torch.autograd.grad(loss, list(own.values())))
+            found.append(torch.autograd.grad(loss, list(own.values()), materialize_grads=True))
         return {name: torch.stack(parts) for name, parts in zip(weights, zip(*found))}
 
     def spread(self, m: int) -> None:
@@ -1011,15 +1013,18 @@ def sparsify_module(
         nn.Module: the same module; recompute its batch statistics before evaluating it
     """
     check_method(method, level, m)
-    models = plain_models(1, optimizer="sgd", lr=recipe.lr or 0.1, wd=wd).assign(seed=seed)
-    weights = {name: tensor.detach()[None] for name, tensor in module.named_parameters()}
+    inner, models = unwrapped(module), plain_models(1, optimizer="sgd", lr=recipe.lr or 0.1, wd=wd).assign(seed=seed)
+    if frozen := [name for name, parameter in inner.named_parameters() if not parameter.requires_grad]:
+        raise UserError(f"{frozen[0]} is frozen, and sparsify_module trains all parameters: set its requires_grad, "
+                        "or use SparseRule in a loop of your own.")
+    weights = {name: tensor.detach()[None] for name, tensor in inner.named_parameters()}
     state = begin(Population(weights, models, ""), model_keys(recipe, models), device=str(images.x_train.device))
-    learner, names = ModuleLearner(module, images), list(prunable_weights(module))
+    learner, names = ModuleLearner(inner, images), list(prunable_weights(inner))
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # for dropout and the like
         left = train_sparsely(state, learner, names, method, level, recipe, len(images.x_train), m, branch)
     with torch.no_grad():
-        for name, parameter in module.named_parameters():
+        for name, parameter in inner.named_parameters():
             parameter.copy_(left.population.weights[name][0])
     return module
 
@@ -1051,10 +1056,13 @@ class SparseRule(Rule):
         if rate is not None:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.lr * float(rate)
-        found = {name: weight.grad[None].clone() for name, weight in weights.items()}
+        still = {name for name, weight in weights.items() if weight.grad is None}  # frozen, or not used
+        slopes = {name: torch.zeros_like(w) if name in still else w.grad for name, w in weights.items()}
+        found = {name: slope[None].clone() for name, slope in slopes.items()}
         reached = self.method.reach(self.dense, found, self.memory)
         for name, weight in {**weights, **self.learned}.items():
-            weight.grad = reached[name] if name in self.learned else reached[name][0]
+            if name not in still:
+                weight.grad = reached[name] if name in self.learned else reached[name][0]
         for name, weight in weights.items():
             weight.copy_(self.dense[name][0])
 

@@ -75,7 +75,8 @@ def multiply_adds(
         flops = sum(count for kind, count in here.items() if not any(word in str(kind) for word in PRODUCTS))
         mine = {name: weights[name].numel() for name in weights if owners[name] == owner}
         if not flops:
-            raise UserError(f"The multiply-adds of {owner or root} are not known: it was not used, or PyTorch does not count it.")
+            raise UserError(f"The multiply-adds of {owner or root} are not known: it was not used, or PyTorch does not "
+                            "count it.")
         found |= {name: flops / 2 / len(x) * number / sum(mine.values()) for name, number in mine.items()}
     return found | {"rest": sum(by_layer["Global"].values()) / 2 / len(x) - sum(found.values())}
 
@@ -96,7 +97,8 @@ def speed_up(
         float: 1: nothing is saved
     """
     dense, weights = multiply_adds(module, x), prunable_weights(module)
-    left = {name: mask.double().mean().item() for name, mask in (masks or {n: w != 0 for n, w in weights.items()}).items()}
+    masks = masks or {name: weight != 0 for name, weight in weights.items()}
+    left = {name: mask.double().mean().item() for name, mask in masks.items()}
     sparse = sum(count * left.get(name, 1.0) for name, count in dense.items())
     if not sparse:
         raise UserError("Nothing is left of this model: all its prunable weights are zero.")
@@ -123,7 +125,8 @@ def pack_sparse(
     for name, mask in masks.items():
         tensors[f"values/{name}"] = tensors.pop(f"dense/{name}")[mask]
         tensors[f"bits/{name}"] = torch.from_numpy(np.packbits(mask.cpu().numpy()))
-    return safetensors.torch.save({name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()})
+    plain = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    return safetensors.torch.save(plain)
 
 
 def save_sparse(
@@ -193,13 +196,15 @@ def inference_costs(
     """
     weights = prunable_weights(module)
     masks = masks or {name: weight.detach() != 0 for name, weight in weights.items()}
-    total, kept = (sum(int(number) for number in column) for column in zip(*((m.numel(), m.sum()) for m in masks.values())))
+    total, kept = (sum(int(measure(mask)) for mask in masks.values()) for measure in (torch.numel, torch.sum))
     everything = sum(parameter.numel() for parameter in unwrapped(module).parameters())
     faster, state = speed_up(module, x, masks), unwrapped(module).state_dict()
-    dense_bytes = len(safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}))
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    dense_bytes = len(safetensors.torch.save(plain))
     return pd.Series({
         "multiply-adds": sum(multiply_adds(module, x).values()), "speed-up": faster,
-        "compression of prunable weights": total / kept, "compression of the model": everything / (everything - total + kept),
+        "compression of prunable weights": total / kept,
+        "compression of the model": everything / (everything - total + kept),
         "bytes, dense": dense_bytes, "bytes, sparse": len(pack_sparse(module, masks)),
     })
 

@@ -155,11 +155,15 @@ def snip_saliency(
         raise UserError("SNIP scores weights by the loss on training images: give data=, images or (x, y).")
     x, y = (data.x_train, data.y_train) if isinstance(data, Images) else data
     weights, training = prunable_weights(module), [layer.training for layer in module.modules()]
-    device = next(iter(weights.values())).device
+    device, frozen = next(iter(weights.values())).device, [w for w in weights.values() if not w.requires_grad]
     with torch.enable_grad():
+        for weight in frozen:
+            weight.requires_grad_(True)
         output = logits_of(module.eval()(x[:SNIP_IMAGES].to(device)))
         loss = F.cross_entropy(output, y[:SNIP_IMAGES].to(device))
-        gradients = torch.autograd.grad(loss, list(weights.values()))
+        gradients = torch.autograd.grad(loss, list(weights.values()), materialize_grads=True)
+    for weight in frozen:
+        weight.requires_grad_(False)
     for layer, mode in zip(module.modules(), training):
         layer.training = mode
     return {name: (weight * gradient).abs().detach() for (name, weight), gradient in zip(weights.items(), gradients)}

@@ -29,7 +29,16 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from .averaging import MERGES
-from .batch_statistics import Data, batches, class_probabilities, evaluate, judge, recompute_statistics, statistic_layers
+from zootwins.batch_statistics import (
+    Data,
+    batches,
+    class_probabilities,
+    device_of,
+    evaluate,
+    judge,
+    recompute_statistics,
+    statistic_layers,
+)
 from .core import UserError, check_name, digest
 from .datasets import Images
 from zootwins.module_masks import (
@@ -88,7 +97,8 @@ def average_modules(
     states = [module.state_dict() for module in modules]
     shapes = [{name: tensor.shape for name, tensor in state.items()} for state in states]
     if not states or any(each != shapes[0] for each in shapes):
-        raise UserError("A soup needs at least one model, and all of one architecture: these differ in names or shapes.")
+        raise UserError("A soup needs at least one model, and all of one architecture: these differ in names "
+                        "or shapes.")
     if same_masks:
         check_same_masks(modules)
     share = torch.ones(len(states)) if coefficients is None else torch.as_tensor(coefficients)
@@ -96,9 +106,11 @@ def average_modules(
     mixed = dict(states[0])
     for name, tensor in states[0].items():
         if tensor.is_floating_point():
-            mixed[name] = sum(part * state[name].double() for part, state in zip(share.tolist(), states)).to(tensor.dtype)
+            mean = sum(part * state[name].double() for part, state in zip(share.tolist(), states))
+            mixed[name] = mean.to(tensor.dtype)
             if not mixed[name].isfinite().all():
-                raise UserError(f"The average has infinite values or NaN in {name}: one of the models has diverged; leave it out.")
+                raise UserError(f"The average has infinite values or NaN in {name}: one of the models has diverged; "
+                                "leave it out.")
     together = copy.deepcopy(modules[0])
     together.load_state_dict(mixed)
     return together
@@ -156,7 +168,7 @@ def learned_coefficients(
     data: Data,                    # with a validation part
     teacher: nn.Module | None = None,  # the dense model to imitate; default: the labels
 ) -> Tensor:                       # float64 [m], on the simplex
-    """LearnedSoup: descend the validation loss from equal coefficients, batch by batch; never worse there than equal ones.
+    """LearnedSoup: descend the validation loss from equal coefficients; never worse there than equal ones.
 
     Args:
         modules: copies
@@ -180,7 +192,8 @@ def learned_coefficients(
         inputs, named, _ = pieces[step % len(pieces)]
         named = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in named.items()}
         share = z.softmax(0)
-        mixed = {name: torch.tensordot(share if name in learned else share.detach(), tensor, 1) for name, tensor in stacked.items()}
+        shares = {name: share if name in learned else share.detach() for name in stacked}
+        mixed = {name: torch.tensordot(shares[name], tensor, 1) for name, tensor in stacked.items()}
         scores = logits_of(functional_call(module, mixed, tuple(x.to(device) for x in inputs), named))
         optimizer.zero_grad()
         F.cross_entropy(scores, targets[step % len(pieces)].to(device)).backward()
@@ -207,7 +220,7 @@ def _loss_from(
     likely = class_probabilities(module, data, "val")[0].clamp_min(torch.finfo(torch.float64).tiny).log()
     return -(taught * likely).sum(1).mean().item()
 
-# %% ../nbs/73_module_soups.ipynb #f6f1f118
+# %% ../nbs/73_module_soups.ipynb #fa01890e
 MergeRule = Callable[[Sequence[nn.Module], Data], Sequence[float] | Tensor]  # (copies, data) -> coefficients
 
 
@@ -228,6 +241,8 @@ def merge_coefficients(
     Returns:
         Tensor: float64 [m], they sum to 1
     """
+    if not modules:
+        raise UserError("A soup needs at least one model, and there is none.")
     if not callable(merge):
         check_name(merge, MERGES, "merge")
     if merge == "uniform":
@@ -294,8 +309,8 @@ def merge_modules(
         wall = barrier_of(mixed, modules, data, part)
         if wall["accuracy"] > WALL and wall["loss"] > 0:
             warnings.warn(
-                f"These {len(modules)} models can hardly be averaged: the soup is {100 * wall['accuracy']:.1f} points less "
-                f"accurate than they are on average, behind a barrier of {wall['loss']:.3g} in the loss; "
+                f"These {len(modules)} models can hardly be averaged: the soup is {100 * wall['accuracy']:.1f} points "
+                f"less accurate than they are on average, behind a barrier of {wall['loss']:.3g} in the loss; "
                 "models of one soup have to be copies of one pruned parent, retrained not too far.", stacklevel=2,
             )
     return mixed
@@ -367,7 +382,7 @@ def _company() -> Iterator[threading.Event]:
         with _door:
             _at_work.discard(mark)
 
-# %% ../nbs/73_module_soups.ipynb #ee854156
+# %% ../nbs/73_module_soups.ipynb #54612fdd
 def retrain_copy(
     task: Copy,   # what to do
 ) -> Retrained:
@@ -384,13 +399,15 @@ def retrain_copy(
     if not isinstance(found, nn.Module):
         raise UserError(f"retrain has to return the retrained model, and returned {type(found).__name__}.")
     found = unwrapped(found)
-    if {name: t.shape for name, t in found.state_dict().items()} != {name: t.shape for name, t in model.state_dict().items()}:
+    shapes = [{name: tensor.shape for name, tensor in each.state_dict().items()} for each in (found, model)]
+    if shapes[0] != shapes[1]:
         raise UserError("retrain returned a model of another architecture than it was given: return the same one.")
     back = revived(found, task.masks)
     enforce(found, task.masks)
     state = {name: tensor.detach().cpu().clone() for name, tensor in found.state_dict().items()}
     if broken := [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]:
-        raise UserError(f"A retrained copy has diverged: {broken[0]} has infinite values or NaN; retrain with a lower rate.")
+        raise UserError(f"A retrained copy has diverged: {broken[0]} has infinite values or NaN; "
+                        "retrain with a lower rate.")
     return Retrained(state, back, drawn and company.is_set() and not isinstance(task.retrain, Trainer))
 
 # %% ../nbs/73_module_soups.ipynb #b9201d25
@@ -477,11 +494,12 @@ def _warn_of_copies(
         made: just now
     """
     if backs := sum(each.back for each in made):
-        warnings.warn(f"{backs} pruned weights had come back and were pruned again: retrain has to train the model that it "
-                      "is given, or to keep pruned weights at zero itself.", stacklevel=4)
+        warnings.warn(f"{backs} pruned weights had come back and were pruned again: retrain has to train the model "
+                      "that it is given, or to keep pruned weights at zero itself.", stacklevel=4)
     if any(each.mixed for each in made):
-        warnings.warn("Copies drew from PyTorch's global generator side by side, in threads of one process, so another run "
-                      "will not give the same bits: use processes, a single thread, or a generator per copy.", stacklevel=4)
+        warnings.warn("Copies drew from PyTorch's global generator side by side, in threads of one process, so another "
+                      "run will not give the same bits: use processes, one thread, or a generator per copy.",
+                      stacklevel=4)
 
 
 def _kept(
@@ -575,11 +593,11 @@ class ModuleSoup:
     """A sparse soup, and how it came about.
 
     Attributes:
-        table: phase, sparsity, row ("pruned", "candidate 0", ..., "soup", ...) and, with data, accuracies and losses
+        table: phase, sparsity, row ("pruned", "candidate 0", ..., "soup", ...); accuracies, losses
     """
 
     phases: list[ModulePhase]
-    table: pd.DataFrame  # phase, sparsity, row ("pruned", "candidate 0", ..., "soup", ...) and, with data, accuracies and losses
+    table: pd.DataFrame  # phase, sparsity, row ("pruned", "candidate 0", ..., "soup", ...); accuracies, losses
 
     @property
     def model(self) -> nn.Module:
@@ -773,11 +791,11 @@ def soup(
     retrain: Retrain | None = None,  # (model, seed, rates) -> model; none: the plain trainer on these images
     rates: Rates = RATES,         # of every phase
     selector: str | Selector | ModuleScores = "global",  # which weights go, as in module_masks.choose_masks
-    merge: str | MergeRule = "uniform",  # one of averaging.MERGES (distilled: from `model`), or a function of copies and data
+    merge: str | MergeRule = "uniform",  # one of averaging.MERGES, where `model` is the teacher, or a function
     seed: int = 0,                # of all that is random
     settings: TrainSettings = SETTINGS,  # of the plain trainer
     folder: Path | str | None = None,    # where copies are kept, to go on from; none: nowhere
-    workers: Executor | None = None,     # a pool of threads, or of processes where retrain draws from the global generator
+    workers: Executor | None = None,     # threads; processes if retrain draws from the global generator
 ) -> ModuleSoup:                  # phases, candidates, soups, sparsities, accuracies
     """A sparse model soup (Algorithm 1) of any module; raises `UserError` for what cannot be, and warns of a wall.
 
@@ -790,22 +808,22 @@ def soup(
         retrain: (model, seed, rates) -> model; none: the plain trainer on these images
         rates: of every phase
         selector: which weights go, as in module_masks.choose_masks
-        merge: one of averaging.MERGES (distilled: from `model`), or a function of copies and data
+        merge: one of averaging.MERGES, where `model` is the teacher, or a function
         seed: of all that is random
         settings: of the plain trainer
         folder: where copies are kept, to go on from; none: nowhere
-        workers: a pool of threads, or of processes where retrain draws from the global generator
+        workers: threads; processes if retrain draws from the global generator
 
     Returns:
         ModuleSoup: phases, candidates, soups, sparsities, accuracies
     """
     numbers = range(m) if isinstance(m, int) else m
-    if len(numbers) < 1:
-        raise UserError(f"A soup needs at least one copy, not {m}.")
+    if not isinstance(numbers, Sequence) or isinstance(numbers, str) or len(numbers) < 1:
+        raise UserError(f"A soup needs at least one copy, not {m!r}: give a number, or a list of numbers of copies.")
     if data is None and statistic_layers(model):
         raise UserError("A pruned or averaged model has other statistics of BatchNorm: give data to compute them from.")
     retrain = retrain or _plain_trainer(data, settings)
-    device, place, found, frames = next(model.parameters()).device, Path(folder) if folder else None, [], []
+    device, place, found, frames = device_of(model), Path(folder) if folder else None, [], []
     before, earlier = copy.deepcopy(unwrapped(model)).cpu(), None
     with ExitStack() as stack:
         if place:
@@ -853,8 +871,8 @@ def _warn_of_wall(
     lost = by_row.at["mean candidate", f"{part}_acc"] - by_row.at["soup", f"{part}_acc"]
     higher = by_row.at["soup", f"{part}_loss"] - by_row.at["mean candidate", f"{part}_loss"]
     if lost > WALL and higher > 0:
-        warnings.warn(f"In phase {number} the copies can hardly be averaged: the soup is {100 * lost:.1f} points less accurate "
-                      f"than they are on average, behind a barrier of {higher:.3g} in the loss; "
+        warnings.warn(f"In phase {number} the copies can hardly be averaged: the soup is {100 * lost:.1f} points less "
+                      f"accurate than they are on average, behind a barrier of {higher:.3g} in the loss; "
                       "prune less per phase, retrain at lower rates, or merge greedily.", stacklevel=3)
 
 # %% ../nbs/73_module_soups.ipynb #ea3bc1fe

@@ -162,8 +162,10 @@ def part_rows(
     runs = related_runs(model, images, part.level, part.phases, study.m, rates, study.merges, selector=part.selector,
                         seed=seed, settings=study.settings, folder=folder)
     rows = compare_runs(runs, images, part.selector, seed)
-    faster = {("SMS", name) if name in study.merges else (name, ""): _speed_ups(run, images) for name, run in runs.items()}
-    told = [faster.get((row, merge), {}).get(phase) for row, merge, phase in rows[["row", "merge", "phase"]].itertuples(index=False)]
+    rowed = {("SMS", name) if name in study.merges else (name, ""): run for name, run in runs.items()}
+    faster = {row: _speed_ups(run, images) for row, run in rowed.items()}
+    places = rows[["row", "merge", "phase"]].itertuples(index=False)
+    told = [faster.get((row, merge), {}).get(phase) for row, merge, phase in places]
     pruning = "filters" if part.selector == "filters" else "weights"
     return rows.assign(speed_up=told, table=part.table, pruning=pruning)
 
@@ -244,8 +246,9 @@ def toy_study(
         Study: the same parts
     """
     settings = replace(study.settings, batch_size=64, amp=False, device="cpu")
-    return replace(study, title=f"{study.title}, as a toy", network="resnet8", dataset="digits", size=28, factor=2, n_train=192,
-                   n_val=64, n_test=64, epochs=2, retrain_epochs=1, m=2, settings=settings)
+    title, images = f"{study.title}, as a toy", {"size": 28, "factor": 2, "n_train": 192, "n_val": 64, "n_test": 64}
+    return replace(study, title=title, network="resnet8", dataset="digits", epochs=2, retrain_epochs=1, m=2,
+                   settings=settings, **images)
 
 
 def main(
@@ -259,7 +262,8 @@ def main(
     Returns:
         int: 0: all is there
     """
-    parser = argparse.ArgumentParser(prog="python -m zootwins.network_studies", description="Sparse soups of one network.")
+    name, what = "python -m zootwins.network_studies", "Sparse soups of one network."
+    parser = argparse.ArgumentParser(prog=name, description=what)
     parser.add_argument("study", help=f"one of {', '.join(STUDIES)}")
     parser.add_argument("folder", help="for the study's files")
     parser.add_argument("--seeds", default="0", help="of the dense models, such as 0,1,2")
@@ -273,8 +277,8 @@ def main(
         study = toy_study(study) if told.toy else study
         device = told.device or study.settings.device
         if device.startswith("cuda") and not torch.cuda.is_available():
-            raise UserError(f"The study {told.study} is for a GPU, and there is none here: give --device cpu, which takes days, "
-                            "or --toy with it to see that everything runs.")
+            raise UserError(f"The study {told.study} is for a GPU, and there is none here: give --device cpu, which "
+                            "takes days, or --toy with it to see that everything runs.")
         study = replace(study, settings=replace(study.settings, device=device))
         rows = study_rows(study, told.folder, [int(word) for word in told.seeds.split(",")])
     except UserError as error:

@@ -326,7 +326,7 @@ def _stop_if_diverged(
         raise UserError(f"Training has diverged in epoch {epoch} of {rates.epochs}, at rates up to {rates(0):.3g}: "
                         "train with a lower rate.")
 
-# %% ../nbs/72_retraining.ipynb #c5f9f7bb
+# %% ../nbs/72_retraining.ipynb #f08d23a6
 _generator = threading.Lock()  # for PyTorch's global one
 
 
