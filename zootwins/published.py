@@ -411,7 +411,7 @@ def passed_factors(
         params: flattened
         used: factor -> the name it was found under
     """
-    passed = Counter({("factor", ours, "not told"): 1 for ours, name in used.items() if name is None})
+    passed = Counter({("factor", ours, "not given"): 1 for ours, name in used.items() if name is None})
     for name, value in list(params.items())[:1_000]:
         idle = "not needed here" if name.startswith(IDLE) else "not known here"
         if name in SETTINGS:
@@ -1250,7 +1250,7 @@ def property_factors(
         dict[str, object]: generating factors
     """
     given = {ours: state.properties.get(theirs) for ours, theirs in PROPERTY_NAMES.items()}
-    passed.update(("factor", name, "not told") for name in ("seed", *given) if given.get(name) is None)
+    passed.update(("factor", name, "not given") for name in ("seed", *given) if given.get(name) is None)
     if wrong := [name for name in ("lr", "wd", "dropout") if not isinstance(given[name], int | float | None)]:
         raise ValueError(f"its {wrong[0]} is not a number")
     texts = {name: read_text(name, given[name]) for name in ("activation", "init", "optimizer")}
