@@ -498,7 +498,8 @@ def _warn_of_copies(
                       "that it is given, or to keep pruned weights at zero itself.", stacklevel=4)
     if any(each.mixed for each in made):
         warnings.warn("Copies drew from PyTorch's global generator side by side, in threads of one process, so another "
-                      "run will not give the same bits: use processes, one thread, or a generator per copy.", stacklevel=4)
+                      "run will not give the same bits: use processes, one thread, or a generator per copy.",
+                      stacklevel=4)
 
 
 def _kept(
