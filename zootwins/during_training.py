@@ -889,16 +889,14 @@ def train_sparsely(
     Returns:
         State: with the final weights
     """
-    per_epoch, copied, last = -(-n // recipe.batch_size), False, 0.0
+    per_epoch, copied, last, device = -(-n // recipe.batch_size), False, 0.0, state.keys.device
     steps, models, names = recipe.epochs * per_epoch, state.population.models, _with_thresholds(state, names, method)
-    device, plain = state.keys.device, replace(recipe, schedule="constant")
     memory = Memory(level, keys=stream_keys(state.population.architecture, "connections", models["seed"]))
     when, places = method.when(level, steps), torch.arange(n, device=device)
     for step in range(steps):
         epoch, number = divmod(step, per_epoch)
         if step in when:
-            memory.progress = step / steps
-            rises, last = when[step] != last, when[step]
+            memory.progress, rises, last = step / steps, when[step] != last, when[step]
             if copied and rises:
                 state, copied = _gather(state, memory, m, models, recipe), False
                 learner.gather(m)
@@ -908,7 +906,7 @@ def train_sparsely(
                 learner.spread(m)
         if number == 0 or step in when:
             order, factors = epoch_order(n, state.keys, epoch + 1), rate_factors(recipe, epoch + 1, per_epoch)
-            rates, decays = rates_and_decays(state.population.models, plain, device)
+            rates, decays = rates_and_decays(state.population.models, replace(recipe, schedule="constant"), device)
         rows = slice(number * recipe.batch_size, (number + 1) * recipe.batch_size)
         own = method.rate(step, steps, memory)
         batch, now = (order[:, rows], places[rows], epoch + 1), rates * (factors[number] if own is None else own)
