@@ -600,7 +600,7 @@ def figure_when(
         ax.errorbar(rows["gain"], at, xerr=errors, label=f"over {name}", **look)
     ax.axvline(0, color=GREY, linewidth=0.9)
     ax.set_xscale("symlog", linthresh=1, linscale=1)
-    ax.set_xticks([-10, -3, -1, -0.5, 0, 0.5, 1], ["-10", "-3", "-1", "-0.5", "0", "0.5", "1"])
+    ax.set_xticks([-10, -3, -1, -0.5, 0, 0.5, 1, 2], ["-10", "-3", "-1", "-0.5", "0", "0.5", "1", "2"])
     ax.minorticks_off()
     ax.set_yticks(range(len(lines)), lines)
     ax.set_xlabel("points of the uniform soup, mean and 95 % interval over models")
