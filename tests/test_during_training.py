@@ -341,7 +341,8 @@ def test_thresholds_are_learned_and_not_left_behind(start, method):
 )
 def test_a_model_does_not_depend_on_its_neighbours(start, method, m):
     exact = replace(start, weights={name: tensor.double() for name, tensor in start.weights.items()})  # no near ties
-    images = replace(IMAGES, x_train=IMAGES.x_train.double(), x_val=IMAGES.x_val.double(), x_test=IMAGES.x_test.double())
+    exact_x = {name: getattr(IMAGES, name).double() for name in ("x_train", "x_val", "x_test")}
+    images = replace(IMAGES, **exact_x)
     together = sparsify_population(exact, images, SHORT, method, 0.6, m=m)
     alone = sparsify_population(exact[[1]], images, SHORT, method, 0.6, m=m)
     assert all(torch.allclose(together.weights[name][1], alone.weights[name][0], atol=1e-10) for name in alone.weights)
