@@ -2,6 +2,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +19,19 @@ from zootwins.twins import load_metrics, load_stage
 from zootwins.zoos import get_zoo
 
 STAGES = ("original", "mp", "vd")
+ROOT = Path(__file__).resolve().parents[1]
 IMAGES = subset(load_images("digits"), 80, 50)
+
+
+def run_notebook(notebook, folder, cwd=ROOT, **parameters):
+    "Run a notebook through papermill, in a process of its own; give the finished process."
+    parameters = {"store": folder / "zoos", "figures": folder / "figures", **parameters}
+    options = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
+    command = [
+        sys.executable, "-m", "papermill", str(notebook), str(folder / "out.ipynb"), "--kernel", "python3",
+        "--no-progress-bar", *options,
+    ]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
 
 
 def small_plan(folder, n=3, epochs=3, **changes):

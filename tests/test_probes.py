@@ -1,8 +1,7 @@
 """Probes of hyper-representations, zero-shot masks, and the notebook that makes Table 3."""
 import json
-import subprocess
-import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -15,6 +14,7 @@ from sklearn.linear_model import Ridge
 from sklearn.metrics import r2_score
 from sklearn.preprocessing import StandardScaler
 
+from small import run_notebook
 from zootwins import hyperreps, probes
 from zootwins.architectures import build
 from zootwins.core import UserError
@@ -217,19 +217,7 @@ def test_epochs_of_other_models_are_refused():
         probes.move_latents(untrained(states), lacking, 2)
 
 
-def papermill(folder, **parameters):
-    "Run the notebook; give the finished process."
-    parameters = {"store": folder / "zoos", "figures": folder / "figures", **parameters}
-    options = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
-    return subprocess.run(
-        [
-            sys.executable, "-m", "papermill", str(NOTEBOOK), str(folder / "out.ipynb"), "--kernel", "python3",
-            "--no-progress-bar", *options,
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+papermill = partial(run_notebook, NOTEBOOK)
 
 
 def test_the_notebook_explains_its_parameters():

@@ -1,7 +1,7 @@
 """The run notebook through papermill, as a user would call it."""
 import json
 import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -10,6 +10,7 @@ import pytest
 
 from nbclient import NotebookClient
 
+from small import run_notebook
 from zootwins.plans import PARAMETERS, make_plan
 from zootwins.publishing import export_zoo
 
@@ -17,19 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT / "nbs" / "run_zoo.ipynb"
 
 
-def papermill(folder, cwd=ROOT, **parameters):
-    "Run the notebook; give the finished process."
-    parameters = {"store": folder / "zoos", "figures": folder / "figures", **parameters}
-    options = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
-    return subprocess.run(
-        [
-            sys.executable, "-m", "papermill", str(NOTEBOOK), str(folder / "out.ipynb"), "--kernel", "python3",
-            "--no-progress-bar", *options,
-        ],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-    )
+papermill = partial(run_notebook, NOTEBOOK)
 
 
 def test_there_is_one_cell_of_parameters_and_each_is_explained():

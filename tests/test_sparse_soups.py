@@ -1,7 +1,6 @@
 """The notebook of soups through papermill, as a user would call it."""
 import json
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -10,6 +9,7 @@ import pandas as pd
 import pytest
 from nbclient import NotebookClient
 
+from small import run_notebook
 from zootwins.core import UserError
 from zootwins.plans import make_plan
 from zootwins.soups import PARAMETERS, parse_story, story_folder, story_gains
@@ -22,15 +22,7 @@ STORY = {
 }
 
 
-def papermill(folder, **parameters):
-    "Run the notebook; give the finished process."
-    parameters = {"store": folder / "zoos", "figures": folder / "figures", **parameters}
-    options = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
-    command = [
-        sys.executable, "-m", "papermill", str(NOTEBOOK), str(folder / "out.ipynb"), "--kernel", "python3",
-        "--no-progress-bar", *options,
-    ]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+papermill = partial(run_notebook, NOTEBOOK)
 
 
 def test_there_is_one_cell_of_parameters_and_each_is_explained():
