@@ -12,7 +12,7 @@ from zootwins.population import (
     Population, complete_models, concatenate, from_modules, from_state_dicts, load_population, parameter_shapes,
     plain_models, sample_population, save_population,
 )
-from zootwins.zoos import ZOOS, list_zoos, model_table, zoo_size
+from zootwins.zoos import FACTORS, GRID_ZOOS, ZOOS, list_zoos, model_table, zoo_size
 
 
 @pytest.mark.parametrize("name", list(ZOOS))
@@ -43,6 +43,19 @@ def test_a_larger_sample_begins_with_the_smaller():
         small, large = (sample_population(ZOOS[name], n) for n in (4, 9))
         assert large.models.head(4).equals(small.models)
         assert all(torch.equal(large.weights[key][:4], small.weights[key]) for key in small.weights)
+
+
+@pytest.mark.parametrize("n", [16, 50, 64, 100, 128])
+@pytest.mark.parametrize("zoo", [zoo for zoo in GRID_ZOOS if zoo.kind == "fixed"], ids=lambda zoo: zoo.name)
+def test_a_draw_from_a_grid_has_every_value_equally_often(zoo, n):
+    table = model_table(zoo, n)
+    assert not table.duplicated(list(FACTORS)).any()
+    for factor in FACTORS:
+        counts = table[factor].value_counts().reindex(getattr(zoo, factor), fill_value=0)
+        assert counts.max() - counts.min() <= 2, counts.to_dict()
+    pairs = table.groupby(["activation", "init"]).size().reindex(
+        pd.MultiIndex.from_product([zoo.activation, zoo.init]), fill_value=0)
+    assert pairs.max() - pairs.min() <= 2, pairs.to_dict()
 
 
 @pytest.mark.parametrize("n", [0, -1, 1001, 2.5, True, "3"])

@@ -6,16 +6,17 @@
 __all__ = [
     'SEED_ZOOS', 'CALIBRATED', 'GRID', 'FMNIST_RATE', 'CIFAR_RATE', 'WD_LARGE', 'GRID_ZOOS', 'DIGITS', 'ZOOS',
     'FACTORS', 'SHORT', 'TABLE_4', 'Zoo', 'grid_zoos', 'get_zoo', 'check_zoo', 'zoo_size', 'drawn_seeds',
-    'check_n_models', 'model_table', 'short_number', 'table_4_row', 'list_zoos',
+    'spread_order', 'draw_order', 'check_n_models', 'model_table', 'short_number', 'table_4_row', 'list_zoos',
 ]
 
 # %% ../nbs/04_zoos.ipynb #7a261b6b
 import re
 from dataclasses import dataclass, replace
-from itertools import product
+from functools import lru_cache
+from itertools import combinations_with_replacement, product
 
+import numpy as np
 import pandas as pd
-import torch
 
 from .architectures import ARCHITECTURES, build, count_parameters
 from .core import UserError, check_name, one_line
@@ -159,7 +160,7 @@ DIGITS = Zoo(
 )
 ZOOS: dict[str, Zoo] = {zoo.name: zoo for zoo in (*SEED_ZOOS, *GRID_ZOOS, DIGITS)}
 
-
+# %% ../nbs/04_zoos.ipynb #36a4ab49
 FACTORS = ("activation", "init", "optimizer", "lr", "wd", "dropout")
 
 
@@ -238,6 +239,53 @@ def drawn_seeds(
     words = random_words(n, stream_keys(zoo.name, "seeds", [0])[0], site=0)
     return (words % 1_000_000).tolist()
 
+# %% ../nbs/04_zoos.ipynb #1eb46cd8
+def spread_order(
+    values: np.ndarray,   # int [combinations, factors], which value of each factor a combination has
+    ties: np.ndarray,     # [combinations], the smaller one is drawn first where two are equally good
+) -> list[int]:           # places in `values`, each once
+    """Order the combinations of a grid so that the first n, for any n, have all values and pairs about equally often.
+
+    Args:
+        values: int [combinations, factors], which value of each factor a combination has
+        ties: [combinations], the smaller one is drawn first where two are equally good
+
+    Returns:
+        list[int]: places in `values`, each once
+    """
+    sizes = values.max(0) + 1
+    pairs = list(combinations_with_replacement(range(values.shape[1]), 2))
+    codes = np.stack([values[:, f] * sizes[g] + values[:, g] for f, g in pairs], 1)
+    weights = np.array([sizes[f] * (sizes[g] if f < g else 1) for f, g in pairs])
+    drawn = np.zeros((len(pairs), codes.max() + 1), dtype=np.int64)
+    left, order = np.argsort(ties, kind="stable"), []
+    while len(left):
+        costs = drawn[np.arange(len(pairs)), codes[left]] @ weights
+        order.append(int(left[costs.argmin()]))
+        drawn[np.arange(len(pairs)), codes[order[-1]]] += 1
+        left = np.delete(left, costs.argmin())
+    return order
+
+# %% ../nbs/04_zoos.ipynb #0d15a817
+@lru_cache(maxsize=64)
+def draw_order(
+    zoo: Zoo,  # a grid
+) -> tuple[int, ...]:  # row of each model in the full grid, in which the seeds of a combination follow each other
+    """The order in which the models of a grid are drawn: round after round, each with one seed of every combination.
+
+    Args:
+        zoo: a grid
+
+    Returns:
+        tuple[int, ...]: row of each model in the full grid, in which the seeds of a combination follow each other
+    """
+    values = np.array(list(product(*(range(len(getattr(zoo, factor))) for factor in FACTORS))))
+    words = random_words(2 * zoo_size(zoo), stream_keys(zoo.name, "draw", [0])[0], site=0)
+    which, ties = words.numpy().reshape(2, len(values), zoo.seeds)
+    seeds = which.argsort(axis=1, kind="stable")
+    rounds = [(turn, spread_order(values, ties[:, turn])) for turn in range(zoo.seeds)]
+    return tuple(int(place * zoo.seeds + seeds[place, turn]) for turn, order in rounds for place in order)
+
 # %% ../nbs/04_zoos.ipynb #c307583c
 def check_n_models(
     zoo: Zoo,              # the entry
@@ -280,8 +328,7 @@ def model_table(
     if zoo.kind == "random":
         table["seed"] = drawn_seeds(zoo, size)
     if zoo.kind != "seed":
-        words = random_words(size, stream_keys(zoo.name, "draw", [0])[0], site=0)
-        table = table.iloc[torch.argsort(words, stable=True).tolist()]
+        table = table.iloc[list(draw_order(zoo))]
     table = table.head(n_models).reset_index(drop=True)
     return table.assign(model=table.index, parent="")[["model", "seed", *FACTORS, "parent"]]
 
