@@ -168,6 +168,23 @@ def _rows(
         "test_loss": measured.test_loss.cpu(), "test_acc": measured.test_accuracy.cpu(),
     })
 
+# %% ../nbs/18_engines.ipynb #5b1ace9d
+def _put(
+    weights: dict[str, Tensor],  # of the whole population; tensors are replaced
+    rows: list[int],             # positions of the group's models
+    state: State,                # holds their weights
+) -> None:
+    """Copy a group's weights into those of the whole population.
+
+    Args:
+        weights: of the whole population; tensors are replaced
+        rows: positions of the group's models
+        state: holds their weights
+    """
+    for name, tensor in state.population.weights.items():
+        weights[name] = weights[name].clone()
+        weights[name][rows] = tensor.cpu()
+
 # %% ../nbs/18_engines.ipynb #ea86efa8
 def train(
     population: Population,                  # models to start from; left unchanged
@@ -219,20 +236,3 @@ def train(
     metrics = pd.concat(frames)
     metrics = metrics.sort_values([name for name in ("model", "copy", "epoch") if name in metrics], ignore_index=True)
     return Trajectory(finish(ends), metrics, {epoch: finish(weights) for epoch, weights in kept.items()})
-
-
-def _put(
-    weights: dict[str, Tensor],  # of the whole population; tensors are replaced
-    rows: list[int],             # positions of the group's models
-    state: State,                # holds their weights
-) -> None:
-    """Copy a group's weights into those of the whole population.
-
-    Args:
-        weights: of the whole population; tensors are replaced
-        rows: positions of the group's models
-        state: holds their weights
-    """
-    for name, tensor in state.population.weights.items():
-        weights[name] = weights[name].clone()
-        weights[name][rows] = tensor.cpu()
