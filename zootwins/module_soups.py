@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LEARNING_STEPS', 'LEARNING_RATE', 'MergeRule', 'WALL', 'Retrain', 'RATES', 'SMS_ROWS', 'check_same_masks',
            'average_modules', 'greedy_coefficients', 'learned_coefficients', 'merge_coefficients', 'barrier_of',
-           'merge_modules', 'Copy', 'Retrained', 'retrain_copy', 'identity_of', 'copy_name', 'make_copies',
-           'ModulePhase', 'ModuleSoup', 'copy_seed', 'phase_rows', 'soup', 'repruned', 'related_runs', 'compare_runs']
+           'merge_modules', 'Copy', 'copy_seed', 'Retrained', 'retrain_copy', 'identity_of', 'copy_name', 'make_copies',
+           'ModulePhase', 'phase_rows', 'ModuleSoup', 'soup', 'repruned', 'related_runs', 'compare_runs']
 
 # %% ../nbs/73_module_soups.ipynb #c0c50d00
 import copy
@@ -17,7 +17,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, as_completed
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -28,28 +28,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+# %% ../nbs/73_module_soups.ipynb #847eedf5
 from .averaging import MERGES
 from zootwins.batch_statistics import (
-    Data,
-    batches,
-    class_probabilities,
-    device_of,
-    evaluate,
-    judge,
-    recompute_statistics,
-    statistic_layers,
+    Data, batches, class_probabilities, device_of, evaluate, judge, recompute_statistics, statistic_layers,
 )
 from .core import UserError, check_name, digest
 from .datasets import Images
 from zootwins.module_masks import (
-    ModuleScores,
-    choose_masks,
-    enforce,
-    holding,
-    prunable_weights,
-    revived,
-    sparsity,
-    unwrapped,
+    ModuleScores, choose_masks, enforce, holding, prunable_weights, revived, sparsity, unwrapped,
 )
 from .networks import logits_of
 from .retraining import SETTINGS, Rates, Trainer, TrainSettings, state_digest
@@ -59,6 +46,20 @@ from .store import add_file, archive, locked, opened, sweep
 from .workers import Executor, told
 
 # %% ../nbs/73_module_soups.ipynb #925cfeed
+def _check_architecture(
+    states: Sequence[Mapping[str, Tensor]],  # of modules
+) -> None:
+    """Raise `UserError` unless there are states, and all have the same names and shapes.
+
+    Args:
+        states: of modules
+    """
+    shapes = [{name: tensor.shape for name, tensor in state.items()} for state in states]
+    if not states or any(each != shapes[0] for each in shapes):
+        raise UserError("A soup needs at least one model, and all of one architecture: these differ in names "
+                        "or shapes.")
+
+
 def check_same_masks(
     modules: Sequence[nn.Module],  # of one architecture
 ) -> None:
@@ -76,7 +77,31 @@ def check_same_masks(
                     "average would be denser: prune first and copy then, or prune the average again (IMP-RePrune)."
                 )
 
+# %% ../nbs/73_module_soups.ipynb #211440d4
+def _mean_of(
+    states: Sequence[Mapping[str, Tensor]],  # of modules of one architecture
+    share: Sequence[float],                  # one per module, they sum to 1
+) -> dict[str, Tensor]:                      # what is not floating, such as a count of batches, is the first one's
+    """The weighted mean in double precision; raises `UserError` for NaN.
 
+    Args:
+        states: of modules of one architecture
+        share: one per module, they sum to 1
+
+    Returns:
+        dict[str, Tensor]: what is not floating, such as a count of batches, is the first one's
+    """
+    mixed = dict(states[0])
+    for name, tensor in states[0].items():
+        if tensor.is_floating_point():
+            mean = sum(part * state[name].double() for part, state in zip(share, states))
+            mixed[name] = mean.to(tensor.dtype)
+            if not mixed[name].isfinite().all():
+                raise UserError(f"The average has infinite values or NaN in {name}: one of the models has diverged; "
+                                "leave it out.")
+    return mixed
+
+# %% ../nbs/73_module_soups.ipynb #34b7c896
 @torch.no_grad()
 def average_modules(
     modules: Sequence[nn.Module],  # of one architecture, on one device
@@ -95,24 +120,13 @@ def average_modules(
     """
     modules = [unwrapped(module) for module in modules]
     states = [module.state_dict() for module in modules]
-    shapes = [{name: tensor.shape for name, tensor in state.items()} for state in states]
-    if not states or any(each != shapes[0] for each in shapes):
-        raise UserError("A soup needs at least one model, and all of one architecture: these differ in names "
-                        "or shapes.")
+    _check_architecture(states)
     if same_masks:
         check_same_masks(modules)
     share = torch.ones(len(states)) if coefficients is None else torch.as_tensor(coefficients)
     share = share.double() / share.double().sum()
-    mixed = dict(states[0])
-    for name, tensor in states[0].items():
-        if tensor.is_floating_point():
-            mean = sum(part * state[name].double() for part, state in zip(share.tolist(), states))
-            mixed[name] = mean.to(tensor.dtype)
-            if not mixed[name].isfinite().all():
-                raise UserError(f"The average has infinite values or NaN in {name}: one of the models has diverged; "
-                                "leave it out.")
     together = copy.deepcopy(modules[0])
-    together.load_state_dict(mixed)
+    together.load_state_dict(_mean_of(states, share.tolist()))
     return together
 
 # %% ../nbs/73_module_soups.ipynb #dee635ac
@@ -160,20 +174,43 @@ def greedy_coefficients(
     return kept / kept.sum()
 
 # %% ../nbs/73_module_soups.ipynb #a196cbec
+def _loss_of_average(
+    share: Tensor,                   # [m], may want a gradient
+    module: nn.Module,               # any copy, in eval mode
+    stacked: Mapping[str, Tensor],   # name -> [m, ...], of all copies
+    batch: tuple[tuple, dict, Tensor],  # positional and named inputs, and labels or probabilities
+) -> Tensor:
+    """Cross-entropy of the average on one batch; statistics cannot be differentiated.
+
+    Args:
+        share: [m], may want a gradient
+        module: any copy, in eval mode
+        stacked: name -> [m, ...], of all copies
+        batch: positional and named inputs, and labels or probabilities
+    """
+    inputs, named, target = batch
+    learned, device = dict(module.named_parameters()), share.device
+    named = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in named.items()}
+    shares = {name: share if name in learned else share.detach() for name in stacked}
+    mixed = {name: torch.tensordot(shares[name], tensor, 1) for name, tensor in stacked.items()}
+    scores = logits_of(functional_call(module, mixed, tuple(x.to(device) for x in inputs), named))
+    return F.cross_entropy(scores, target.to(device))
+
+# %% ../nbs/73_module_soups.ipynb #421f755c
 LEARNING_STEPS, LEARNING_RATE = 30, 0.1  # of Adam
 
 
-def learned_coefficients(
+def _descended(
     modules: Sequence[nn.Module],  # copies
     data: Data,                    # with a validation part
-    teacher: nn.Module | None = None,  # the dense model to imitate; default: the labels
+    taught: Tensor | None,         # float64 [N, classes], probabilities; None: the labels
 ) -> Tensor:                       # float64 [m], on the simplex
-    """LearnedSoup: descend the validation loss from equal coefficients; never worse there than equal ones.
+    """Descend the validation loss from equal coefficients.
 
     Args:
         modules: copies
         data: with a validation part
-        teacher: the dense model to imitate; default: the labels
+        taught: float64 [N, classes], probabilities; None: the labels
 
     Returns:
         Tensor: float64 [m], on the simplex
@@ -181,28 +218,19 @@ def learned_coefficients(
     states = [module.state_dict() for module in modules]
     floating = [name for name, tensor in states[0].items() if tensor.is_floating_point()]
     stacked = {name: torch.stack([state[name] for state in states]) for name in floating}
-    learned = dict(modules[0].named_parameters())  # statistics cannot be differentiated
-    device, pieces = stacked[floating[0]].device, list(batches(data, "val"))
-    taught = None if teacher is None else class_probabilities(teacher, data, "val")[0]
-    sizes = [len(labels) for _, _, labels in pieces]
-    targets = [labels for _, _, labels in pieces] if taught is None else taught.float().split(sizes)
-    z = torch.zeros(len(modules), device=device, requires_grad=True)
+    pieces = list(batches(data, "val"))
+    if taught is not None:
+        targets = taught.float().split([len(labels) for *_, labels in pieces])
+        pieces = [(inputs, named, target) for (inputs, named, _), target in zip(pieces, targets)]
+    z = torch.zeros(len(modules), device=stacked[floating[0]].device, requires_grad=True)
     optimizer, module = torch.optim.Adam([z], LEARNING_RATE), copy.deepcopy(modules[0]).eval()
     for step in range(LEARNING_STEPS):
-        inputs, named, _ = pieces[step % len(pieces)]
-        named = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in named.items()}
-        share = z.softmax(0)
-        shares = {name: share if name in learned else share.detach() for name in stacked}
-        mixed = {name: torch.tensordot(shares[name], tensor, 1) for name, tensor in stacked.items()}
-        scores = logits_of(functional_call(module, mixed, tuple(x.to(device) for x in inputs), named))
         optimizer.zero_grad()
-        F.cross_entropy(scores, targets[step % len(pieces)].to(device)).backward()
+        _loss_of_average(z.softmax(0), module, stacked, pieces[step % len(pieces)]).backward()
         optimizer.step()
-    equal, found = torch.full_like(z, 1 / len(modules)).double().cpu(), z.detach().double().softmax(0).cpu()
-    losses = [_loss_from(_mix(modules, share, data), data, taught) for share in (equal, found)]
-    return found if losses[1] < losses[0] else equal
+    return z.detach().double().softmax(0).cpu()
 
-
+# %% ../nbs/73_module_soups.ipynb #d0f93d71
 def _loss_from(
     module: nn.Module,      # an average, with its statistics
     data: Data,             # with a validation part
@@ -220,10 +248,51 @@ def _loss_from(
     likely = class_probabilities(module, data, "val")[0].clamp_min(torch.finfo(torch.float64).tiny).log()
     return -(taught * likely).sum(1).mean().item()
 
-# %% ../nbs/73_module_soups.ipynb #fa01890e
+
+def learned_coefficients(
+    modules: Sequence[nn.Module],  # copies
+    data: Data,                    # with a validation part
+    teacher: nn.Module | None = None,  # the dense model to imitate; default: the labels
+) -> Tensor:                       # float64 [m], on the simplex
+    """LearnedSoup: descend the validation loss from equal coefficients; never worse there than equal ones.
+
+    Args:
+        modules: copies
+        data: with a validation part
+        teacher: the dense model to imitate; default: the labels
+
+    Returns:
+        Tensor: float64 [m], on the simplex
+    """
+    taught = None if teacher is None else class_probabilities(teacher, data, "val")[0]
+    equal, found = torch.full((len(modules),), 1 / len(modules)).double(), _descended(modules, data, taught)
+    losses = [_loss_from(_mix(modules, share, data), data, taught) for share in (equal, found)]
+    return found if losses[1] < losses[0] else equal
+
+# %% ../nbs/73_module_soups.ipynb #123b4bcf
 MergeRule = Callable[[Sequence[nn.Module], Data], Sequence[float] | Tensor]  # (copies, data) -> coefficients
 
 
+def _rule_of(
+    merge: str | MergeRule,        # one of averaging.MERGES but uniform, or a function of copies and data
+    data: Data | None,             # for choices
+    teacher: nn.Module | None,     # the dense model, for distillation
+) -> MergeRule:
+    """The function that weighs copies; raises `UserError` for a choice without data, and for a missing teacher.
+
+    Args:
+        merge: one of averaging.MERGES but uniform, or a function of copies and data
+        data: for choices
+        teacher: the dense model, for distillation
+    """
+    if data is None:
+        raise UserError("Only the uniform soup can be had without data: give data with validation images.")
+    if merge == "distilled" and teacher is None:
+        raise UserError("A soup is distilled from a dense model: give it as the teacher, or merge by learned.")
+    distilled = functools.partial(learned_coefficients, teacher=teacher)
+    return {"greedy": greedy_coefficients, "learned": learned_coefficients, "distilled": distilled}.get(merge, merge)
+
+# %% ../nbs/73_module_soups.ipynb #fa01890e
 def merge_coefficients(
     merge: str | MergeRule,        # one of averaging.MERGES, or a function of copies and data
     modules: Sequence[nn.Module],  # copies
@@ -247,21 +316,12 @@ def merge_coefficients(
         check_name(merge, MERGES, "merge")
     if merge == "uniform":
         return torch.full((len(modules),), 1 / len(modules), dtype=torch.float64)
-    if data is None:
-        raise UserError("Only the uniform soup can be had without data: give data with validation images.")
-    if merge == "distilled" and teacher is None:
-        raise UserError("A soup is distilled from a dense model: give it as the teacher, or merge by learned.")
-    distilled = functools.partial(learned_coefficients, teacher=teacher)
-    rule = {"greedy": greedy_coefficients, "learned": learned_coefficients, "distilled": distilled}.get(merge, merge)
-    share = torch.as_tensor(rule(modules, data)).double()
+    share = torch.as_tensor(_rule_of(merge, data, teacher)(modules, data)).double()
     if share.shape != (len(modules),) or not share.isfinite().all() or share.sum() == 0:
         raise UserError(f"A merge of {len(modules)} copies needs as many finite coefficients that do not sum to zero.")
     return share / share.sum()
 
 # %% ../nbs/73_module_soups.ipynb #ee2b8734
-WALL = 0.02  # of accuracy, between the average and the mean of its parts
-
-
 def barrier_of(
     soup: nn.Module,               # the average, with its statistics
     modules: Sequence[nn.Module],  # its parts, with theirs
@@ -283,7 +343,44 @@ def barrier_of(
     mean = {name: float(np.mean([each[name] for each in parts])) for name in there}
     return {"loss": there["loss"] - mean["loss"], "accuracy": mean["accuracy"] - there["accuracy"]}
 
+# %% ../nbs/73_module_soups.ipynb #69c90845
+WALL = 0.02  # of accuracy, between the average and the mean of its parts
 
+
+def _warn_of_wall(
+    wall: Mapping[str, float],  # from barrier_of
+    models: str,                # what was averaged, the first words of the sentence
+    advice: str,                # what to do, its last ones
+) -> None:
+    """Warn where an average is behind a wall.
+
+    Args:
+        wall: from barrier_of
+        models: what was averaged, the first words of the sentence
+        advice: what to do, its last ones
+    """
+    if wall["accuracy"] > WALL and wall["loss"] > 0:
+        warnings.warn(
+            f"{models} can hardly be averaged: the soup is {100 * wall['accuracy']:.1f} points less accurate than they "
+            f"are on average, behind a barrier of {wall['loss']:.3g} in the loss; {advice}.", stacklevel=3,
+        )
+
+
+def _has(
+    data: Data | None,  # images, or loaders by part
+    part: str,          # one of batch_statistics.PARTS
+) -> bool:
+    """Whether there is such a part.
+
+    Args:
+        data: images, or loaders by part
+        part: one of batch_statistics.PARTS
+    """
+    if isinstance(data, Images):
+        return len(getattr(data, f"x_{part}")) > 0
+    return data is not None and part in data
+
+# %% ../nbs/73_module_soups.ipynb #19707595
 def merge_modules(
     modules: Sequence[nn.Module],  # retrained copies of one pruned model
     data: Data | None = None,      # for statistics and choices
@@ -305,30 +402,10 @@ def merge_modules(
         raise UserError("An average has other statistics of BatchNorm than its parts: give data to compute them from.")
     mixed = _mix(modules, merge_coefficients(merge, modules, data, teacher), data)
     if data is not None:
-        part = "val" if _has(data, "val") else "train"
-        wall = barrier_of(mixed, modules, data, part)
-        if wall["accuracy"] > WALL and wall["loss"] > 0:
-            warnings.warn(
-                f"These {len(modules)} models can hardly be averaged: the soup is {100 * wall['accuracy']:.1f} points "
-                f"less accurate than they are on average, behind a barrier of {wall['loss']:.3g} in the loss; "
-                "models of one soup have to be copies of one pruned parent, retrained not too far.", stacklevel=2,
-            )
+        wall = barrier_of(mixed, modules, data, "val" if _has(data, "val") else "train")
+        _warn_of_wall(wall, f"These {len(modules)} models", "models of one soup have to be copies of one pruned "
+                      "parent, retrained not too far")
     return mixed
-
-
-def _has(
-    data: Data | None,  # images, or loaders by part
-    part: str,          # one of batch_statistics.PARTS
-) -> bool:
-    """Whether there is such a part.
-
-    Args:
-        data: images, or loaders by part
-        part: one of batch_statistics.PARTS
-    """
-    if isinstance(data, Images):
-        return len(getattr(data, f"x_{part}")) > 0
-    return data is not None and part in data
 
 # %% ../nbs/73_module_soups.ipynb #e2c62ebb
 Retrain = Callable[[nn.Module, int, Rates], nn.Module]  # (model, seed, rates) -> the model, retrained
@@ -349,21 +426,24 @@ class Copy:
     rates: Rates
 
 
-@dataclass(frozen=True)
-class Retrained:
-    """A copy that has been retrained.
+def copy_seed(
+    seed: int,    # of the whole soup
+    phase: int,   # from 1
+    number: int,  # of the copy, from 0
+) -> int:         # below 2**31
+    """The seed of one copy: another in every phase and for every copy, and the same in every comparison.
 
-    Attributes:
-        state: by plain names, on the CPU
-        back: pruned weights that had come back
-        mixed: whether it drew from the global generator while other copies were retrained
+    Args:
+        seed: of the whole soup
+        phase: from 1
+        number: of the copy, from 0
+
+    Returns:
+        int: below 2**31
     """
+    return int(digest(f"{seed} {phase} {number}".encode())[:8], 16) >> 1
 
-    state: dict[str, Tensor]  # by plain names, on the CPU
-    back: int                 # pruned weights that had come back
-    mixed: bool               # whether it drew from the global generator while other copies were retrained
-
-
+# %% ../nbs/73_module_soups.ipynb #8bd7ee24
 _at_work: set[threading.Event] = set()  # of every copy that is retrained in this process; set: it is not alone
 _door = threading.Lock()
 
@@ -382,7 +462,62 @@ def _company() -> Iterator[threading.Event]:
         with _door:
             _at_work.discard(mark)
 
+# %% ../nbs/73_module_soups.ipynb #3571bbe9
+def _returned(
+    found: object,     # by the function that retrains
+    given: nn.Module,  # the model that it was given
+) -> nn.Module:        # unwrapped
+    """What a retraining has returned; raises `UserError` for what is no such model.
+
+    Args:
+        found: by the function that retrains
+        given: the model that it was given
+
+    Returns:
+        nn.Module: unwrapped
+    """
+    if not isinstance(found, nn.Module):
+        raise UserError(f"retrain has to return the retrained model, and returned {type(found).__name__}.")
+    found = unwrapped(found)
+    shapes = [{name: tensor.shape for name, tensor in each.state_dict().items()} for each in (found, given)]
+    if shapes[0] != shapes[1]:
+        raise UserError("retrain returned a model of another architecture than it was given: return the same one.")
+    return found
+
+
+def _finite_state(
+    module: nn.Module,      # retrained
+) -> dict[str, Tensor]:     # on the CPU
+    """The state of a module; raises `UserError` for NaN.
+
+    Args:
+        module: retrained
+
+    Returns:
+        dict[str, Tensor]: on the CPU
+    """
+    state = {name: tensor.detach().cpu().clone() for name, tensor in module.state_dict().items()}
+    if broken := [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]:
+        raise UserError(f"A retrained copy has diverged: {broken[0]} has infinite values or NaN; "
+                        "retrain with a lower rate.")
+    return state
+
 # %% ../nbs/73_module_soups.ipynb #54612fdd
+@dataclass(frozen=True)
+class Retrained:
+    """A copy that has been retrained.
+
+    Attributes:
+        state: by plain names, on the CPU
+        back: pruned weights that had come back
+        mixed: whether it drew from the global generator while other copies were retrained
+    """
+
+    state: dict[str, Tensor]  # by plain names, on the CPU
+    back: int                 # pruned weights that had come back
+    mixed: bool               # whether it drew from the global generator while other copies were retrained
+
+
 def retrain_copy(
     task: Copy,   # what to do
 ) -> Retrained:
@@ -396,19 +531,11 @@ def retrain_copy(
         before = torch.get_rng_state()
         found = task.retrain(model.train(), task.seed, task.rates)
         drawn = not torch.equal(before, torch.get_rng_state())
-    if not isinstance(found, nn.Module):
-        raise UserError(f"retrain has to return the retrained model, and returned {type(found).__name__}.")
-    found = unwrapped(found)
-    shapes = [{name: tensor.shape for name, tensor in each.state_dict().items()} for each in (found, model)]
-    if shapes[0] != shapes[1]:
-        raise UserError("retrain returned a model of another architecture than it was given: return the same one.")
+    found = _returned(found, model)
     back = revived(found, task.masks)
     enforce(found, task.masks)
-    state = {name: tensor.detach().cpu().clone() for name, tensor in found.state_dict().items()}
-    if broken := [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]:
-        raise UserError(f"A retrained copy has diverged: {broken[0]} has infinite values or NaN; "
-                        "retrain with a lower rate.")
-    return Retrained(state, back, drawn and company.is_set() and not isinstance(task.retrain, Trainer))
+    mixed = drawn and company.is_set() and not isinstance(task.retrain, Trainer)
+    return Retrained(_finite_state(found), back, mixed)
 
 # %% ../nbs/73_module_soups.ipynb #b9201d25
 def identity_of(
@@ -450,7 +577,128 @@ def copy_name(
     hashes = [state_digest(task.model.state_dict()), state_digest(task.masks)]
     return f"copy-{digest(json.dumps([settings, *hashes], sort_keys=True, default=str).encode())}"
 
+# %% ../nbs/73_module_soups.ipynb #d4acdbbd
+def _keep(
+    folder: Path,              # where copies are kept
+    name: str,                 # of the copy
+    task: Copy,                # what was to do
+    state: Mapping[str, Tensor],  # what came of it
+) -> None:
+    """Write a finished copy, and forget how far it was.
 
+    Args:
+        folder: where copies are kept
+        name: of the copy
+        task: what was to do
+        state: what came of it
+    """
+    settings = {"seed": task.seed, **asdict(task.rates), "sparsity": sparsity(task.masks)}
+    add_file(folder, name, archive({key: tensor.contiguous() for key, tensor in state.items()}, settings))
+    (folder / "parts" / f"{name}.safetensors").unlink(missing_ok=True)
+
+
+def _kept(
+    folder: Path | None,  # where copies are kept
+    name: str,            # of a copy
+) -> dict[str, Tensor] | None:
+    """Read a finished copy; none: there is none. Raises `UserError` for a damaged one.
+
+    Args:
+        folder: where copies are kept
+        name: of a copy
+    """
+    for path in sorted(folder.glob(f"{name}-*")) if folder else ():
+        with opened(path) as file:
+            return {key: file.get_tensor(key) for key in file.keys()}
+    return None
+
+# %% ../nbs/73_module_soups.ipynb #423b7709
+def _checkpointed(
+    task: Copy,
+    folder: Path | None,  # where copies are kept
+    name: str,            # of the copy
+) -> Copy:
+    """Let the plain trainer leave its progress behind after every epoch.
+
+    Args:
+        folder: where copies are kept
+        name: of the copy
+    """
+    if folder is None or not isinstance(task.retrain, Trainer):
+        return task
+    (folder / "parts").mkdir(exist_ok=True)
+    return replace(task, retrain=replace(task.retrain, checkpoint=str(folder / "parts" / f"{name}.safetensors")))
+
+
+@contextmanager
+def _alone_in(
+    folder: Path | None,  # where copies are kept
+) -> Iterator[None]:
+    """Lock a folder of copies, and remove what a killed run has left half written.
+
+    Args:
+        folder: where copies are kept
+    """
+    with locked(folder, "copy") if folder else nullcontext():
+        if folder:
+            sweep(folder, "copy")
+        yield
+
+# %% ../nbs/73_module_soups.ipynb #c39f5996
+def _from_workers(
+    tasks: Sequence[Copy],
+    workers: Executor,
+) -> Iterator[tuple[int, Retrained]]:  # as from _carried_out
+    """Hand tasks to workers; the first that fails ends the work.
+
+    Returns:
+        Iterator[tuple[int, Retrained]]: as from _carried_out
+    """
+    futures: dict[Future, int] = {workers.submit(retrain_copy, task): i for i, task in enumerate(tasks)}
+    try:
+        for future in as_completed(futures):
+            try:
+                found = future.result()
+            except Exception as error:
+                raise told(error) from error
+            yield futures[future], found
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+def _carried_out(
+    tasks: Sequence[Copy],
+    workers: Executor | None,          # none: here
+) -> Iterable[tuple[int, Retrained]]:  # place of the task, and what came of it, as they come
+    """Carry out tasks.
+
+    Args:
+        workers: none: here
+
+    Returns:
+        Iterable[tuple[int, Retrained]]: place of the task, and what came of it, as they come
+    """
+    return enumerate(map(retrain_copy, tasks)) if workers is None else _from_workers(tasks, workers)
+
+# %% ../nbs/73_module_soups.ipynb #cfd76919
+def _warn_of_copies(
+    made: Sequence[Retrained],  # just now
+) -> None:
+    """Say what was wrong with the way in which copies were retrained.
+
+    Args:
+        made: just now
+    """
+    if backs := sum(each.back for each in made):
+        warnings.warn(f"{backs} pruned weights had come back and were pruned again: retrain has to train the model "
+                      "that it is given, or to keep pruned weights at zero itself.", stacklevel=6)
+    if any(each.mixed for each in made):
+        warnings.warn("Copies drew from PyTorch's global generator side by side, in threads of one process, so another "
+                      "run will not give the same bits: use processes, one thread, or a generator per copy.",
+                      stacklevel=6)
+
+# %% ../nbs/73_module_soups.ipynb #90bf735e
 def make_copies(
     tasks: Sequence[Copy],               # what is wanted
     folder: Path | None = None,          # where copies are kept; none: nowhere
@@ -471,94 +719,15 @@ def make_copies(
     states = [_kept(folder, name) for name in names]
     missing, made = [i for i, state in enumerate(states) if state is None], []
     for i, copied in _carried_out([tasks[i] for i in missing], workers):
-        states[missing[i]] = state = copied.state
+        states[missing[i]] = copied.state
         made.append(copied)
         if folder:
-            task = tasks[missing[i]]
-            settings = {"seed": task.seed, **asdict(task.rates), "sparsity": sparsity(task.masks)}
-            add_file(folder, names[missing[i]], archive({name: t.contiguous() for name, t in state.items()}, settings))
-            (folder / "parts" / f"{names[missing[i]]}.safetensors").unlink(missing_ok=True)
+            _keep(folder, names[missing[i]], tasks[missing[i]], copied.state)
     _warn_of_copies(made)
     models = [copy.deepcopy(task.model).cpu() for task in tasks]
     for model, state in zip(models, states):
         model.load_state_dict(state)
     return models
-
-# %% ../nbs/73_module_soups.ipynb #0d8b747e
-def _warn_of_copies(
-    made: Sequence[Retrained],  # just now
-) -> None:
-    """Say what was wrong with the way in which copies were retrained.
-
-    Args:
-        made: just now
-    """
-    if backs := sum(each.back for each in made):
-        warnings.warn(f"{backs} pruned weights had come back and were pruned again: retrain has to train the model "
-                      "that it is given, or to keep pruned weights at zero itself.", stacklevel=4)
-    if any(each.mixed for each in made):
-        warnings.warn("Copies drew from PyTorch's global generator side by side, in threads of one process, so another "
-                      "run will not give the same bits: use processes, one thread, or a generator per copy.",
-                      stacklevel=4)
-
-
-def _kept(
-    folder: Path | None,  # where copies are kept
-    name: str,            # of a copy
-) -> dict[str, Tensor] | None:
-    """Read a finished copy; none: there is none. Raises `UserError` for a damaged one.
-
-    Args:
-        folder: where copies are kept
-        name: of a copy
-    """
-    for path in sorted(folder.glob(f"{name}-*")) if folder else ():
-        with opened(path) as file:
-            return {key: file.get_tensor(key) for key in file.keys()}
-    return None
-
-
-def _checkpointed(
-    task: Copy,
-    folder: Path | None,  # where copies are kept
-    name: str,            # of the copy
-) -> Copy:
-    """Let the plain trainer leave its progress behind after every epoch.
-
-    Args:
-        folder: where copies are kept
-        name: of the copy
-    """
-    if folder is None or not isinstance(task.retrain, Trainer):
-        return task
-    (folder / "parts").mkdir(exist_ok=True)
-    return replace(task, retrain=replace(task.retrain, checkpoint=str(folder / "parts" / f"{name}.safetensors")))
-
-
-def _carried_out(
-    tasks: Sequence[Copy],
-    workers: Executor | None,
-) -> Iterable[tuple[int, Retrained]]:  # place of the task, and what came of it, as they come
-    """Carry out tasks; the first that fails ends the work.
-
-    Returns:
-        Iterable[tuple[int, Retrained]]: place of the task, and what came of it, as they come
-    """
-    if workers is None:
-        for i, task in enumerate(tasks):
-            yield i, retrain_copy(task)
-        return
-    futures: dict[Future, int] = {workers.submit(retrain_copy, task): i for i, task in enumerate(tasks)}
-    try:
-        for future in as_completed(futures):
-            try:
-                found = future.result()
-            except Exception as error:
-                raise told(error) from error
-            yield futures[future], found
-    finally:
-        for future in futures:
-            future.cancel()
 
 # %% ../nbs/73_module_soups.ipynb #3a0359d2
 @dataclass(frozen=True)
@@ -588,117 +757,6 @@ class ModulePhase:
     soup: nn.Module             # the average, with statistics of its own
 
 
-@dataclass(frozen=True)
-class ModuleSoup:
-    """A sparse soup, and how it came about.
-
-    Attributes:
-        table: phase, sparsity, row ("pruned", "candidate 0", ..., "soup", ...); accuracies, losses
-    """
-
-    phases: list[ModulePhase]
-    table: pd.DataFrame  # phase, sparsity, row ("pruned", "candidate 0", ..., "soup", ...); accuracies, losses
-
-    @property
-    def model(self) -> nn.Module:
-        "The soup of the last phase."
-        return self.phases[-1].soup
-
-    @property
-    def masks(self) -> dict[str, Tensor]:
-        "What is left in it."
-        return self.phases[-1].masks
-
-
-def copy_seed(
-    seed: int,    # of the whole soup
-    phase: int,   # from 1
-    number: int,  # of the copy, from 0
-) -> int:         # below 2**31
-    """The seed of one copy: another in every phase and for every copy, and the same in every comparison.
-
-    Args:
-        seed: of the whole soup
-        phase: from 1
-        number: of the copy, from 0
-
-    Returns:
-        int: below 2**31
-    """
-    return int(digest(f"{seed} {phase} {number}".encode())[:8], 16) >> 1
-
-# %% ../nbs/73_module_soups.ipynb #baceb079
-RATES = Rates()  # linear from 0.1 to 0 in ten epochs
-
-
-def _judged(
-    module: nn.Module,   # any
-    data: Data | None,   # judge
-) -> dict[str, float]:   # val_acc, val_loss, test_acc, test_loss: what there are images for
-    """Judge a module by the images that are there.
-
-    Args:
-        module: any
-        data: judge
-
-    Returns:
-        dict[str, float]: val_acc, val_loss, test_acc, test_loss: what there are images for
-    """
-    found = {}
-    for part in ("val", "test"):
-        if _has(data, part):
-            there = evaluate(module, data, part)
-            found |= {f"{part}_acc": there["accuracy"], f"{part}_loss": there["loss"]}
-    return found
-
-
-def _ensemble(
-    modules: Sequence[nn.Module],  # any
-    data: Data | None,             # judge
-) -> dict[str, float]:             # as from _judged
-    """Judge the mean of what some modules predict.
-
-    Args:
-        modules: any
-        data: judge
-
-    Returns:
-        dict[str, float]: as from _judged
-    """
-    found = {}
-    for part in ("val", "test"):
-        if _has(data, part):
-            told_by = [class_probabilities(module, data, part) for module in modules]
-            there = judge(torch.stack([each for each, _ in told_by]).mean(0), told_by[0][1])
-            found |= {f"{part}_acc": there["accuracy"], f"{part}_loss": there["loss"]}
-    return found
-
-
-def phase_rows(
-    phase: ModulePhase,   # what came of it
-    data: Data | None,    # judge
-) -> pd.DataFrame:        # phase, sparsity, row, and accuracies and losses
-    """All that is compared within a phase; best candidate: by the test images, as in the paper.
-
-    Args:
-        phase: what came of it
-        data: judge
-
-    Returns:
-        pd.DataFrame: phase, sparsity, row, and accuracies and losses
-    """
-    candidates = [_judged(module, data) for module in phase.candidates]
-    rows = {"pruned": _judged(phase.pruned, data)} | {f"candidate {i}": each for i, each in enumerate(candidates)}
-    rows |= {"soup": _judged(phase.soup, data), "ensemble": _ensemble(phase.candidates, data)}
-    if data is not None:
-        rows["mean candidate"] = {name: float(np.mean([each[name] for each in candidates])) for name in candidates[0]}
-        rows["best candidate"] = max(candidates, key=lambda each: each.get("test_acc", 0))
-        if _has(data, "val"):
-            rows["best by validation"] = max(candidates, key=lambda each: each["val_acc"])
-    frame = pd.DataFrame(rows).T.rename_axis("row").reset_index()
-    return frame.assign(phase=phase.number, sparsity=phase.sparsity)[["phase", "sparsity", "row", *frame.columns[1:]]]
-
-# %% ../nbs/73_module_soups.ipynb #db5f0301
 def _phase_rates(
     rates: Rates,                        # as the user gave them
     before: nn.Module,                   # the model before this pruning step
@@ -721,16 +779,37 @@ def _phase_rates(
     original = rates.original_epochs or len(rates.history)
     return replace(rates, first=float(initial_factors(damage, rates.epochs, original)))
 
+# %% ../nbs/73_module_soups.ipynb #baceb079
+RATES = Rates()  # linear from 0.1 to 0 in ten epochs
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """What stays the same in all phases of a soup.
+
+    Attributes:
+        dense: trained; the teacher; modules are judged on its device
+        numbers: of the copies
+    """
+
+    dense: nn.Module   # trained; the teacher; modules are judged on its device
+    data: Data | None
+    numbers: Sequence[int]  # of the copies
+    retrain: Retrain
+    rates: Rates
+    selector: str | Selector | ModuleScores
+    merge: str | MergeRule
+    seed: int
+    folder: Path | None
+    workers: Executor | None
+
 
 def _begin_phase(
+    recipe: _Recipe,
     before: nn.Module,                     # the soup of the phase before
     number: int,                           # from 1
     level: float,                          # cumulative
     earlier: Mapping[str, Tensor] | None,  # masks of the phase before
-    selector: str | Selector | ModuleScores,
-    rates: Rates,
-    data: Data | None,
-    seed: int,
 ) -> ModulePhase:                          # without candidates yet
     """Prune.
 
@@ -743,45 +822,193 @@ def _begin_phase(
     Returns:
         ModulePhase: without candidates yet
     """
-    masks = choose_masks(before, level, selector, earlier, data if isinstance(data, Images) else None, seed)
-    rates = _phase_rates(rates, before, masks, earlier)
+    images = recipe.data if isinstance(recipe.data, Images) else None
+    masks = choose_masks(before, level, recipe.selector, earlier, images, recipe.seed)
     pruned = copy.deepcopy(before)
     enforce(pruned, masks)
+    rates = _phase_rates(recipe.rates, before, masks, earlier)
     return ModulePhase(number, level, sparsity(masks), rates, masks, pruned, [], torch.ones(0), pruned)
 
 # %% ../nbs/73_module_soups.ipynb #1ebfcdf6
 def _cook(
+    recipe: _Recipe,
     phase: ModulePhase,          # pruned
-    retrain: Retrain,
-    numbers: Sequence[int],      # of the copies
-    merge: str | MergeRule,
-    teacher: nn.Module,          # dense, for distillation
-    data: Data | None,
-    seed: int,
-    device: torch.device,        # where modules are judged
-    folder: Path | None,
-    workers: Executor | None,
 ) -> ModulePhase:                # with candidates and soup, all with statistics of their own
     """Retrain copies and merge them.
 
     Args:
         phase: pruned
-        numbers: of the copies
-        teacher: dense, for distillation
-        device: where modules are judged
 
     Returns:
         ModulePhase: with candidates and soup, all with statistics of their own
     """
-    tasks = [Copy(phase.pruned, phase.masks, retrain, copy_seed(seed, phase.number, i), phase.rates) for i in numbers]
-    candidates = [module.to(device) for module in make_copies(tasks, folder, workers)]
+    data, device = recipe.data, device_of(recipe.dense)
+    seeds = [copy_seed(recipe.seed, phase.number, i) for i in recipe.numbers]
+    tasks = [Copy(phase.pruned, phase.masks, recipe.retrain, seed, phase.rates) for seed in seeds]
+    candidates = [module.to(device) for module in make_copies(tasks, recipe.folder, recipe.workers)]
     pruned = copy.deepcopy(phase.pruned).to(device)
     for module in (pruned, *candidates) if data is not None else ():
         recompute_statistics(module, data)
-    share = merge_coefficients(merge, candidates, data, teacher)
+    share = merge_coefficients(recipe.merge, candidates, data, recipe.dense)
     return replace(phase, pruned=pruned, candidates=candidates, coefficients=share, soup=_mix(candidates, share, data))
 
+# %% ../nbs/73_module_soups.ipynb #62ce40f0
+def _ensemble(
+    modules: Sequence[nn.Module],  # any
+    data: Data,                    # judge
+    part: str,                     # by these images
+) -> dict[str, float]:             # loss and accuracy
+    """Judge the mean of what some modules predict.
 
+    Args:
+        modules: any
+        data: judge
+        part: by these images
+
+    Returns:
+        dict[str, float]: loss and accuracy
+    """
+    found = [class_probabilities(module, data, part) for module in modules]
+    return judge(torch.stack([likely for likely, _ in found]).mean(0), found[0][1])
+
+
+def _by_part(
+    data: Data | None,   # judge
+    measure: Callable[[str], Mapping[str, float]],  # part -> loss and accuracy
+) -> dict[str, float]:   # val_acc, val_loss, test_acc, test_loss: what there are images for
+    """Judge by the images that are there.
+
+    Args:
+        data: judge
+        measure: part -> loss and accuracy
+
+    Returns:
+        dict[str, float]: val_acc, val_loss, test_acc, test_loss: what there are images for
+    """
+    found = {}
+    for part in ("val", "test"):
+        if _has(data, part):
+            there = measure(part)
+            found |= {f"{part}_acc": there["accuracy"], f"{part}_loss": there["loss"]}
+    return found
+
+# %% ../nbs/73_module_soups.ipynb #b20f57ab
+def phase_rows(
+    phase: ModulePhase,   # what came of it
+    data: Data | None,    # judge
+) -> pd.DataFrame:        # phase, sparsity, row, and accuracies and losses
+    """All that is compared within a phase; best candidate: by the test images, as in the paper.
+
+    Args:
+        phase: what came of it
+        data: judge
+
+    Returns:
+        pd.DataFrame: phase, sparsity, row, and accuracies and losses
+    """
+    judged = lambda module: _by_part(data, lambda part: evaluate(module, data, part))
+    candidates = [judged(module) for module in phase.candidates]
+    rows = {"pruned": judged(phase.pruned)} | {f"candidate {i}": each for i, each in enumerate(candidates)}
+    rows |= {"soup": judged(phase.soup)}
+    rows |= {"ensemble": _by_part(data, lambda part: _ensemble(phase.candidates, data, part))}
+    if data is not None:
+        rows["mean candidate"] = {name: float(np.mean([each[name] for each in candidates])) for name in candidates[0]}
+        rows["best candidate"] = max(candidates, key=lambda each: each.get("test_acc", 0))
+        if _has(data, "val"):
+            rows["best by validation"] = max(candidates, key=lambda each: each["val_acc"])
+    frame = pd.DataFrame(rows).T.rename_axis("row").reset_index()
+    return frame.assign(phase=phase.number, sparsity=phase.sparsity)[["phase", "sparsity", "row", *frame.columns[1:]]]
+
+# %% ../nbs/73_module_soups.ipynb #0454cc56
+def _wall_in(
+    rows: pd.DataFrame,  # of a phase
+) -> dict[str, float]:   # as from `barrier_of`; zeros where there were no images
+    """By how much the soup of a phase is worse than its copies.
+
+    Args:
+        rows: of a phase
+
+    Returns:
+        dict[str, float]: as from `barrier_of`; zeros where there were no images
+    """
+    part = next((part for part in ("val", "test") if f"{part}_acc" in rows), None)
+    if part is None:
+        return {"loss": 0.0, "accuracy": 0.0}
+    at = rows.set_index("row").at
+    return {"loss": at["soup", f"{part}_loss"] - at["mean candidate", f"{part}_loss"],
+            "accuracy": at["mean candidate", f"{part}_acc"] - at["soup", f"{part}_acc"]}
+
+
+def _phases(
+    recipe: _Recipe,
+    levels: Iterable[float],  # cumulative
+) -> Iterator[tuple[ModulePhase, pd.DataFrame]]:  # what came of each, and its rows
+    """Carry out phase after phase, each from the soup of the one before.
+
+    Args:
+        levels: cumulative
+
+    Returns:
+        Iterator[tuple[ModulePhase, pd.DataFrame]]: what came of each, and its rows
+    """
+    before, earlier = copy.deepcopy(unwrapped(recipe.dense)).cpu(), None
+    for number, level in enumerate(levels, start=1):
+        phase = _cook(recipe, _begin_phase(recipe, before, number, level, earlier))
+        yield phase, phase_rows(phase, recipe.data)
+        before, earlier = copy.deepcopy(phase.soup).cpu(), phase.masks
+
+# %% ../nbs/73_module_soups.ipynb #42aa9d68
+@dataclass(frozen=True)
+class ModuleSoup:
+    """A sparse soup, and how it came about.
+
+    Attributes:
+        table: phase, sparsity, row ("pruned", "candidate 0", ..., "soup", ...); accuracies, losses
+    """
+
+    phases: list[ModulePhase]
+    table: pd.DataFrame  # phase, sparsity, row ("pruned", "candidate 0", ..., "soup", ...); accuracies, losses
+
+    @property
+    def model(self) -> nn.Module:
+        "The soup of the last phase."
+        return self.phases[-1].soup
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        "What is left in it."
+        return self.phases[-1].masks
+
+# %% ../nbs/73_module_soups.ipynb #b42d50ec
+def _numbers(
+    m: int | Sequence[int],  # as the user gave it
+) -> Sequence[int]:
+    """Which copies to make; raises `UserError` for none.
+
+    Args:
+        m: as the user gave it
+    """
+    numbers = range(m) if isinstance(m, int) else m
+    if not isinstance(numbers, Sequence) or isinstance(numbers, str) or len(numbers) < 1:
+        raise UserError(f"A soup needs at least one copy, not {m!r}: give a number, or a list of numbers of copies.")
+    return numbers
+
+
+def _plain_trainer(
+    data: Data | None,        # images
+    settings: TrainSettings,
+) -> Trainer:
+    """The plain trainer; raises `UserError` where there is nothing that it could train on.
+
+    Args:
+        data: images
+    """
+    if not isinstance(data, Images):
+        raise UserError("The plain trainer needs images (datasets.Images): give them as data, or give retrain, "
+                        "a function (model, seed, rates) -> model.")
+    return Trainer(data, settings)
+
+# %% ../nbs/73_module_soups.ipynb #e791afff
 def soup(
     model: nn.Module,             # trained; left as it is; modules are judged on its device
     data: Data | None = None,     # images, or loaders by part; none: no statistics, no accuracies, uniform soups alone
@@ -817,63 +1044,18 @@ def soup(
     Returns:
         ModuleSoup: phases, candidates, soups, sparsities, accuracies
     """
-    numbers = range(m) if isinstance(m, int) else m
-    if not isinstance(numbers, Sequence) or isinstance(numbers, str) or len(numbers) < 1:
-        raise UserError(f"A soup needs at least one copy, not {m!r}: give a number, or a list of numbers of copies.")
+    numbers, place, cooked = _numbers(m), Path(folder) if folder else None, []
     if data is None and statistic_layers(model):
         raise UserError("A pruned or averaged model has other statistics of BatchNorm: give data to compute them from.")
     retrain = retrain or _plain_trainer(data, settings)
-    device, place, found, frames = device_of(model), Path(folder) if folder else None, [], []
-    before, earlier = copy.deepcopy(unwrapped(model)).cpu(), None
-    with ExitStack() as stack:
-        if place:
-            stack.enter_context(locked(place, "copy"))
-            sweep(place, "copy")
-        for number, reached in enumerate(sparsity_per_phase(level, phases), start=1):
-            begun = _begin_phase(before, number, reached, earlier, selector, rates, data, seed)
-            phase = _cook(begun, retrain, numbers, merge, model, data, seed, device, place, workers)
-            found.append(phase)
-            frames.append(phase_rows(phase, data))
-            _warn_of_wall(frames[-1], number)
-            before, earlier = copy.deepcopy(phase.soup).cpu(), phase.masks
-    return ModuleSoup(found, pd.concat(frames, ignore_index=True))
-
-
-def _plain_trainer(
-    data: Data | None,        # images
-    settings: TrainSettings,
-) -> Trainer:
-    """The plain trainer; raises `UserError` where there is nothing that it could train on.
-
-    Args:
-        data: images
-    """
-    if not isinstance(data, Images):
-        raise UserError("The plain trainer needs images (datasets.Images): give them as data, or give retrain, "
-                        "a function (model, seed, rates) -> model.")
-    return Trainer(data, settings)
-
-
-def _warn_of_wall(
-    rows: pd.DataFrame,  # of a phase
-    number: int,         # of the phase
-) -> None:
-    """Say that copies have left their common basin.
-
-    Args:
-        rows: of a phase
-        number: of the phase
-    """
-    part = next((part for part in ("val", "test") if f"{part}_acc" in rows), None)
-    if part is None:
-        return
-    by_row = rows.set_index("row")
-    lost = by_row.at["mean candidate", f"{part}_acc"] - by_row.at["soup", f"{part}_acc"]
-    higher = by_row.at["soup", f"{part}_loss"] - by_row.at["mean candidate", f"{part}_loss"]
-    if lost > WALL and higher > 0:
-        warnings.warn(f"In phase {number} the copies can hardly be averaged: the soup is {100 * lost:.1f} points less "
-                      f"accurate than they are on average, behind a barrier of {higher:.3g} in the loss; "
-                      "prune less per phase, retrain at lower rates, or merge greedily.", stacklevel=3)
+    recipe = _Recipe(model, data, numbers, retrain, rates, selector, merge, seed, place, workers)
+    with _alone_in(place):
+        for phase, rows in _phases(recipe, sparsity_per_phase(level, phases)):
+            cooked.append((phase, rows))
+            _warn_of_wall(_wall_in(rows), f"In phase {phase.number} the copies",
+                          "prune less per phase, retrain at lower rates, or merge greedily")
+    found, frames = zip(*cooked)
+    return ModuleSoup(list(found), pd.concat(frames, ignore_index=True))
 
 # %% ../nbs/73_module_soups.ipynb #ea3bc1fe
 def repruned(
@@ -897,30 +1079,7 @@ def repruned(
         recompute_statistics(mean, data)
     return mean
 
-
-def _named(
-    table: pd.DataFrame,     # of a ModuleSoup
-    names: Mapping[str, str],  # row there -> row in the paper
-    merge: str,              # of averaging.MERGES, or nothing
-) -> pd.DataFrame:           # phase, sparsity, row, merge, test_acc
-    """Choose and rename rows.
-
-    Args:
-        table: of a ModuleSoup
-        names: row there -> row in the paper
-        merge: of averaging.MERGES, or nothing
-
-    Returns:
-        pd.DataFrame: phase, sparsity, row, merge, test_acc
-    """
-    found = table[table["row"].isin(list(names))]
-    return found.assign(row=found["row"].map(names), merge=merge)[["phase", "sparsity", "row", "merge", "test_acc"]]
-
-# %% ../nbs/73_module_soups.ipynb #43cf47c6
-SMS_ROWS = {"soup": "SMS", "best candidate": "best candidate", "mean candidate": "mean candidate",
-            "best by validation": "best by validation", "ensemble": "ensemble"}
-
-
+# %% ../nbs/73_module_soups.ipynb #ae6cc223
 def related_runs(
     model: nn.Module,       # trained
     data: Data,             # judge
@@ -950,6 +1109,29 @@ def related_runs(
     runs = {merge: make(m=m, rates=rates, merge=merge) for merge in merges}
     runs |= {f"IMP {i}" if i else "IMP": make(m=[i], rates=rates) for i in range(m if phases > 1 else 1)}
     return runs | {"IMP_mx": make(m=1, rates=replace(rates, epochs=m * rates.epochs))}
+
+# %% ../nbs/73_module_soups.ipynb #43cf47c6
+SMS_ROWS = {"soup": "SMS", "best candidate": "best candidate", "mean candidate": "mean candidate",
+            "best by validation": "best by validation", "ensemble": "ensemble"}
+
+
+def _named(
+    table: pd.DataFrame,     # of a ModuleSoup
+    names: Mapping[str, str],  # row there -> row in the paper
+    merge: str,              # of averaging.MERGES, or nothing
+) -> pd.DataFrame:           # phase, sparsity, row, merge, test_acc
+    """Choose and rename rows.
+
+    Args:
+        table: of a ModuleSoup
+        names: row there -> row in the paper
+        merge: of averaging.MERGES, or nothing
+
+    Returns:
+        pd.DataFrame: phase, sparsity, row, merge, test_acc
+    """
+    found = table[table["row"].isin(list(names))]
+    return found.assign(row=found["row"].map(names), merge=merge)[["phase", "sparsity", "row", "merge", "test_acc"]]
 
 # %% ../nbs/73_module_soups.ipynb #cbba523b
 def compare_runs(
