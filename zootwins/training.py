@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.nn import functional as F
 
+# %% ../nbs/12_training.ipynb #483297cc
 from .architectures import build
 from .core import UserError
 from .datasets import Images
@@ -62,7 +63,7 @@ class Recipe:
     per_step: bool = True           # one rate per step; if False, one per epoch
     nesterov: bool = False          # for SGD: look ahead along the momentum
 
-
+# %% ../nbs/12_training.ipynb #fd38f954
 @dataclass
 class State:
     """A population during training.
@@ -139,6 +140,24 @@ class StreamDropout(nn.Module):
         kept = dropout_keep(n, self.p, self.draws.key, self.site, self.draws.position, self.draws.epoch)
         return torch.where(kept.reshape(x.shape), x / (1 - self.p), torch.zeros_like(x))
 
+# %% ../nbs/12_training.ipynb #c33c5e4f
+def _moments(
+    x: Tensor,           # [N, C, ...]
+) -> tuple[Tensor, Tensor, int]:  # variance and mean [C], and from how many numbers each
+    """The moments of each channel of a batch; raises `UserError` for a single number.
+
+    Args:
+        x: [N, C, ...]
+
+    Returns:
+        tuple[Tensor, Tensor, int]: variance and mean [C], and from how many numbers each
+    """
+    n, axes = x.numel() // x.shape[1], [axis for axis in range(x.ndim) if axis != 1]
+    if n == 1:
+        raise UserError("A batch with a single number per channel cannot be normalised: choose a batch_size that "
+                        "leaves more than one image.")
+    return *torch.var_mean(x, axes, correction=0), n
+
 # %% ../nbs/12_training.ipynb #f2502475
 class SeenBatchNorm(nn.Module):
     "Batch normalisation in train mode that returns its running statistics to the caller."
@@ -164,17 +183,32 @@ class SeenBatchNorm(nn.Module):
         """
         if not self.training:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
-        n, axes = x.numel() // x.shape[1], [axis for axis in range(x.ndim) if axis != 1]
-        if n == 1:
-            raise UserError("A batch with a single number per channel cannot be normalised: choose a batch_size that "
-                            "leaves more than one image.")
-        variance, mean = torch.var_mean(x, axes, correction=0)
+        variance, mean, n = _moments(x)
         next_to = lambda old, new: (old + self.momentum * (new - old)).detach()
         self.seen = {"running_mean": next_to(self.running_mean, mean),
                      "running_var": next_to(self.running_var, variance * (n / (n - 1)))}
         shape = [1, -1, *[1] * (x.ndim - 2)]
         x = (x - mean.reshape(shape)) * torch.rsqrt(variance + self.eps).reshape(shape)
         return x if self.weight is None else x * self.weight.reshape(shape) + self.bias.reshape(shape)
+
+# %% ../nbs/12_training.ipynb #5679833e
+def _number_sites(
+    module: nn.Module,     # with noisy layers
+) -> list[nn.Module]:      # these layers, in the order of their sites
+    """Give every layer that draws noise its site in the stream.
+
+    Args:
+        module: with noisy layers
+
+    Returns:
+        list[nn.Module]: these layers, in the order of their sites
+    """
+    layers = [layer for _, layer in module.named_modules()
+              if isinstance(layer, (StreamDropout, SparseConv2d, SparseLinear))]
+    noisy = sorted(layers, key=lambda layer: isinstance(layer, StreamDropout))
+    for site, layer in enumerate(noisy, start=1):
+        layer.site = site
+    return noisy
 
 # %% ../nbs/12_training.ipynb #6f3a36e2
 def training_module(
@@ -192,20 +226,15 @@ def training_module(
     """
     module = sparsify(module) if variational else copy.deepcopy(module)
     for path, layer in list(module.named_modules()):
+        parent, _, name = path.rpartition(".")
         if isinstance(layer, nn.Dropout) and layer.p > 0:
-            parent, _, name = path.rpartition(".")
             module.get_submodule(parent)._modules[name] = StreamDropout(layer.p)
         elif isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
-            parent, _, name = path.rpartition(".")
             module.get_submodule(parent)._modules[name] = SeenBatchNorm(layer)
-    layers = [layer for _, layer in module.named_modules()
-              if isinstance(layer, (StreamDropout, SparseConv2d, SparseLinear))]
-    noisy = sorted(layers, key=lambda layer: isinstance(layer, StreamDropout))
-    for site, layer in enumerate(noisy, start=1):
-        layer.site = site
+    noisy = _number_sites(module)
     return module.train(), noisy
 
-# %% ../nbs/12_training.ipynb #3339853b
+# %% ../nbs/12_training.ipynb #fb2a96cc
 class _Divergence(nn.Module):
     "A module's summed divergence as a forward pass, for use with functional_call."
 
@@ -216,7 +245,7 @@ class _Divergence(nn.Module):
     def forward(self) -> Tensor:
         return total_divergence(self.module)
 
-
+# %% ../nbs/12_training.ipynb #3339853b
 def loss_function(
     module: nn.Module,       # from training_module
     noisy: list[nn.Module],  # its noisy layers
@@ -240,11 +269,11 @@ def loss_function(
         entropy = F.cross_entropy(logits, y)
         right = (logits.argmax(-1) == y).sum()
         seen = {f"{path}.{name}": tensor for path, layer in norms.items() for name, tensor in layer.seen.items()}
-        told = entropy * len(y), right, seen
+        beside = entropy * len(y), right, seen
         if not divergent:
-            return entropy, told
+            return entropy, beside
         divergence = functional_call(_Divergence(module), {f"module.{name}": w for name, w in weights.items()}, ())
-        return entropy + divergence_weight * divergence, told
+        return entropy + divergence_weight * divergence, beside
 
     return loss
 
@@ -274,7 +303,7 @@ def rates_and_decays(
         rates = rates * initial_factors(damage, recipe.epochs, recipe.original_epochs or len(recipe.history))
     return rates.to(device), decays.to(device)
 
-
+# %% ../nbs/12_training.ipynb #fa0cf310
 def rate_factors(
     recipe: Recipe,  # names the schedule
     epoch: int,      # from 1
@@ -292,6 +321,52 @@ def rate_factors(
     """
     return epoch_factors(recipe.schedule, epoch, recipe.epochs, steps, recipe.history,
                          recipe.original_epochs, recipe.warm_up, recipe.per_step)
+
+# %% ../nbs/12_training.ipynb #6783b2fd
+def _adam(
+    weight: Tensor,    # stacked; updated in place, as are its moments
+    gradient: Tensor,  # with weight decay
+    first: Tensor,     # moment
+    second: Tensor,    # moment
+    rate: Tensor,      # learning rate of each model, in the weight's number of dimensions
+    steps: int,        # with this one
+) -> None:
+    """One step of Adam.
+
+    Args:
+        weight: stacked; updated in place, as are its moments
+        gradient: with weight decay
+        first: moment
+        second: moment
+        rate: learning rate of each model, in the weight's number of dimensions
+        steps: with this one
+    """
+    correction1, correction2 = 1 - 0.9**steps, math.sqrt(1 - 0.999**steps)
+    first.lerp_(gradient, 0.1)
+    second.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
+    weight.sub_(rate / correction1 * first / (second.sqrt() / correction2 + 1e-8))
+
+# %% ../nbs/12_training.ipynb #5dfb2d83
+def _sgd(
+    weight: Tensor,    # stacked; updated in place, as is its momentum
+    gradient: Tensor,  # with weight decay
+    moving: Tensor,    # momentum
+    rate: Tensor,      # learning rate of each model, in the weight's number of dimensions
+    momentum: float,   # share that is kept
+    nesterov: bool,    # look ahead along the momentum
+) -> None:
+    """One step of SGD with momentum.
+
+    Args:
+        weight: stacked; updated in place, as is its momentum
+        gradient: with weight decay
+        moving: momentum
+        rate: learning rate of each model, in the weight's number of dimensions
+        momentum: share that is kept
+        nesterov: look ahead along the momentum
+    """
+    moving = moving.mul_(momentum).add_(gradient)
+    weight.sub_(rate * (gradient + momentum * moving if nesterov else moving))
 
 # %% ../nbs/12_training.ipynb #9c063120
 def optimizer_step(
@@ -313,7 +388,6 @@ def optimizer_step(
         momentum: of SGD; Adam's is 0.9
     """
     state.steps += 1
-    correction1, correction2 = 1 - 0.9**state.steps, math.sqrt(1 - 0.999**state.steps)
     moved = {name: weight for name, weight in state.population.weights.items() if name in gradients}
     for name, weight in moved.items():
         rate, decay = (values.reshape(-1, *[1] * (weight.ndim - 1)) for values in (rates, decays))
@@ -321,12 +395,9 @@ def optimizer_step(
         if name in state.masks:
             gradient = gradient * state.masks[name]
         if state.second:
-            state.first[name].lerp_(gradient, 0.1)
-            state.second[name].mul_(0.999).addcmul_(gradient, gradient, value=0.001)
-            weight.sub_(rate / correction1 * state.first[name] / (state.second[name].sqrt() / correction2 + 1e-8))
+            _adam(weight, gradient, state.first[name], state.second[name], rate, state.steps)
         else:
-            moving = state.first[name].mul_(momentum).add_(gradient)
-            weight.sub_(rate * (gradient + momentum * moving if nesterov else moving))
+            _sgd(weight, gradient, state.first[name], rate, momentum, nesterov)
 
 # %% ../nbs/12_training.ipynb #d404b899
 def alike(
@@ -343,7 +414,7 @@ def alike(
     groups = models.groupby(["activation", "dropout", "optimizer"]).indices
     return [sorted(rows.tolist()) for rows in groups.values()]
 
-
+# %% ../nbs/12_training.ipynb #fd516fd7
 def _one_of(
     population: Population,  # alike models
 ) -> nn.Module:              # a plain module that serves for all of them
@@ -361,6 +432,21 @@ def _one_of(
     factors = population.models.iloc[0]
     return build(population.architecture, factors["activation"], float(factors["dropout"]))
 
+# %% ../nbs/12_training.ipynb #fb3aa5f2
+def _check_layers(
+    module: nn.Module,  # in the mode in which it will be used
+) -> None:
+    """Raise `UserError` if a layer other than `nn.Dropout` draws random numbers.
+
+    Args:
+        module: in the mode in which it will be used
+    """
+    random_layers = (nn.modules.dropout._DropoutNd, nn.RReLU) if module.training else nn.RReLU
+    for path, layer in module.named_modules():
+        if isinstance(layer, random_layers) and not isinstance(layer, nn.Dropout):
+            raise UserError(f"The layer {path} is a {type(layer).__name__}, which has no random streams here: use "
+                            "nn.Dropout, or take it out.")
+
 # %% ../nbs/12_training.ipynb #1075c2f7
 def check_randomness(
     module: nn.Module,  # from `architectures.build`, in the mode in which it will be used
@@ -372,11 +458,7 @@ def check_randomness(
         module: from `architectures.build`, in the mode in which it will be used
         x: some images [N, C, H, W]
     """
-    random_layers = (nn.modules.dropout._DropoutNd, nn.RReLU) if module.training else nn.RReLU
-    for path, layer in module.named_modules():
-        if isinstance(layer, random_layers) and not isinstance(layer, nn.Dropout):
-            raise UserError(f"The layer {path} is a {type(layer).__name__}, which has no random streams here: use "
-                            "nn.Dropout, or take it out.")
+    _check_layers(module)
     still = copy.deepcopy(module).to(x)
     for layer in still.modules():
         if isinstance(layer, nn.Dropout):
@@ -404,6 +486,23 @@ def _copy_of(
     population = replace(state.population, weights=clone(state.population.weights))
     return replace(state, population=population, first=clone(state.first), second=clone(state.second))
 
+# %% ../nbs/12_training.ipynb #0e03f5e8
+def _batch_gradients(
+    population: Population,  # alike models
+    recipe: Recipe,          # variational or not
+) -> Callable:               # as from loss_function, with stacked arguments
+    """Make the function that returns the gradients and measures of all models for one batch each.
+
+    Args:
+        population: alike models
+        recipe: variational or not
+
+    Returns:
+        Callable: as from loss_function, with stacked arguments
+    """
+    loss = loss_function(*training_module(_one_of(population), recipe.variational))
+    return vmap(grad_and_value(loss, has_aux=True), in_dims=(0, 0, 0, 0, None, None, None))
+
 # %% ../nbs/12_training.ipynb #69c84003
 def train_epoch(
     state: State,    # alike models; updated in place
@@ -425,21 +524,18 @@ def train_epoch(
     epoch, moving = state.epoch + 1, _copy_of(state)
     population, n, size = moving.population, len(x), recipe.batch_size
     check_randomness(_one_of(population).train(), x[:2])
-    gradient = grad_and_value(loss_function(*training_module(_one_of(population), recipe.variational)), has_aux=True)
-    step = vmap(gradient, in_dims=(0, 0, 0, 0, None, None, None))
-    order = epoch_order(n, state.keys, epoch)
-    entropy = torch.zeros(len(population), dtype=torch.float64, device=x.device)
-    right = torch.zeros_like(entropy)
+    step, order = _batch_gradients(population, recipe), epoch_order(n, state.keys, epoch)
+    entropy, right = torch.zeros(2, len(population), dtype=torch.float64, device=x.device)
     number = torch.tensor(epoch, device=x.device)
     rates, decays = rates_and_decays(population.models, recipe, x.device)
     factors = rate_factors(recipe, epoch, -(-n // size)).to(x.device)
-    for step_number, start in enumerate(range(0, n, size)):
+    for factor, start in zip(factors, range(0, n, size), strict=True):
         batch = order[:, start : start + size]
         position = torch.arange(start, start + batch.shape[1], device=x.device)
         gradients, (_, (batch_entropy, batch_right, seen)) = step(population.weights, x[batch], y[batch],
                                                                   state.keys, position, number, kl_weight(epoch))
         gradients = {name: gradient for name, gradient in gradients.items() if name not in seen}
-        optimizer_step(moving, gradients, (rates * factors[step_number]).float(), decays.float(), recipe.nesterov)
+        optimizer_step(moving, gradients, (rates * factor).float(), decays.float(), recipe.nesterov)
         population.weights.update(seen)
         entropy += batch_entropy
         right += batch_right
@@ -465,7 +561,7 @@ def check_classes(
         raise UserError(f"The labels go from {labels.min()} to {labels.max()}, and the models know the classes 0 to "
                         f"{logits.shape[-1] - 1}.")
 
-
+# %% ../nbs/12_training.ipynb #bf8fddab
 def accuracy(
     predictions: Tensor,  # uint8 [models, N]
     y: Tensor,            # int64 [N]
@@ -591,7 +687,7 @@ class Engine:
     schedules: bool = False                         # whether it supports schedules and Nesterov momentum
     arithmetic: Callable[[], str] = lambda: ""      # names its rounding; different names may mean different bits
 
-
+# %% ../nbs/12_training.ipynb #1cede8b4
 def torch_arithmetic() -> str:  # such as "torch 2.13.0 AVX512"
     """Name what determines the reference engine's bits: PyTorch's version and CPU instruction set.
 
@@ -640,7 +736,7 @@ class Measured:
     test_accuracy: Tensor   # float64 [models]
     predictions: Tensor     # uint8 [models, test images]
 
-
+# %% ../nbs/12_training.ipynb #e904f9a2
 def _judge(
     state: State,    # of models that the engine takes together
     x: Tensor,       # float32 [N, C, H, W]
@@ -665,6 +761,23 @@ def _judge(
                                         state.population.models["activation"], x, y)
     return loss, accuracy(predictions, y), predictions
 
+# %% ../nbs/12_training.ipynb #fd3f08b8
+def _check_supported(
+    recipe: Recipe,  # how to train
+    engine: Engine,  # the engine that trains
+) -> None:
+    """Raise `UserError` for a schedule or momentum that the engine does not know.
+
+    Args:
+        recipe: how to train
+        engine: the engine that trains
+    """
+    if not engine.schedules and (recipe.schedule != "constant" or recipe.nesterov):
+        raise UserError(
+            f"The engine {engine.name} knows constant learning rates and plain momentum only: use engine='torch' "
+            f"for {'Nesterov momentum' if recipe.schedule == 'constant' else recipe.schedule}."
+        )
+
 # %% ../nbs/12_training.ipynb #c5892a68
 def epochs(
     state: State,            # of models that the engine trains together; updated in place
@@ -683,11 +796,7 @@ def epochs(
     Returns:
         Iterator[Measured]: epoch 0 for a new state, then every remaining epoch
     """
-    if not engine.schedules and (recipe.schedule != "constant" or recipe.nesterov):
-        raise UserError(
-            f"The engine {engine.name} knows constant learning rates and plain momentum only: use engine='torch' "
-            f"for {'Nesterov momentum' if recipe.schedule == 'constant' else recipe.schedule}."
-        )
+    _check_supported(recipe, engine)
     if state.epoch == 0:
         train_loss, train_accuracy, _ = _judge(state, images.x_train, images.y_train, recipe, engine)
         yield Measured(0, train_loss, train_accuracy, *_judge(state, images.x_test, images.y_test, recipe, engine))
