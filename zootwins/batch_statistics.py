@@ -20,7 +20,7 @@ from .core import UserError, check_name
 from .datasets import Images
 from .networks import logits_of
 
-# %% ../nbs/72_batch_statistics.ipynb #0cdaf899
+# %% ../nbs/72_batch_statistics.ipynb #4846fa9e
 PARTS = ("train", "val", "test")
 Data = Images | Mapping[str, Iterable]  # loaders by part
 Batch = tuple[tuple, dict, Tensor]      # the module's positional and keyword inputs; labels
@@ -28,6 +28,23 @@ CHUNK = 250  # images at a time
 LOOKED_AT = 8  # items that are fetched twice
 
 
+def _alike(
+    one: object,    # an item of a data set
+    other: object,  # the same item again
+) -> bool:
+    """Whether two items hold the same tensors.
+
+    Args:
+        one: an item of a data set
+        other: the same item again
+    """
+    if isinstance(one, Tensor):
+        return isinstance(other, Tensor) and one.shape == other.shape and torch.equal(one, other)
+    if isinstance(one, Mapping):
+        return all(_alike(one[name], other[name]) for name in one)
+    return all(map(_alike, one, other)) if isinstance(one, (tuple, list)) else True
+
+# %% ../nbs/72_batch_statistics.ipynb #0cdaf899
 def check_fixed(
     loader: Iterable,  # of batches
 ) -> None:
@@ -52,23 +69,6 @@ def check_fixed(
                     raise UserError("This loader gives other pixels for the same image each time, and statistics need "
                                     "images without augmentation: give one with the transforms of the test images.")
 
-
-def _alike(
-    one: object,    # an item of a data set
-    other: object,  # the same item again
-) -> bool:
-    """Whether two items hold the same tensors.
-
-    Args:
-        one: an item of a data set
-        other: the same item again
-    """
-    if isinstance(one, Tensor):
-        return isinstance(other, Tensor) and one.shape == other.shape and torch.equal(one, other)
-    if isinstance(one, Mapping):
-        return all(_alike(one[name], other[name]) for name in one)
-    return all(map(_alike, one, other)) if isinstance(one, (tuple, list)) else True
-
 # %% ../nbs/72_batch_statistics.ipynb #f0436d6e
 def _read(
     batch: object,  # (x, y), or a dictionary with labels, as loaders yield them
@@ -86,7 +86,7 @@ def _read(
     raise UserError("A loader has to give pairs of inputs and labels, or dictionaries with an entry labels, "
                     f"and this one gives a {type(batch).__name__}.")
 
-
+# %% ../nbs/72_batch_statistics.ipynb #59bf1d33
 def batches(
     data: Data,   # images, or loaders by part
     part: str,    # one of PARTS
@@ -130,20 +130,7 @@ def device_of(
     """
     return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
 
-
-def _to(
-    value: object,         # a tensor or anything else
-    device: torch.device,  # where the module is
-) -> object:
-    """Move a tensor to a device; leave anything else as it is.
-
-    Args:
-        value: a tensor or anything else
-        device: where the module is
-    """
-    return value.to(device) if isinstance(value, Tensor) else value
-
-
+# %% ../nbs/72_batch_statistics.ipynb #71cf3e94
 def outputs(
     module: nn.Module,        # in the desired mode
     pieces: Iterable[Batch],  # from `batches`
@@ -158,10 +145,10 @@ def outputs(
         Iterator[tuple[Tensor, Tensor]]: class scores and labels, on the module's device
     """
     device = device_of(module)
+    moved = lambda value: value.to(device) if isinstance(value, Tensor) else value
     for inputs, named, labels in pieces:
-        named = {name: _to(value, device) for name, value in named.items()}
-        scores = logits_of(module(*(_to(each, device) for each in inputs), **named))
-        yield scores, labels.to(device)
+        named = {name: moved(value) for name, value in named.items()}
+        yield logits_of(module(*map(moved, inputs), **named)), labels.to(device)
 
 # %% ../nbs/72_batch_statistics.ipynb #9dce8a75
 def statistic_layers(
@@ -178,7 +165,7 @@ def statistic_layers(
     kind = nn.modules.batchnorm._NormBase
     return [layer for layer in module.modules() if isinstance(layer, kind) and layer.running_mean is not None]
 
-
+# %% ../nbs/72_batch_statistics.ipynb #884e55db
 @torch.no_grad()
 def recompute_statistics(
     module: nn.Module,  # changed in place
@@ -233,13 +220,13 @@ def class_probabilities(
     found = [(scores.double().softmax(-1).cpu(), y.cpu()) for scores, y in outputs(module.eval(), batches(data, part))]
     for layer, mode in zip(module.modules(), modes):
         layer.training = mode
-    probabilities, labels = (torch.cat(column) for column in zip(*found))
+    probabilities, labels = map(torch.cat, zip(*found))
     if not probabilities.isfinite().all():
         raise UserError("The model's outputs are not numbers: it has diverged, or its statistics of BatchNorm were "
                         "never computed; train with a lower rate, or use batch_statistics.recompute_statistics.")
     return probabilities, labels
 
-
+# %% ../nbs/72_batch_statistics.ipynb #0dba6bdb
 def judge(
     probabilities: Tensor,  # float64 [N, classes]
     labels: Tensor,         # int64 [N]
@@ -256,7 +243,7 @@ def judge(
     loss = F.nll_loss(probabilities.clamp_min(torch.finfo(torch.float64).tiny).log(), labels)
     return {"loss": loss.item(), "accuracy": (probabilities.argmax(-1) == labels).double().mean().item()}
 
-# %% ../nbs/72_batch_statistics.ipynb #0d69be9f
+
 def evaluate(
     module: nn.Module,   # any
     data: Data,          # images, or loaders by part

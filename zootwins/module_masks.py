@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WRAPPERS', 'COMPILED', 'ModuleScores', 'unwrapped', 'plain_state', 'prunable_weights', 'snip_saliency',
-           'filter_norms', 'choose_masks', 'check_fit', 'Pattern', 'sparsity', 'sparsity_table', 'enforce', 'holding',
-           'revived', 'save_masks', 'load_masks']
+           'filter_norms', 'check_fit', 'choose_masks', 'Pattern', 'sparsity', 'sparsity_table', 'enforce', 'revived',
+           'holding', 'save_masks', 'load_masks']
 
 # %% ../nbs/71_module_masks.ipynb #2aa0c769
 import threading
@@ -137,6 +137,35 @@ def prunable_weights(
         )
     return found
 
+# %% ../nbs/71_module_masks.ipynb #3a7f0731
+def _gradients(
+    module: nn.Module,  # left as it is
+    x: Tensor,          # images
+    y: Tensor,          # their labels
+) -> dict[str, Tensor]:  # by name of the prunable weight, of its shape
+    """Gradients of the loss in eval mode, also of frozen weights.
+
+    Args:
+        module: left as it is
+        x: images
+        y: their labels
+
+    Returns:
+        dict[str, Tensor]: by name of the prunable weight, of its shape
+    """
+    weights, training = prunable_weights(module), [layer.training for layer in module.modules()]
+    device, frozen = next(iter(weights.values())).device, [w for w in weights.values() if not w.requires_grad]
+    with torch.enable_grad():
+        for weight in frozen:
+            weight.requires_grad_(True)
+        loss = F.cross_entropy(logits_of(module.eval()(x.to(device))), y.to(device))
+        found = torch.autograd.grad(loss, list(weights.values()), materialize_grads=True)
+    for weight in frozen:
+        weight.requires_grad_(False)
+    for layer, mode in zip(module.modules(), training):
+        layer.training = mode
+    return dict(zip(weights, found))
+
 # %% ../nbs/71_module_masks.ipynb #16c22fcf
 def snip_saliency(
     module: nn.Module,          # any
@@ -154,21 +183,10 @@ def snip_saliency(
     if data is None:
         raise UserError("SNIP scores weights by the loss on training images: give data=, images or (x, y).")
     x, y = (data.x_train, data.y_train) if isinstance(data, Images) else data
-    weights, training = prunable_weights(module), [layer.training for layer in module.modules()]
-    device, frozen = next(iter(weights.values())).device, [w for w in weights.values() if not w.requires_grad]
-    with torch.enable_grad():
-        for weight in frozen:
-            weight.requires_grad_(True)
-        output = logits_of(module.eval()(x[:SNIP_IMAGES].to(device)))
-        loss = F.cross_entropy(output, y[:SNIP_IMAGES].to(device))
-        gradients = torch.autograd.grad(loss, list(weights.values()), materialize_grads=True)
-    for weight in frozen:
-        weight.requires_grad_(False)
-    for layer, mode in zip(module.modules(), training):
-        layer.training = mode
-    return {name: (weight * gradient).abs().detach() for (name, weight), gradient in zip(weights.items(), gradients)}
+    weights, gradients = prunable_weights(module), _gradients(module, x[:SNIP_IMAGES], y[:SNIP_IMAGES])
+    return {name: (weight * gradients[name]).abs().detach() for name, weight in weights.items()}
 
-# %% ../nbs/71_module_masks.ipynb #36353774
+
 def filter_norms(
     module: nn.Module,     # any
     data: object = None,   # not used
@@ -231,6 +249,27 @@ def _selector_for(
 
     return Selector(getattr(scores, "__name__", "own"), of_one, rule)
 
+# %% ../nbs/71_module_masks.ipynb #c0d88f34
+def check_fit(
+    module: nn.Module,            # any
+    masks: Mapping[str, Tensor],  # by plain name
+) -> None:
+    """Raise `UserError` unless masks and prunable weights have the same names and shapes.
+
+    Args:
+        module: any
+        masks: by plain name
+    """
+    weights = prunable_weights(module)
+    wrong = [name for name in {**weights, **masks} if name not in weights or name not in masks]
+    wrong += [name for name in weights if name in masks and weights[name].shape != masks[name].shape]
+    wrong += [name for name in masks if masks[name].dtype != torch.bool]
+    if wrong:
+        raise UserError(
+            f"These masks are not of this model: {wrong[0]} and {len(wrong) - 1} more differ in name, shape or type "
+            "(bool, by names such as conv.weight): choose masks anew with module_masks.choose_masks."
+        )
+
 # %% ../nbs/71_module_masks.ipynb #77764c97
 def choose_masks(
     module: nn.Module,            # trained; not changed
@@ -266,27 +305,6 @@ def choose_masks(
     one = Population(stacked, pd.DataFrame({"model": [0], "seed": [seed]}), type(unwrapped(module)).__name__)
     chosen = prune(one, level, _selector_for(selector, module, data), earlier)[1]
     return {name: chosen[_key(name)][0] for name in weights}
-
-# %% ../nbs/71_module_masks.ipynb #c0d88f34
-def check_fit(
-    module: nn.Module,            # any
-    masks: Mapping[str, Tensor],  # by plain name
-) -> None:
-    """Raise `UserError` unless masks and prunable weights have the same names and shapes.
-
-    Args:
-        module: any
-        masks: by plain name
-    """
-    weights = prunable_weights(module)
-    wrong = [name for name in {**weights, **masks} if name not in weights or name not in masks]
-    wrong += [name for name in weights if name in masks and weights[name].shape != masks[name].shape]
-    wrong += [name for name in masks if masks[name].dtype != torch.bool]
-    if wrong:
-        raise UserError(
-            f"These masks are not of this model: {wrong[0]} and {len(wrong) - 1} more differ in name, shape or type "
-            "(bool, by names such as conv.weight): choose masks anew with module_masks.choose_masks."
-        )
 
 # %% ../nbs/71_module_masks.ipynb #58049589
 @dataclass(frozen=True)
@@ -406,6 +424,23 @@ def _clear(
             remembered.masked_fill_(gone, 0)
     return gone
 
+# %% ../nbs/71_module_masks.ipynb #7076c1ca
+def revived(
+    module: nn.Module,            # after training
+    masks: Mapping[str, Tensor],  # by plain name
+) -> int:                         # how many pruned weights are not zero
+    """Count pruned weights that are no longer zero.
+
+    Args:
+        module: after training
+        masks: by plain name
+
+    Returns:
+        int: how many pruned weights are not zero
+    """
+    weights = prunable_weights(module)
+    return sum(int((weight.detach().cpu()[~masks[name].cpu()] != 0).sum()) for name, weight in weights.items())
+
 # %% ../nbs/71_module_masks.ipynb #1e263c67
 _held: dict[int, list] = {}  # id of a parameter -> [the parameter, what is gone]
 _lock, _registered = threading.Lock(), []
@@ -426,7 +461,7 @@ def _after_step(
                 if (found := _held.get(id(weight))) is not None:
                     found[1] = _clear(weight, found[1], optimizer)
 
-
+# %% ../nbs/71_module_masks.ipynb #7082ddaa
 @contextmanager
 def holding(
     module: nn.Module,            # in any wrapping
@@ -453,23 +488,6 @@ def holding(
         with _lock:
             for weight in weights.values():
                 _held.pop(id(weight), None)
-
-# %% ../nbs/71_module_masks.ipynb #7076c1ca
-def revived(
-    module: nn.Module,            # after training
-    masks: Mapping[str, Tensor],  # by plain name
-) -> int:                         # how many pruned weights are not zero
-    """Count pruned weights that are no longer zero.
-
-    Args:
-        module: after training
-        masks: by plain name
-
-    Returns:
-        int: how many pruned weights are not zero
-    """
-    weights = prunable_weights(module)
-    return sum(int((weight.detach().cpu()[~masks[name].cpu()] != 0).sum()) for name, weight in weights.items())
 
 # %% ../nbs/71_module_masks.ipynb #1ab132a7
 def save_masks(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = [
-    'ONE_SHOT', 'FILTERS', 'FAST', 'STUDIES', 'Part', 'Study', 'study_images', 'dense_model', 'part_rows',
-    'study_rows', 'study_cells', 'toy_study', 'main',
+    'ONE_SHOT', 'FILTERS', 'FAST', 'STUDIES', 'Part', 'Study', 'toy_study', 'study_images', 'dense_model', 'part_rows',
+    'study_rows', 'study_cells', 'main',
 ]
 
 # %% ../nbs/78_network_studies.ipynb #eb9a6680
@@ -45,7 +45,7 @@ class Part:
     phases: int = 1
     selector: str = "global"  # "filters" for structured pruning
 
-
+# %% ../nbs/78_network_studies.ipynb #3736f799
 @dataclass(frozen=True)
 class Study:
     """One network on one data set; the values are those of the paper unless the study says otherwise.
@@ -82,7 +82,7 @@ class Study:
     schedule: str = "ALLR"     # of retraining; the dense training runs linearly to 0
     settings: TrainSettings = SETTINGS
 
-
+# %% ../nbs/78_network_studies.ipynb #cc3bba4b
 ONE_SHOT = tuple(Part(6, level) for level in (0.8, 0.9, 0.95))
 FILTERS = tuple(Part(12, level, selector="filters") for level in (0.4, 0.5, 0.6))
 FAST = TrainSettings(amp=True, channels_last=True, device="cuda")
@@ -94,6 +94,23 @@ STUDIES = {
     ),
     "resnet18": Study("ResNet-18, CIFAR-10", "resnet18", "cifar10", ONE_SHOT + FILTERS, 30, 20, settings=FAST),
 }
+
+# %% ../nbs/78_network_studies.ipynb #65b85e00
+def toy_study(
+    study: Study,  # any
+) -> Study:        # the same parts
+    """A narrow net on few digits for an epoch or two, on the processor: to see that everything runs.
+
+    Args:
+        study: any
+
+    Returns:
+        Study: the same parts
+    """
+    settings = replace(study.settings, batch_size=64, amp=False, device="cpu")
+    title, images = f"{study.title}, as a toy", {"size": 28, "factor": 2, "n_train": 192, "n_val": 64, "n_test": 64}
+    return replace(study, title=title, network="resnet8", dataset="digits", epochs=2, retrain_epochs=1, m=2,
+                   settings=settings, **images)
 
 # %% ../nbs/78_network_studies.ipynb #8d5cea77
 def study_images(
@@ -111,7 +128,7 @@ def study_images(
     images = replace(images, x_val=images.x_val[: study.n_val], y_val=images.y_val[: study.n_val])
     return shrunk(images, study.factor) if study.factor > 1 else images
 
-
+# %% ../nbs/78_network_studies.ipynb #79ee1ec2
 def dense_model(
     study: Study,    # which
     images: Images,  # from study_images
@@ -135,6 +152,19 @@ def dense_model(
     net.to(study.settings.device)
     recompute_statistics(net, images)
     return net
+
+# %% ../nbs/78_network_studies.ipynb #77d1e38d
+def _speed_ups(
+    run: ModuleSoup,  # any
+    images: Images,   # of the right size
+) -> dict[int, float]:
+    """The theoretical speed-up after each phase.
+
+    Args:
+        run: any
+        images: of the right size
+    """
+    return {phase.number: speed_up(phase.soup, images.x_test[:1], phase.masks) for phase in run.phases}
 
 # %% ../nbs/78_network_studies.ipynb #76e4ce26
 def part_rows(
@@ -169,20 +199,31 @@ def part_rows(
     pruning = "filters" if part.selector == "filters" else "weights"
     return rows.assign(speed_up=told, table=part.table, pruning=pruning)
 
-
-def _speed_ups(
-    run: ModuleSoup,  # any
-    images: Images,   # of the right size
-) -> dict[int, float]:
-    """The theoretical speed-up after each phase.
+# %% ../nbs/78_network_studies.ipynb #a002b21d
+def _seed_rows(
+    study: Study,    # which
+    images: Images,  # from study_images
+    seed: int,       # of the dense model
+    folder: Path,    # of the study's files
+) -> pd.DataFrame:   # as from study_rows
+    """Make what is missing for one dense model.
 
     Args:
-        run: any
-        images: of the right size
-    """
-    return {phase.number: speed_up(phase.soup, images.x_test[:1], phase.masks) for phase in run.phases}
+        study: which
+        images: from study_images
+        seed: of the dense model
+        folder: of the study's files
 
-# %% ../nbs/78_network_studies.ipynb #a002b21d
+    Returns:
+        pd.DataFrame: as from study_rows
+    """
+    model = dense_model(study, images, seed, folder)
+    reached = evaluate(model, images)["accuracy"]
+    print(f"{study.title}, seed {seed}: dense {reached:.2%}", flush=True)
+    dense = pd.DataFrame([{"row": "dense", "merge": "", "model": seed, "test_acc": reached}])
+    return pd.concat([dense, *(part_rows(study, part, model, images, seed, folder) for part in study.parts)])
+
+
 def study_rows(
     study: Study,          # which
     folder: Path | str,    # of the study's files
@@ -204,17 +245,13 @@ def study_rows(
         with locked(folder, f"seed-{seed}"):
             if not file.exists():
                 images = images or study_images(study)
-                model = dense_model(study, images, seed, folder)
-                print(f"{study.title}, seed {seed}: dense {evaluate(model, images)['accuracy']:.2%}", flush=True)
-                dense = pd.DataFrame([{"row": "dense", "merge": "", "model": seed, **evaluate(model, images)}])
-                parts = [part_rows(study, part, model, images, seed, folder) for part in study.parts]
-                rows = pd.concat([dense.rename(columns={"accuracy": "test_acc"}).drop(columns="loss"), *parts])
+                rows = _seed_rows(study, images, seed, folder)
                 with atomic_path(file) as temporary:
                     rows.to_csv(temporary, index=False)
         frames.append(pd.read_csv(file, keep_default_na=False, na_values=[""]).fillna({"merge": "", "pruning": ""}))
     return pd.concat(frames, ignore_index=True)
 
-
+# %% ../nbs/78_network_studies.ipynb #9b8eb43d
 def study_cells(
     rows: pd.DataFrame,  # from study_rows
     title: str,          # of the study
@@ -234,23 +271,41 @@ def study_cells(
     return pd.concat(found, ignore_index=True)
 
 # %% ../nbs/78_network_studies.ipynb #ad3991c8
-def toy_study(
-    study: Study,  # any
-) -> Study:        # the same parts
-    """A narrow net on few digits for an epoch or two, on the processor: to see that everything runs.
+def _parser() -> argparse.ArgumentParser:
+    "What the command takes."
+    name, what = "python -m zootwins.network_studies", "Sparse soups of one network."
+    parser = argparse.ArgumentParser(prog=name, description=what)
+    parser.add_argument("study", help=f"one of {', '.join(STUDIES)}")
+    parser.add_argument("folder", help="for the study's files")
+    parser.add_argument("--seeds", default="0", help="of the dense models, such as 0,1,2")
+    parser.add_argument("--device", help="cpu or cuda; the study's own if none is given")
+    parser.add_argument("--toy", action="store_true", help="a narrow net on few digits, to see that everything runs")
+    return parser
+
+# %% ../nbs/78_network_studies.ipynb #cfb9a1bd
+def _asked(
+    told: argparse.Namespace,   # from the command line
+) -> tuple[Study, list[int]]:   # and the seeds
+    """The study that was asked for; raises `UserError` for what cannot be.
 
     Args:
-        study: any
+        told: from the command line
 
     Returns:
-        Study: the same parts
+        tuple[Study, list[int]]: and the seeds
     """
-    settings = replace(study.settings, batch_size=64, amp=False, device="cpu")
-    title, images = f"{study.title}, as a toy", {"size": 28, "factor": 2, "n_train": 192, "n_val": 64, "n_test": 64}
-    return replace(study, title=title, network="resnet8", dataset="digits", epochs=2, retrain_epochs=1, m=2,
-                   settings=settings, **images)
+    study = STUDIES[check_name(told.study, STUDIES, "study")]
+    if not all(word.isdigit() for word in told.seeds.split(",")):
+        raise UserError(f"{told.seeds!r} are no seeds: give numbers, such as 0,1,2.")
+    study = toy_study(study) if told.toy else study
+    device = told.device or study.settings.device
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"The study {told.study} is for a GPU, and there is none here: give --device cpu, which "
+                        "takes days, or --toy with it to see that everything runs.")
+    study = replace(study, settings=replace(study.settings, device=device))
+    return study, [int(word) for word in told.seeds.split(",")]
 
-
+# %% ../nbs/78_network_studies.ipynb #02d0696b
 def main(
     arguments: Sequence[str] | None = None,  # of the command line
 ) -> int:                                    # 0: all is there
@@ -262,25 +317,10 @@ def main(
     Returns:
         int: 0: all is there
     """
-    name, what = "python -m zootwins.network_studies", "Sparse soups of one network."
-    parser = argparse.ArgumentParser(prog=name, description=what)
-    parser.add_argument("study", help=f"one of {', '.join(STUDIES)}")
-    parser.add_argument("folder", help="for the study's files")
-    parser.add_argument("--seeds", default="0", help="of the dense models, such as 0,1,2")
-    parser.add_argument("--device", help="cpu or cuda; the study's own if none is given")
-    parser.add_argument("--toy", action="store_true", help="a narrow net on few digits, to see that everything runs")
-    told = parser.parse_args(arguments)
+    told = _parser().parse_args(arguments)
     try:
-        study = STUDIES[check_name(told.study, STUDIES, "study")]
-        if not all(word.isdigit() for word in told.seeds.split(",")):
-            raise UserError(f"{told.seeds!r} are no seeds: give numbers, such as 0,1,2.")
-        study = toy_study(study) if told.toy else study
-        device = told.device or study.settings.device
-        if device.startswith("cuda") and not torch.cuda.is_available():
-            raise UserError(f"The study {told.study} is for a GPU, and there is none here: give --device cpu, which "
-                            "takes days, or --toy with it to see that everything runs.")
-        study = replace(study, settings=replace(study.settings, device=device))
-        rows = study_rows(study, told.folder, [int(word) for word in told.seeds.split(",")])
+        study, seeds = _asked(told)
+        rows = study_rows(study, told.folder, seeds)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

@@ -144,7 +144,7 @@ class TrainSettings:
 
 SETTINGS = TrainSettings()
 
-
+# %% ../nbs/72_retraining.ipynb #07be7fb6
 class Rule:
     "Hooks for a method that prunes during training; this one changes nothing."
 
@@ -209,7 +209,30 @@ def save_progress(
     with atomic_path(path) as temporary:
         safetensors.torch.save_file(tensors, temporary, {"told": json.dumps(dict(told), sort_keys=True)})
 
-# %% ../nbs/72_retraining.ipynb #11cfe48f
+# %% ../nbs/72_retraining.ipynb #f7348873
+def _read_progress(
+    path: Path,  # of the file
+) -> tuple[int, str, dict[str, dict[str, Tensor]]]:  # epochs done, name of the training, tensors by group and name
+    """Read the state of a training; raises `UserError` for a damaged file.
+
+    Args:
+        path: of the file
+
+    Returns:
+        tuple[int, str, dict[str, dict[str, Tensor]]]: epochs done, name of the training, tensors by group and name
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            told = json.loads(file.metadata()["told"])
+            groups: dict[str, dict[str, Tensor]] = {"module": {}, "momentum": {}, "rule": {}}
+            for name in file.keys():
+                group, _, rest = name.partition("/")
+                groups[group][rest] = file.get_tensor(name)
+        return int(told["epoch"]), told["training"], groups
+    except Exception as error:  # a file of another kind raises errors of many kinds
+        raise UserError(f"{path} holds no training ({one_line(error)}): delete it and run again.") from error
+
+# %% ../nbs/72_retraining.ipynb #9ea36da1
 def load_progress(
     path: Path,         # of the file
     module: nn.Module,  # receives weights and statistics
@@ -229,16 +252,7 @@ def load_progress(
     Returns:
         int: epochs done
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            told = json.loads(file.metadata()["told"])
-            groups: dict[str, dict[str, Tensor]] = {"module": {}, "momentum": {}, "rule": {}}
-            for name in file.keys():
-                group, _, rest = name.partition("/")
-                groups[group][rest] = file.get_tensor(name)
-        epoch, which = int(told["epoch"]), told["training"]
-    except Exception as error:  # a file of another kind raises errors of many kinds
-        raise UserError(f"{path} holds no training ({one_line(error)}): delete it and run again.") from error
+    epoch, which, groups = _read_progress(path)
     if which != training:
         raise UserError(f"{path} is of another training (other data, settings, rates, seed or beginning): "
                         "choose another file, or delete it to begin anew.")
@@ -250,6 +264,37 @@ def load_progress(
     return epoch
 
 # %% ../nbs/72_retraining.ipynb #40b4ceab
+def _step(
+    module: nn.Module,  # in train mode
+    optimizer: torch.optim.Optimizer,
+    images: Tensor,     # of a batch, on the device
+    labels: Tensor,     # of the batch
+    settings: TrainSettings,
+    rule: Rule,
+    done: float,        # share of the training before this step
+) -> Tensor:            # loss
+    """One step of the optimizer.
+
+    Args:
+        module: in train mode
+        images: of a batch, on the device
+        labels: of the batch
+        done: share of the training before this step
+
+    Returns:
+        Tensor: loss
+    """
+    layout = torch.channels_last if settings.channels_last else torch.contiguous_format
+    optimizer.zero_grad()
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=settings.amp):
+        scores = rule.forward(module, images.contiguous(memory_format=layout))
+    loss = F.cross_entropy(scores.float(), labels)
+    (loss + rule.penalty(module, done)).backward()
+    rule.gradients(module, done)
+    optimizer.step()
+    return loss.detach()
+
+# %% ../nbs/72_retraining.ipynb #19c7e716
 def train_epoch(
     module: nn.Module,  # in train mode, on its device
     optimizer: torch.optim.Optimizer,
@@ -282,16 +327,8 @@ def train_epoch(
         for group in optimizer.param_groups:
             group["lr"] = rates(done)
         images = augmented(x[chosen], words[rows], settings.flip) if settings.augment else x[chosen]
-        layout = torch.channels_last if settings.channels_last else torch.contiguous_format
-        optimizer.zero_grad()
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=settings.amp):
-            scores = rule.forward(module, images.contiguous(memory_format=layout))
-        loss = F.cross_entropy(scores.float(), y[chosen])
-        (loss + rule.penalty(module, done)).backward()
-        rule.gradients(module, done)
-        optimizer.step()
+        total += _step(module, optimizer, images, y[chosen], settings, rule, done)
         rule.stepped(module, optimizer, (epoch - 1 + (step + 1) / steps) / rates.epochs)
-        total += loss.detach()
     return float(total) / steps
 
 # %% ../nbs/72_retraining.ipynb #165f5b30
@@ -350,7 +387,7 @@ def draws(
         still(x)
         return not torch.equal(before, device_module.get_rng_state())
 
-
+# %% ../nbs/72_retraining.ipynb #283bddf3
 @contextmanager
 def _seeded(
     wanted: bool,          # False: nothing is drawn, and nothing happens
@@ -370,6 +407,29 @@ def _seeded(
     with _generator, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
+
+# %% ../nbs/72_retraining.ipynb #20c2a444
+def _identity(
+    start: Mapping[str, Tensor],  # state of the module before the training
+    x: Tensor,               # images
+    y: Tensor,               # labels
+    rates: Rates,
+    settings: TrainSettings,
+    seed: int,
+) -> dict[str, object]:      # rates, settings, seed, and "training", a hash of all
+    """What a training depends on, as its checkpoint records it.
+
+    Args:
+        start: state of the module before the training
+        x: images
+        y: labels
+
+    Returns:
+        dict[str, object]: rates, settings, seed, and "training", a hash of all
+    """
+    told = {"rates": asdict(rates), "settings": asdict(settings), "seed": seed}
+    begun = json.dumps(told | {"start": state_digest(start)})
+    return told | {"training": digest(begun.encode(), state_digest({"x": x, "y": y}).encode())}
 
 # %% ../nbs/72_retraining.ipynb #6e57534e
 def train_network(
@@ -399,25 +459,21 @@ def train_network(
     Returns:
         nn.Module: the same, on the CPU
     """
-    device, rule = torch.device(settings.device), rule or Rule()
-    layout = torch.channels_last if settings.channels_last else torch.preserve_format
-    start, module = state_digest(module.state_dict()), module.to(device, memory_format=layout).train()
+    device, rule, file = torch.device(settings.device), rule or Rule(), Path(checkpoint) if checkpoint else None
+    about = _identity(module.state_dict(), x, y, rates, settings, seed)
+    module.to(device, memory_format=torch.channels_last if settings.channels_last else torch.preserve_format).train()
     optimizer = torch.optim.SGD(module.parameters(), rates(0), settings.momentum, weight_decay=settings.weight_decay,
                                 nesterov=settings.nesterov and settings.momentum > 0)
-    told = {"rates": asdict(rates), "settings": asdict(settings), "seed": seed}
-    name = digest(json.dumps(told | {"start": start}).encode(), state_digest({"x": x, "y": y}).encode())
     rule.start(module, optimizer, rates.epochs * max(1, len(x) // settings.batch_size))
-    done = 0
-    if checkpoint and Path(checkpoint).exists():
-        done = load_progress(Path(checkpoint), module, optimizer, rule, name)
+    done = load_progress(file, module, optimizer, rule, about["training"]) if file and file.exists() else 0
     key, x, y = stream_keys("network", "training", [seed])[0], x.to(device), y.to(device)
     drawn = draws(module, x[:2])
     for epoch in range(done + 1, min(until or rates.epochs, rates.epochs) + 1):
         with _seeded(drawn, int(random_words(1, key, site=2, epoch=epoch)), device):
             loss = train_epoch(module, optimizer, x, y, rates, settings, key, epoch, rule)
         _stop_if_diverged(loss, epoch, rates)
-        if checkpoint:
-            save_progress(Path(checkpoint), module, optimizer, rule, told | {"training": name, "epoch": epoch})
+        if file:
+            save_progress(file, module, optimizer, rule, about | {"epoch": epoch})
     return module.cpu()
 
 # %% ../nbs/72_retraining.ipynb #e0a3d9d9
@@ -441,7 +497,7 @@ def images_of(
         _loaded[name] = images
     return _loaded[name]
 
-
+# %% ../nbs/72_retraining.ipynb #c29ccfa8
 @dataclass(frozen=True)
 class Trainer:
     """Retrains a module on the training images: `trainer(model, seed, rates) -> model`.
