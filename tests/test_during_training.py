@@ -9,12 +9,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from small import IMAGES, says
+from zootwins.architectures import build
 from zootwins.core import UserError
 from zootwins.datasets import subset
 from zootwins.during_training import (
     BIMP, DNW, DPF, DST, GMP, GRIDS, GSM, LC, METHODS, SET, STR, THRESHOLD, Memory, Method, RigL, SparseRule,
-    cubic_levels, largest, layer_work, paper_grid, sparsify_module, sparsify_population, speed_up, table_2,
+    largest, paper_grid, sparsify_module, sparsify_population, speed_up, table_2,
 )
+from zootwins.inference_costs import multiply_adds
 from zootwins.module_masks import prunable_weights
 from zootwins.networks import make_network
 from zootwins.population import sample_population
@@ -59,9 +61,11 @@ def test_largest_is_global_over_layers():
 def test_gmp_is_cubic_as_zhu_and_gupta_have_it():
     s_f, n, steps = 0.9, 4, 100
     by_hand = {20 * k: s_f + (0 - s_f) * (1 - (20 * k) / (n * 20)) ** 3 for k in range(1, n + 1)}
-    found = cubic_levels(s_f, n, steps)
+    found = GMP(events=n).when(s_f, steps)
     assert list(found) == list(by_hand) and list(found.values()) == pytest.approx(list(by_hand.values()))
-    assert found[80] == s_f and GMP(events=4).when(s_f, steps) == found
+    assert found[80] == s_f
+    with pytest.raises(UserError, match="4 events do not fit into a run of 4"):
+        GMP(events=4).when(s_f, 4)
 
 
 def test_gmp_sees_and_reaches_what_is_left():
@@ -80,7 +84,7 @@ def test_dpf_applies_the_pruned_gradient_to_dense_weights():
 
 def test_dpf_finds_masks_every_16_steps_at_the_last_level():
     found = DPF(events=2).when(0.8, 90)
-    rises = cubic_levels(0.8, 2, 90)
+    rises = GMP(events=2).when(0.8, 90)
     assert list(found) == [30, 46, 60, 62, 78] and [found[at] for at in (30, 46)] == [rises[30]] * 2
     assert [found[at] for at in (60, 62, 78)] == [0.8] * 3
 
@@ -505,9 +509,9 @@ def test_a_network_with_batchnorm_and_shortcuts():
     assert module_zeros(module) == round(total / 2)
 
 
-def test_work_is_exact_and_speed_up_follows_the_layers(start):
-    work = layer_work("cnn_small_1ch", IMAGES.x_test[:1])
-    assert list(work.values()) == [24 * 24 * 8 * 25, 8 * 8 * 6 * 8 * 25, 3 * 3 * 4 * 6 * 4, 36 * 20, 20 * 10]
+def test_speed_up_follows_the_layers(start):
+    work = multiply_adds(build("cnn_small_1ch"), IMAGES.x_test[:1])
+    assert list(work.values()) == [24 * 24 * 8 * 25, 8 * 8 * 6 * 8 * 25, 3 * 3 * 4 * 6 * 4, 36 * 20, 20 * 10, 0]
     assert speed_up(start, IMAGES.x_test[:1]).tolist() == pytest.approx([1.0] * 3)
     half = deepcopy(start)
     half.weights["module_list.0.weight"][0, :4] = 0

@@ -611,25 +611,26 @@ def sparse_soup(
 def gradual_events(
     level: float,  # sparsity after the last event
     events: int,   # number of pruning events, n
-    epochs: int,   # of the whole run
+    length: int,   # of the whole run, in epochs or steps
     dense: bool,   # whether a dense interval comes first
-) -> tuple[tuple[int, float], ...]:  # epochs after which to prune, and the level
-    """The cubic schedule of sparsity; raises `UserError` for fewer epochs than intervals.
+) -> tuple[tuple[int, float], ...]:  # epochs or steps after which to prune, and the level
+    """The cubic schedule of sparsity (Zhu and Gupta 2017); raises `UserError` for a run shorter than its intervals.
 
     Args:
         level: sparsity after the last event
         events: number of pruning events, n
-        epochs: of the whole run
+        length: of the whole run, in epochs or steps
         dense: whether a dense interval comes first
 
     Returns:
-        tuple[tuple[int, float], ...]: epochs after which to prune, and the level
+        tuple[tuple[int, float], ...]: epochs or steps after which to prune, and the level
     """
-    if events < 1 or epochs < events + dense:
+    if events < 1 or length < events + dense:
         raise UserError(
-            f"Gradual pruning has at least one event and one epoch after each, not {events} events in {epochs} epochs."
+            f"Gradual pruning has at least one event, and an epoch or step after each: {events} events do not fit into "
+            f"a run of {length}; prune less often, or train longer."
         )
-    at = [(i + dense) * epochs // (events + dense) for i in range(events)]
+    at = [(i + dense) * length // (events + dense) for i in range(events)]
     return tuple((epoch, level * (1 - (1 - i / events) ** 3)) for i, epoch in enumerate(at, start=1))
 
 # %% ../nbs/19_averaging.ipynb #72afa956

@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = [
-    'Weights', 'THRESHOLD', 'STARTS', 'METHODS', 'GRIDS', 'SOUPS', 'Memory', 'largest', 'magnitudes', 'cubic_levels',
-    'Method', 'GMP', 'DPF', 'DNW', 'BIMP', 'GSM', 'LC', 'DST', 'STR', 'even_counts', 'swapped', 'SET', 'RigL',
-    'paper_grid', 'Learner', 'ZooLearner', 'ModuleLearner', 'train_sparsely', 'check_method', 'sparsify_population',
-    'sparsify_module', 'SparseRule', 'layer_work', 'speed_up', 'table_2',
+    'Weights', 'THRESHOLD', 'STARTS', 'METHODS', 'GRIDS', 'SOUPS', 'Change', 'Memory', 'largest', 'magnitudes',
+    'Method', 'GMP', 'DPF', 'DNW', 'BIMP', 'GSM', 'LC', 'DST', 'STR', 'SET', 'RigL', 'paper_grid',
+    'sparsify_population', 'sparsify_module', 'SparseRule', 'speed_up', 'table_2',
 ]
 
 # %% ../nbs/77_during_training.ipynb #c6416fb9
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from itertools import product
 from typing import ClassVar, Protocol
 
@@ -24,10 +24,12 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.nn import functional as F
 
-from .architectures import build, layer_names
-from .averaging import copies
+# %% ../nbs/77_during_training.ipynb #28ba29ce
+from .architectures import build
+from .averaging import copies, gradual_events
 from .core import UserError, check_name
 from .datasets import Images
+from .inference_costs import multiply_adds
 from .magnitude import check_level, count_kept, keep_highest
 from .module_masks import prunable_weights, unwrapped
 from .networks import logits_of
@@ -35,7 +37,7 @@ from .population import Population, concatenate, plain_models
 from .retraining import Rule
 from .schedules import initial_factors, pruning_damage
 from .selectors import Rule as Counts
-from .selectors import deal, erk_counts, prunable, sparsity_per_phase
+from .selectors import erk_counts, proportional_counts, prunable, sparsity_per_phase
 from .streams import epoch_order, random_words, stream_keys, to_uniform
 from .tables import Table
 from zootwins.training import (
@@ -70,7 +72,7 @@ class Memory:
     progress: float = 0.0     # share of the training that is done
     keys: Tensor | None = None  # int64 [models, 2], the streams of what is drawn at random (SET, RigL)
 
-
+# %% ../nbs/77_during_training.ipynb #00f3ebab
 def largest(
     scores: Weights,  # name -> [models, ...]
     level: float,     # share to prune
@@ -89,7 +91,7 @@ def largest(
     parts = kept.split([score[0].numel() for score in scores.values()], 1)
     return {name: part.reshape(scores[name].shape) for name, part in zip(scores, parts)}
 
-# %% ../nbs/77_during_training.ipynb #00f3ebab
+
 def magnitudes(
     weights: Weights,  # with or without thresholds
 ) -> Weights:          # absolute values, without thresholds
@@ -103,41 +105,9 @@ def magnitudes(
     """
     return {name: tensor.abs() for name, tensor in weights.items() if not name.endswith(THRESHOLD)}
 
-
-def cubic_levels(
-    level: float,  # final sparsity
-    events: int,   # number of pruning events
-    steps: int,    # of the whole training
-) -> dict[int, float]:  # step -> sparsity from there on
-    """The cubic law of GMP at equally spaced steps.
-
-    Args:
-        level: final sparsity
-        events: number of pruning events
-        steps: of the whole training
-
-    Returns:
-        dict[int, float]: step -> sparsity from there on
-    """
-    return {k * steps // (events + 1): level * (1 - (1 - k / events) ** 3) for k in range(1, events + 1)}
-
-# %% ../nbs/77_during_training.ipynb #63fec7b3
-class Method:
-    """Dense training, pruned at the end; each method overrides some of the answers.
-
-    Attributes:
-        hard: pruned weights and their momentum are zero, and stay zero
-        exact: ends at the target sparsity
-        souped: its intervals can be trained in copies
-        restarts: momentum is reset whenever the level changes
-    """
-
-    title: ClassVar[str] = "One shot"
-    hard: ClassVar[bool] = False      # pruned weights and their momentum are zero, and stay zero
-    exact: ClassVar[bool] = True      # ends at the target sparsity
-    souped: ClassVar[bool] = False    # its intervals can be trained in copies
-    restarts: ClassVar[bool] = False  # momentum is reset whenever the level changes
-    momentum: float = 0.9
+# %% ../nbs/77_during_training.ipynb #7cfd0d11
+class _Masks:
+    "When masks change, and how."
 
     def when(
         self,
@@ -169,6 +139,10 @@ class Method:
             memory: receives the masks
         """
         memory.masks = largest(magnitudes(weights), level)
+
+# %% ../nbs/77_during_training.ipynb #3c627416
+class _Passes:
+    "What the forward pass sees, and what the gradient reaches."
 
     def seen(
         self,
@@ -204,6 +178,24 @@ class Method:
             Weights: of the weights and thresholds
         """
         return gradients
+
+# %% ../nbs/77_during_training.ipynb #63fec7b3
+class Method(_Masks, _Passes):
+    """Dense training, pruned at the end; each method overrides some of the answers.
+
+    Attributes:
+        hard: pruned weights and their momentum are zero, and stay zero
+        exact: ends at the target sparsity
+        souped: its intervals can be trained in copies
+        restarts: momentum is reset whenever the level changes
+    """
+
+    title: ClassVar[str] = "One shot"
+    hard: ClassVar[bool] = False      # pruned weights and their momentum are zero, and stay zero
+    exact: ClassVar[bool] = True      # ends at the target sparsity
+    souped: ClassVar[bool] = False    # its intervals can be trained in copies
+    restarts: ClassVar[bool] = False  # momentum is reset whenever the level changes
+    momentum: float = 0.9
 
     def thresholds(
         self,
@@ -254,10 +246,10 @@ class Method:
         """
         return None
 
-# %% ../nbs/77_during_training.ipynb #62e08569
+# %% ../nbs/77_during_training.ipynb #ddba9572
 @dataclass(frozen=True)
 class GMP(Method):
-    """Gradual magnitude pruning (Zhu and Gupta 2018).
+    """Gradual magnitude pruning (Zhu and Gupta 2017).
 
     Attributes:
         events: pruning steps, equally spaced
@@ -269,12 +261,12 @@ class GMP(Method):
     souped: ClassVar[bool] = True
 
     def when(self, level: float, steps: int) -> dict[int, float]:
-        return cubic_levels(level, self.events, steps)
+        return dict(gradual_events(level, self.events, steps, dense=True))
 
     def reach(self, weights: Weights, gradients: Weights, memory: Memory) -> Weights:
         return {name: gradient * memory.masks.get(name, 1) for name, gradient in gradients.items()}
 
-
+# %% ../nbs/77_during_training.ipynb #62e08569
 @dataclass(frozen=True)
 class DPF(Method):
     """Dynamic pruning with feedback (Lin et al. 2020).
@@ -290,9 +282,8 @@ class DPF(Method):
     souped: ClassVar[bool] = True
 
     def when(self, level: float, steps: int) -> dict[int, float]:
-        rises = cubic_levels(level, self.events, steps)
-        first = min(rises)
-        found = sorted({*range(first, steps, self.every), *rises})
+        rises = dict(gradual_events(level, self.events, steps, dense=True))
+        found = sorted({*range(min(rises), steps, self.every), *rises})
         return {at: rises[max(e for e in rises if e <= at)] for at in found}
 
     def final(self, weights: Weights, memory: Memory) -> Weights:
@@ -343,7 +334,7 @@ class BIMP(GMP):
         falling = 1 - (step - ends[phase]) / length
         return falling * initial_factors(memory.first_rate, length, ends[1]) if phase else falling
 
-# %% ../nbs/77_during_training.ipynb #694ce08d
+# %% ../nbs/77_during_training.ipynb #439e8140
 @dataclass(frozen=True)
 class GSM(Method):
     "Global sparse momentum (Ding et al. 2019)."
@@ -355,7 +346,7 @@ class GSM(Method):
         active = largest({name: (weights[name] * gradients[name]).abs() for name in gradients}, memory.level)
         return {name: gradient * active[name] for name, gradient in gradients.items()}
 
-
+# %% ../nbs/77_during_training.ipynb #694ce08d
 @dataclass(frozen=True)
 class LC(Method):
     """Learning-compression (Carreira-Perpiñán and Idelbayev 2018).
@@ -375,9 +366,8 @@ class LC(Method):
         return {k * steps // self.events: level for k in range(self.events)}
 
     def change(self, weights: Weights, level: float, memory: Memory) -> None:
-        pull = self.penalty * self.growth ** (memory.changes - 1)  # mu of the L step that just ended
-        nothing = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
-        before = memory.more.get("multiplier", nothing)
+        pull = self._pull(memory)  # mu of the L step that just ended
+        before = memory.more.get("multiplier", {name: torch.zeros_like(tensor) for name, tensor in weights.items()})
         shifted = {name: tensor - before[name] / pull for name, tensor in weights.items()}
         kept = largest(magnitudes(shifted), level)
         memory.more["target"] = target = {name: tensor * kept[name] for name, tensor in shifted.items()}
@@ -386,9 +376,12 @@ class LC(Method):
         memory.more["multiplier"] = {name: before[name] - step * gap[name] for name in weights}
 
     def reach(self, weights: Weights, gradients: Weights, memory: Memory) -> Weights:
-        pull, target = self.penalty * self.growth ** (memory.changes - 1), memory.more["target"]
-        pulls = {name: pull * (weights[name] - target[name]) - memory.more["multiplier"][name] for name in gradients}
+        pull, target, multiplier = self._pull(memory), memory.more["target"], memory.more["multiplier"]
+        pulls = {name: pull * (weights[name] - target[name]) - multiplier[name] for name in gradients}
         return {name: gradient + pulls[name] for name, gradient in gradients.items()}
+
+    def _pull(self, memory: Memory) -> float:
+        return self.penalty * self.growth ** (memory.changes - 1)
 
 # %% ../nbs/77_during_training.ipynb #20f8c703
 def _columns(
@@ -408,9 +401,16 @@ def _columns(
 
 
 def _step_slope(
-    x: Tensor,
-) -> Tensor:
-    "The long-tailed estimate of a step's derivative (Xu and Cheung 2019), as used by DST."
+    x: Tensor,  # distance from the step
+) -> Tensor:    # of the same shape
+    """The long-tailed estimate of a step's derivative (Xu and Cheung 2019), as used by DST.
+
+    Args:
+        x: distance from the step
+
+    Returns:
+        Tensor: of the same shape
+    """
     size = x.abs()
     return torch.where(size <= 0.4, 2 - 4 * size, torch.where(size <= 1, 0.4, 0.0))
 
@@ -455,7 +455,7 @@ class DST(Method):
         self.change(weights, memory.level, memory)
         return self.seen(weights, memory)
 
-
+# %% ../nbs/77_during_training.ipynb #3715d5f9
 @dataclass(frozen=True)
 class STR(Method):
     """Soft threshold reparameterization (Kusupati et al. 2020).
@@ -487,27 +487,10 @@ class STR(Method):
         return self.seen(weights, memory)
 
 # %% ../nbs/77_during_training.ipynb #2d9cf709
-def even_counts(
-    shapes: Mapping[str, tuple[int, ...]],  # of one model's prunable weights, in the order of the layers
-    level: float,                           # fraction to prune
-) -> dict[str, int]:                        # how many weights each layer keeps
-    """Keep the same share of every layer, and exactly the right number of all.
+STARTS: dict[str, Counts] = {"erk": erk_counts, "uniform": partial(proportional_counts, claim=math.prod)}
 
-    Args:
-        shapes: of one model's prunable weights, in the order of the layers
-        level: fraction to prune
-
-    Returns:
-        dict[str, int]: how many weights each layer keeps
-    """
-    sizes = [math.prod(shape) for shape in shapes.values()]
-    return dict(zip(shapes, deal(sizes, [0] * len(sizes), sizes, count_kept(sum(sizes), level))))
-
-
-STARTS: dict[str, Counts] = {"erk": erk_counts, "uniform": even_counts}
-
-
-def swapped(
+# %% ../nbs/77_during_training.ipynb #35b99e5f
+def _swapped(
     mask: Tensor,    # bool [models, ...], of one layer; every model keeps as many
     size: Tensor,    # its weights' magnitudes
     growth: Tensor,  # how much each place wants a weight
@@ -529,6 +512,46 @@ def swapped(
     stays = keep_highest(size.masked_fill(~mask, -1).flatten(1), kept - count)
     grown = keep_highest(growth.flatten(1).masked_fill(stays, -1), count)
     return (stays | grown).reshape(mask.shape)
+
+# %% ../nbs/77_during_training.ipynb #4aa45c2b
+def _drawn(
+    sizes: Weights,  # of the shapes that are wanted
+    memory: Memory,  # has the streams, and counts the changes
+) -> Weights:        # uniform in (0, 1]
+    """Random numbers from every model's own stream, others at every change.
+
+    Args:
+        sizes: of the shapes that are wanted
+        memory: has the streams, and counts the changes
+
+    Returns:
+        Weights: uniform in (0, 1]
+    """
+    draw = lambda site, size: random_words(size[0].numel(), memory.keys.to(size.device), site, epoch=memory.changes)
+    return {name: to_uniform(draw(site, size)).reshape(size.shape) for site, (name, size) in enumerate(sizes.items())}
+
+
+def _first_masks(
+    sizes: Weights,  # of the shapes that are wanted
+    start: str,      # one of STARTS
+    level: float,    # share to prune
+    memory: Memory,  # has the streams
+) -> Weights:        # name -> bool
+    """Random masks with every layer's own count.
+
+    Args:
+        sizes: of the shapes that are wanted
+        start: one of STARTS
+        level: share to prune
+        memory: has the streams
+
+    Returns:
+        Weights: name -> bool
+    """
+    counts = STARTS[start]({name: tuple(size.shape[1:]) for name, size in sizes.items()}, level)
+    places = _drawn(sizes, memory)
+    kept = {name: keep_highest(places[name].flatten(1), count) for name, count in counts.items()}
+    return {name: kept[name].reshape(size.shape) for name, size in sizes.items()}
 
 # %% ../nbs/77_during_training.ipynb #608b1cbd
 @dataclass(frozen=True)
@@ -554,14 +577,11 @@ class SET(Method):
 
     def change(self, weights: Weights, level: float, memory: Memory) -> None:
         sizes = magnitudes(weights)
-        if memory.masks:
-            growth, share = self.growth(sizes, memory), self.replaced(memory.progress)
-            for name, mask in memory.masks.items():
-                memory.masks[name] = swapped(mask, sizes[name], growth[name], share)
+        if not memory.masks:
+            memory.masks = _first_masks(sizes, self.start, level, memory)
             return
-        counts = STARTS[self.start]({name: tuple(size.shape[1:]) for name, size in sizes.items()}, level)
-        places = {name: drawn.flatten(1) for name, drawn in _drawn(sizes, memory).items()}
-        memory.masks = {name: keep_highest(places[name], counts[name]).reshape(sizes[name].shape) for name in sizes}
+        growth, share = self.growth(sizes, memory), self.replaced(memory.progress)
+        memory.masks = {name: _swapped(mask, sizes[name], growth[name], share) for name, mask in memory.masks.items()}
 
     def reach(self, weights: Weights, gradients: Weights, memory: Memory) -> Weights:
         return {name: gradient * memory.masks[name] for name, gradient in gradients.items()}
@@ -576,23 +596,6 @@ class SET(Method):
     def replaced(self, progress: float) -> float:
         "The share of weights that a change replaces."
         return self.share
-
-
-def _drawn(
-    sizes: Weights,  # of the shapes that are wanted
-    memory: Memory,  # has the streams, and counts the changes
-) -> Weights:        # uniform in (0, 1]
-    """Random numbers from every model's own stream, others at every change.
-
-    Args:
-        sizes: of the shapes that are wanted
-        memory: has the streams, and counts the changes
-
-    Returns:
-        Weights: uniform in (0, 1]
-    """
-    draw = lambda site, size: random_words(size[0].numel(), memory.keys.to(size.device), site, epoch=memory.changes)
-    return {name: to_uniform(draw(site, size)).reshape(size.shape) for site, (name, size) in enumerate(sizes.items())}
 
 # %% ../nbs/77_during_training.ipynb #a1f9363b
 @dataclass(frozen=True)
@@ -626,7 +629,7 @@ GRIDS: dict[str, dict[str, tuple]] = {
 }
 SOUPS = {"m": (2, 3), "branch": (50 / 90, 75 / 90)}  # copies, and when copying begins, for BIMP, GMP and DPF
 
-
+# %% ../nbs/77_during_training.ipynb #79995303
 def paper_grid(
     name: str,  # one of GRIDS
 ) -> list[tuple[Method, dict[str, float]]]:  # the method, and settings of the training such as its weight decay
@@ -645,7 +648,7 @@ def paper_grid(
     return [(METHODS[name](**pick(point, True)), pick(point, False)) for point in points]
 
 # %% ../nbs/77_during_training.ipynb #e20b31cb
-class Learner(Protocol):
+class _Learner(Protocol):
     "Computes gradients for stacked weights."
 
     def gradients(self, weights: Weights, batch: Tensor, position: Tensor, epoch: int, keys: Tensor) -> Weights:
@@ -658,7 +661,7 @@ class Learner(Protocol):
         "Merge every m copies into one."
 
 
-class ZooLearner:
+class _ZooLearner:
     "Models of one kind, differentiated together."
 
     def __init__(self, population: Population, images: Images):
@@ -679,7 +682,7 @@ class ZooLearner:
     gather = spread
 
 # %% ../nbs/77_during_training.ipynb #d7af5fa5
-class ModuleLearner:
+class _ModuleLearner:
     "Any module, with copies of its buffers where it is copied."
 
     def __init__(self, module: nn.Module, images: Images):
@@ -698,130 +701,135 @@ class ModuleLearner:
 
     def gather(self, m: int) -> None:
         for start in range(0, len(self.modules), m):
-            together = zip(*(module.buffers() for module in self.modules[start : start + m]))
-            for first, *others in together:
+            for first, *others in zip(*(module.buffers() for module in self.modules[start : start + m])):
                 if first.is_floating_point():
                     first.copy_(torch.stack([first, *others]).mean(0))
         self.modules = self.modules[::m]
 
-# %% ../nbs/77_during_training.ipynb #3d0f0907
-def _spread(
-    state: State,    # of N models
-    memory: Memory,  # likewise
-    m: int,          # number of copies
-    recipe: Recipe,  # names the copies' streams
-) -> State:          # of N * m copies
-    """Copy everything that changes in training.
-
-    Args:
-        state: of N models
-        memory: likewise
-        m: number of copies
-        recipe: names the copies' streams
-
-    Returns:
-        State: of N * m copies
-    """
-    again = lambda tensors: {name: tensor.repeat_interleave(m, 0) for name, tensor in tensors.items()}
-    population = copies(state.population, m)
-    memory.masks = again(memory.masks)
-    if memory.first_rate is not None:
-        memory.first_rate = memory.first_rate.repeat_interleave(m)
-    keys = model_keys(recipe, population.models).to(state.keys.device)
-    moments = {"first": again(state.first), "second": again(state.second)}
-    return replace(state, population=population, keys=keys, masks=again(state.masks), **moments)
-
-
-def _gather(
-    state: State,          # of N * m copies
-    memory: Memory,        # likewise
-    m: int,                # number of copies
-    models: pd.DataFrame,  # the N models
-    recipe: Recipe,        # names their streams
-) -> State:                # of N models
-    """Average everything that changes in training.
-
-    Args:
-        state: of N * m copies
-        memory: likewise
-        m: number of copies
-        models: the N models
-        recipe: names their streams
-
-    Returns:
-        State: of N models
-    """
-    one = lambda tensor: tensor.double().unflatten(0, (-1, m)).mean(1).to(tensor.dtype)
-    mean = lambda tensors: {name: one(tensor) for name, tensor in tensors.items()}
-    first = lambda tensors: {name: tensor[::m] for name, tensor in tensors.items()}
-    population = Population(mean(state.population.weights), models, state.population.architecture)
-    memory.masks = first(memory.masks)
-    if memory.first_rate is not None:
-        memory.first_rate = memory.first_rate[::m]
-    keys = model_keys(recipe, models).to(state.keys.device)
-    moments = {"first": mean(state.first), "second": mean(state.second)}
-    return replace(state, population=population, keys=keys, masks=first(state.masks), **moments)
-
 # %% ../nbs/77_during_training.ipynb #d892fddd
-def _with_thresholds(
+@dataclass
+class _Run:
+    """What a training is made of; the state, the memory and `copied` change on the way.
+
+    Attributes:
+        models: the N models, without copies
+        names: of the prunable weights and thresholds
+        m: copies in every interval
+        copied: whether the state is of copies now
+    """
+
+    state: State
+    memory: Memory
+    learner: _Learner
+    method: Method
+    recipe: Recipe
+    models: pd.DataFrame  # the N models, without copies
+    names: list[str]      # of the prunable weights and thresholds
+    m: int = 1            # copies in every interval
+    copied: bool = False  # whether the state is of copies now
+
+
+def _begin(
     state: State,          # before the first step; changed in place
+    learner: _Learner,     # computes gradients
     names: Sequence[str],  # of the prunable weights
-    method: Method,
-) -> list[str]:            # of the weights and thresholds
-    """Add a method's thresholds to the weights.
+    method: Method,        # its thresholds join the weights
+    level: float,          # final sparsity, a fraction
+    recipe: Recipe,        # epochs, rates, batches
+    m: int,                # copies in every interval
+) -> _Run:
+    """Set up a training.
 
     Args:
         state: before the first step; changed in place
+        learner: computes gradients
         names: of the prunable weights
-
-    Returns:
-        list[str]: of the weights and thresholds
+        method: its thresholds join the weights
+        level: final sparsity, a fraction
+        recipe: epochs, rates, batches
+        m: copies in every interval
     """
-    weights = state.population.weights
+    weights, models = state.population.weights, state.population.models
     extra = method.thresholds({name: weights[name] for name in names})
     weights.update(extra)
     for moments in (state.first, *([state.second] if state.second else [])):
         moments.update({name: torch.zeros_like(tensor) for name, tensor in extra.items()})
-    return [*names, *extra]
+    memory = Memory(level, keys=stream_keys(state.population.architecture, "connections", models["seed"]))
+    return _Run(state, memory, learner, method, recipe, models, [*names, *extra], m)
+
+# %% ../nbs/77_during_training.ipynb #2b9e4453
+Change = Callable[[Weights], Weights]  # of everything with an axis of models
 
 
-def _finish(
-    state: State,          # after the last step; changed in place
-    names: Sequence[str],  # of the weights and thresholds
-    method: Method,
-    memory: Memory,
-) -> State:
-    """Keep the final weights, without thresholds.
+def _regroup(
+    run: _Run,               # its state and memory are replaced
+    population: Population,  # copies, or their average
+    moments: Change,         # applied to the momentum
+    masks: Change,           # applied to what copies share
+) -> None:
+    """Give a run other models: all that changes in training, and the streams.
 
     Args:
-        state: after the last step; changed in place
-        names: of the weights and thresholds
+        run: its state and memory are replaced
+        population: copies, or their average
+        moments: applied to the momentum
+        masks: applied to what copies share
     """
-    weights = state.population.weights
-    left = method.final({name: weights[name] for name in names}, memory)
-    plain = {name: tensor for name, tensor in weights.items() if not name.endswith(THRESHOLD)}
-    state.population.weights = plain | left
-    return state
+    state, memory = run.state, run.memory
+    memory.masks = masks(memory.masks)
+    if memory.first_rate is not None:
+        memory.first_rate = masks({"": memory.first_rate})[""]
+    keys = model_keys(run.recipe, population.models).to(state.keys.device)
+    moved = {"first": moments(state.first), "second": moments(state.second)}
+    run.state = replace(state, population=population, keys=keys, masks=masks(state.masks), **moved)
+
+# %% ../nbs/77_during_training.ipynb #3d0f0907
+def _spread(
+    run: _Run,  # of N models; then of N * m copies
+) -> None:
+    """Copy every model, and all that changes in its training.
+
+    Args:
+        run: of N models; then of N * m copies
+    """
+    again = lambda tensors: {name: tensor.repeat_interleave(run.m, 0) for name, tensor in tensors.items()}
+    _regroup(run, copies(run.state.population, run.m), again, again)
+    run.learner.spread(run.m)
+    run.copied = True
+
+
+def _gather(
+    run: _Run,  # of N * m copies; then of N models
+) -> None:
+    """Average the copies of every model, and their momentum.
+
+    Args:
+        run: of N * m copies; then of N models
+    """
+    one = lambda tensor: tensor.double().unflatten(0, (-1, run.m)).mean(1).to(tensor.dtype)
+    mean = lambda tensors: {name: one(tensor) for name, tensor in tensors.items()}
+    first = lambda tensors: {name: tensor[:: run.m] for name, tensor in tensors.items()}
+    many = run.state.population
+    _regroup(run, Population(mean(many.weights), run.models, many.architecture), mean, first)
+    run.learner.gather(run.m)
+    run.copied = False
 
 # %% ../nbs/77_during_training.ipynb #83c78b60
 def _renew(
-    state: State,      # its masks and moments are changed in place
-    names: Sequence[str],  # of the prunable weights and thresholds
-    method: Method,
-    memory: Memory,
-    level: float,      # sparsity from here on
-    rises: bool,       # whether the level has changed
+    run: _Run,     # its weights, masks and moments are changed in place
+    level: float,  # sparsity from here on
+    rises: bool,   # whether the level has changed
 ) -> None:
-    """Update the masks before a step.
+    """Update the masks.
 
     Args:
-        state: its masks and moments are changed in place
-        names: of the prunable weights and thresholds
+        run: its weights, masks and moments are changed in place
         level: sparsity from here on
         rises: whether the level has changed
     """
+    state, method, memory = run.state, run.method, run.memory
     weights = state.population.weights
-    method.change({name: weights[name] for name in names}, level, memory)
+    method.change({name: weights[name] for name in run.names}, level, memory)
     memory.changes += 1
     if method.hard:
         state.masks = dict(memory.masks)
@@ -832,94 +840,163 @@ def _renew(
         for tensors in (state.first, state.second):
             tensors.update({name: torch.zeros_like(tensor) for name, tensor in tensors.items()})
 
+# %% ../nbs/77_during_training.ipynb #3ed77cf9
+def _change(
+    run: _Run,     # changed in place
+    level: float,  # sparsity from here on
+    rises: bool,   # whether the level has changed
+    copy: bool,    # whether it is time for copies
+) -> None:
+    """Merge copies where the level rises, update the masks, and copy again.
 
-def _move(
-    state: State,      # advanced in place by one step
-    learner: Learner,
-    method: Method,
-    memory: Memory,
-    names: Sequence[str],  # of the prunable weights and thresholds
-    batch: tuple[Tensor, Tensor, int],  # image indices [models, B], their positions in the epoch, the epoch
-    rates: Tensor,     # [models]
-    decays: Tensor,    # [models]
-    nesterov: bool,
+    Args:
+        run: changed in place
+        level: sparsity from here on
+        rises: whether the level has changed
+        copy: whether it is time for copies
+    """
+    if run.copied and rises:
+        _gather(run)
+    _renew(run, level, rises)
+    if run.m > 1 and rises and copy:
+        _spread(run)
+
+# %% ../nbs/77_during_training.ipynb #c11c49d7
+@dataclass(frozen=True)
+class _Epoch:
+    """What is fixed until the next epoch or the next change.
+
+    Attributes:
+        number: from 1
+        order: int64 [models, images], of the batches
+        factors: [steps], on the rates, by the recipe's schedule
+        rates: [models]
+        decays: [models]
+    """
+
+    number: int      # from 1
+    order: Tensor    # int64 [models, images], of the batches
+    factors: Tensor  # [steps], on the rates, by the recipe's schedule
+    rates: Tensor    # [models]
+    decays: Tensor   # [models]
+
+
+def _epoch(
+    run: _Run,     # has the models and the recipe
+    number: int,   # from 1
+    n: int,        # training images
+) -> _Epoch:
+    """Draw the batch orders of an epoch, and look up its rates.
+
+    Args:
+        run: has the models and the recipe
+        number: from 1
+        n: training images
+    """
+    state, recipe = run.state, run.recipe
+    order = epoch_order(n, state.keys, number)
+    plain = replace(recipe, schedule="constant")
+    rates, decays = rates_and_decays(state.population.models, plain, state.keys.device)
+    return _Epoch(number, order, rate_factors(recipe, number, -(-n // recipe.batch_size)), rates, decays)
+
+# %% ../nbs/77_during_training.ipynb #2abc0802
+def _step(
+    run: _Run,        # its state is advanced in place
+    epoch: _Epoch,    # orders and rates
+    step: int,        # from 0, of the whole training
+    steps: int,       # of the whole training
 ) -> None:
     """One step: the weights seen, their gradient, and the part of it that reaches the weights.
 
     Args:
-        state: advanced in place by one step
-        names: of the prunable weights and thresholds
-        batch: image indices [models, B], their positions in the epoch, the epoch
-        rates: [models]
-        decays: [models]
+        run: its state is advanced in place
+        epoch: orders and rates
+        step: from 0, of the whole training
+        steps: of the whole training
     """
-    every = state.population.weights
-    weights = {name: every[name] for name in names}
+    state, method, memory, size = run.state, run.method, run.memory, run.recipe.batch_size
+    number, every = step % len(epoch.factors), state.population.weights
+    rows = slice(number * size, (number + 1) * size)
+    places = torch.arange(epoch.order.shape[1], device=state.keys.device)
+    weights = {name: every[name] for name in run.names}
     plain = {name: tensor for name, tensor in every.items() if not name.endswith(THRESHOLD)}
     seen = method.seen(weights, memory)
-    found = learner.gradients(plain | seen, *batch, state.keys)
+    batch = epoch.order[:, rows], places[rows], epoch.number
+    found = run.learner.gradients(plain | seen, *batch, state.keys)
     reached = method.reach(weights, {name: found[name] for name in seen}, memory)
-    optimizer_step(state, found | reached, rates, decays, nesterov, method.momentum)
+    own = method.rate(step, steps, memory)
+    rates = epoch.rates * (epoch.factors[number] if own is None else own)
+    optimizer_step(state, found | reached, rates.float(), epoch.decays.float(), run.recipe.nesterov, method.momentum)
 
 # %% ../nbs/77_during_training.ipynb #479a8780
-def train_sparsely(
-    state: State,        # before the first step; changed in place
-    learner: Learner,    # computes gradients
-    names: Sequence[str],  # of the prunable weights
-    method: Method,      # its three answers
-    level: float,        # final sparsity, a fraction
-    recipe: Recipe,      # epochs, rates, batches; its schedule applies unless the method has one
-    n: int,              # training images
-    m: int = 1,          # copies in every interval; 1: no copies
-    branch: float = 0.0,  # share of the training before copying begins
-) -> State:              # with the final weights
+def _finish(
+    run: _Run,  # after the last step
+) -> State:
+    """Merge copies, and keep the final weights, without thresholds.
+
+    Args:
+        run: after the last step
+    """
+    if run.copied:
+        _gather(run)
+        if not run.method.hard:
+            _renew(run, run.memory.level, False)
+    weights = run.state.population.weights
+    left = run.method.final({name: weights[name] for name in run.names}, run.memory)
+    plain = {name: tensor for name, tensor in weights.items() if not name.endswith(THRESHOLD)}
+    run.state.population.weights = plain | left
+    return run.state
+
+# %% ../nbs/77_during_training.ipynb #b168ab2f
+def _train(
+    run: _Run,     # before the first step; changed in place
+    n: int,        # training images
+    branch: float,  # share of the training before copying begins
+) -> State:        # with the final weights
     """Train by one of the methods.
 
     Args:
-        state: before the first step; changed in place
-        learner: computes gradients
-        names: of the prunable weights
-        method: its three answers
-        level: final sparsity, a fraction
-        recipe: epochs, rates, batches; its schedule applies unless the method has one
+        run: before the first step; changed in place
         n: training images
-        m: copies in every interval; 1: no copies
         branch: share of the training before copying begins
 
     Returns:
         State: with the final weights
     """
-    per_epoch, copied, last, device = -(-n // recipe.batch_size), False, 0.0, state.keys.device
-    steps, models, names = recipe.epochs * per_epoch, state.population.models, _with_thresholds(state, names, method)
-    memory = Memory(level, keys=stream_keys(state.population.architecture, "connections", models["seed"]))
-    when, places = method.when(level, steps), torch.arange(n, device=device)
+    per_epoch, last = -(-n // run.recipe.batch_size), 0.0
+    steps = run.recipe.epochs * per_epoch
+    when = run.method.when(run.memory.level, steps)
     for step in range(steps):
-        epoch, number = divmod(step, per_epoch)
         if step in when:
-            memory.progress, rises, last = step / steps, when[step] != last, when[step]
-            if copied and rises:
-                state, copied = _gather(state, memory, m, models, recipe), False
-                learner.gather(m)
-            _renew(state, names, method, memory, when[step], rises)
-            if m > 1 and rises and step >= branch * steps:
-                state, copied = _spread(state, memory, m, recipe), True
-                learner.spread(m)
-        if number == 0 or step in when:
-            order, factors = epoch_order(n, state.keys, epoch + 1), rate_factors(recipe, epoch + 1, per_epoch)
-            rates, decays = rates_and_decays(state.population.models, replace(recipe, schedule="constant"), device)
-        rows = slice(number * recipe.batch_size, (number + 1) * recipe.batch_size)
-        own = method.rate(step, steps, memory)
-        batch, now = (order[:, rows], places[rows], epoch + 1), rates * (factors[number] if own is None else own)
-        _move(state, learner, method, memory, names, batch, now.float(), decays.float(), recipe.nesterov)
-    if copied:
-        state = _gather(state, memory, m, models, recipe)
-        learner.gather(m)
-        if not method.hard:
-            _renew(state, names, method, memory, level, False)
-    return _finish(state, names, method, memory)
+            run.memory.progress = step / steps
+            _change(run, when[step], when[step] != last, step >= branch * steps)
+            last = when[step]
+        if step % per_epoch == 0 or step in when:
+            epoch = _epoch(run, step // per_epoch + 1, n)
+        _step(run, epoch, step, steps)
+    return _finish(run)
 
 # %% ../nbs/77_during_training.ipynb #2dd99e64
-def check_method(
+def _check_shares(
+    method: Method,  # to check
+) -> None:
+    """Raise `UserError` for counts below one and shares that are none.
+
+    Args:
+        method: to check
+    """
+    for name in ("events", "every"):
+        if getattr(method, name, 1) < 1:
+            raise UserError(f"{method.title} needs at least one for {name}, and not {getattr(method, name)}.")
+    if not 0 < getattr(method, "dense", 0.5) < 1:
+        raise UserError(f"BIMP's dense training takes a share between 0 and 1 of all epochs, and not {method.dense}.")
+    for name in ("share", "until") if isinstance(method, SET) else ():
+        if not 0 < getattr(method, name) <= 1:
+            raise UserError(f"{method.title} needs a share above 0 and at most 1 for {name}, "
+                            f"and not {getattr(method, name)}.")
+
+
+def _check(
     method: Method,  # to check
     level: float,    # final sparsity
     m: int,          # copies
@@ -936,34 +1013,26 @@ def check_method(
         able = ", ".join(name for name, each in METHODS.items() if each.souped)
         raise UserError(f"{method.title} cannot be trained in {m} copies: soups in every interval need {able}, "
                         "and at least one copy.")
-    for name in ("events", "every"):
-        if getattr(method, name, 1) < 1:
-            raise UserError(f"{method.title} needs at least one for {name}, and not {getattr(method, name)}.")
-    if not 0 < getattr(method, "dense", 0.5) < 1:
-        raise UserError(f"BIMP's dense training takes a share between 0 and 1 of all epochs, and not {method.dense}.")
-    for name in ("share", "until") if isinstance(method, SET) else ():
-        if not 0 < getattr(method, name) <= 1:
-            raise UserError(f"{method.title} needs a share above 0 and at most 1 for {name}, "
-                            f"and not {getattr(method, name)}.")
+    _check_shares(method)
     if isinstance(method, SET):
         check_name(method.start, STARTS, "start")
 
-
+# %% ../nbs/77_during_training.ipynb #3e1e73ed
 def sparsify_population(
     population: Population,  # N models to start from; not changed
     images: Images,          # to train on
-    recipe: Recipe,          # epochs, rates, batches
+    recipe: Recipe,          # epochs, rates, batches; its schedule applies unless the method has one
     method: Method,          # such as GMP(events=9)
     level: float,            # final sparsity, a fraction; DST and STR choose their own
     m: int = 1,              # copies in every interval, for BIMP, GMP and DPF
     branch: float = 0.0,     # share of the training before copying begins
 ) -> Population:             # N sparse models
-    """Train a population by one of the methods, on the reference engine; raises `UserError` as `check_method` does.
+    """Train a population by one of the methods, on the reference engine; raises `UserError` for impossible settings.
 
     Args:
         population: N models to start from; not changed
         images: to train on
-        recipe: epochs, rates, batches
+        recipe: epochs, rates, batches; its schedule applies unless the method has one
         method: such as GMP(events=9)
         level: final sparsity, a fraction; DST and STR choose their own
         m: copies in every interval, for BIMP, GMP and DPF
@@ -972,17 +1041,30 @@ def sparsify_population(
     Returns:
         Population: N sparse models
     """
-    check_method(method, level, m)
+    _check(method, level, m)
     parts, order = [], []
     for rows in alike(population.models):
         some = population[rows]
         state = begin(some, model_keys(recipe, some.models), device=str(images.x_train.device))
-        how = ZooLearner(some, images), list(prunable(some.weights)), method, level, recipe, len(images.x_train)
-        parts.append(train_sparsely(state, *how, m, branch).population)
+        run = _begin(state, _ZooLearner(some, images), list(prunable(some.weights)), method, level, recipe, m)
+        parts.append(_train(run, len(images.x_train), branch).population)
         order += rows
     return concatenate(parts)[torch.tensor(order).argsort().tolist()]
 
 # %% ../nbs/77_during_training.ipynb #747b6b45
+def _check_trainable(
+    module: nn.Module,  # unwrapped
+) -> None:
+    """Raise `UserError` for frozen parameters.
+
+    Args:
+        module: unwrapped
+    """
+    if frozen := [name for name, parameter in module.named_parameters() if not parameter.requires_grad]:
+        raise UserError(f"{frozen[0]} is frozen, and sparsify_module trains all parameters: set its requires_grad, "
+                        "or use SparseRule in a loop of your own.")
+
+# %% ../nbs/77_during_training.ipynb #89166192
 def sparsify_module(
     module: nn.Module,     # any network, trained in place
     images: Images,        # to train on, where the module is
@@ -994,7 +1076,7 @@ def sparsify_module(
     wd: float = 1e-4,      # weight decay
     seed: int = 0,         # of batch orders and dropout
 ) -> nn.Module:            # the same module; recompute its batch statistics before evaluating it
-    """Train a module by one of the methods, by SGD; raises `UserError` as `check_method` does.
+    """Train a module by one of the methods, by SGD; raises `UserError` for impossible settings.
 
     Args:
         module: any network, trained in place
@@ -1010,28 +1092,63 @@ def sparsify_module(
     Returns:
         nn.Module: the same module; recompute its batch statistics before evaluating it
     """
-    check_method(method, level, m)
-    inner, models = unwrapped(module), plain_models(1, optimizer="sgd", lr=recipe.lr or 0.1, wd=wd).assign(seed=seed)
-    if frozen := [name for name, parameter in inner.named_parameters() if not parameter.requires_grad]:
-        raise UserError(f"{frozen[0]} is frozen, and sparsify_module trains all parameters: set its requires_grad, "
-                        "or use SparseRule in a loop of your own.")
+    _check(method, level, m)
+    _check_trainable(inner := unwrapped(module))
+    models = plain_models(1, optimizer="sgd", lr=recipe.lr or 0.1, wd=wd).assign(seed=seed)
     weights = {name: tensor.detach()[None] for name, tensor in inner.named_parameters()}
     state = begin(Population(weights, models, ""), model_keys(recipe, models), device=str(images.x_train.device))
-    learner, names = ModuleLearner(inner, images), list(prunable_weights(inner))
+    run = _begin(state, _ModuleLearner(inner, images), list(prunable_weights(inner)), method, level, recipe, m)
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # for dropout and the like
-        left = train_sparsely(state, learner, names, method, level, recipe, len(images.x_train), m, branch)
+        left = _train(run, len(images.x_train), branch)
     with torch.no_grad():
         for name, parameter in inner.named_parameters():
             parameter.copy_(left.population.weights[name][0])
     return module
 
+# %% ../nbs/77_during_training.ipynb #a01dee7b
+def _packed(
+    dense: Weights,  # the weights and thresholds
+    memory: Memory,  # of the method
+    done: int,       # steps
+) -> Weights:        # by "kind/name"
+    """The state of a rule as tensors for one file.
+
+    Args:
+        dense: the weights and thresholds
+        memory: of the method
+        done: steps
+
+    Returns:
+        Weights: by "kind/name"
+    """
+    kinds = {"dense": dense, "masks": memory.masks, **memory.more}
+    counts = {"counts/": torch.tensor([done, memory.changes])}
+    if memory.first_rate is not None:
+        counts["first_rate/"] = memory.first_rate
+    return {f"{kind}/{name}": tensor for kind, tensors in kinds.items() for name, tensor in tensors.items()} | counts
+
+
+def _unpacked(
+    state: Weights,  # from _packed
+) -> dict[str, Weights]:
+    """The tensors of a file by kind and name.
+
+    Args:
+        state: from _packed
+    """
+    kinds: dict[str, Weights] = {}
+    for path, tensor in state.items():
+        kind, _, name = path.partition("/")
+        kinds.setdefault(kind, {})[name] = tensor
+    return kinds
+
 # %% ../nbs/77_during_training.ipynb #28a1b4d6
-class SparseRule(Rule):
-    "A method that prunes during training, for `retraining.train_network` and for your own loops."
+class _KeptAside(Rule):
+    "What a rule keeps beside the module: dense weights, learned thresholds and the method's memory."
 
     def __init__(self, method: Method, level: float, lr: float | None = None, seed: int = 0):
-        check_method(method, level, 1)
+        _check(method, level, 1)
         self.method, self.lr, self.done = method, lr, 0
         self.memory = Memory(level, keys=stream_keys("", "connections", [seed]))
         self.dense, self.learned = {}, {}
@@ -1045,24 +1162,110 @@ class SparseRule(Rule):
         self.learned = {name: nn.Parameter(tensor) for name, tensor in self.dense.items() if name.endswith(THRESHOLD)}
         if self.learned:
             optimizer.add_param_group({"params": list(self.learned.values())})
+
+    def state(self) -> dict[str, Tensor]:
+        "The state to save in a file."
+        return _packed(self.dense, self.memory, self.done)
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        "Restore the state saved in a file, after `start`."
+        kinds = _unpacked(state)
+        self.done, self.memory.changes = kinds.pop("counts")[""].tolist()
+        self.memory.first_rate = kinds.pop("first_rate", {}).get("")
+        self.dense, self.memory.masks, self.memory.more = kinds.pop("dense"), kinds.pop("masks", {}), kinds
+        for name, weight in self.learned.items():
+            weight.data.copy_(self.dense[name])
+            self.dense[name] = weight.data
+
+# %% ../nbs/77_during_training.ipynb #46645a04
+def _slopes(
+    weights: Mapping[str, nn.Parameter],  # of a module, after a backward pass
+) -> Weights:                             # [1, ...]
+    """The gradients of a module as a population of one.
+
+    Args:
+        weights: of a module, after a backward pass
+
+    Returns:
+        Weights: [1, ...]
+    """
+    found = {name: torch.zeros_like(w) if w.grad is None else w.grad for name, w in weights.items()}
+    return {name: slope[None].clone() for name, slope in found.items()}
+
+# %% ../nbs/77_during_training.ipynb #018bdc92
+def _silence(
+    buffers: Mapping[str, Tensor | int],  # of an optimizer, for one weight; changed in place
+    mask: Tensor,                         # of the weight
+) -> None:
+    """Zero the momentum of what is pruned.
+
+    Args:
+        buffers: of an optimizer, for one weight; changed in place
+        mask: of the weight
+    """
+    for buffer in buffers.values():
+        if torch.is_tensor(buffer) and buffer.shape == mask.shape:
+            buffer.mul_(mask)
+
+
+def _restart(
+    optimizer: torch.optim.Optimizer,  # its buffers are zeroed in place
+) -> None:
+    """Forget all momentum.
+
+    Args:
+        optimizer: its buffers are zeroed in place
+    """
+    for buffers in optimizer.state.values():
+        for buffer in buffers.values():
+            if torch.is_tensor(buffer):
+                buffer.zero_()
+
+# %% ../nbs/77_during_training.ipynb #c5b25291
+class _Showing(_KeptAside):
+    "A rule that shows the module what the forward pass should see."
+
+    @torch.no_grad()
+    def _turn(self, module: nn.Module) -> None:
+        "Update masks if it is time, or finish, and show the module what it should see."
+        if self.done in self.when:
+            self._renew()
+        shown = (self.method.final if self.done == self.steps else self.method.seen)(self.dense, self.memory)
+        for name, weight in prunable_weights(module).items():
+            weight.copy_(shown[name][0])
+            if self.method.hard and name in self.memory.masks:
+                self.dense[name] = shown[name]
+                _silence(self.optimizer.state.get(weight, {}), self.memory.masks[name][0])
+
+    def _renew(self) -> None:
+        "Update masks."
+        self.memory.progress = self.done / self.steps
+        self.method.change(self.dense, self.when[self.done], self.memory)
+        self.memory.changes += 1
+        if self.method.restarts:
+            _restart(self.optimizer)
+
+# %% ../nbs/77_during_training.ipynb #0b2fc933
+class SparseRule(_Showing):
+    "A method that prunes during training, for `retraining.train_network` and for your own loops."
+
+    def start(self, module: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
+        "Before the first of `steps` steps: set up, and show the module the weights that it should see."
+        super().start(module, optimizer, steps)
         self._turn(module)
 
     @torch.no_grad()
     def gradients(self, module: nn.Module, progress: float) -> None:
         "After the backward pass, before the optimizer's step: restore dense weights and set their gradients."
         weights, rate = prunable_weights(module), self.method.rate(self.done, self.steps, self.memory)
-        if rate is not None:
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.lr * float(rate)
-        still = {name for name, weight in weights.items() if weight.grad is None}  # frozen, or not used
-        slopes = {name: torch.zeros_like(w) if name in still else w.grad for name, w in weights.items()}
-        found = {name: slope[None].clone() for name, slope in slopes.items()}
-        reached = self.method.reach(self.dense, found, self.memory)
-        for name, weight in {**weights, **self.learned}.items():
-            if name not in still:
-                weight.grad = reached[name] if name in self.learned else reached[name][0]
+        for group in self.optimizer.param_groups if rate is not None else ():
+            group["lr"] = self.lr * float(rate)
+        reached = self.method.reach(self.dense, _slopes(weights), self.memory)
         for name, weight in weights.items():
+            weight.grad = None if weight.grad is None else reached[name][0]
             weight.copy_(self.dense[name][0])
+        for name, threshold in self.learned.items():
+            threshold.grad = reached[name]
 
     @torch.no_grad()
     def stepped(self, module: nn.Module, optimizer: torch.optim.Optimizer, progress: float) -> None:
@@ -1071,78 +1274,12 @@ class SparseRule(Rule):
         self.dense |= {name: weight.clone()[None] for name, weight in prunable_weights(module).items()}
         self._turn(module)
 
-    @torch.no_grad()
-    def _turn(self, module: nn.Module) -> None:
-        "Update masks if it is time, or finish, and show the module what it should see."
-        method, weights = self.method, prunable_weights(module)
-        if self.done in self.when:
-            self.memory.progress = self.done / self.steps
-            method.change(self.dense, self.when[self.done], self.memory)
-            self.memory.changes += 1
-            for buffers in self.optimizer.state.values() if method.restarts else ():
-                for buffer in buffers.values():
-                    buffer.zero_() if torch.is_tensor(buffer) else None
-        shown = (method.final if self.done == self.steps else method.seen)(self.dense, self.memory)
-        for name, weight in weights.items():
-            weight.copy_(shown[name][0])
-            if method.hard and name in self.memory.masks:
-                self.dense[name] = shown[name]
-                for buffer in self.optimizer.state.get(weight, {}).values():
-                    if torch.is_tensor(buffer) and buffer.shape == weight.shape:
-                        buffer.mul_(self.memory.masks[name][0])
-
-    def state(self) -> dict[str, Tensor]:
-        "The state to save in a file."
-        kinds = {"dense": self.dense, "masks": self.memory.masks, **self.memory.more}
-        counts = {"counts/": torch.tensor([self.done, self.memory.changes])}
-        if self.memory.first_rate is not None:
-            counts["first_rate/"] = self.memory.first_rate
-        named = ((f"{kind}/{name}", tensor) for kind, tensors in kinds.items() for name, tensor in tensors.items())
-        return dict(named) | counts
-
-    def load(self, state: dict[str, Tensor]) -> None:
-        "Restore the state saved in a file, after `start`."
-        kinds: dict[str, Weights] = {}
-        for path, tensor in state.items():
-            kind, _, name = path.partition("/")
-            kinds.setdefault(kind, {})[name] = tensor
-        self.done, self.memory.changes = kinds.pop("counts")[""].tolist()
-        self.memory.first_rate = kinds.pop("first_rate", {}).get("")
-        self.dense, self.memory.masks = kinds.pop("dense"), kinds.pop("masks", {})
-        self.memory.more = kinds
-        for name, weight in self.learned.items():
-            weight.data.copy_(self.dense[name])
-            self.dense[name] = weight.data
-
 # %% ../nbs/77_during_training.ipynb #052438d8
-def layer_work(
-    architecture: str,  # a key of ARCHITECTURES
-    x: Tensor,          # one image [1, C, H, W]
-) -> dict[str, int]:    # weight name -> multiply-adds of one image
-    """Multiply-adds of each layer for one image, exactly, from the shapes of its outputs.
-
-    Args:
-        architecture: a key of ARCHITECTURES
-        x: one image [1, C, H, W]
-
-    Returns:
-        dict[str, int]: weight name -> multiply-adds of one image
-    """
-    module, work = build(architecture).eval(), {}
-    for path in layer_names(module).values():
-        count = lambda layer, _, out, path=path: work.__setitem__(
-            f"{path}.weight", out.numel() // out.shape[1] * layer.weight.numel()
-        )
-        module.get_submodule(path).register_forward_hook(count)
-    module(x)
-    return work
-
-
 def speed_up(
     population: Population,  # sparse models
     x: Tensor,               # one image [1, C, H, W]
 ) -> Tensor:                 # float64 [models]
-    """Dense over sparse multiply-adds (theoretical speed-up).
+    """Dense over sparse multiply-adds of the layers (theoretical speed-up), for every model.
 
     Args:
         population: sparse models
@@ -1151,11 +1288,33 @@ def speed_up(
     Returns:
         Tensor: float64 [models]
     """
-    work = layer_work(population.architecture, x)
-    kept = {name: (population.weights[name] != 0).flatten(1).double().mean(1) for name in work}
-    return sum(work.values()) / sum(share * work[name] for name, share in kept.items()).clamp_min(1)
+    work = multiply_adds(build(population.architecture), x)
+    kept = {name: (tensor != 0).flatten(1).double().mean(1) for name, tensor in prunable(population.weights).items()}
+    return sum(work[name] for name in kept) / sum(share * work[name] for name, share in kept.items()).clamp_min(1)
 
 # %% ../nbs/77_during_training.ipynb #c657c192
+def _measures(
+    right: Tensor,       # [repetitions or models], accuracies
+    models: Population,  # after training
+    x: Tensor,           # one image [1, C, H, W]
+) -> dict[str, tuple[float, float, str]]:  # by column: mean, standard deviation, format
+    """What Table 2 says about one method at one sparsity.
+
+    Args:
+        right: [repetitions or models], accuracies
+        models: after training
+        x: one image [1, C, H, W]
+
+    Returns:
+        dict[str, tuple[float, float, str]]: by column: mean, standard deviation, format
+    """
+    zeros = torch.cat([tensor.flatten(1) == 0 for tensor in prunable(models.weights).values()], 1).double().mean(1)
+    columns = {"Accuracy": (100 * right, ".2f"), "Speed-up": (speed_up(models, x), ".1f"),
+               "Reached": (100 * zeros, ".1f")}
+    std = lambda values: values.std().item() if len(values) > 1 else 0.0
+    return {name: (values.mean().item(), std(values), unit) for name, (values, unit) in columns.items()}
+
+
 def table_2(
     accuracies: Mapping[tuple[str, float], Tensor],  # (method, target sparsity) -> [repetitions or models]
     populations: Mapping[tuple[str, float], Population],  # likewise: the models
@@ -1175,12 +1334,7 @@ def table_2(
     """
     numbers, layout = [], {}
     for (method, level), right in accuracies.items():
-        models = populations[method, level]
-        zeros = torch.cat([tensor.flatten(1) == 0 for tensor in prunable(models.weights).values()], 1).double().mean(1)
-        fast = speed_up(models, x)
-        columns = ("Accuracy", 100 * right, ".2f"), ("Speed-up", fast, ".1f"), ("Reached", 100 * zeros, ".1f")
-        for name, values, unit in columns:
-            mean, std = values.mean().item(), values.std().item() if len(values) > 1 else 0.0
+        for name, (mean, std, unit) in _measures(right, populations[method, level], x).items():
             numbers.append({"method": method, "level": level, "measure": name, "mean": mean, "std": std})
             layout.setdefault((f"Sparsity {level:.0%}", name), {})[method] = f"{mean:{unit}} ± {std:{unit}}"
     shown = pd.DataFrame(layout).rename_axis("Method")

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SNIP_IMAGES', 'LAST_LAYER', 'Scores', 'Rule', 'SELECTORS', 'prunable', 'magnitude_scores', 'lamp_scores',
-           'random_scores', 'filter_scores', 'snip_scores', 'deal', 'layerwise_counts', 'erk_counts',
-           'uniform_plus_counts', 'Selector', 'get_selector', 'check_target', 'sparsity_per_phase', 'prune',
-           'kept_weights', 'empty_layers']
+           'random_scores', 'filter_scores', 'snip_scores', 'deal', 'layerwise_counts', 'proportional_counts',
+           'erk_counts', 'uniform_plus_counts', 'Selector', 'get_selector', 'check_target', 'sparsity_per_phase',
+           'prune', 'kept_weights', 'empty_layers']
 
 # %% ../nbs/15_selectors.ipynb #ee7cfed9
 import math
@@ -208,7 +208,26 @@ def layerwise_counts(
     return {name: count_kept(math.prod(shape), level) for name, shape in shapes.items()}
 
 # %% ../nbs/15_selectors.ipynb #6f9adaa3
-LAST_LAYER = 0.8  # uniform+ prunes the last layer by at most this share
+def proportional_counts(
+    shapes: Mapping[str, tuple[int, ...]],  # of one model's prunable weights, in the order of the layers
+    level: float,                           # fraction to prune
+    claim: Callable[[tuple[int, ...]], float],  # of a layer of some shape; math.prod gives all the same share
+    at_least: Sequence[int] | None = None,  # how many each layer keeps in any case
+) -> dict[str, int]:                        # how many weights each layer keeps; exactly the right number of all
+    """Deal the survivors to the layers in proportion to their claims.
+
+    Args:
+        shapes: of one model's prunable weights, in the order of the layers
+        level: fraction to prune
+        claim: of a layer of some shape; math.prod gives all the same share
+        at_least: how many each layer keeps in any case
+
+    Returns:
+        dict[str, int]: how many weights each layer keeps; exactly the right number of all
+    """
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    claims, least = [claim(shape) for shape in shapes.values()], at_least or [0] * len(sizes)
+    return dict(zip(shapes, deal(claims, least, sizes, count_kept(sum(sizes), level))))
 
 
 def erk_counts(
@@ -224,9 +243,10 @@ def erk_counts(
     Returns:
         dict[str, int]: how many weights each layer keeps
     """
-    sizes = [math.prod(shape) for shape in shapes.values()]
-    total = count_kept(sum(sizes), level)
-    return dict(zip(shapes, deal([sum(shape) for shape in shapes.values()], [0] * len(sizes), sizes, total)))
+    return proportional_counts(shapes, level, sum)
+
+# %% ../nbs/15_selectors.ipynb #d639e535
+LAST_LAYER = 0.8  # uniform+ prunes the last layer by at most this share
 
 
 def uniform_plus_counts(
@@ -251,7 +271,7 @@ def uniform_plus_counts(
             f"{sum(bound)} weights, and only {total} "
             f"of {sum(sizes)} may stay; the highest possible level is {1 - sum(bound) / sum(sizes):.1%}."
         )
-    return dict(zip(shapes, deal(sizes, bound, sizes, total)))
+    return proportional_counts(shapes, level, math.prod, bound)
 
 # %% ../nbs/15_selectors.ipynb #a164089d
 Scores = Callable[[Population, Images | None], dict[str, Tensor]]
