@@ -44,7 +44,7 @@ def read_reported_soups() -> pd.DataFrame:  # one row per cell, columns as above
     """
     return _cells().copy()
 
-# %% ../nbs/36_reported_soups.ipynb #e02fff8b
+# %% ../nbs/36_reported_soups.ipynb #7dc9919f
 ROWS = [
     ("SMS", "uniform"), ("best candidate", "uniform"), ("mean candidate", "uniform"),
     ("SMS", "greedy"), ("best candidate", "greedy"), ("mean candidate", "greedy"),
@@ -52,6 +52,49 @@ ROWS = [
 ]
 
 
+def _of_table(
+    cells: pd.DataFrame,   # as from read_reported_soups, or measured ones in its form
+    table: int,            # 1 or 4 to 14
+    setting: str,          # network and data set
+    level: float | None,   # target sparsity, if a table has several halves
+) -> pd.DataFrame:         # the same columns
+    """The cells of one table; raises `UserError` if there are none.
+
+    Args:
+        cells: as from read_reported_soups, or measured ones in its form
+        table: 1 or 4 to 14
+        setting: network and data set
+        level: target sparsity, if a table has several halves
+
+    Returns:
+        pd.DataFrame: the same columns
+    """
+    found = cells[(cells["table"] == table) & (cells["setting"] == setting)]
+    found = found if level is None else found[np.isclose(found["level"], level)]
+    if found.empty or not found["row"].isin([row for row, _ in ROWS]).any():
+        raise UserError(
+            f"There is no table {table} of {setting}{'' if level is None else f' at {level:.0%}'} with soups."
+        )
+    return found
+
+
+def _bold(
+    texts: dict[str, str],    # by row
+    means: dict[str, float],  # by row
+) -> dict[str, str]:          # Markdown
+    """Mark the best of a column.
+
+    Args:
+        texts: by row
+        means: by row
+
+    Returns:
+        dict[str, str]: Markdown
+    """
+    best = max(means.values())
+    return {name: f"**{text}**" if means[name] == best else text for name, text in texts.items()}
+
+# %% ../nbs/36_reported_soups.ipynb #e02fff8b
 def soup_table(
     cells: pd.DataFrame,  # as from read_reported_soups, or measured ones in its form
     table: int,           # 1 or 4 to 14
@@ -69,12 +112,7 @@ def soup_table(
     Returns:
         Table: mean ± std; bold: the best of a column
     """
-    found = cells[(cells["table"] == table) & (cells["setting"] == setting)]
-    found = found if level is None else found[np.isclose(found["level"], level)]
-    if found.empty or not found["row"].isin([row for row, _ in ROWS]).any():
-        raise UserError(
-            f"There is no table {table} of {setting}{'' if level is None else f' at {level:.0%}'} with soups."
-        )
+    found = _of_table(cells, table, setting, level)
     columns = found[["sparsity", "phase", "m"]].dropna().drop_duplicates().sort_values(["sparsity", "m"])
     text, number = {}, {}
     there = list(found[["row", "merge"]].drop_duplicates().itertuples(index=False, name=None))
@@ -86,11 +124,7 @@ def soup_table(
                 name, heading = f"{row} ({merge})" if merge else row, (f"{sparsity:.1%}, phase {phase}", f"m = {m}")
                 number.setdefault(heading, {})[name] = at["mean"].iloc[0]
                 text.setdefault(heading, {})[name] = f"{at['mean'].iloc[0]:.2f} ± {at['std'].iloc[0]:.2f}"
-    for heading, values in text.items():
-        best = max(number[heading].values())
-        text[heading] = {
-            name: f"**{cell}**" if number[heading][name] == best else cell for name, cell in values.items()
-        }
+    text = {heading: _bold(values, number[heading]) for heading, values in text.items()}
     return Table(
         f"table_{table}", f"Table {table}, {setting}: mean ± standard deviation.", found, pd.DataFrame(text).fillna("")
     )
@@ -222,48 +256,24 @@ def check_all_soups(
     return pd.concat(parts, ignore_index=True).astype({"agrees": bool})
 
 # %% ../nbs/36_reported_soups.ipynb #96f5feb6
-SLIPS = pd.DataFrame(
-    [
-        (
-            "Appendix A.2",
-            "LRW utilizes the last T - T_rt learning rates",
-            "the last T_rt: so do Renda et al. (2020), who proposed it, and the authors' code",
-        ),
-        (
-            "Appendix C.2, Table 16",
-            "IMP_mx [...] outperform this additional baseline",
-            "at m = 10 more phases win, 74.70 to 74.50, by more than both standard deviations",
-        ),
-        (
-            "Appendix C.2, Table 16",
-            "IMP with m phases",
-            "the text increases the number of phases by m; three phases times m would be 3m",
-        ),
-        (
-            "Tables 1, 4, 5, 8, 11, 13",
-            "sparsity 72.8, 68.3, 26.2, 45.6 %",
-            "72.9, 68.4, 26.3, 45.7 %: cut off, while 53.6 and 78.5 % are rounded",
-        ),
-        (
-            "Table 17",
-            "IMP with ALLR 73.80 ± 0.10, following the setup of Table 1",
-            "Table 1 has 73.59 ± 0.04 for that setup",
-        ),
-        (
-            "Table 17",
-            "FT 27.38 %",
-            "no slip, but no contest: the original schedule ends at zero, and FT trains at its last rate",
-        ),
-        ("Table 15", "dense model 98.99 ± 0.01", "Table 3 has 98.9 ± 0.01: cut off"),
-        (
-            "Section 3.2",
-            "GreedySoup performs at least as well as the best individual model",
-            "on validation images, by construction; on the printed test accuracies there are exceptions",
-        ),
-        ("Table 13", "IMP-RePrune 49.03 ± 0.15 at m = 3 and m = 5", "the same cell twice: one of them may be a copy"),
-    ],
-    columns=["place", "printed", "is"],
-)  # what is wrong, or easily misread
+SLIPS = pd.DataFrame([
+    ("Appendix A.2", "LRW utilizes the last T - T_rt learning rates",
+     "the last T_rt: so do Renda et al. (2020), who proposed it, and the authors' code"),
+    ("Appendix C.2, Table 16", "IMP_mx [...] outperform this additional baseline",
+     "at m = 10 more phases win, 74.70 to 74.50, by more than both standard deviations"),
+    ("Appendix C.2, Table 16", "IMP with m phases",
+     "the text increases the number of phases by m; three phases times m would be 3m"),
+    ("Tables 1, 4, 5, 8, 11, 13", "sparsity 72.8, 68.3, 26.2, 45.6 %",
+     "72.9, 68.4, 26.3, 45.7 %: cut off, while 53.6 and 78.5 % are rounded"),
+    ("Table 17", "IMP with ALLR 73.80 ± 0.10, following the setup of Table 1",
+     "Table 1 has 73.59 ± 0.04 for that setup"),
+    ("Table 17", "FT 27.38 %",
+     "no slip, but no contest: the original schedule ends at zero, and FT trains at its last rate"),
+    ("Table 15", "dense model 98.99 ± 0.01", "Table 3 has 98.9 ± 0.01: cut off"),
+    ("Section 3.2", "GreedySoup performs at least as well as the best individual model",
+     "on validation images, by construction; on the printed test accuracies there are exceptions"),
+    ("Table 13", "IMP-RePrune 49.03 ± 0.15 at m = 3 and m = 5", "the same cell twice: one of them may be a copy"),
+], columns=["place", "printed", "is"])  # what is wrong, or easily misread
 
 # %% ../nbs/36_reported_soups.ipynb #b5c816d8
 ALWAYS, MOSTLY, ONCE = "always", "mostly", "once"
@@ -380,175 +390,74 @@ THREE = lambda cells: cells["m"].eq(3).fillna(True) | cells["m"].isna()
 WEAK = lambda cells: cells["metric"].isin(["recall_mb", "recall_fb"]) & (cells["level"] > 0.9)
 SPEED = lambda cells: cells["metric"] == "test_acc"
 
-# %% ../nbs/36_reported_soups.ipynb #4c76a43c
-SOUP_CLAIMS = (
-    SoupClaim(
-        "soups beat the best candidate",
-        "3.1",
-        "consistently improves upon the test accuracy of the best candidate",
-        SOUPS,
-        BEST,
-        ALWAYS,
-        ACCURACIES,
-    ),
+# %% ../nbs/36_reported_soups.ipynb #5d33f709
+_OF_SOUPS = (
+    SoupClaim("soups beat the best candidate", "3.1",
+              "consistently improves upon the test accuracy of the best candidate",
+              SOUPS, BEST, ALWAYS, ACCURACIES),
     SoupClaim("by a point", "3.1", "often with a 1% or higher margin", SOUPS, BEST, MOSTLY, ACCURACIES, 1.0),
     SoupClaim("soups beat IMP", "3.1", "SMS notably improves upon [...] regular IMP", SOUPS, PLAIN, ALWAYS, ACCURACIES),
-    SoupClaim(
-        "soups beat longer training",
-        "3.1, 3.2",
-        "Despite extensive retraining, IMP_mx fails to match SMS",
-        SOUPS,
-        LONGER,
-        ALWAYS,
-        ACCURACIES,
-    ),
-    SoupClaim(
-        "by two points with three copies",
-        "3.1",
-        "up to 2% enhancements even when using m = 3",
-        SOUPS,
-        PLAIN,
-        ONCE,
-        ACCURACIES,
-        1.5,
-        THREE,
-    ),
-    SoupClaim(
-        "best candidates from a soup beat IMP",
-        "3.1",
-        "best candidates in the second and third phase frequently exceed both",
-        BEST,
-        PLAIN,
-        MOSTLY,
-        ACCURACIES,
-        0.0,
-        LATER,
-    ),
-    SoupClaim(
-        "best candidates from a soup beat longer training",
-        "3.1",
-        "frequently exceed both IMP and IMP_mx",
-        BEST,
-        LONGER,
-        MOSTLY,
-        ACCURACIES,
-        0.0,
-        LATER,
-    ),
-    SoupClaim(
-        "mean candidates from a soup beat IMP",
-        "3.1",
-        "the mean candidate accuracy [...] often surpasses both",
-        MEAN,
-        PLAIN,
-        MOSTLY,
-        ACCURACIES,
-        0.0,
-        LATER,
-    ),
-    SoupClaim(
-        "mean candidates from a soup beat longer training",
-        "3.1",
-        "often surpasses both IMP and IMP_mx",
-        MEAN,
-        LONGER,
-        MOSTLY,
-        ACCURACIES,
-        0.0,
-        LATER,
-    ),
-    SoupClaim(
-        "re-pruning degrades",
-        "3.1",
-        "re-pruning which typically degrades performance compared to individual models",
-        PLAIN,
-        ("IMP-RePrune", ""),
-        MOSTLY,
-        ACCURACIES,
-    ),
-    SoupClaim(
-        "re-pruning can compete",
-        "3.1",
-        "Under certain conditions, IMP-RePrune can remain competitive",
-        ("IMP-RePrune", ""),
-        PLAIN,
-        ONCE,
-        ACCURACIES,
-    ),
-    SoupClaim(
-        "uniform beats greedy",
-        "3.1",
-        "The uniform approach predominantly outperforms the greedy one",
-        SOUPS,
-        ("SMS", "greedy"),
-        MOSTLY,
-        ACCURACIES,
-    ),
-    SoupClaim(
-        "greedy is as good as the best",
-        "3.2",
-        "GreedySoup performs at least as well as the best individual model",
-        ("SMS", "greedy"),
-        ("best candidate", "greedy"),
-        ALWAYS,
-        ACCURACIES,
-    ),
-    SoupClaim(
-        "soups help BIMP",
-        "3.3",
-        "Incorporating SMS into BIMP, GMP, and DPF consistently improves performance",
-        ("BIMP+SMS", ""),
-        ("BIMP", ""),
-        ALWAYS,
-        (2,),
-        0.0,
-        SPEED,
-    ),
+    SoupClaim("soups beat longer training", "3.1, 3.2", "Despite extensive retraining, IMP_mx fails to match SMS",
+              SOUPS, LONGER, ALWAYS, ACCURACIES),
+    SoupClaim("by two points with three copies", "3.1", "up to 2% enhancements even when using m = 3",
+              SOUPS, PLAIN, ONCE, ACCURACIES, 1.5, THREE),
+)
+
+# %% ../nbs/36_reported_soups.ipynb #8ee10fbb
+_OF_CANDIDATES = (
+    SoupClaim("best candidates from a soup beat IMP", "3.1",
+              "best candidates in the second and third phase frequently exceed both",
+              BEST, PLAIN, MOSTLY, ACCURACIES, 0.0, LATER),
+    SoupClaim("best candidates from a soup beat longer training", "3.1", "frequently exceed both IMP and IMP_mx",
+              BEST, LONGER, MOSTLY, ACCURACIES, 0.0, LATER),
+    SoupClaim("mean candidates from a soup beat IMP", "3.1", "the mean candidate accuracy [...] often surpasses both",
+              MEAN, PLAIN, MOSTLY, ACCURACIES, 0.0, LATER),
+    SoupClaim("mean candidates from a soup beat longer training", "3.1", "often surpasses both IMP and IMP_mx",
+              MEAN, LONGER, MOSTLY, ACCURACIES, 0.0, LATER),
+)
+
+# %% ../nbs/36_reported_soups.ipynb #170aa869
+_OF_MERGES = (
+    SoupClaim("re-pruning degrades", "3.1",
+              "re-pruning which typically degrades performance compared to individual models",
+              PLAIN, ("IMP-RePrune", ""), MOSTLY, ACCURACIES),
+    SoupClaim("re-pruning can compete", "3.1", "Under certain conditions, IMP-RePrune can remain competitive",
+              ("IMP-RePrune", ""), PLAIN, ONCE, ACCURACIES),
+    SoupClaim("uniform beats greedy", "3.1", "The uniform approach predominantly outperforms the greedy one",
+              SOUPS, ("SMS", "greedy"), MOSTLY, ACCURACIES),
+    SoupClaim("greedy is as good as the best", "3.2",
+              "GreedySoup performs at least as well as the best individual model",
+              ("SMS", "greedy"), ("best candidate", "greedy"), ALWAYS, ACCURACIES),
+)
+
+# %% ../nbs/36_reported_soups.ipynb #3be51b7f
+_OF_OTHER_METHODS = (
+    SoupClaim("soups help BIMP", "3.3", "Incorporating SMS into BIMP, GMP, and DPF consistently improves performance",
+              ("BIMP+SMS", ""), ("BIMP", ""), ALWAYS, (2,), 0.0, SPEED),
     SoupClaim("soups help GMP", "3.3", "the same", ("GMP+SMS", ""), ("GMP", ""), ALWAYS, (2,), 0.0, SPEED),
     SoupClaim("soups help DPF", "3.3", "the same", ("DPF+SMS", ""), ("DPF", ""), ALWAYS, (2,), 0.0, SPEED),
-    SoupClaim(
-        "longer phases beat more phases",
-        "C.2",
-        "IMP_mx, and consequently SMS, outperform this additional baseline",
-        LONGER,
-        ("IMP with m phases", ""),
-        ALWAYS,
-        (16,),
-    ),
-    SoupClaim(
-        "averaging along the way does not help",
-        "C.3",
-        "We observe slightly inferior results when adding SWA",
-        PLAIN,
-        ("IMP + SWA", ""),
-        ALWAYS,
-        (17,),
-    ),
-    SoupClaim(
-        "soups are more robust than their candidates",
-        "3.2",
-        "SMS consistently outperformed individual models from IMP and other baselines",
-        SOUPS,
-        BEST,
-        ALWAYS,
-        (13, 14),
-    ),
+    SoupClaim("longer phases beat more phases", "C.2",
+              "IMP_mx, and consequently SMS, outperform this additional baseline",
+              LONGER, ("IMP with m phases", ""), ALWAYS, (16,)),
+    SoupClaim("averaging along the way does not help", "C.3", "We observe slightly inferior results when adding SWA",
+              PLAIN, ("IMP + SWA", ""), ALWAYS, (17,)),
+)
+
+# %% ../nbs/36_reported_soups.ipynb #037444e4
+_OF_ROBUSTNESS = (
+    SoupClaim("soups are more robust than their candidates", "3.2",
+              "SMS consistently outperformed individual models from IMP and other baselines",
+              SOUPS, BEST, ALWAYS, (13, 14)),
     SoupClaim("soups are more robust than IMP", "3.2", "the same", SOUPS, PLAIN, ALWAYS, (13, 14)),
     SoupClaim("soups are more robust than longer training", "3.2", "the same", SOUPS, LONGER, ALWAYS, (13, 14)),
     SoupClaim("soups are more robust than re-pruning", "3.2", "the same", SOUPS, ("IMP-RePrune", ""), ALWAYS, (13, 14)),
     SoupClaim("robust by 2.5 points", "3.2", "up to a 2.5% increase in OOD-accuracy", SOUPS, BEST, ONCE, (14,), 2.45),
-    SoupClaim(
-        "soups are fairer",
-        "B.2.4",
-        "SMS notably increases recall for MB and FB",
-        ("SMS", ""),
-        PLAIN,
-        ALWAYS,
-        (15,),
-        0.0,
-        WEAK,
-    ),
+    SoupClaim("soups are fairer", "B.2.4", "SMS notably increases recall for MB and FB",
+              ("SMS", ""), PLAIN, ALWAYS, (15,), 0.0, WEAK),
 )
+
+# %% ../nbs/36_reported_soups.ipynb #4c76a43c
+SOUP_CLAIMS = (*_OF_SOUPS, *_OF_CANDIDATES, *_OF_MERGES, *_OF_OTHER_METHODS, *_OF_ROBUSTNESS)
 
 
 def judge_soups(

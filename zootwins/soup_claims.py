@@ -91,7 +91,7 @@ def row_differences(
         for (phase, m), part in difference.groupby(level=["phase", "m"])
     }
 
-
+# %% ../nbs/38_soup_claims.ipynb #4cc35302
 OTHER_IMAGES = {13, 14, 15}  # tables of corrupted images and of subgroups, which stories have not
 
 
@@ -257,7 +257,7 @@ def one_epoch_is_enough(table: pd.DataFrame) -> list[Finding]:
         "uniform soup minus best candidate after one epoch",
     )
 
-# %% ../nbs/38_soup_claims.ipynb #96684b68
+# %% ../nbs/38_soup_claims.ipynb #e87e33b6
 def pair_gains(
     pairs: pd.DataFrame,        # from soup_questions.varied_pairs
 ) -> dict[str, pd.DataFrame]:   # what was varied -> points [model, pair]
@@ -275,7 +275,7 @@ def pair_gains(
         for name, part in gain.groupby("varied", sort=False)
     }
 
-
+# %% ../nbs/38_soup_claims.ipynb #96684b68
 def most_pairs_improve(pairs: pd.DataFrame) -> list[Finding]:
     "Most pairs are better than the better of the two."
     found = []
@@ -307,64 +307,39 @@ class SweepClaim:
     judge: Callable[[pd.DataFrame], list[Finding]]
 
 
-SWEEP_CLAIMS = (
-    SweepClaim(
-        "up to two points", "3.2", "enhance accuracy by up to 2% over individual models", "one_shot", gains_two_points
-    ),
+_ABOUT_SPARSITY = (
+    SweepClaim("up to two points", "3.2",
+               "enhance accuracy by up to 2% over individual models", "one_shot", gains_two_points),
     SweepClaim("the gain declines", "3.2", "as sparsity increases, this benefit declines", "one_shot", declines),
     SweepClaim("uniform soups collapse", "3.2", "with UniformSoup collapsing in performance", "one_shot", collapses),
-    SweepClaim(
-        "greedy soups are safe",
-        "3.2",
-        "GreedySoup performs at least as well as the best individual model",
-        "one_shot",
-        greedy_is_safe,
-    ),
-    SweepClaim(
-        "all schedules", "C.1.1", "for all other schedules we see consistent improvements", "schedules", schedules_help
-    ),
-    SweepClaim(
-        "averaging along the way", "C.3", "slightly inferior results when adding SWA", "schedules", swa_does_not_help
-    ),
-    SweepClaim(
-        "copies part", "C.4", "a much increased distance between the retrained models", "one_shot", distances_grow
-    ),
-    SweepClaim(
-        "soups instead of longer training",
-        "3.2",
-        "averaging m models is more effective [...] even with brief retraining",
-        "lengths",
-        beats_longer,
-    ),
-    SweepClaim(
-        "not when brief and sparse",
-        "3.2",
-        "short-term retraining and averaging m models underperforms",
-        "lengths",
-        loses_when_brief,
-    ),
-    SweepClaim("break-even", "3.2", "a break-even point emerges around 15 epochs", "lengths", breaks_even),
-    SweepClaim(
-        "returns diminish", "C.1.2", "the longer we retrain, the smaller the improvement", "lengths", returns_diminish
-    ),
-    SweepClaim(
-        "one epoch is enough",
-        "C.1.2",
-        "consistent improvements even with a mere single retraining epoch",
-        "lengths",
-        one_epoch_is_enough,
-    ),
-    SweepClaim("most pairs improve", "3.2", "most averaged models show a net improvement", "pairs", most_pairs_improve),
-    SweepClaim(
-        "seeds are best",
-        "3.2",
-        "the most substantial and consistent improvement comes from varying the random seed",
-        "pairs",
-        seeds_gain_most,
-    ),
+    SweepClaim("greedy soups are safe", "3.2",
+               "GreedySoup performs at least as well as the best individual model", "one_shot", greedy_is_safe),
+    SweepClaim("all schedules", "C.1.1",
+               "for all other schedules we see consistent improvements", "schedules", schedules_help),
+    SweepClaim("averaging along the way", "C.3",
+               "slightly inferior results when adding SWA", "schedules", swa_does_not_help),
+    SweepClaim("copies part", "C.4",
+               "a much increased distance between the retrained models", "one_shot", distances_grow),
 )
 
+# %% ../nbs/38_soup_claims.ipynb #714a029b
+SWEEP_CLAIMS = _ABOUT_SPARSITY + (
+    SweepClaim("soups instead of longer training", "3.2",
+               "averaging m models is more effective [...] even with brief retraining", "lengths", beats_longer),
+    SweepClaim("not when brief and sparse", "3.2",
+               "short-term retraining and averaging m models underperforms", "lengths", loses_when_brief),
+    SweepClaim("break-even", "3.2", "a break-even point emerges around 15 epochs", "lengths", breaks_even),
+    SweepClaim("returns diminish", "C.1.2",
+               "the longer we retrain, the smaller the improvement", "lengths", returns_diminish),
+    SweepClaim("one epoch is enough", "C.1.2",
+               "consistent improvements even with a mere single retraining epoch", "lengths", one_epoch_is_enough),
+    SweepClaim("most pairs improve", "3.2", "most averaged models show a net improvement", "pairs", most_pairs_improve),
+    SweepClaim("seeds are best", "3.2",
+               "the most substantial and consistent improvement comes from varying the random seed",
+               "pairs", seeds_gain_most),
+)
 
+# %% ../nbs/38_soup_claims.ipynb #353ce1a2
 def judge_sweep(
     table: pd.DataFrame,  # of one selector and schedule; of `schedules`, of one selector
     experiment: str,      # of which
@@ -386,7 +361,7 @@ def judge_sweep(
     ]
     return pd.DataFrame(rows, columns=["claim", "place", "quote", *Finding.__dataclass_fields__])
 
-# %% ../nbs/38_soup_claims.ipynb #90f94ceb
+# %% ../nbs/38_soup_claims.ipynb #64e7ce2b
 def printed_verdicts() -> pd.Series:  # by claim
     """What the paper's own tables say of its claims.
 
@@ -395,7 +370,7 @@ def printed_verdicts() -> pd.Series:  # by claim
     """
     return judge_soups(read_reported_soups()).set_index("claim")["verdict"]
 
-
+# %% ../nbs/38_soup_claims.ipynb #90f94ceb
 def story_title(
     results: pd.DataFrame,  # one story
 ) -> str:                   # such as "USPS (s) Seed, LAMP to 90%, constant 0.005 (200 models; m = 3, 5)"

@@ -6,14 +6,14 @@
 __all__ = [
     'LEVELS', 'VARIED', 'ALIGNMENTS', 'LOOKS', 'COLLAPSE', 'GRADUAL', 'EXPERIMENTS', 'Shot', 'shot_recipe', 'judge',
     'first_copies', 'compare_copies', 'one_shot', 'sweep', 'sparsity_shots', 'length_shots', 'rate_shots',
-    'pair_table', 'varied_pairs', 'all_pairs', 'zeros', 'line_table', 'shifted', 'line_tables', 'zoo_soups',
+    'pair_table', 'varied_pairs', 'all_pairs', 'zeros', 'shifted', 'line_table', 'line_tables', 'zoo_soups',
     'variational_runs', 'activation_table', 'gaining_models', 'pearson_table', 'figure_gaining', 'figure_distance',
     'distance_correlations', 'activation_gains', 'collapse_table', 'figure_collapse', 'figure_lines', 'middles',
     'figure_zoo_soups', 'variational_gains', 'figure_variational', 'gradual_accuracies', 'figure_gradual',
     'make_experiments',
 ]
 
-# %% ../nbs/46_soup_questions.ipynb #c5464de8
+# %% ../nbs/46_soup_questions.ipynb #c79e3d38
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -26,10 +26,13 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from torch import Tensor
 
+# %% ../nbs/46_soup_questions.ipynb #c5464de8
 from .alignment import aligned
 from .architectures import build, layer_names
-from .averaging import average, compare_candidates, copies, copy_masks, greedy_soup, train_copies, uniform_soup
-from .averaging import gains, number_of_copies, weight_average
+from zootwins.averaging import (
+    average, compare_candidates, copies, copy_masks, gains, greedy_soup, number_of_copies, train_copies, uniform_soup,
+    weight_average,
+)
 from .claims import of_originals
 from .core import UserError, check_name, write_json
 from .correlation import correlate
@@ -89,7 +92,7 @@ def shot_recipe(
     return Recipe(zoo.name, "imp, phase 1", shot.epochs, shot.rate, zoo.batch_size, schedule=shot.schedule,
                   history=history, original_epochs=zoo.epochs if shot.schedule in ("LRW", "ALLR") else None)
 
-
+# %% ../nbs/46_soup_questions.ipynb #7b9d666f
 def judge(
     population: Population,  # N models
     images: Images,          # test images judge
@@ -152,7 +155,55 @@ def compare_copies(
     table = table.assign(kept=kept.sum(1).numpy(), soup_loss=loss, **of_copies)
     return table.join(apart[["distance", "relative"]].mean()).join(apart["distance"].max().rename("farthest"))
 
+# %% ../nbs/46_soup_questions.ipynb #b55650de
+def _before(
+    originals: Population,     # N trained models
+    pruned: Population,        # the same, pruned
+    masks: dict[str, Tensor],  # bool [N, ...]
+    images: Images,            # test images judge
+    engine: Engine,            # who judges
+) -> dict[str, np.ndarray]:    # accuracies, and the number of empty layers [N]
+    """What is known of the models before they are retrained.
 
+    Args:
+        originals: N trained models
+        pruned: the same, pruned
+        masks: bool [N, ...]
+        images: test images judge
+        engine: who judges
+
+    Returns:
+        dict[str, np.ndarray]: accuracies, and the number of empty layers [N]
+    """
+    right = {"original": judge(originals, images, engine)[1], "pruned": judge(pruned, images, engine)[1]}
+    return right | {"empty": empty_layers(masks, originals.architecture).sum(axis=1).to_numpy()}
+
+
+def _one_run(
+    pruned: Population,        # N models
+    masks: dict[str, Tensor],  # bool [N, ...]
+    images: Images,            # to train on, and judge by
+    recipe: Recipe,            # of one copy
+    engine: Engine,            # who trains
+) -> dict[str, np.ndarray]:    # accuracies [N]
+    """Retrain one copy, and average its epochs.
+
+    Args:
+        pruned: N models
+        masks: bool [N, ...]
+        images: to train on, and judge by
+        recipe: of one copy
+        engine: who trains
+
+    Returns:
+        dict[str, np.ndarray]: accuracies [N]
+    """
+    epochs = tuple(range(1, recipe.epochs + 1))
+    run = train(copies(pruned, 1), images, recipe, masks, epochs, engine, progress=False)
+    averaged = weight_average(run.snapshots)
+    return {"IMP": judge(run.population, images, engine)[1], "IMP + SWA": judge(averaged, images, engine)[1]}
+
+# %% ../nbs/46_soup_questions.ipynb #2bcc8e83
 def one_shot(
     zoo: Zoo,               # the registry's entry
     originals: Population,  # N trained models
@@ -176,12 +227,9 @@ def one_shot(
     pruned.models = pruned.models.assign(damage=pruning_damage(originals.weights, masks).numpy())
     recipe, most = shot_recipe(zoo, shot), max(shot.numbers)
     candidates = train_copies(copies(pruned, most), images, recipe, copy_masks(masks, most), engine).population
-    known = {"original": judge(originals, images, engine)[1], "pruned": judge(pruned, images, engine)[1],
-             "empty": empty_layers(masks, originals.architecture).sum(axis=1).to_numpy()}
-    if shot.swa:
-        run = train(copies(pruned, 1), images, recipe, masks, tuple(range(1, shot.epochs + 1)), engine, progress=False)
-        known |= {"IMP": judge(run.population, images, engine)[1],
-                  "IMP + SWA": judge(weight_average(run.snapshots), images, engine)[1]}
+    known = _before(originals, pruned, masks, images, engine)
+    known |= _one_run(pruned, masks, images, recipe, engine) if shot.swa else {}
+    told = {name: value for name, value in asdict(shot).items() if name not in ("numbers", "longer", "swa")}
     frames = []
     for m in shot.numbers:
         found = compare_copies(first_copies(candidates, m), masks, images, engine).reset_index().assign(**known)
@@ -189,7 +237,6 @@ def one_shot(
             long = replace(recipe, epochs=m * shot.epochs)
             ends = train_copies(copies(pruned, 1), images, long, masks, engine).population
             found["IMP_mx"] = judge(ends, images, engine)[1]
-        told = {name: value for name, value in asdict(shot).items() if name not in ("numbers", "longer", "swa")}
         frames.append(found.assign(zoo=zoo.name, m=m, **told))
     return pd.concat(frames, ignore_index=True)
 
@@ -225,7 +272,7 @@ def sparsity_shots() -> list[Shot]:
     lamp = [Shot(level, schedule=name, swa=True) for name in names for level in LEVELS]
     return lamp + [Shot(level, "global", name) for name in ("constant", "LLR") for level in LEVELS]
 
-
+# %% ../nbs/46_soup_questions.ipynb #a5394625
 def length_shots() -> list[Shot]:
     "Sparsity by length, with one run of m times the length beside it (Figures 4b and 10)."
     lengths = [(level, epochs) for level in (0.8, 0.9, 0.95) for epochs in (1, 2, 5, 10, 20)]
@@ -237,13 +284,7 @@ def rate_shots() -> list[Shot]:
     rates = (1e-3, 2e-3, 5e-3, 1e-2, 2e-2)
     return [Shot(0.8, rate=rate, epochs=epochs, numbers=(5,)) for epochs in (2, 5, 15) for rate in rates]
 
-# %% ../nbs/46_soup_questions.ipynb #5ccda42c
-VARIED = {
-    "seed": {}, "weight decay": {"wd": tuple(2e-4 * step for step in range(2, 10))},
-    "length": {"epochs": tuple(range(2, 10))}, "learning rate": {"lr": tuple(1e-3 * step for step in range(2, 10))},
-}
-
-
+# %% ../nbs/46_soup_questions.ipynb #83765ceb
 def pair_table(
     candidates: Population,  # N * m copies
     images: Images,          # test images judge
@@ -268,6 +309,12 @@ def pair_table(
         frame = pd.DataFrame({"model": candidates.models["model"].to_numpy()[::m], "first": first, "second": second})
         frames.append(frame.assign(better=of_copies[:, [first, second]].max(1), soup=soup))
     return pd.concat(frames, ignore_index=True)
+
+# %% ../nbs/46_soup_questions.ipynb #5ccda42c
+VARIED = {
+    "seed": {}, "weight decay": {"wd": tuple(2e-4 * step for step in range(2, 10))},
+    "length": {"epochs": tuple(range(2, 10))}, "learning rate": {"lr": tuple(1e-3 * step for step in range(2, 10))},
+}
 
 
 def varied_pairs(
@@ -318,14 +365,7 @@ def all_pairs(
     shots = [Shot(0.7), Shot(0.9), Shot(0.7, schedule="LLR")]
     return pd.concat([varied_pairs(zoo, originals, images, shot, engine) for shot in shots], ignore_index=True)
 
-# %% ../nbs/46_soup_questions.ipynb #71efb9de
-ALIGNMENTS: dict[str, Callable[[Population, Population], Population]] = {
-    "as they are": lambda population, reference: population,
-    "permuted": lambda population, reference: aligned(population, reference, flips=False),
-    "permuted and flipped": lambda population, reference: aligned(population, reference),
-}
-
-
+# %% ../nbs/46_soup_questions.ipynb #5aa77810
 def zeros(
     population: Population,  # N models
 ) -> np.ndarray:             # fractions of the prunable weights [N]
@@ -338,6 +378,27 @@ def zeros(
         np.ndarray: fractions of the prunable weights [N]
     """
     return sparsity(population.weights, layer_names(build(population.architecture)))["sparsity"].numpy()
+
+
+def shifted(
+    population: Population,  # N models
+) -> Population:             # the same, each in the place of the one before
+    """Pair every model with the next.
+
+    Args:
+        population: N models
+
+    Returns:
+        Population: the same, each in the place of the one before
+    """
+    return population[[*range(1, len(population)), 0]]
+
+# %% ../nbs/46_soup_questions.ipynb #71efb9de
+ALIGNMENTS: dict[str, Callable[[Population, Population], Population]] = {
+    "as they are": lambda population, reference: population,
+    "permuted": lambda population, reference: aligned(population, reference, flips=False),
+    "permuted and flipped": lambda population, reference: aligned(population, reference),
+}
 
 
 def line_table(
@@ -367,19 +428,30 @@ def line_table(
         frames.append(pd.DataFrame({"place": place, "model": first.models["model"].to_numpy(), **columns}))
     return pd.concat(frames, ignore_index=True)
 
-
-def shifted(
-    population: Population,  # N models
-) -> Population:             # the same, each in the place of the one before
-    """Pair every model with the next.
+# %% ../nbs/46_soup_questions.ipynb #dd3325ec
+def _twins(
+    zoo: Zoo,               # the registry's entry
+    originals: Population,  # N trained models
+    images: Images,         # to train on
+    engine: Engine,         # who trains
+) -> tuple[Population, Population, Population]:  # N each: twins, others of the same masks, others of other masks
+    """Three twins of every original (80 %): two from LAMP, one from layerwise pruning.
 
     Args:
-        population: N models
+        zoo: the registry's entry
+        originals: N trained models
+        images: to train on
+        engine: who trains
 
     Returns:
-        Population: the same, each in the place of the one before
+        tuple[Population, Population, Population]: N each: twins, others of the same masks, others of other masks
     """
-    return population[[*range(1, len(population)), 0]]
+    pruned, masks = prune(originals, 0.8, "lamp")
+    recipe = shot_recipe(zoo, Shot(0.8))
+    ends = train_copies(copies(pruned, 2), images, recipe, copy_masks(masks, 2), engine).population
+    twins, sisters = (ends[ends.models["copy"].to_numpy() == copy] for copy in (0, 1))
+    other, other_masks = prune(originals, 0.8, "layerwise")
+    return twins, sisters, train_copies(copies(other, 1), images, recipe, other_masks, engine).population
 
 # %% ../nbs/46_soup_questions.ipynb #ea897d5b
 def line_tables(
@@ -399,12 +471,7 @@ def line_tables(
     Returns:
         pd.DataFrame: as `line_table`, with ends and alignment
     """
-    pruned, masks = prune(originals, 0.8, "lamp")
-    recipe = shot_recipe(zoo, Shot(0.8))
-    ends = train_copies(copies(pruned, 2), images, recipe, copy_masks(masks, 2), engine).population
-    twins, sisters = (ends[ends.models["copy"].to_numpy() == copy] for copy in (0, 1))
-    other, other_masks = prune(originals, 0.8, "layerwise")
-    masked = train_copies(copies(other, 1), images, recipe, other_masks, engine).population
+    twins, sisters, masked = _twins(zoo, originals, images, engine)
     pairs = {"original and its twin": (originals, twins), "two twins of one mask": (twins, sisters),
              "two twins of other masks": (twins, masked)}
     judged = {name: line_table(*pair, images, engine) for name, pair in pairs.items()}
@@ -415,7 +482,7 @@ def line_tables(
             frames.append(found.assign(ends=name, alignment=how))
     return pd.concat(frames, ignore_index=True)
 
-
+# %% ../nbs/46_soup_questions.ipynb #8c89d3f6
 def zoo_soups(
     originals: Population,  # N trained models of different seeds
     images: Images,         # test images judge
@@ -520,7 +587,7 @@ def gaining_models(
     known = {"original": of_originals(metrics), "friendliness": start.set_index("model")["test_acc"]}
     return pd.DataFrame({"gain": 100 * (soup - mean), "spread": best - mean}).join(pd.DataFrame(known), how="inner")
 
-
+# %% ../nbs/46_soup_questions.ipynb #d0fe84e4
 def pearson_table(
     table: pd.DataFrame,     # one row per model
     of: str,                 # a column
@@ -539,7 +606,7 @@ def pearson_table(
     rows = {name: correlate(table[name], table[of]).set_index("coefficient").loc["pearson"] for name in others}
     return pd.DataFrame(rows).T.rename(columns={"value": "r"})[["r", "low", "high", "n"]]
 
-
+# %% ../nbs/46_soup_questions.ipynb #698e6483
 @styled
 def figure_gaining(
     table: pd.DataFrame,  # from gaining_models
@@ -594,7 +661,7 @@ def figure_distance(
     heading(fig, f"{zoo_title(first['zoo'])}, {told}")
     return fig
 
-
+# %% ../nbs/46_soup_questions.ipynb #025ed054
 def distance_correlations(
     sweep: pd.DataFrame,  # from soup_questions.sweep
     keys: Sequence[str] = ("rate", "epochs"),  # what makes a setting
@@ -673,7 +740,7 @@ def collapse_table(
     }
     return told.groupby(list(keys), sort=False).agg(**names)
 
-
+# %% ../nbs/46_soup_questions.ipynb #1f309c88
 @styled
 def figure_collapse(
     sweep: pd.DataFrame,  # of one selector, schedule and m
@@ -724,6 +791,29 @@ def figure_lines(
     heading(fig, f"Mean accuracy of {lines['model'].nunique()} lines each; twins at 80 %")
     return fig
 
+# %% ../nbs/46_soup_questions.ipynb #ca38e468
+def _middle(
+    lines: pd.DataFrame,  # of one kind of ends and one alignment
+) -> dict[str, float]:    # accuracies of ends and middle, barrier of the loss, sparsity
+    """Means over the models of one kind of line.
+
+    Args:
+        lines: of one kind of ends and one alignment
+
+    Returns:
+        dict[str, float]: accuracies of ends and middle, barrier of the loss, sparsity
+    """
+    loss, found = (lines.pivot(index="model", columns="place", values=name) for name in ("loss", "test_acc"))
+    places = loss.columns.to_numpy()
+    straight = loss[[0.0]].to_numpy() * (1 - places) + loss[[1.0]].to_numpy() * places
+    middle = found.columns[len(places) // 2]
+    there = found[middle]
+    return {
+        "ends": found[[0.0, 1.0]].mean(axis=1).mean(), "middle": there.mean(), "error": there.sem(),
+        "barrier": (loss - straight).max(axis=1).mean(),
+        "sparsity": lines.loc[lines["place"] == middle, "sparsity"].mean(),
+    }
+
 
 def middles(
     lines: pd.DataFrame,  # from line_tables
@@ -736,23 +826,9 @@ def middles(
     Returns:
         pd.DataFrame: by ends and alignment: accuracies of ends and middle, barrier of the loss, sparsity
     """
-    rows = {}
-    for names, here in lines.groupby(["ends", "alignment"], sort=False):
-        loss, found = (here.pivot(index="model", columns="place", values=name) for name in ("loss", "test_acc"))
-        places = loss.columns.to_numpy()
-        straight = loss[[0.0]].to_numpy() * (1 - places) + loss[[1.0]].to_numpy() * places
-        height = (loss - straight).max(axis=1)
-        middle = found.columns[len(places) // 2]
-        sparsity = here.loc[here["place"] == middle, "sparsity"].mean()
-        ends, there = found[[0.0, 1.0]].mean(axis=1).mean(), found[middle]
-        rows[names] = {
-            "ends": ends,
-            "middle": there.mean(),
-            "error": there.sem(),
-            "barrier": height.mean(),
-            "sparsity": sparsity,
-        }
-    return pd.DataFrame(rows).T
+    return pd.DataFrame(
+        {names: _middle(here) for names, here in lines.groupby(["ends", "alignment"], sort=False)}
+    ).T
 
 # %% ../nbs/46_soup_questions.ipynb #933be986
 @styled
@@ -811,7 +887,7 @@ def variational_gains(
             }
     return pd.DataFrame(rows).T.rename_axis("epoch")
 
-
+# %% ../nbs/46_soup_questions.ipynb #17756e60
 @styled
 def figure_variational(
     table: pd.DataFrame,  # from variational_runs
@@ -863,7 +939,7 @@ def gradual_accuracies(
         raise UserError(f"This story lacks {', '.join(missing)}: make it with the baselines none, longer and gmp.")
     return wide[list(GRADUAL)].dropna()
 
-
+# %% ../nbs/46_soup_questions.ipynb #3688ad05
 @styled
 def figure_gradual(
     table: pd.DataFrame,  # from gradual_accuracies
@@ -898,7 +974,7 @@ EXPERIMENTS: dict[str, Callable[[Plan, Population, Images], pd.DataFrame]] = {
     "activations": lambda plan, zoo, images: activation_table(plan.zoo, min(16, len(zoo)), images, plan.engine),
 }  # name -> what makes its table
 
-
+# %% ../nbs/46_soup_questions.ipynb #ec06c0e1
 def make_experiments(
     plan: Plan,              # the zoo, its store, and where the tables go
     names: Iterable[str] = EXPERIMENTS,  # which
