@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = [
-    'Layout', 'CONFIGS', 'PARAMETERS', 'WEIGHT_LIMIT', 'MEASURES', 'SAVE_EVERY', 'Layer', 'image_shapes',
-    'check_chain', 'move_neurons', 'token_layout', 'to_vectors', 'split_tokens', 'to_weights', 'to_alpha_vectors',
-    'noisy_places', 'random_orders', 'permutation_index', 'View', 'erasures', 'Config', 'choose_config',
-    'check_request', 'augment', 'attention', 'projection_head', 'HyperAutoEncoder', 'contrastive_loss', 'weight_loss',
-    'alpha_loss', 'in_window', 'States', 'gather_states', 'has_trajectory', 'find_trajectory', 'load_states',
-    'layer_statistics', 'Training', 'random_source', 'begin_training', 'learning_rate', 'losses', 'train_step',
-    'in_batches', 'reconstruct', 'explained', 'reconstruction_quality', 'train_epoch', 'describe_training',
-    'training_folder', 'save_training', 'resume_training', 'open_training', 'train_autoencoder', 'train_on',
+    'Layout', 'CONFIGS', 'PARAMETERS', 'WEIGHT_LIMIT', 'MEASURES', 'SAVE_EVERY', 'Layer', 'move_neurons',
+    'image_shapes', 'check_chain', 'token_layout', 'to_vectors', 'split_tokens', 'to_weights', 'noisy_places',
+    'to_alpha_vectors', 'random_orders', 'permutation_index', 'View', 'erasures', 'Config', 'choose_config',
+    'check_request', 'augment', 'attention', 'projection_head', 'HyperEncoder', 'HyperAutoEncoder', 'contrastive_loss',
+    'weight_loss', 'in_window', 'alpha_loss', 'States', 'gather_states', 'has_trajectory', 'find_trajectory',
+    'load_states', 'layer_statistics', 'random_source', 'Training', 'begin_training', 'learning_rate', 'losses',
+    'train_step', 'in_batches', 'reconstruct', 'explained', 'reconstruction_quality', 'train_epoch',
+    'describe_training', 'training_folder', 'save_training', 'resume_training', 'open_training', 'train_on',
+    'train_autoencoder',
 ]
 
 # %% ../nbs/60_hyperreps.ipynb #91a0fe97
@@ -30,6 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+# %% ../nbs/60_hyperreps.ipynb #ee04860f
 from .architectures import build, layer_names
 from .core import UserError, check_name, digest, progress_bar, read_json, write_json
 from .plans import Plan, check_parameters, make_plan
@@ -66,8 +68,23 @@ class Layer:
     def block(self) -> int:  # weights of a neuron that read from the same input
         return (self.width - 1) // self.inputs
 
+# %% ../nbs/60_hyperreps.ipynb #b131a09e
+def move_neurons(
+    module: nn.Module,  # changed
+    layer: Layer,       # a hidden one
+    reader: Layer,      # the one after it
+) -> None:
+    """Shift the neurons of a hidden layer by one place, and the weights that read them.
 
-Layout = tuple[Layer, ...]
+    Args:
+        module: changed
+        layer: a hidden one
+        reader: the one after it
+    """
+    own, following = module.get_submodule(layer.path), module.get_submodule(reader.path)
+    own.weight.copy_(own.weight.roll(1, 0))
+    own.bias.copy_(own.bias.roll(1, 0))
+    following.weight.copy_(following.weight.unflatten(1, (layer.neurons, -1)).roll(1, 1).flatten(1, 2))
 
 # %% ../nbs/60_hyperreps.ipynb #e3fda104
 def image_shapes(
@@ -90,6 +107,31 @@ def image_shapes(
     side, colour_side = math.isqrt(first.shape[1]), math.isqrt(first.shape[1] // 3)
     return [(first.shape[1],), (1, side, side), (3, side, side), (3, colour_side, colour_side)]
 
+# %% ../nbs/60_hyperreps.ipynb #3507e66b
+def _trial(
+    architecture: str,   # a name in ARCHITECTURES
+    module: nn.Module,   # built from it
+    first: Layer,        # its first layer
+) -> tuple[Tensor, Tensor]:  # inputs that it takes, and its outputs
+    """Run a module on random inputs; raises `UserError` if it takes none of the shapes tried.
+
+    Args:
+        architecture: a name in ARCHITECTURES
+        module: built from it
+        first: its first layer
+
+    Returns:
+        tuple[Tensor, Tensor]: inputs that it takes, and its outputs
+    """
+    for shape in image_shapes(architecture, first):
+        inputs = torch.rand(2, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        try:
+            return inputs, module(inputs)
+        except (RuntimeError, ValueError, IndexError):
+            continue
+    raise UserError(f"{architecture} cannot be tried: it takes no square images of a common size; "
+                    "register a Zoo with its image_size in ZOOS.")
+
 # %% ../nbs/60_hyperreps.ipynb #de89cac1
 def check_chain(
     architecture: str,         # a name in ARCHITECTURES
@@ -105,41 +147,37 @@ def check_chain(
     """
     module = module.double().eval()
     with torch.no_grad():
-        for shape in image_shapes(architecture, layout[0]):
-            inputs = torch.rand(2, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-            try:
-                before = module(inputs)
-                break
-            except (RuntimeError, ValueError, IndexError):
-                continue
-        else:
-            raise UserError(f"{architecture} cannot be tried: it takes no square images of a common size; "
-                            "register a Zoo with its image_size in ZOOS.")
+        inputs, before = _trial(architecture, module, layout[0])
         for layer, reader in zip(layout, layout[1:]):
             move_neurons(module, layer, reader)
             if not torch.allclose(before, module(inputs), rtol=1e-6, atol=1e-9):
                 raise UserError(f"{architecture} has no tokens: more than the layer after {layer.path} depends on the "
                                 "order of its neurons, as in a residual net; only chains of layers can be reordered.")
 
-
-def move_neurons(
-    module: nn.Module,  # changed
-    layer: Layer,       # a hidden one
-    reader: Layer,      # the one after it
+# %% ../nbs/60_hyperreps.ipynb #336aafe5
+def _check_layer(
+    architecture: str,   # a name in ARCHITECTURES
+    module: nn.Module,   # built from it
+    layer: Layer,        # one of its layers
 ) -> None:
-    """Shift the neurons of a hidden layer by one place, and the weights that read them.
+    """Raise `UserError` if the shape of a layer does not fit a chain, or it has no bias.
 
     Args:
-        module: changed
-        layer: a hidden one
-        reader: the one after it
+        architecture: a name in ARCHITECTURES
+        module: built from it
+        layer: one of its layers
     """
-    own, following = module.get_submodule(layer.path), module.get_submodule(reader.path)
-    own.weight.copy_(own.weight.roll(1, 0))
-    own.bias.copy_(own.bias.roll(1, 0))
-    following.weight.copy_(following.weight.unflatten(1, (layer.neurons, -1)).roll(1, 1).flatten(1, 2))
+    if layer.block * layer.inputs != layer.width - 1 or (len(layer.shape) == 4 and layer.shape[1] != layer.inputs):
+        raise UserError(f"{architecture} has no tokens: its layer {layer.path} does not read from the {layer.inputs} "
+                        "neurons of the layer before; only chains of layers have tokens.")
+    if module.get_submodule(layer.path).bias is None:
+        raise UserError(f"{architecture} has no tokens: its layer {layer.path} has no bias, the last number of a "
+                        "token.")
 
 # %% ../nbs/60_hyperreps.ipynb #6c84ae5a
+Layout = tuple[Layer, ...]
+
+
 def token_layout(
     architecture: str,  # a name in architectures.ARCHITECTURES: a chain of convolutions and linear layers
 ) -> Layout:            # its layers in order
@@ -155,11 +193,7 @@ def token_layout(
     for path in layer_names(module).values():
         shape = tuple(module.get_parameter(f"{path}.weight").shape)
         layer = Layer(path, shape, layout[-1].neurons if layout else shape[1])
-        if layer.block * layer.inputs != layer.width - 1 or (len(shape) == 4 and shape[1] != layer.inputs):
-            raise UserError(f"{architecture} has no tokens: its layer {path} does not read from the {layer.inputs} "
-                            "neurons of the layer before; only chains of layers have tokens.")
-        if module.get_submodule(path).bias is None:
-            raise UserError(f"{architecture} has no tokens: its layer {path} has no bias, the last number of a token.")
+        _check_layer(architecture, module, layer)
         layout.append(layer)
     check_chain(architecture, module, layout)
     return tuple(layout)
@@ -201,7 +235,7 @@ def split_tokens(
     parts = vectors.split([layer.neurons * layer.width for layer in layout], dim=1)
     return [part.unflatten(1, (layer.neurons, layer.width)) for part, layer in zip(parts, layout)]
 
-
+# %% ../nbs/60_hyperreps.ipynb #28d929af
 def to_weights(
     vectors: Tensor,      # [models, parameters]
     layout: Layout,       # from token_layout
@@ -221,6 +255,23 @@ def to_weights(
         weights[f"{layer.path}.bias"] = token[:, :, -1].contiguous()
     return weights
 
+# %% ../nbs/60_hyperreps.ipynb #5c8ea0ee
+def noisy_places(
+    layout: Layout,  # from token_layout
+) -> Tensor:         # bool [parameters]
+    """Mark the places of a vector with a log alpha: all weights, and the biases of convolutions.
+
+    Args:
+        layout: from token_layout
+
+    Returns:
+        Tensor: bool [parameters]
+    """
+    tokens = [torch.ones(layer.neurons, layer.width, dtype=torch.bool) for layer in layout]
+    for layer, token in zip(layout, tokens):
+        token[:, -1] = len(layer.shape) == 4
+    return torch.cat([token.flatten() for token in tokens])
+
 # %% ../nbs/60_hyperreps.ipynb #2580122f
 def to_alpha_vectors(
     weights: Mapping[str, Tensor],  # stacked parameters with log variances
@@ -238,23 +289,6 @@ def to_alpha_vectors(
     relative = log_alphas(dict(weights))
     names = [f"{layer.path}.{kind}" for layer in layout for kind in ("weight", "bias")]
     return to_vectors({name: relative.get(name, torch.zeros_like(weights[name])) for name in names}, layout)
-
-
-def noisy_places(
-    layout: Layout,  # from token_layout
-) -> Tensor:         # bool [parameters]
-    """Mark the places of a vector with a log alpha: all weights, and the biases of convolutions.
-
-    Args:
-        layout: from token_layout
-
-    Returns:
-        Tensor: bool [parameters]
-    """
-    tokens = [torch.ones(layer.neurons, layer.width, dtype=torch.bool) for layer in layout]
-    for layer, token in zip(layout, tokens):
-        token[:, -1] = len(layer.shape) == 4
-    return torch.cat([token.flatten() for token in tokens])
 
 # %% ../nbs/60_hyperreps.ipynb #a0036b01
 def random_orders(
@@ -275,7 +309,7 @@ def random_orders(
     orders = [torch.rand(n, layer.neurons, generator=generator).argsort(1) for layer in layout[:-1]]
     return [*orders, torch.arange(layout[-1].neurons).expand(n, -1)]
 
-
+# %% ../nbs/60_hyperreps.ipynb #ad769f29
 def permutation_index(
     layout: Layout,                # from token_layout
     orders: Sequence[Tensor],      # from random_orders
@@ -315,7 +349,7 @@ class View:
     log_alphas: Tensor  # likewise
     kept: Tensor        # bool, where log alphas count in the loss
 
-
+# %% ../nbs/60_hyperreps.ipynb #99f5fe98
 def erasures(
     shape: tuple[int, int],        # models, parameters
     probability: float,            # that a model loses a stretch
@@ -384,7 +418,7 @@ class Config:
     beta: float = 0.1               # of Eq. 6
     window: float = 3.0             # r of Eq. 5
 
-
+# %% ../nbs/60_hyperreps.ipynb #b1076b20
 CONFIGS = {
     "small": Config("small", 64, 1, 4, 256, 0.0, 256, "all", 2, 128, 32, 2e-3, 32, 30),
     "paper": Config("paper", 800, 2, 4, 900, 0.1, 700, "token", 4, 400, 50, 1e-4, 500, 500),
@@ -480,7 +514,7 @@ def attention(
     )
     return nn.TransformerEncoder(layer, config.layers, nn.LayerNorm(config.dim), enable_nested_tensor=False)
 
-
+# %% ../nbs/60_hyperreps.ipynb #84093fab
 def projection_head(
     config: Config,  # latent, projection_layers, projection_width, projection
 ) -> nn.Module:      # [models, latent] to [models, projection]
@@ -496,9 +530,9 @@ def projection_head(
     parts = [part for a, b in zip(widths, widths[1:]) for part in (nn.Linear(a, b), nn.BatchNorm1d(b), nn.ReLU())]
     return nn.Sequential(*parts, nn.Linear(widths[-1], config.projection))
 
-# %% ../nbs/60_hyperreps.ipynb #7a3e8755
-class HyperAutoEncoder(nn.Module):
-    "An auto-encoder of weights and log alphas (Figure 6)."
+# %% ../nbs/60_hyperreps.ipynb #140fec1d
+class HyperEncoder(nn.Module):
+    "The half that compresses models (Figure 6, left)."
 
     def __init__(
         self,
@@ -515,16 +549,8 @@ class HyperAutoEncoder(nn.Module):
         self.compression = nn.Parameter(0.02 * torch.randn(1, 1, config.dim))
         self.read_positions = nn.Parameter(0.02 * torch.randn(tokens + 1, config.dim))
         self.encoder = attention(config)
-        # how many tokens go into the latent vector
-        self.compressed = 1 if config.compression == "token" else tokens + 1
+        self.compressed = 1 if config.compression == "token" else tokens + 1  # tokens that go into the latent vector
         self.squeeze = nn.Linear(self.compressed * config.dim, config.latent)
-        self.expand = nn.Linear(config.latent, 2 * tokens * config.dim)
-        self.write_positions = nn.Parameter(0.02 * torch.randn(tokens, config.dim))
-        self.types = nn.Parameter(0.02 * torch.randn(2, 1, config.dim))
-        self.decoder = attention(config)
-        self.weight_heads = nn.ModuleList(nn.Linear(config.dim, layer.width) for layer in layout)
-        self.alpha_heads = nn.ModuleList(nn.Linear(config.dim, layer.width) for layer in layout)
-        self.projector = projection_head(config)
 
     def encode(
         self,
@@ -543,6 +569,27 @@ class HyperAutoEncoder(nn.Module):
         sequence = torch.cat([self.compression.expand(len(weights), -1, -1), embedded], 1) + self.read_positions
         return self.squeeze(self.encoder(sequence)[:, : self.compressed].flatten(1))
 
+# %% ../nbs/60_hyperreps.ipynb #7a3e8755
+class HyperAutoEncoder(HyperEncoder):
+    "An auto-encoder of weights and log alphas (Figure 6)."
+
+    def __init__(
+        self,
+        layout: Layout,   # from token_layout
+        config: Config,   # its sizes
+        mean: Tensor,     # [parameters], of the weights of each parameter's layer
+        scale: Tensor,    # [parameters], likewise the standard deviation
+    ):
+        super().__init__(layout, config, mean, scale)
+        tokens = sum(layer.neurons for layer in layout)
+        self.expand = nn.Linear(config.latent, 2 * tokens * config.dim)
+        self.write_positions = nn.Parameter(0.02 * torch.randn(tokens, config.dim))
+        self.types = nn.Parameter(0.02 * torch.randn(2, 1, config.dim))
+        self.decoder = attention(config)
+        self.weight_heads = nn.ModuleList(nn.Linear(config.dim, layer.width) for layer in layout)
+        self.alpha_heads = nn.ModuleList(nn.Linear(config.dim, layer.width) for layer in layout)
+        self.projector = projection_head(config)
+
     def decode(
         self,
         latents: Tensor,           # [models, latent]
@@ -556,13 +603,10 @@ class HyperAutoEncoder(nn.Module):
             tuple[Tensor, Tensor]: weights and log alphas, both [models, parameters]
         """
         sequences = self.expand(latents).unflatten(1, (2, *self.write_positions.shape))
-        sequences = sequences + self.write_positions + self.types
-        joint = self.decoder(sequences.flatten(1, 2))
-        neurons = [layer.neurons for layer in self.layout]
-        weights, alphas = (
-            torch.cat([head(part).flatten(1) for head, part in zip(heads, half.split(neurons, dim=1))], 1)
-            for heads, half in zip((self.weight_heads, self.alpha_heads), joint.chunk(2, dim=1))
-        )
+        joint = self.decoder((sequences + self.write_positions + self.types).flatten(1, 2))
+        neurons, heads = [layer.neurons for layer in self.layout], (self.weight_heads, self.alpha_heads)
+        weights, alphas = (torch.cat([head(part).flatten(1) for head, part in zip(own, half.split(neurons, dim=1))], 1)
+                           for own, half in zip(heads, joint.chunk(2, dim=1)))
         return self.mean + self.scale * weights, THRESHOLD + self.window * alphas
 
 # %% ../nbs/60_hyperreps.ipynb #7ccd2c2c
@@ -602,6 +646,22 @@ def weight_loss(
     """
     return ((written - weights) / scale).square().mean()
 
+# %% ../nbs/60_hyperreps.ipynb #c6d717bc
+def in_window(
+    log_alphas: Tensor,  # any shape
+    window: float,       # r
+) -> Tensor:             # same shape, between -1 and 1
+    """Log alphas as Eq. 5 sees them.
+
+    Args:
+        log_alphas: any shape
+        window: r
+
+    Returns:
+        Tensor: same shape, between -1 and 1
+    """
+    return torch.tanh((log_alphas - THRESHOLD) / window)
+
 # %% ../nbs/60_hyperreps.ipynb #c0b3be89
 def alpha_loss(
     written: Tensor,     # [models, parameters]
@@ -622,22 +682,6 @@ def alpha_loss(
     """
     squared = (in_window(written, window) - in_window(log_alphas, window)).square()
     return (squared * counts).sum() / counts.expand_as(squared).sum()
-
-
-def in_window(
-    log_alphas: Tensor,  # any shape
-    window: float,       # r
-) -> Tensor:             # same shape, between -1 and 1
-    """Log alphas as Eq. 5 sees them.
-
-    Args:
-        log_alphas: any shape
-        window: r
-
-    Returns:
-        Tensor: same shape, between -1 and 1
-    """
-    return torch.tanh((log_alphas - THRESHOLD) / window)
 
 # %% ../nbs/60_hyperreps.ipynb #cb3ef5b7
 WEIGHT_LIMIT = 5.0
@@ -723,7 +767,7 @@ def has_trajectory(
     except UserError:
         return False
 
-
+# %% ../nbs/60_hyperreps.ipynb #b0e3bdec
 def find_trajectory(
     zoo: str,                      # name in the registry
     n_models: int | None = None,   # how many; None: the zoo's own number
@@ -784,6 +828,21 @@ def layer_statistics(
     statistics = (torch.mean, lambda part: part.std().clamp(min=1e-4))
     return tuple(torch.cat([value(part).expand(part.shape[1]) for part in parts]) for value in statistics)
 
+# %% ../nbs/60_hyperreps.ipynb #22ee67f1
+def random_source(
+    *what: object,       # the purpose of the numbers, such as "step", 12, seed
+) -> torch.Generator:    # on the CPU
+    """A generator that depends only on its purpose.
+
+    Args:
+        *what: the purpose of the numbers, such as "step", 12, seed
+
+    Returns:
+        torch.Generator: on the CPU
+    """
+    name = hashlib.blake2b("|".join(map(str, what)).encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(name, "little"))
+
 # %% ../nbs/60_hyperreps.ipynb #600cf7e6
 @dataclass
 class Training:
@@ -801,21 +860,6 @@ class Training:
     steps_per_epoch: int
     epoch: int = 0   # finished epochs
     step: int = 0    # finished steps
-
-
-def random_source(
-    *what: object,       # the purpose of the numbers, such as "step", 12, seed
-) -> torch.Generator:    # on the CPU
-    """A generator that depends only on its purpose.
-
-    Args:
-        *what: the purpose of the numbers, such as "step", 12, seed
-
-    Returns:
-        torch.Generator: on the CPU
-    """
-    name = hashlib.blake2b("|".join(map(str, what)).encode(), digest_size=7).digest()
-    return torch.Generator().manual_seed(int.from_bytes(name, "little"))
 
 # %% ../nbs/60_hyperreps.ipynb #e914c04d
 def begin_training(
@@ -865,7 +909,7 @@ def learning_rate(
     cosine = 0.5 * (1 + math.cos(math.pi * max(0, step - warm) / max(1, steps - warm)))
     return config.learning_rate * min((step + 1) / warm, cosine)
 
-# %% ../nbs/60_hyperreps.ipynb #18097e03
+# %% ../nbs/60_hyperreps.ipynb #ae5dfb53
 def losses(
     model: HyperAutoEncoder,  # in train mode
     views: Sequence[View],    # two of the same batch
@@ -881,18 +925,18 @@ def losses(
     Returns:
         dict[str, Tensor]: scalars: contrastive, weights, alphas and loss, their sum of Eq. 6
     """
-    latents = model.encode(torch.cat([view.read for view in views]))
+    both = lambda name: torch.cat([getattr(view, name) for view in views])
+    latents = model.encode(both("read"))
     weights, alphas = model.decode(latents)
     parts = {
         "contrastive": contrastive_loss(model.projector(latents), config.temperature),
-        "weights": weight_loss(weights, torch.cat([view.weights for view in views]), model.scale),
-        "alphas": alpha_loss(alphas, torch.cat([view.log_alphas for view in views]), config.window,
-                             torch.cat([view.kept for view in views])),
+        "weights": weight_loss(weights, both("weights"), model.scale),
+        "alphas": alpha_loss(alphas, both("log_alphas"), config.window, both("kept")),
     }
     reconstruction = parts["weights"] + parts["alphas"]
     return parts | {"loss": config.beta * parts["contrastive"] + (1 - config.beta) * reconstruction}
 
-
+# %% ../nbs/60_hyperreps.ipynb #18097e03
 def train_step(
     training: Training,   # advanced by one step
     weights: Tensor,      # [models, parameters], one batch
@@ -945,7 +989,7 @@ def in_batches(
     results = [result if isinstance(result, tuple) else (result,) for result in results]
     return tuple(torch.cat([part.cpu() for part in parts]) for parts in zip(*results))
 
-
+# %% ../nbs/60_hyperreps.ipynb #3a3e6d24
 def reconstruct(
     model: HyperAutoEncoder,   # trained
     states: States,            # to encode and decode
@@ -981,7 +1025,7 @@ def explained(
     error, spread = ((values - truth).square().sum(dtype=torch.float64) for values in (written, mean))
     return 1 - (error / spread).item()
 
-
+# %% ../nbs/60_hyperreps.ipynb #d8a9e3c8
 def reconstruction_quality(
     model: HyperAutoEncoder,  # trained or in training
     train: States,            # their mean counts as 0
@@ -1049,7 +1093,7 @@ def describe_training(
     about = {"zoo": states.zoo, "states": len(states), "models": int(states.rows["model"].nunique())}
     return about | {"content": content, "seed": training.seed, "config": config}
 
-
+# %% ../nbs/60_hyperreps.ipynb #3e1f882a
 def training_folder(
     plan: Plan,      # of the models to learn from
     config: Config,  # of the auto-encoder
@@ -1085,7 +1129,30 @@ def save_training(
         tensors |= {f"adam/{i}/{name}": tensor for name, tensor in moments.items()}
     save_part(folder, "training", tensors, history, {"epoch": training.epoch, "step": training.step})
 
+# %% ../nbs/60_hyperreps.ipynb #bb2c209b
+def _restore(
+    training: Training,          # advanced to where it was left
+    tensors: dict[str, Tensor],  # from save_training
+    progress: dict[str, int],    # epoch and step
+) -> None:
+    """Load weights, moments and counts; raises `ValueError`, `KeyError` or `RuntimeError` if they do not fit.
 
+    Args:
+        training: advanced to where it was left
+        tensors: from save_training
+        progress: epoch and step
+    """
+    saved = {name.removeprefix("model/"): tensor for name, tensor in tensors.items() if name.startswith("model/")}
+    training.model.load_state_dict(saved)
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name in tensors:
+        if name.startswith("adam/"):
+            _, i, moment = name.split("/")
+            moments.setdefault(int(i), {})[moment] = tensors[name]
+    training.optimizer.load_state_dict(training.optimizer.state_dict() | {"state": moments})
+    training.epoch, training.step = progress["epoch"], progress["step"]
+
+# %% ../nbs/60_hyperreps.ipynb #707939ed
 def resume_training(
     folder: Path,         # of this training
     training: Training,   # before its first step; advanced to where it was left
@@ -1103,16 +1170,8 @@ def resume_training(
     if part is None:
         return pd.DataFrame()
     tensors, history, progress = part
-    moments: dict[int, dict[str, Tensor]] = {}
     try:
-        saved = {name.removeprefix("model/"): tensor for name, tensor in tensors.items() if name.startswith("model/")}
-        training.model.load_state_dict(saved)
-        for name in tensors:
-            if name.startswith("adam/"):
-                _, i, moment = name.split("/")
-                moments.setdefault(int(i), {})[moment] = tensors[name]
-        training.optimizer.load_state_dict(training.optimizer.state_dict() | {"state": moments})
-        training.epoch, training.step = progress["epoch"], progress["step"]
+        _restore(training, tensors, progress)
     except (ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"The training in {folder} cannot be resumed ({error}): delete that folder and run again.") \
             from error
@@ -1140,6 +1199,38 @@ def open_training(
         raise UserError(f"{folder} holds a training with other {differs}: choose another folder or delete that one.")
     write_json(wanted, folder / "training.json")
     return resume_training(folder, training)
+
+# %% ../nbs/60_hyperreps.ipynb #5a49bb3f
+def train_on(
+    states: States,         # all of them
+    training: Training,     # advanced to its end
+    history: pd.DataFrame,  # one row per finished epoch
+    folder: Path,           # keeps progress and result
+    bar: Any,               # from core.progress_bar
+) -> pd.DataFrame:          # one row per epoch
+    """Run the remaining epochs of a training.
+
+    Args:
+        states: all of them
+        training: advanced to its end
+        history: one row per finished epoch
+        folder: keeps progress and result
+        bar: from core.progress_bar
+
+    Returns:
+        pd.DataFrame: one row per epoch
+    """
+    train, held = (states[states.rows["split"] == part] for part in ("train", "val"))
+    epochs, saved = training.config.epochs, time.monotonic()
+    while training.epoch < epochs:
+        found = train_epoch(training, train) | reconstruction_quality(training.model, train, held)
+        history = pd.concat([history, pd.DataFrame([{"epoch": training.epoch, **found}])], ignore_index=True)
+        bar.set_postfix({name: f"{found[name]:.3f}" for name in ("loss", "r2_weights", "r2_alphas")}, refresh=False)
+        bar.update()
+        if training.epoch == epochs or time.monotonic() - saved > SAVE_EVERY:
+            save_training(folder, training, history)
+            saved = time.monotonic()
+    return history
 
 # %% ../nbs/60_hyperreps.ipynb #e0f3a8ec
 def train_autoencoder(
@@ -1171,35 +1262,3 @@ def train_autoencoder(
         with progress_bar(total=config.epochs, desc=f"{states.zoo} {config.name}", **options) as bar:
             history = train_on(states, training, history, folder, bar)
     return training.model.eval(), history
-
-
-def train_on(
-    states: States,         # all of them
-    training: Training,     # advanced to its end
-    history: pd.DataFrame,  # one row per finished epoch
-    folder: Path,           # keeps progress and result
-    bar: Any,               # from core.progress_bar
-) -> pd.DataFrame:          # one row per epoch
-    """Run the remaining epochs of a training.
-
-    Args:
-        states: all of them
-        training: advanced to its end
-        history: one row per finished epoch
-        folder: keeps progress and result
-        bar: from core.progress_bar
-
-    Returns:
-        pd.DataFrame: one row per epoch
-    """
-    train, held = (states[states.rows["split"] == part] for part in ("train", "val"))
-    epochs, saved = training.config.epochs, time.monotonic()
-    while training.epoch < epochs:
-        found = train_epoch(training, train) | reconstruction_quality(training.model, train, held)
-        history = pd.concat([history, pd.DataFrame([{"epoch": training.epoch, **found}])], ignore_index=True)
-        bar.set_postfix({name: f"{found[name]:.3f}" for name in ("loss", "r2_weights", "r2_alphas")}, refresh=False)
-        bar.update()
-        if training.epoch == epochs or time.monotonic() - saved > SAVE_EVERY:
-            save_training(folder, training, history)
-            saved = time.monotonic()
-    return history

@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['WANTED', 'PACKED', 'Passed', 'FACTOR_NAMES', 'ORIGIN', 'SETTINGS', 'IDLE', 'EPOCH_NAMES', 'RESULT_NAMES',
            'RESULT_KEYS', 'NOT_MEASURED', 'LIMIT', 'PROPERTY_NAMES', 'EXPECTED', 'ZENODO', 'SITE', 'Fit',
-           'stored_layers', 'own_columns', 'fit', 'shapes_of', 'row_of', 'check_row', 'ModelFiles', 'open_zoo',
-           'refuse_packed', 'find_models', 'passed_table', 'flattened', 'read_number', 'read_text', 'read_factors',
-           'passed_factors', 'Recorded', 'recorded_value', 'Unusable', 'recorded_epoch', 'add_record', 'passed_fields',
-           'read_result', 'in_fractions', 'Numbering', 'by_counts', 'find_numbering', 'noted_offset', 'Found',
-           'read_records', 'noted_offsets', 'Reading', 'begin_reading', 'put_weights', 'first_fit', 'wanted_epochs',
-           'number_checkpoints', 'present_models', 'read_weights', 'no_checkpoint', 'PublishedZoo', 'method_of',
-           'left_out_table', 'take_populations', 'cut_rows', 'collect_records', 'recorded_metrics', 'collect',
-           'read_raw', 'refuse_other', 'find_parts', 'usable_properties', 'State', 'part_states', 'property_factors',
-           'property_record', 'open_saved', 'mapped_tensors', 'find_states', 'first_state_fit', 'label_numbering',
-           'places_of', 'read_state', 'read_states', 'read_preprocessed', 'read_zoo', 'write_zoo', 'ZenodoRecord',
-           'Resuming', 'record_files', 'download']
+           'stored_layers', 'own_columns', 'fit', 'shapes_of', 'check_row', 'row_of', 'ModelFiles', 'refuse_packed',
+           'open_zoo', 'find_models', 'passed_table', 'flattened', 'read_number', 'read_text', 'passed_factors',
+           'used_names', 'read_factors', 'Recorded', 'recorded_value', 'Unusable', 'recorded_epoch', 'add_record',
+           'passed_fields', 'read_result', 'in_fractions', 'Numbering', 'by_counts', 'find_numbering', 'noted_offset',
+           'Found', 'read_records', 'noted_offsets', 'Reading', 'begin_reading', 'put_weights', 'first_fit',
+           'wanted_epochs', 'number_checkpoints', 'present_models', 'no_checkpoint', 'read_weights', 'method_of',
+           'PublishedZoo', 'left_out_table', 'cut_rows', 'take_populations', 'recorded_metrics', 'collect_records',
+           'collect', 'read_raw', 'refuse_other', 'find_parts', 'usable_properties', 'State', 'part_states',
+           'property_factors', 'property_record', 'open_saved', 'mapped_tensors', 'find_states', 'first_state_fit',
+           'label_numbering', 'places_of', 'read_state', 'read_states', 'read_preprocessed', 'read_zoo', 'write_zoo',
+           'ZenodoRecord', 'Resuming', 'record_files', 'download']
 
 # %% ../nbs/06_published.ipynb #245be6b1
 import errno
@@ -34,6 +34,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path, PurePath, PurePosixPath
 
+# %% ../nbs/06_published.ipynb #e8b0a2e3
 import numpy as np
 import pandas as pd
 import requests
@@ -44,10 +45,10 @@ from .architectures import ARCHITECTURES, build, layer_names
 from .core import UserError, atomic_path, check_name, data_folder, one_line
 from .datasets import quiet_pooch
 from .population import NORMS, Population
-from .untrusted import (LIMITS, OLD, Layout, Member, Record, Stored, check_lengths, checked, find_state,
-                                item_size,
-                                merge_masks, open_zip, ordinary_size, read_file, read_member, read_tensors, unpickle,
-                                view, zip_members)
+from zootwins.untrusted import (
+    LIMITS, OLD, Layout, Member, Record, Stored, check_lengths, checked, find_state, item_size, merge_masks, open_zip,
+    ordinary_size, read_file, read_member, read_tensors, unpickle, view, zip_members,
+)
 
 # %% ../nbs/06_published.ipynb #09787469
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Fit:
         "Mask of the weights and biases in a row, excluding the logarithms of their noise."
         return np.concatenate([np.full(math.prod(shape), "log_sigma2" not in ours) for _, ours, shape in self.columns])
 
-
+# %% ../nbs/06_published.ipynb #5490f6b2
 def stored_layers(
     names: Iterable[str],  # of a state dict
 ) -> list[dict[str, str]]:  # "weight" -> its name in the file, and so on, layer by layer
@@ -112,8 +113,8 @@ def own_columns(
     if layers and "log_sigma2" in layers[0]:
         kinds |= {"log_sigma2": "weight", "log_sigma2_bias": "bias"}
     columns = [(layer.get(kind), f"{path}.{kind}", tuple(getattr(own[path], like).shape))
-               for layer, path in zip(layers, own) for kind, like in kinds.items() if getattr(own[path],
-                                                                                              like) is not None
+               for layer, path in zip(layers, own) for kind, like in kinds.items()
+               if getattr(own[path], like) is not None
                and not (kind == "log_sigma2_bias" and isinstance(own[path], torch.nn.Linear))]
     return columns if len(layers) == len(own) else []
 
@@ -136,7 +137,7 @@ def fit(
     weights = [list(shapes[layer["weight"]]) for layer in layers]
     raise ValueError(f"its layers are those of no known architecture ({one_line(weights, 150)})")
 
-
+# %% ../nbs/06_published.ipynb #b4cd251f
 def shapes_of(
     tensors: dict[str, np.ndarray | Stored],  # a state dict
 ) -> tuple[tuple[str, tuple[int, ...]], ...]:  # for `fit`
@@ -149,6 +150,25 @@ def shapes_of(
         tuple[tuple[str, tuple[int, ...]], ...]: for `fit`
     """
     return tuple((name, tuple(tensor.shape)) for name, tensor in tensors.items())
+
+# %% ../nbs/06_published.ipynb #99d4076c
+def check_row(
+    row: np.ndarray,      # float32, the parameters of a model
+    bounded: np.ndarray,  # bool, mask of weights and biases
+    limit: float | None,  # largest absolute value allowed; None: unlimited
+) -> None:
+    """Raise `ValueError` if a number is not finite or too large.
+
+    Args:
+        row: float32, the parameters of a model
+        bounded: bool, mask of weights and biases
+        limit: largest absolute value allowed; None: unlimited
+    """
+    if not np.isfinite(row).all():
+        raise ValueError("it has weights that are not finite")
+    largest = np.abs(row[bounded]).max()
+    if limit is not None and largest > limit:
+        raise ValueError(f"it has a weight of {largest:.3g}, beyond {limit:g}")
 
 # %% ../nbs/06_published.ipynb #88f5524e
 def row_of(
@@ -177,25 +197,6 @@ def row_of(
     check_row(row, own.bounded, limit)
     return row
 
-
-def check_row(
-    row: np.ndarray,      # float32, the parameters of a model
-    bounded: np.ndarray,  # bool, mask of weights and biases
-    limit: float | None,  # largest absolute value allowed; None: unlimited
-) -> None:
-    """Raise `ValueError` if a number is not finite or too large.
-
-    Args:
-        row: float32, the parameters of a model
-        bounded: bool, mask of weights and biases
-        limit: largest absolute value allowed; None: unlimited
-    """
-    if not np.isfinite(row).all():
-        raise ValueError("it has weights that are not finite")
-    largest = np.abs(row[bounded]).max()
-    if limit is not None and largest > limit:
-        raise ValueError(f"it has a weight of {largest:.3g}, beyond {limit:g}")
-
 # %% ../nbs/06_published.ipynb #1a8aea0e
 WANTED = ("params.json", "result.json", "checkpoints", ".tune_metadata")
 PACKED = (".zip", ".tar", ".gz", ".tgz", ".7z", ".bz2", ".xz")
@@ -214,6 +215,28 @@ class ModelFiles:
     result: str | None = None
     checkpoints: dict[int, str] = field(default_factory=dict)  # number -> name
     markers: dict[int, str] = field(default_factory=dict)      # number -> name of Ray's metadata file
+
+# %% ../nbs/06_published.ipynb #c41d0455
+def refuse_packed(
+    path: Path,        # a folder or a zip
+    names: list[str],  # of the files in it
+) -> list[str]:        # those that belong to a zoo
+    """Find the files of a zoo; raises `UserError` for a zip or a folder of zips.
+
+    Args:
+        path: a folder or a zip
+        names: of the files in it
+
+    Returns:
+        list[str]: those that belong to a zoo
+    """
+    wanted = [name for name in names if name.rpartition("/")[2] in WANTED and not name.startswith("__MACOSX/")]
+    packed = [PurePosixPath(name).name for name in names if name.endswith(PACKED)]
+    if packed and not wanted:
+        more = f" and {len(packed) - 3} more" if len(packed) > 3 else ""
+        raise UserError(f"{path} holds packed files ({', '.join(packed[:3])}{more}) and no models: "
+                        "unpack it, and give one of them, or the folder that has a folder for each model.")
+    return wanted
 
 # %% ../nbs/06_published.ipynb #a782f395
 @contextmanager
@@ -237,28 +260,6 @@ def open_zoo(
         names = refuse_packed(path, archive.namelist())
         yield names, lambda name, limit: read_member(archive.getinfo(name), data, limit)
 
-
-def refuse_packed(
-    path: Path,        # a folder or a zip
-    names: list[str],  # of the files in it
-) -> list[str]:        # those that belong to a zoo
-    """Find the files of a zoo; raises `UserError` for a zip or a folder of zips.
-
-    Args:
-        path: a folder or a zip
-        names: of the files in it
-
-    Returns:
-        list[str]: those that belong to a zoo
-    """
-    wanted = [name for name in names if name.rpartition("/")[2] in WANTED and not name.startswith("__MACOSX/")]
-    packed = [PurePosixPath(name).name for name in names if name.endswith(PACKED)]
-    if packed and not wanted:
-        more = f" and {len(packed) - 3} more" if len(packed) > 3 else ""
-        raise UserError(f"{path} holds packed files ({', '.join(packed[:3])}{more}) and no models: "
-                        "unpack it, and give one of them, or the folder that has a folder for each model.")
-    return wanted
-
 # %% ../nbs/06_published.ipynb #1a898a5e
 def find_models(
     names: Iterable[str],  # of all files of a zoo
@@ -281,8 +282,7 @@ def find_models(
         elif number:
             files = found.setdefault(above, ModelFiles())
             (files.checkpoints if file == "checkpoints" else files.markers)[int(number[1])] = name
-    return {folder: found[folder] for folder in sorted(found)
-            if found[folder] != ModelFiles(markers=found[folder].markers)}
+    return {folder: files for folder, files in sorted(found.items()) if files != ModelFiles(markers=files.markers)}
 
 # %% ../nbs/06_published.ipynb #2625bba0
 Passed = Counter[tuple[str, str, str]]  # kind, name and reason -> count
@@ -332,8 +332,8 @@ def flattened(
     Returns:
         dict[str, object]: {"optim": {"lr": 1}} -> {"optim::lr": 1}
     """
-    nested = {f"{key}::{name}": value for key, part in params.items() if isinstance(part, dict) for name,
-              value in part.items()}
+    nested = {f"{key}::{name}": value for key, part in params.items() if isinstance(part, dict)
+              for name, value in part.items()}
     return {key: value for key, value in params.items() if not isinstance(value, dict)} | nested
 
 # %% ../nbs/06_published.ipynb #6e806efe
@@ -375,32 +375,7 @@ def read_text(
         raise ValueError(f"its {name} is not a name")
     return one_line(value, 1_000) if value else ""
 
-# %% ../nbs/06_published.ipynb #424d0dec
-def read_factors(
-    text: bytes,  # content of params.json
-) -> tuple[dict[str, object], Passed]:  # the columns of Population.models except model; what was skipped
-    """Read a model's generating factors; raises `ValueError` if they are unreadable.
-
-    Args:
-        text: content of params.json
-
-    Returns:
-        tuple[dict[str, object], Passed]: the columns of Population.models except model; what was skipped
-    """
-    try:
-        params = flattened(json.loads(text))
-        used = {ours: next((name for name in names if params.get(name) is not None), None) for ours,
-                names in FACTOR_NAMES.items()}
-        given = {ours: params.get(name) for ours, name in used.items()}
-        seed = np.int64(-1 if given["seed"] is None else int(given["seed"])).item()
-        numbers = {name: read_number(name, given[name]) for name in ("lr", "wd", "dropout")}
-        texts = {name: read_text(name, given[name]) for name in ("activation", "init", "optimizer")}
-        origin = read_text("origin", params.get(ORIGIN))
-    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise ValueError(f"params.json cannot be read ({one_line(error)})") from error
-    return {"seed": seed, **texts, **numbers, "origin": origin}, passed_factors(params, used)
-
-
+# %% ../nbs/06_published.ipynb #11f1f6fc
 def passed_factors(
     params: dict[str, object],      # flattened
     used: dict[str, str | None],    # factor -> the name it was found under
@@ -421,12 +396,52 @@ def passed_factors(
             passed["factor", one_line(name, 60), idle] += 1
     return passed
 
+# %% ../nbs/06_published.ipynb #d16391bf
+def used_names(
+    params: dict[str, object],   # flattened
+) -> dict[str, str | None]:      # factor -> the name it stands under; none: missing
+    """Find the names under which the factors are given.
+
+    Args:
+        params: flattened
+
+    Returns:
+        dict[str, str | None]: factor -> the name it stands under; none: missing
+    """
+    return {ours: next((name for name in names if params.get(name) is not None), None)
+            for ours, names in FACTOR_NAMES.items()}
+
+# %% ../nbs/06_published.ipynb #424d0dec
+def read_factors(
+    text: bytes,  # content of params.json
+) -> tuple[dict[str, object], Passed]:  # the columns of Population.models except model; what was skipped
+    """Read a model's generating factors; raises `ValueError` if they are unreadable.
+
+    Args:
+        text: content of params.json
+
+    Returns:
+        tuple[dict[str, object], Passed]: the columns of Population.models except model; what was skipped
+    """
+    try:
+        params = flattened(json.loads(text))
+        used = used_names(params)
+        given = {ours: params.get(name) for ours, name in used.items()}
+        seed = np.int64(-1 if given["seed"] is None else int(given["seed"])).item()
+        numbers = {name: read_number(name, given[name]) for name in ("lr", "wd", "dropout")}
+        texts = {name: read_text(name, given[name]) for name in ("activation", "init", "optimizer")}
+        origin = read_text("origin", params.get(ORIGIN))
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"params.json cannot be read ({one_line(error)})") from error
+    return {"seed": seed, **texts, **numbers, "origin": origin}, passed_factors(params, used)
+
 # %% ../nbs/06_published.ipynb #fa5f77f5
 EPOCH_NAMES = ("training_iteration", "epoch", "iteration")
 RESULT_NAMES = {
-    "train_loss": ("train_loss", "training_loss", "loss_train"), "train_acc": ("train_acc", "train_accuracy",
-                                                                               "acc_train"),
-    "test_loss": ("test_loss", "loss_test"), "test_acc": ("test_acc", "test_accuracy", "acc_test"),
+    "train_loss": ("train_loss", "training_loss", "loss_train"),
+    "train_acc": ("train_acc", "train_accuracy", "acc_train"),
+    "test_loss": ("test_loss", "loss_test"),
+    "test_acc": ("test_acc", "test_accuracy", "acc_test"),
     "sparsity_ratio": ("sparsity_ratio", "sparsity"),
 }
 RESULT_KEYS = tuple(RESULT_NAMES)
@@ -446,7 +461,7 @@ class Recorded:
     offsets: Counter[int] = field(default_factory=Counter)  # epoch minus the number of a checkpoint
     passed: Passed = field(default_factory=Counter)
 
-
+# %% ../nbs/06_published.ipynb #3cbc694d
 def recorded_value(
     record: dict[str, object],  # a line of result.json
     key: str,                   # one of RESULT_KEYS
@@ -472,11 +487,11 @@ def recorded_value(
         passed["value", key, "not recorded" if value is None else "not a number"] += 1
     return math.nan if number == NOT_MEASURED else number
 
-# %% ../nbs/06_published.ipynb #02df8b7f
+# %% ../nbs/06_published.ipynb #f96fae9b
 class Unusable(ValueError):
     "Raised for a record that is valid JSON but useless."
 
-
+# %% ../nbs/06_published.ipynb #02df8b7f
 def recorded_epoch(
     record: object,   # a line of result.json
 ) -> int:
@@ -517,7 +532,7 @@ def add_record(
     found.passed["record", "an epoch that comes twice", "the later one counts"] += epoch in found.values
     found.values[epoch] = values
 
-
+# %% ../nbs/06_published.ipynb #f10a626c
 def passed_fields(
     fields: Counter[str],  # of all records of a model
 ) -> Passed:
@@ -550,6 +565,24 @@ def read_result(
     found.passed = +found.passed + passed_fields(fields)
     return found
 
+# %% ../nbs/06_published.ipynb #a9057419
+def _units(
+    values: pd.Series,  # accuracies or sparsities
+    models: pd.Series,  # whose they are
+) -> pd.Series:         # 1 for fractions, 100 for percentages, missing for anything else
+    """The unit of every value, which follows from all values of its model.
+
+    Args:
+        values: accuracies or sparsities
+        models: whose they are
+
+    Returns:
+        pd.Series: 1 for fractions, 100 for percentages, missing for anything else
+    """
+    by_model = values.groupby(models)
+    top, bottom = by_model.transform("max"), by_model.transform("min")
+    return pd.Series(np.select([top <= 1, top <= 100], [1.0, 100.0], np.nan), values.index).where(bottom >= 0)
+
 # %% ../nbs/06_published.ipynb #ea6a58d1
 def in_fractions(
     records: pd.DataFrame,  # model, and a column of accuracies or sparsities
@@ -564,16 +597,15 @@ def in_fractions(
     Returns:
         tuple[pd.Series, list[Passed]]: as fractions; changes per model
     """
-    values, by_model = records[column], records.groupby("model")[column]
-    top, bottom = by_model.transform("max"), by_model.transform("min")
-    unit = pd.Series(np.select([top <= 1, top <= 100], [1.0, 100.0], np.nan), values.index).where(bottom >= 0)
-    common = unit.groupby(records["model"]).first().mode()
+    values, models = records[column], records["model"]
+    unit = _units(values, models)
+    common = unit.groupby(models).first().mode()
     right = values.isna() | (unit == (common.iloc[0] if len(common) else np.nan))
     wrong = values[~right]
     reasons = {"a percentage, divided by 100": (unit == 100) & right & values.notna(),
                f"in no known unit, or another one than most ({wrong.min():g} to {wrong.max():g})": ~right}
     passed = [Counter({("value", column, reason): int(n)}) for reason, which in reasons.items()
-              for n in which.groupby(records["model"]).sum() if n]
+              for n in which.groupby(models).sum() if n]
     return (values / unit).where(right), passed
 
 # %% ../nbs/06_published.ipynb #b47151b5
@@ -589,7 +621,7 @@ class Numbering:
     evidence: str
     certain: bool
 
-
+# %% ../nbs/06_published.ipynb #5b5064e8
 def by_counts(
     numbers: set[int],  # of a model's checkpoints
     epochs: set[int],   # of its records
@@ -607,21 +639,15 @@ def by_counts(
     ends = [offset for offset in fits if max(numbers) + offset == max(epochs) and min(epochs) >= offset]
     return (fits[0], True) if len(fits) == 1 else (ends[0] if len(ends) == 1 else None, False)
 
-# %% ../nbs/06_published.ipynb #d57befdf
-def find_numbering(
-    told: Counter[int],                            # offsets given by records or metadata
-    counts: Iterable[tuple[set[int], set[int]]],   # numbers of checkpoints and recorded epochs, per model
+# %% ../nbs/06_published.ipynb #60ba94c9
+def _by_votes(
+    votes: Counter[tuple[int | None, bool]],  # from by_counts, of all models
 ) -> Numbering:
-    """Decide how checkpoints are numbered.
+    """Decide by the counts of checkpoints and records: certain models first, then likely ones.
 
     Args:
-        told: offsets given by records or metadata
-        counts: numbers of checkpoints and recorded epochs, per model
+        votes: from by_counts, of all models
     """
-    if told:
-        (offset, votes), total = told.most_common(1)[0], told.total()
-        return Numbering(offset, f"{votes} of {total} notes beside checkpoints or in records say so", votes == total)
-    votes = Counter(by_counts(numbers, epochs) for numbers, epochs in counts)
     for certain in (True, False):
         choices = {offset: votes[offset, certain] for offset in (0, 1) if votes[offset, certain]}
         if choices:
@@ -630,6 +656,22 @@ def find_numbering(
             evidence = f"{why}, in {choices[offset]} of {votes.total()} models"
             return Numbering(offset, evidence, certain and len(choices) == 1)
     return Numbering(0, f"as they are named; the records of {votes.total()} models tell nothing of it", False)
+
+# %% ../nbs/06_published.ipynb #d57befdf
+def find_numbering(
+    noted: Counter[int],                           # offsets given by records or metadata
+    counts: Iterable[tuple[set[int], set[int]]],   # numbers of checkpoints and recorded epochs, per model
+) -> Numbering:
+    """Decide how checkpoints are numbered.
+
+    Args:
+        noted: offsets given by records or metadata
+        counts: numbers of checkpoints and recorded epochs, per model
+    """
+    if noted:
+        (offset, votes), total = noted.most_common(1)[0], noted.total()
+        return Numbering(offset, f"{votes} of {total} notes beside checkpoints or in records say so", votes == total)
+    return _by_votes(Counter(by_counts(numbers, epochs) for numbers, epochs in counts))
 
 # %% ../nbs/06_published.ipynb #5dd12668
 def noted_offset(
@@ -672,7 +714,7 @@ class Found:
     reasons: dict[int, str] = field(default_factory=dict)  # epoch -> why the model is excluded there
     reason: str = ""                                       # why it is excluded altogether
 
-
+# %% ../nbs/06_published.ipynb #7579d9b1
 def read_records(
     files: ModelFiles,                  # of a model
     read: Callable[[str, int], bytes],  # reads a file
@@ -709,15 +751,15 @@ def noted_offsets(
         read: reads a file
         most: number of models to inspect
     """
-    told: Counter[int] = Counter()
+    noted: Counter[int] = Counter()
     for files in [files for files in models if files.markers][:most]:
         for number in {min(files.markers), max(files.markers)}:
             try:
                 offset = noted_offset(read(files.markers[number], LIMITS.json), number)
             except Exception:  # no metadata then
                 offset = None
-            told.update([] if offset is None else [offset])
-    return told
+            noted.update([] if offset is None else [offset])
+    return noted
 
 # %% ../nbs/06_published.ipynb #8bf916e4
 @dataclass
@@ -736,7 +778,7 @@ class Reading:
     rows: dict[int, np.ndarray]      # epoch -> float32 [models that have it, parameters]
     layouts: list[Layout] = field(default_factory=list)
 
-
+# %% ../nbs/06_published.ipynb #ffd3f510
 def begin_reading(
     fitted: Fit,                   # of the zoo
     limit: float | None,           # largest absolute weight allowed
@@ -801,7 +843,7 @@ def first_fit(
                     "params.json, result.json and checkpoint_NNNNNN/checkpoints, and its models are of a known "
                     f"architecture ({', '.join(ARCHITECTURES)}).")
 
-
+# %% ../nbs/06_published.ipynb #e719e159
 def wanted_epochs(
     epochs: Sequence[int] | str | None,  # as given to read_zoo
     present: Iterable[int],              # existing epochs
@@ -839,11 +881,11 @@ def number_checkpoints(
         found: their records
         read: reads a file
     """
-    told = sum((one.recorded.offsets for one in found), Counter()) or noted_offsets(models.values(), read)
+    noted = sum((one.recorded.offsets for one in found), Counter()) or noted_offsets(models.values(), read)
     pairs = [(set(files.checkpoints), set(one.recorded.values)) for files, one in zip(models.values(), found)]
-    return find_numbering(told, pairs)
+    return find_numbering(noted, pairs)
 
-
+# %% ../nbs/06_published.ipynb #1a0f0de0
 def present_models(
     files: list[dict[int, str]],         # of every model: epoch -> name of the checkpoint
     found: list[Found],                  # one per model
@@ -862,6 +904,17 @@ def present_models(
     chosen = wanted_epochs(epochs, (epoch for own in files for epoch in own))
     return {epoch: {i for i, own in enumerate(files) if epoch in own and not found[i].reason} for epoch in chosen}
 
+# %% ../nbs/06_published.ipynb #eebcd11f
+def no_checkpoint(
+    files: dict[int, str],  # of a model, by epoch
+) -> str:
+    """Explain why an epoch has no checkpoint.
+
+    Args:
+        files: of a model, by epoch
+    """
+    return f"no checkpoint of this epoch; the last one is of epoch {max(files)}" if files else "no checkpoint at all"
+
 # %% ../nbs/06_published.ipynb #5e6c4142
 def read_weights(
     reading: Reading,                   # where to put them
@@ -879,8 +932,7 @@ def read_weights(
         read: reads a file
         progress: maps a function over the models
     """
-    def load(name: str) -> dict[str, np.ndarray]:
-        return read_tensors(read(name, LIMITS.checkpoint), reading.layouts)
+    load = lambda name: read_tensors(read(name, LIMITS.checkpoint), reading.layouts)
 
     def read_one(model: int) -> None:
         for epoch in reading.place if not found[model].reason else ():
@@ -891,16 +943,19 @@ def read_weights(
 
     progress(read_one, range(len(files)))
 
-
-def no_checkpoint(
-    files: dict[int, str],  # of a model, by epoch
-) -> str:
-    """Explain why an epoch has no checkpoint.
+# %% ../nbs/06_published.ipynb #6a5a7f7e
+def method_of(
+    fitted: Fit,  # of a zoo
+) -> str:         # "original" or "vd"
+    """Distinguish twins from originals.
 
     Args:
-        files: of a model, by epoch
+        fitted: of a zoo
+
+    Returns:
+        str: "original" or "vd"
     """
-    return f"no checkpoint of this epoch; the last one is of epoch {max(files)}" if files else "no checkpoint at all"
+    return "vd" if any("log_sigma2" in ours for _, ours, _ in fitted.columns) else "original"
 
 # %% ../nbs/06_published.ipynb #58825929
 @dataclass(frozen=True)
@@ -923,20 +978,6 @@ class PublishedZoo:
     passed_over: pd.DataFrame            # kind, name, reason, times, models: everything else unused or missing
     numbering: Numbering                 # relation between checkpoint numbers and epochs
 
-
-def method_of(
-    fitted: Fit,  # of a zoo
-) -> str:         # "original" or "vd"
-    """Distinguish twins from originals.
-
-    Args:
-        fitted: of a zoo
-
-    Returns:
-        str: "original" or "vd"
-    """
-    return "vd" if any("log_sigma2" in ours for _, ours, _ in fitted.columns) else "original"
-
 # %% ../nbs/06_published.ipynb #c4f2ee4a
 def left_out_table(
     folders: Sequence[str],  # of all models
@@ -952,40 +993,11 @@ def left_out_table(
         pd.DataFrame: model, epoch (missing: all), reason
     """
     rows = [(folder, None, model.reason) for folder, model in zip(folders, found) if model.reason]
-    rows += [(folder, epoch, reason) for folder, model in zip(folders, found) for epoch,
-             reason in sorted(model.reasons.items())]
+    rows += [(folder, epoch, reason) for folder, model in zip(folders, found)
+             for epoch, reason in sorted(model.reasons.items())]
     return pd.DataFrame(rows, columns=["model", "epoch", "reason"]).astype({"epoch": "Int64"})
 
-# %% ../nbs/06_published.ipynb #e5efb4bd
-def take_populations(
-    reading: Reading,        # the weights
-    table: pd.DataFrame,     # factors of the remaining models
-    found: Sequence[Found],  # every model
-    number: dict[int, int],  # position of a model -> its row in the table
-) -> dict[int, Population]:  # by epoch
-    """Make a population for every epoch.
-
-    Args:
-        reading: the weights
-        table: factors of the remaining models
-        found: every model
-        number: position of a model -> its row in the table
-
-    Returns:
-        dict[int, Population]: by epoch
-    """
-    populations = {}
-    for epoch in list(reading.rows):
-        rows, place = reading.rows.pop(epoch), reading.place[epoch]
-        has = [model for model in place if model in number and epoch not in found[model].reasons]
-        if has:
-            whole = len(has) == len(rows)
-            weights = rows if whole else rows[[place[model] for model in has]]
-            factors = table.iloc[[number[model] for model in has]].reset_index(drop=True)
-            populations[epoch] = cut_rows(weights, reading.fitted, factors)
-    return populations
-
-
+# %% ../nbs/06_published.ipynb #bcecfd20
 def cut_rows(
     rows: np.ndarray,       # float32 [models, parameters]
     fitted: Fit,            # the meaning of the columns
@@ -1000,35 +1012,39 @@ def cut_rows(
     """
     ends = np.cumsum([math.prod(shape) for _, _, shape in fitted.columns])
     parts = np.split(rows, ends[:-1], axis=1)
-    weights = {ours: torch.from_numpy(np.ascontiguousarray(part)).reshape(-1, *shape) for (_, ours, shape),
-               part in zip(fitted.columns, parts)}
+    weights = {ours: torch.from_numpy(np.ascontiguousarray(part)).reshape(-1, *shape)
+               for (_, ours, shape), part in zip(fitted.columns, parts)}
     return Population(weights, models, fitted.architecture)
 
-# %% ../nbs/06_published.ipynb #40050460
-def collect_records(
-    zoo: str,                                      # name of the zoo
-    fitted: Fit,                                   # its architecture
-    values: dict[int, dict[int, tuple[float, ...]]],  # model -> epoch -> RESULT_KEYS
-) -> tuple[pd.DataFrame, list[Passed]]:            # tidy; changes per model
-    """Combine the records of all models in one frame, as fractions.
+# %% ../nbs/06_published.ipynb #e5efb4bd
+def take_populations(
+    reading: Reading,        # the weights, released on the way
+    table: pd.DataFrame,     # factors of the remaining models
+    found: Sequence[Found],  # every model
+    number: dict[int, int],  # position of a model -> its row in the table
+) -> dict[int, Population]:  # by epoch
+    """Make a population for every epoch.
 
     Args:
-        zoo: name of the zoo
-        fitted: its architecture
-        values: model -> epoch -> RESULT_KEYS
+        reading: the weights, released on the way
+        table: factors of the remaining models
+        found: every model
+        number: position of a model -> its row in the table
 
     Returns:
-        tuple[pd.DataFrame, list[Passed]]: tidy; changes per model
+        dict[int, Population]: by epoch
     """
-    rows = [(model, epoch, *row) for model, records in values.items() for epoch, row in records.items()]
-    records, changed = pd.DataFrame(rows, columns=["model", "epoch", *RESULT_KEYS]).astype(dict.fromkeys(RESULT_KEYS,
-                                                                                                         float)), []
-    for column in ("train_acc", "test_acc", "sparsity_ratio"):
-        records[column], passed = in_fractions(records, column)
-        changed += passed
-    return recorded_metrics(zoo, method_of(fitted), records, list(layer_names(build(fitted.architecture)))), changed
+    populations = {}
+    for epoch in list(reading.rows):
+        rows, place = reading.rows.pop(epoch), reading.place[epoch]
+        has = [model for model in place if model in number and epoch not in found[model].reasons]
+        if has:
+            weights = rows if len(has) == len(rows) else rows[[place[model] for model in has]]
+            factors = table.iloc[[number[model] for model in has]].reset_index(drop=True)
+            populations[epoch] = cut_rows(weights, reading.fitted, factors)
+    return populations
 
-
+# %% ../nbs/06_published.ipynb #ae0c6337
 def recorded_metrics(
     zoo: str,                # name of the zoo
     method: str,             # "original" or "vd"
@@ -1049,12 +1065,59 @@ def recorded_metrics(
     dense = method == "original"
     by_layer = {f"sparsity_{layer}": 0.0 if dense else np.nan for layer in layers}
     frame = records.assign(zoo=zoo, method=method, selector="", level=np.nan,
-                           ggap=records["train_acc"] - records["test_acc"],
-                           agreement=np.nan,
+                           ggap=records["train_acc"] - records["test_acc"], agreement=np.nan,
                            sparsity=0.0 if dense else records["sparsity_ratio"], **by_layer)
     measures = ["train_acc", "test_acc", "ggap", "train_loss", "test_loss", "sparsity", *by_layer, "agreement"]
     keys = ["zoo", "method", "selector", "level", "model", "epoch"]
     return frame[[*keys, *measures]].astype({"model": int, "epoch": int, **dict.fromkeys(measures, float)})
+
+# %% ../nbs/06_published.ipynb #40050460
+def collect_records(
+    zoo: str,                                      # name of the zoo
+    fitted: Fit,                                   # its architecture
+    values: dict[int, dict[int, tuple[float, ...]]],  # model -> epoch -> RESULT_KEYS
+) -> tuple[pd.DataFrame, list[Passed]]:            # tidy; changes per model
+    """Combine the records of all models in one frame, as fractions.
+
+    Args:
+        zoo: name of the zoo
+        fitted: its architecture
+        values: model -> epoch -> RESULT_KEYS
+
+    Returns:
+        tuple[pd.DataFrame, list[Passed]]: tidy; changes per model
+    """
+    rows = [(model, epoch, *row) for model, records in values.items() for epoch, row in records.items()]
+    records = pd.DataFrame(rows, columns=["model", "epoch", *RESULT_KEYS]).astype(dict.fromkeys(RESULT_KEYS, float))
+    changed = []
+    for column in ("train_acc", "test_acc", "sparsity_ratio"):
+        records[column], passed = in_fractions(records, column)
+        changed += passed
+    return recorded_metrics(zoo, method_of(fitted), records, list(layer_names(build(fitted.architecture)))), changed
+
+# %% ../nbs/06_published.ipynb #92b3f57b
+def _usable(
+    name: str,               # of the zoo
+    reading: Reading,        # its weights
+    found: Sequence[Found],  # every model
+    left_out: pd.DataFrame,  # from left_out_table
+) -> list[int]:              # positions of the models that can be used at one epoch or more
+    """Select the usable models; raises `UserError` if there are none.
+
+    Args:
+        name: of the zoo
+        reading: its weights
+        found: every model
+        left_out: from left_out_table
+
+    Returns:
+        list[int]: positions of the models that can be used at one epoch or more
+    """
+    good = [i for i, model in enumerate(found) if not model.reason and len(model.reasons) < len(reading.rows)]
+    if not good:
+        raise UserError(f"No model of {name} could be used; the first of them was left out because: "
+                        f"{left_out['reason'].iloc[0]}.")
+    return good
 
 # %% ../nbs/06_published.ipynb #092bf91b
 def collect(
@@ -1077,10 +1140,7 @@ def collect(
     """
     name, folders = one_line(name), [one_line(folder, 1_000) for folder in folders]  # may not even be Unicode
     left_out = left_out_table(folders, found)
-    good = [i for i, model in enumerate(found) if not model.reason and len(model.reasons) < len(reading.rows)]
-    if not good:
-        raise UserError(f"No model of {name} could be used; the first of them was left out because: "
-                        f"{left_out['reason'].iloc[0]}.")
+    good = _usable(name, reading, found, left_out)
     number = {model: i for i, model in enumerate(good)}
     table = pd.DataFrame([found[i].factors | {"parent": folders[i]} for i in good])
     table.insert(0, "model", range(len(table)))
@@ -1142,7 +1202,7 @@ def refuse_other(
     raise ValueError("it is one model's state dict; give the folder of a zoo, or stack such files by "
                      "zootwins.population.from_state_dicts")
 
-
+# %% ../nbs/06_published.ipynb #e81c6f9e
 def find_parts(
     saved: object,   # content of the file
     passed: Passed,  # to count in
@@ -1186,14 +1246,15 @@ def usable_properties(
     if not isinstance(properties, dict):
         passed["property", "properties", "there are none"] += 1
         return {}
+    known, whole = (*PROPERTY_NAMES.values(), "test_acc", "ggap", "training_iteration"), {}
     for name, values in properties.items():
         if not isinstance(values, list) or len(values) != n:
             passed["property", one_line(name, 60), "is no list with a value for each state"] += 1
-        elif name not in (*PROPERTY_NAMES.values(), "test_acc", "ggap", "training_iteration"):
+        elif name not in known:
             passed["property", one_line(name, 60), "not known here"] += 1
-    known = {name: properties.get(name)
-             for name in (*PROPERTY_NAMES.values(), "test_acc", "ggap", "training_iteration")}
-    return {name: values for name, values in known.items() if isinstance(values, list) and len(values) == n}
+        else:
+            whole[name] = values
+    return {name: whole[name] for name in known if name in whole}
 
 # %% ../nbs/06_published.ipynb #732364e2
 @dataclass
@@ -1212,7 +1273,7 @@ class State:
     state: object                 # supposedly its state dict
     properties: dict[str, object]  # under the authors' names
 
-
+# %% ../nbs/06_published.ipynb #841767ff
 def part_states(
     part: dict[str, object],  # attributes of a part
     passed: Passed,           # to count in
@@ -1257,7 +1318,7 @@ def property_factors(
     numbers = {name: read_number(name, given[name]) for name in ("lr", "wd", "dropout")}
     return {"seed": -1, **texts, **numbers, "origin": ""}
 
-
+# %% ../nbs/06_published.ipynb #399a8a0d
 def property_record(
     state: State,    # of a model
     passed: Passed,  # to count in
@@ -1359,7 +1420,7 @@ def find_states(
     passed.update({("class", one_line(name, 60), why): n for name, n in unknown.items() if name not in EXPECTED})
     return members, [state for part in find_parts(value, passed) for state in part_states(part, passed)]
 
-
+# %% ../nbs/06_published.ipynb #9cac16ef
 def first_state_fit(
     states: list[State],         # of a preprocessed file
     data: mmap.mmap,             # the file
@@ -1382,16 +1443,16 @@ def first_state_fit(
 
 # %% ../nbs/06_published.ipynb #600a749c
 def label_numbering(
-    told: Counter[int],  # recorded iteration minus epoch of the label, over all states
+    noted: Counter[int],  # recorded iteration minus epoch of the label, over all states
 ) -> Numbering:
     """Check whether the epochs in the labels match the records.
 
     Args:
-        told: recorded iteration minus epoch of the label, over all states
+        noted: recorded iteration minus epoch of the label, over all states
     """
-    right = told[0] == told.total()
-    evidence = f"as the labels say; {told[0]} of {told.total()} recorded iterations are the same"
-    return Numbering(0, evidence, right and bool(told))
+    right = noted[0] == noted.total()
+    evidence = f"as the labels say; {noted[0]} of {noted.total()} recorded iterations are the same"
+    return Numbering(0, evidence, right and bool(noted))
 
 # %% ../nbs/06_published.ipynb #b54dfa3b
 def places_of(
@@ -1459,14 +1520,40 @@ def read_states(
     seen, whole, labels = set(), set(), set()
     for state in tqdm(states, desc=title, unit=" states", disable=not title):
         model = found[place[state.path]]
-        model.passed["state", "an epoch that comes twice", "the later one counts"] += (state.path,
-                                                                                       state.epoch) in labels
-        labels.add((state.path, state.epoch))
+        label = state.path, state.epoch
+        model.passed["state", "an epoch that comes twice", "the later one counts"] += label in labels
+        labels.add(label)
         read_state(state, model)
         if state.epoch in reading.place and not model.reason:
             put_weights(reading, place[state.path], model, state.epoch, mapped_tensors, *opened, state.state, whole,
                         seen)
     return found
+
+# %% ../nbs/06_published.ipynb #ab846720
+@contextmanager
+def _open_states(
+    path: Path,      # dataset_<zoo>.pt
+    passed: Passed,  # to count in
+) -> Iterator[tuple[list[State], Fit, tuple[mmap.mmap, dict[str, Member]]]]:  # states, architecture, opened file
+    """Open a preprocessed file; raises `UserError` if it is damaged or something else.
+
+    Args:
+        path: dataset_<zoo>.pt
+        passed: to count in
+
+    Returns:
+        Iterator[tuple[list[State], Fit, tuple[mmap.mmap, dict[str, Member]]]]: states, architecture, opened file
+    """
+    with open_saved(path) as (archive, data):
+        try:
+            members, states = find_states(archive, data, passed)
+            fitted = first_state_fit(states, data, members)
+            if len(states) * len(fitted.bounded) > len(data):  # at least one byte for each number
+                raise ValueError("it names more states than it can hold")
+        except Exception as error:  # a broken file raises whatever its fields lead to
+            raise UserError(f"{path} was not read ({one_line(error)}): give a preprocessed dataset_*.pt, or the "
+                            "raw zoo.") from error
+        yield states, fitted, (data, members)
 
 # %% ../nbs/06_published.ipynb #ef30ae36
 def read_preprocessed(
@@ -1484,20 +1571,12 @@ def read_preprocessed(
         progress: show a bar
     """
     passed: Passed = Counter()
-    with open_saved(path) as (archive, data):
-        try:
-            members, states = find_states(archive, data, passed)
-            fitted = first_state_fit(states, data, members)
-            if len(states) * len(fitted.bounded) > len(data):  # at least one byte for each number
-                raise ValueError("it names more states than it can hold")
-        except Exception as error:  # a broken file raises whatever its fields lead to
-            raise UserError(f"{path} was not read ({one_line(error)}): give a preprocessed dataset_*.pt, or the "
-                            "raw zoo.") from error
+    with _open_states(path, passed) as (states, fitted, opened):
         place, present = places_of(states, epochs)
         reading = begin_reading(fitted, limit, present)
-        found = read_states(states, reading, place, (data, members), path.name if progress else "")
-    told = Counter(n - s.epoch for s in states if type(n := s.properties.get("training_iteration")) is int)
-    return collect(path.stem, reading, [PurePosixPath(name).name for name in place], found, label_numbering(told),
+        found = read_states(states, reading, place, opened, path.name if progress else "")
+    noted = Counter(n - s.epoch for s in states if type(n := s.properties.get("training_iteration")) is int)
+    return collect(path.stem, reading, [PurePosixPath(name).name for name in place], found, label_numbering(noted),
                    passed)
 
 # %% ../nbs/06_published.ipynb #b0a4b18a
@@ -1548,7 +1627,7 @@ def _state_dict(
             state[f"{name}_bias"] = torch.full_like(state[name.replace("log_sigma2", "bias")], -10.0)
     return state
 
-
+# %% ../nbs/06_published.ipynb #1de79e09
 def _params(
     model: pd.Series,    # generating factors
     architecture: str,   # of the zoo
@@ -1592,7 +1671,7 @@ def _folder_name(
     """
     return f"NN_tune_trainable_zootwins_{model['model']:05d}_{model['model']}_seed={model['seed']}"
 
-
+# %% ../nbs/06_published.ipynb #4d4fe851
 def _all_models(
     populations: dict[int, Population],  # by epoch
 ) -> pd.DataFrame:                       # every model once
@@ -1606,6 +1685,38 @@ def _all_models(
     """
     return pd.concat([population.models
                       for population in populations.values()]).drop_duplicates("model").sort_values("model")
+
+# %% ../nbs/06_published.ipynb #c3dd4aae
+def _plain(
+    value: object,  # possibly a numpy scalar
+) -> object:        # the Python equivalent
+    """Convert a value for JSON.
+
+    Args:
+        value: possibly a numpy scalar
+
+    Returns:
+        object: the Python equivalent
+    """
+    return value.item()
+
+
+def _record_line(
+    row: dict[str, object],  # tidy metrics of a model at one epoch
+    variational: bool,       # whether it is a twin
+) -> str:                    # a line of result.json
+    """One epoch's record.
+
+    Args:
+        row: tidy metrics of a model at one epoch
+        variational: whether it is a twin
+
+    Returns:
+        str: a line of result.json
+    """
+    sparsity = {"sparsity_ratio": row["sparsity"]} if variational else {}
+    record = {key: row[key] for key in RESULT_KEYS[:4]} | sparsity
+    return json.dumps({"training_iteration": row["epoch"], **record}, default=_plain)
 
 # %% ../nbs/06_published.ipynb #58c89068
 def _write_records(
@@ -1624,28 +1735,32 @@ def _write_records(
     """
     variational = any("log_sigma2" in name for name in population.weights)
     channels, last = next(iter(population.weights.values())).shape[2], metrics["epoch"].max() if len(metrics) else None
-    (folder / "params.json").write_text(json.dumps(_params(model, population.architecture, channels, variational, last),
-                                                   indent=4, default=_plain), encoding="utf-8")
-    lines = []
-    for row in metrics.sort_values("epoch").to_dict("records"):
-        record = {key: row[key] for key in RESULT_KEYS[:4]} | ({"sparsity_ratio": row["sparsity"]} if variational
-                                                               else {})
-        lines.append(json.dumps({"training_iteration": row["epoch"], **record}, default=_plain))
+    params = _params(model, population.architecture, channels, variational, last)
+    (folder / "params.json").write_text(json.dumps(params, indent=4, default=_plain), encoding="utf-8")
+    lines = [_record_line(row, variational) for row in metrics.sort_values("epoch").to_dict("records")]
     (folder / "result.json").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
-
-def _plain(
-    value: object,  # possibly a numpy scalar
-) -> object:        # the Python equivalent
-    """Convert a value for JSON.
+# %% ../nbs/06_published.ipynb #5eb62151
+def _write_models(
+    populations: dict[int, Population],  # by epoch
+    metrics: pd.DataFrame,               # tidy, of one method and level
+    folder: Path,                        # of the zoo
+) -> None:
+    """Write the checkpoints and records of all models.
 
     Args:
-        value: possibly a numpy scalar
-
-    Returns:
-        object: the Python equivalent
+        populations: by epoch
+        metrics: tidy, of one method and level
+        folder: of the zoo
     """
-    return value.item()
+    for epoch, population in populations.items():
+        for i in range(len(population)):
+            path = folder / _folder_name(population.models.iloc[i]) / f"checkpoint_{epoch:06d}" / "checkpoints"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(_state_dict(population, i), path)
+    for _, model in _all_models(populations).iterrows():
+        _write_records(folder / _folder_name(model), model, next(iter(populations.values())),
+                       metrics[metrics["model"] == model["model"]])
 
 # %% ../nbs/06_published.ipynb #0b257cbb
 def write_zoo(
@@ -1668,15 +1783,7 @@ def write_zoo(
         raise UserError(f"{folder} exists already: choose another folder, or delete it first.")
     with atomic_path(folder) as temporary:
         try:
-            for epoch, population in populations.items():
-                for i in range(len(population)):
-                    model = temporary / _folder_name(population.models.iloc[i])
-                    path = model / f"checkpoint_{epoch:06d}" / "checkpoints"
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    torch.save(_state_dict(population, i), path)
-            for _, model in _all_models(populations).iterrows():
-                _write_records(temporary / _folder_name(model), model, next(iter(populations.values())),
-                               metrics[metrics["model"] == model["model"]])
+            _write_models(populations, metrics, temporary)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -1701,7 +1808,7 @@ class ZenodoRecord:
     files: dict[str, str] = field(default_factory=dict)  # name -> name in zootwins.zoos.ZOOS, or ""
     licence: str = "CC-BY 4.0"
 
-
+# %% ../nbs/06_published.ipynb #bd9f3259
 ZENODO: dict[str, ZenodoRecord] = {
     "mnist": ZenodoRecord("MNIST, CNN small", 6632086, 6632087, True, {
         "dataset_mnist_seed.pt": "mnist_seed", "dataset_mnist_hyp_fix.pt": "mnist_fixed",
@@ -1725,10 +1832,35 @@ ZENODO: dict[str, ZenodoRecord] = {
                                       {"dataset_21_mnist_seed.pt": "", "dataset_31_f-mnist_seed.pt": ""}),
 }
 
-# %% ../nbs/06_published.ipynb #903bcf5f
+# %% ../nbs/06_published.ipynb #a3829cfe
 SITE = "https://zenodo.org"
 
 
+def _fetch(
+    response: requests.Response,  # to a request for the rest of a file
+    part: Path,                   # the partial file
+    had: int,                     # its bytes
+    progress: bool,               # show a bar
+) -> None:
+    """Append what a server sends to a partial file; raises `OSError` if the connection fails.
+
+    Args:
+        response: to a request for the rest of a file
+        part: the partial file
+        had: its bytes
+        progress: show a bar
+    """
+    length = int(response.headers.get("Content-Length", 0))
+    with open(part, "ab" if had else "wb") as file, tqdm(
+            total=had + length or None, initial=had, unit="B", unit_scale=True,
+            desc=part.stem, disable=not progress) as bar:
+        for chunk in response.iter_content(1 << 16):
+            file.write(chunk)
+            bar.update(len(chunk))
+    if length and part.stat().st_size != had + length:
+        raise requests.ConnectionError("the connection ended early")
+
+# %% ../nbs/06_published.ipynb #903bcf5f
 class Resuming:
     "A downloader for pooch that resumes interrupted downloads."
 
@@ -1757,19 +1889,10 @@ class Resuming:
         with requests.get(url, headers={"Range": f"bytes={had}-"} if had else {}, stream=True, timeout=60) as response:
             if response.status_code != 416:  # 416: nothing is missing
                 response.raise_for_status()
-                had = had if response.status_code == 206 else 0
-                length = int(response.headers.get("Content-Length", 0))
-                with open(self.part, "ab" if had else "wb") as file, tqdm(
-                        total=had + length or None, initial=had, unit="B", unit_scale=True,
-                        desc=self.part.stem, disable=not self.progress) as bar:
-                    for chunk in response.iter_content(1 << 16):
-                        file.write(chunk)
-                        bar.update(len(chunk))
-                if length and self.part.stat().st_size != had + length:
-                    raise requests.ConnectionError("the connection ended early")
+                _fetch(response, self.part, had if response.status_code == 206 else 0, self.progress)
         self.part.replace(output_file)
 
-
+# %% ../nbs/06_published.ipynb #c982fdc0
 def record_files(
     record: int,        # number of a version
     site: str = SITE,   # base URL
@@ -1786,6 +1909,41 @@ def record_files(
     response = requests.get(f"{site}/api/records/{record}", timeout=60)
     response.raise_for_status()
     return {file["key"]: file["checksum"] for file in response.json()["files"]}
+
+# %% ../nbs/06_published.ipynb #f8382ed4
+def _version_of(
+    name: str,  # a key of ZENODO
+) -> int:       # the version with the files
+    """The record to download from; raises `UserError` if it is not known.
+
+    Args:
+        name: a key of ZENODO
+
+    Returns:
+        int: the version with the files
+    """
+    record = ZENODO[check_name(name, ZENODO, "record")]
+    if record.record is None:
+        raise UserError(f"It is not known which version of {name} has the files: look at "
+                        f"https://doi.org/10.5281/zenodo.{record.concept} and give the file to read_zoo.")
+    return record.record
+
+# %% ../nbs/06_published.ipynb #2d117fc1
+def _not_downloaded(
+    error: OSError | KeyError,  # what went wrong
+    url: str,                   # address of the file
+    path: Path,                 # where it was to go
+) -> UserError:
+    """The sentence for a failed download.
+
+    Args:
+        error: what went wrong
+        url: address of the file
+        path: where it was to go
+    """
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    return UserError(f"{path.name} could not be downloaded ({'no space left' if full else type(error).__name__}); "
+                     f"what has come is kept: run again, or fetch {url} by hand and put it into {path.parent}.")
 
 # %% ../nbs/06_published.ipynb #d9f91fd7
 def download(
@@ -1807,26 +1965,20 @@ def download(
     Returns:
         Path: the file, for read_zoo
     """
-    record = ZENODO[check_name(name, ZENODO, "record")]
-    if record.record is None:
-        raise UserError(f"It is not known which version of {name} has the files: look at "
-                        f"https://doi.org/10.5281/zenodo.{record.concept} and give the file to read_zoo.")
+    record = _version_of(name)
     folder = folder or data_folder() / "published" / name
-    path, url = folder / file, f"{site}/records/{record.record}/files/{file}?download=1"
+    path, url = folder / file, f"{site}/records/{record}/files/{file}?download=1"
     if path.exists():
         return path
     part = folder / f"{file}.part"
     try:
-        checksum = record_files(record.record, site)
-        check_name(file, checksum, f"file of record {record.record}")
+        checksum = record_files(record, site)
+        check_name(file, checksum, f"file of record {record}")
         return Path(quiet_pooch().retrieve(url, checksum[file], file, folder, downloader=Resuming(part, progress)))
     except UserError:
         raise
     except (OSError, KeyError) as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        raise UserError(f"{file} could not be downloaded ({'no space left' if full else type(error).__name__}); "
-                        "what has come is kept: run again, "
-                        f"or fetch {url} by hand and put it into {folder}.") from error
+        raise _not_downloaded(error, url, path) from error
     except ValueError as error:
         part.unlink(missing_ok=True)
         raise UserError(f"{url} did not deliver the file whose checksum Zenodo gives ({checksum[file]}): run "
