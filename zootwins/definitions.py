@@ -4,15 +4,19 @@
 
 # %% auto #0
 __all__ = [
-    'least_train_test_correlation', 'candidates', 'fisher_errors', 'reproduces', 'nearest_candidates',
-    'common_candidates',
+    'Pair', 'least_train_test_correlation', 'by_epoch', 'pairs_of_epochs', 'pairs_of_measures', 'pairs_of_levels',
+    'spread_over', 'candidates', 'redrawn', 'fisher_errors', 'tried_pair', 'tried_state', 'reproduces',
+    'nearest_candidates', 'draw_candidates', 'figure_candidates', 'common_candidates',
 ]
 
 # %% ../nbs/34_definitions.ipynb #02812e85
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import pandas as pd
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from scipy import stats
 
 from .claims import levels_of, of_originals, pruned
@@ -21,6 +25,8 @@ from .correlation import COEFFICIENTS
 from .metrics import own_selector
 from .reported import ROUNDING, printed_models, read_reported
 from .states import TABLE_2_STATES, choose_states
+from .style import BLUE, HEIGHT, ORANGE, RING, WIDTH, heading, printed_handles, styled
+from .tables import zoo_title
 
 # %% ../nbs/34_definitions.ipynb #a5ed1564
 def least_train_test_correlation(
@@ -48,12 +54,121 @@ def least_train_test_correlation(
     return found.assign(excluded=found["printed"] + ROUNDING / 100 < found["least"]).rename_axis("zoo").reset_index()
 
 # %% ../nbs/34_definitions.ipynb #bb147d03
+Pair = tuple[str, str, pd.Series, pd.Series]  # family, definition, and two samples with the same index
+
+
+def by_epoch(
+    rows: pd.DataFrame,   # tidy metrics of one zoo
+    method: str,          # "mp" or "vd"
+    level: float | None,  # of magnitude pruning
+) -> dict[str, pd.DataFrame]:  # measure -> models by epochs
+    """Twins' measures, a column per epoch.
+
+    Args:
+        rows: tidy metrics of one zoo
+        method: "mp" or "vd"
+        level: of magnitude pruning
+
+    Returns:
+        dict[str, pd.DataFrame]: measure -> models by epochs
+    """
+    chosen = rows[rows["method"] == method]
+    twins = chosen if level is None else chosen[np.isclose(chosen["level"], level)]
+    measures = ("test_acc", "train_acc", "test_loss", "agreement")
+    return {name: twins.pivot(index="model", columns="epoch", values=name) for name in measures}
+
+# %% ../nbs/34_definitions.ipynb #6270d8bf
+def pairs_of_epochs(
+    rows: pd.DataFrame,   # tidy metrics of one zoo
+    method: str,          # "mp" or "vd"
+    after: pd.DataFrame,  # the twins' test accuracy, models by epochs
+    epoch: int,           # of the twins in Table 2
+) -> Iterator[Pair]:
+    """Originals and twins, or twins and twins, at one epoch or another.
+
+    Args:
+        rows: tidy metrics of one zoo
+        method: "mp" or "vd"
+        after: the twins' test accuracy, models by epochs
+        epoch: of the twins in Table 2
+    """
+    originals = rows[rows["method"] == "original"].pivot(index="model", columns="epoch", values="test_acc")
+    before, last = of_originals(rows), originals.columns.max()
+    yield "original and twin", f"original and twin at epoch {epoch}", before, after[epoch]
+    for e in after.columns.drop(epoch):
+        yield "original and twin at another epoch", f"original and twin at epoch {e}", before, after[e]
+    for e in originals.columns.drop([0, last], errors="ignore"):
+        named = f"original at epoch {e} and twin at epoch {epoch}"
+        yield "earlier original and twin", named, originals[e], after[epoch]
+    for first in after.columns[(0 if method == "mp" else 1):-1]:
+        for second in after.columns[after.columns > first]:
+            yield "twin at two epochs", f"twin at epochs {first} and {second}", after[first], after[second]
+
+# %% ../nbs/34_definitions.ipynb #4384e260
+def pairs_of_measures(
+    rows: pd.DataFrame,                 # tidy metrics of one zoo
+    wide: Mapping[str, pd.DataFrame],   # from by_epoch
+    epoch: int,                         # of the twins in Table 2
+) -> Iterator[Pair]:
+    """Two measures of the twins, or the losses of originals and twins.
+
+    Args:
+        rows: tidy metrics of one zoo
+        wide: from by_epoch
+        epoch: of the twins in Table 2
+    """
+    after = wide["test_acc"][epoch]
+    named = f"training and test accuracy at epoch {epoch}"
+    yield "training and test accuracy", named, wide["train_acc"][epoch], after
+    yield "accuracy and agreement", f"accuracy and agreement at epoch {epoch}", after, wide["agreement"][epoch]
+    losses = of_originals(rows, "test_loss"), wide["test_loss"][epoch]
+    yield "losses", f"test loss of original and twin at epoch {epoch}", *losses
+
+# %% ../nbs/34_definitions.ipynb #b8ca5efd
+def pairs_of_levels(
+    rows: pd.DataFrame,  # tidy metrics of one zoo
+    level: float,        # of Table 2
+    after: pd.Series,    # accuracies of its twins
+) -> Iterator[Pair]:
+    """Originals and twins, or twins and twins, at other levels of magnitude pruning.
+
+    Args:
+        rows: tidy metrics of one zoo
+        level: of Table 2
+        after: accuracies of its twins
+    """
+    before = of_originals(rows)
+    for other in levels_of(rows, -1):
+        if not np.isclose(other, level):
+            twins = pruned(rows, other)
+            yield "original and twin at another level", f"original and twin pruned by {other:.0%}", before, twins
+            yield "twins at two levels", f"twins pruned by {other:.0%} and {level:.0%}", twins, after
+    levels = pd.concat({other: pruned(rows, other) for other in levels_of(rows)}, names=["level"])
+    yield "all levels pooled", "original and twin, all levels", spread_over(before, levels), levels
+
+
+def spread_over(
+    before: pd.Series,  # by model
+    states: pd.Series,  # by model and something else
+) -> pd.Series:         # with the index of `states`
+    """A model's number, repeated for each of its states.
+
+    Args:
+        before: by model
+        states: by model and something else
+
+    Returns:
+        pd.Series: with the index of `states`
+    """
+    return before.reindex(states.index.get_level_values("model")).set_axis(states.index)
+
+# %% ../nbs/34_definitions.ipynb #e5521dec
 def candidates(
     rows: pd.DataFrame,  # tidy metrics of one zoo
     method: str,         # "mp" or "vd"
     level: float | None,  # of magnitude pruning
     epoch: int,          # of the twins in Table 2
-) -> Iterator[tuple[str, str, pd.Series, pd.Series]]:  # family, definition, two samples by model (or model and state)
+) -> Iterator[Pair]:     # samples by model, or by model and state
     """What could have been correlated.
 
     Args:
@@ -63,58 +178,46 @@ def candidates(
         epoch: of the twins in Table 2
 
     Returns:
-        Iterator[tuple[str, str, pd.Series, pd.Series]]: family, definition, two samples by model (or model and state)
+        Iterator[Pair]: samples by model, or by model and state
     """
-    chosen = rows[rows["method"] == method]
-    twins = chosen if level is None else chosen[np.isclose(chosen["level"], level)]
-    wide = {
-        name: twins.pivot(index="model", columns="epoch", values=name)
-        for name in ("test_acc", "train_acc", "test_loss", "agreement")
-    }
-    originals = rows[rows["method"] == "original"].pivot(index="model", columns="epoch", values="test_acc")
-    after, before, last = wide["test_acc"], of_originals(rows), originals.columns.max()
-    yield "original and twin", f"original and twin at epoch {epoch}", before, after[epoch]
-    for e in after.columns.drop(epoch):
-        yield "original and twin at another epoch", f"original and twin at epoch {e}", before, after[e]
-    for e in originals.columns.drop([0, last], errors="ignore"):
-        yield (
-            "earlier original and twin", f"original at epoch {e} and twin at epoch {epoch}", originals[e], after[epoch],
-        )
-    for first in after.columns[(0 if method == "mp" else 1):-1]:
-        for second in after.columns[after.columns > first]:
-            yield "twin at two epochs", f"twin at epochs {first} and {second}", after[first], after[second]
-    yield (
-        "training and test accuracy", f"training and test accuracy at epoch {epoch}", wide["train_acc"][epoch],
-        after[epoch],
-    )
-    yield "accuracy and agreement", f"accuracy and agreement at epoch {epoch}", after[epoch], wide["agreement"][epoch]
-    yield (
-        "losses", f"test loss of original and twin at epoch {epoch}", of_originals(rows, "test_loss"),
-        wide["test_loss"][epoch],
-    )
-    for other in levels_of(rows, -1) if level is not None else []:
-        if not np.isclose(other, level):
-            yield (
-                "original and twin at another level", f"original and twin pruned by {other:.0%}", before,
-                pruned(rows, other),
-            )
-            yield (
-                "twins at two levels", f"twins pruned by {other:.0%} and {level:.0%}", pruned(rows, other),
-                after[epoch],
-            )
+    wide = by_epoch(rows, method, level)
+    yield from pairs_of_epochs(rows, method, wide["test_acc"], epoch)
+    yield from pairs_of_measures(rows, wide, epoch)
     if level is not None:
-        levels = pd.concat({other: pruned(rows, other) for other in levels_of(rows)}, names=["level"])
-        yield (
-            "all levels pooled", "original and twin, all levels",
-            before.reindex(levels.index.get_level_values("model")).set_axis(levels.index), levels,
-        )
-    epochs = after.drop(columns=0, errors="ignore").stack()
-    yield (
-        "all epochs pooled", "original and twin, all epochs",
-        before.reindex(epochs.index.get_level_values("model")).set_axis(epochs.index), epochs,
-    )
+        yield from pairs_of_levels(rows, level, wide["test_acc"][epoch])
+    epochs = wide["test_acc"].drop(columns=0, errors="ignore").stack()
+    yield "all epochs pooled", "original and twin, all epochs", spread_over(of_originals(rows), epochs), epochs
 
 # %% ../nbs/34_definitions.ipynb #7d213b85
+def redrawn(
+    x: np.ndarray,        # a number per row
+    y: np.ndarray,        # a number per row
+    names: pd.Index,      # the model of every row
+    resamples: int,       # how many
+) -> dict[str, np.ndarray]:  # coefficient -> its values
+    """Both coefficients of models that are drawn again, each with all of its rows.
+
+    Args:
+        x: a number per row
+        y: a number per row
+        names: the model of every row
+        resamples: how many
+
+    Returns:
+        dict[str, np.ndarray]: coefficient -> its values
+    """
+    random = np.random.default_rng(0)
+    if names.is_unique:
+        counts = random.multinomial(len(x), np.full(len(x), 1 / len(x)), size=resamples)
+        return {name: resampled(x, y, counts) for name, (_, resampled) in COEFFICIENTS.items()}
+    rows = pd.Series(np.arange(len(x))).groupby(names).agg(list).to_list()
+    draw = lambda: np.concatenate([rows[i] for i in random.integers(0, len(rows), len(rows))])
+    places = [draw() for _ in range(resamples // 10)]
+    return {
+        name: np.array([exact(x[of], y[of])[0] for of in places]) for name, (exact, _) in COEFFICIENTS.items()
+    }
+
+
 def fisher_errors(
     x: pd.Series,         # by model, or by model and state
     y: pd.Series,         # with the same index
@@ -130,69 +233,87 @@ def fisher_errors(
     Returns:
         dict[str, float]: coefficient -> standard error of its Fisher transform
     """
-    random, names = np.random.default_rng(0), x.index.get_level_values("model")
-    if names.is_unique:
-        counts = random.multinomial(len(x), np.full(len(x), 1 / len(x)), size=resamples)
-        drawn = {name: resampled(x.to_numpy(), y.to_numpy(), counts) for name, (_, resampled) in COEFFICIENTS.items()}
-    else:
-        rows = pd.Series(np.arange(len(x))).groupby(names).agg(list).to_list()
-        places = [
-            np.concatenate([rows[i] for i in random.integers(0, len(rows), len(rows))]) for _ in range(resamples // 10)
-        ]
-        drawn = {
-            name: np.array([exact(x.to_numpy()[of], y.to_numpy()[of])[0] for of in places])
-            for name, (exact, _) in COEFFICIENTS.items()
-        }
-    return {
-        name: float(np.nanstd(np.arctanh(np.clip(values, -0.9999, 0.9999)), ddof=1)) for name, values in drawn.items()
-    }
+    drawn = redrawn(x.to_numpy(), y.to_numpy(), x.index.get_level_values("model"), resamples)
+    clipped = {name: np.clip(values, -0.9999, 0.9999) for name, values in drawn.items()}
+    return {name: float(np.nanstd(np.arctanh(values), ddof=1)) for name, values in clipped.items()}
 
+# %% ../nbs/34_definitions.ipynb #8ab0811e
+def tried_pair(
+    x: pd.Series,              # by model, or by model and state
+    y: pd.Series,              # with the same index
+    goal: Mapping[str, float],  # coefficient -> as printed
+    more: int,                 # the paper's models
+) -> dict[str, float]:         # n (models); value, printed_, error_ and z_ of both coefficients
+    """Both coefficients of a pair, and how far they are from print.
 
+    Args:
+        x: by model, or by model and state
+        y: with the same index
+        goal: coefficient -> as printed
+        more: the paper's models
+
+    Returns:
+        dict[str, float]: n (models); value, printed_, error_ and z_ of both coefficients
+    """
+    n = x.index.get_level_values("model").nunique()
+    row = {"n": n}
+    for name, error in fisher_errors(x, y).items():
+        value, half = float(COEFFICIENTS[name][0](x, y)[0]), ROUNDING / 100
+        nearest = np.clip(value, goal[name] - half, goal[name] + half)
+        distance = np.diff(np.arctanh(np.clip([nearest, value], -0.9999, 0.9999)))[0]
+        both = max(error * np.sqrt(1 + n / more), 1e-9)
+        row |= {name: value, f"printed_{name}": goal[name], f"error_{name}": both, f"z_{name}": distance / both}
+    return row
+
+# %% ../nbs/34_definitions.ipynb #071537eb
+def tried_state(
+    rows: pd.DataFrame,         # tidy metrics of one zoo
+    state: tuple,               # a row of choose_states: zoo, method, level, epoch
+    goal: Mapping[str, float],  # coefficient -> as printed
+) -> Iterator[dict]:            # rows of `reproduces`
+    """Try every candidate for one zoo and method; pairs of fewer than five models or of constants are left out.
+
+    Args:
+        rows: tidy metrics of one zoo
+        state: a row of choose_states: zoo, method, level, epoch
+        goal: coefficient -> as printed
+
+    Returns:
+        Iterator[dict]: rows of `reproduces`
+    """
+    level = None if np.isnan(state.level) else state.level
+    for family, definition, x, y in candidates(rows, state.method, level, state.epoch):
+        both = pd.concat([x.rename("x"), y.rename("y")], axis=1).dropna()
+        if len(both) > 4 and both["x"].nunique() > 1 and both["y"].nunique() > 1:
+            named = {"zoo": state.zoo, "method": state.method, "family": family, "definition": definition}
+            yield named | tried_pair(both["x"], both["y"], goal, printed_models(2, state.zoo))
+
+# %% ../nbs/34_definitions.ipynb #636b9396
 def reproduces(
     metrics: pd.DataFrame,  # tidy metrics of one or more zoos
     cells: pd.DataFrame | None = None,  # printed cells; none: from reported.read_reported
-) -> (
-    pd.DataFrame
-):  # zoo, method, family, definition, n; value, printed, z of both coefficients; worst (larger |z|); fits
+) -> pd.DataFrame:  # zoo, method, family, definition, and as `tried_pair`; worst (larger |z|); fits
     """Try every candidate against the printed correlations of Table 2.
 
     Args:
         metrics: tidy metrics of one or more zoos
         cells: printed cells; none: from reported.read_reported
+
+    Returns:
+        pd.DataFrame: zoo, method, family, definition, and as `tried_pair`; worst (larger |z|); fits
     """
     printed = (read_reported() if cells is None else cells).query("table == 2 and metric in ['pearson', 'kendall']")
-    goal, found, metrics = printed.set_index(["zoo", "method", "metric"])["mean"] / 100, [], own_selector(metrics)
+    goals = (printed.set_index(["zoo", "method", "metric"])["mean"] / 100).unstack()
+    metrics, found = own_selector(metrics), []
     for state in choose_states(metrics, TABLE_2_STATES).itertuples():
-        if (state.zoo, state.method, "pearson") not in goal.index or (
-            state.method == "mp" and not np.isclose(state.level, state.target)
-        ):
-            continue
-        rows, more = metrics[metrics["zoo"] == state.zoo], printed_models(2, state.zoo)
-        for family, definition, x, y in candidates(
-            rows, state.method, None if np.isnan(state.level) else state.level, state.epoch
-        ):
-            both = pd.concat([x.rename("x"), y.rename("y")], axis=1).dropna()
-            if len(both) > 4 and both["x"].nunique() > 1 and both["y"].nunique() > 1:
-                n = both.index.get_level_values("model").nunique()
-                row = {"zoo": state.zoo, "method": state.method, "family": family, "definition": definition, "n": n}
-                for name, error in fisher_errors(both["x"], both["y"]).items():
-                    value, print_ = (
-                        float(COEFFICIENTS[name][0](both["x"], both["y"])[0]),
-                        goal[state.zoo, state.method, name],
-                    )
-                    nearest = np.clip(value, print_ - ROUNDING / 100, print_ + ROUNDING / 100)
-                    distance = np.diff(np.arctanh(np.clip([nearest, value], -0.9999, 0.9999)))[0]
-                    row |= {
-                        name: value,
-                        f"printed_{name}": print_,
-                        f"z_{name}": distance / max(error * np.sqrt(1 + n / more), 1e-9),
-                    }
-                found.append(row)
-    columns = [
-        "zoo", "method", "family", "definition", "n",
-        *(f"{kind}{name}" for name in COEFFICIENTS for kind in ("", "printed_", "z_")),
-    ]
-    found = pd.DataFrame(found, columns=columns).astype({name: float for name in columns[5:]})
+        asked = state.method != "mp" or np.isclose(state.level, state.target)
+        if asked and (state.zoo, state.method) in goals.index:
+            rows = metrics[metrics["zoo"] == state.zoo]
+            found += tried_state(rows, state, goals.loc[state.zoo, state.method])
+    kinds = ("", "printed_", "error_", "z_")
+    numbers = [f"{kind}{name}" for name in COEFFICIENTS for kind in kinds]
+    found = pd.DataFrame(found, columns=["zoo", "method", "family", "definition", "n", *numbers])
+    found = found.astype({name: float for name in numbers})
     worst = found[["z_pearson", "z_kendall"]].abs().max(axis=1)
     return found.assign(worst=worst, fits=worst <= stats.norm.ppf(1 - LEVEL / 2))
 
@@ -210,12 +331,55 @@ def nearest_candidates(
     """
     ranked = tried.sort_values("worst", kind="stable")
     best = ranked.drop_duplicates(["zoo", "method", "family"]).sort_values(["zoo", "method"], kind="stable")
-    return best[
-        [
-            "zoo", "method", "definition", "n", "pearson", "printed_pearson", "kendall", "printed_kendall", "worst",
-            "fits",
-        ]
-    ].reset_index(drop=True)
+    both = ["pearson", "printed_pearson", "kendall", "printed_kendall"]
+    return best[["zoo", "method", "definition", "n", *both, "worst", "fits"]].reset_index(drop=True)
+
+# %% ../nbs/34_definitions.ipynb #4ddd3045
+def draw_candidates(
+    ax: Axes,             # a zoo's panel
+    best: pd.DataFrame,   # candidates of one zoo, one per row from above
+    coefficient: str,     # "pearson" or "kendall"
+) -> None:
+    """Draw coefficients as dots with what chance allows, and the printed number as rings.
+
+    Args:
+        ax: a zoo's panel
+        best: candidates of one zoo, one per row from above
+        coefficient: "pearson" or "kendall"
+    """
+    places, transformed = np.arange(len(best)), np.arctanh(best[coefficient].clip(-0.9999, 0.9999))
+    off = stats.norm.ppf(1 - LEVEL / 2) * best[f"error_{coefficient}"]
+    colours = np.where(best["fits"], BLUE, ORANGE)
+    ax.hlines(places, np.tanh(transformed - off), np.tanh(transformed + off), color=colours, linewidth=2)
+    ax.scatter(best[coefficient], places, color=colours, s=22, zorder=3)
+    ax.plot(best[f"printed_{coefficient}"], places, **RING, markeredgecolor="black", gid="printed 2023")
+
+# %% ../nbs/34_definitions.ipynb #a3d46a8c
+@styled
+def figure_candidates(
+    tried: pd.DataFrame,           # from reproduces
+    method: str = "mp",            # or "vd"
+    coefficient: str = "pearson",  # or "kendall"
+) -> Figure:
+    """Which definitions fit print: the nearest of every family, zoo by zoo.
+
+    Args:
+        tried: from reproduces
+        method: or "vd"
+        coefficient: or "kendall"
+    """
+    chosen = tried[tried["method"] == method]
+    best = chosen.sort_values("worst", kind="stable").drop_duplicates(["zoo", "family"])
+    zoos, families = list(chosen["zoo"].unique()), list(chosen["family"].unique())
+    fig, axes = plt.subplots(1, len(zoos), figsize=(WIDTH, HEIGHT), sharey=True, layout="constrained", squeeze=False)
+    for ax, zoo in zip(axes[0], zoos):
+        draw_candidates(ax, best[best["zoo"] == zoo].set_index("family").reindex(families), coefficient)
+        ax.set(title=zoo_title(zoo), xlim=(-0.6, 1.05), xlabel=coefficient.capitalize())
+    axes[0, 0].set_yticks(range(len(families)), families)
+    axes[0, 0].invert_yaxis()
+    heading(fig, "Nearest candidate of every family; bar: what chance allows; blue: both coefficients fit")
+    fig.legend(handles=printed_handles(fig), loc="outside lower right")
+    return fig
 
 # %% ../nbs/34_definitions.ipynb #7f0388e6
 def common_candidates(

@@ -6,9 +6,9 @@ its sentences
 
 # %% auto #0
 __all__ = [
-    'SIGNS', 'FACTS', 'TOLD', 'Kept', 'provenance', 'pictures', 'joint_pictures', 'redraw', 'picture', 'gallery',
-    'beside', 'kept_table_3', 'kept_partners', 'contradictions', 'disagreements', 'verdicts', 'fact', 'written',
-    'fill', 'refill',
+    'SHRUNK', 'TALLEST', 'SIGNS', 'PALE', 'FACTS', 'TOLD', 'Kept', 'provenance', 'pictures', 'joint_pictures',
+    'redraw', 'picture', 'gallery', 'beside', 'kept_table_3', 'kept_partners', 'contradictions', 'disagreements',
+    'draw_verdicts', 'figure_verdicts', 'fact', 'written', 'fill', 'refill',
 ]
 
 # %% ../nbs/37_kept.ipynb #49c00c49
@@ -16,20 +16,23 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from .claims import dropped_at, latent_space_wins, pruned
 from .comparison import beside_print, compare, figure_recorded, figure_scorecard, headline, labelled
 from .core import UserError, atomic_path, check_name, read_json
 from .figures import FIGURES, RINGED, figure_3, figure_individuals
-from .style import save_figure
+from .style import WIDTH, heading, save_figure, styled
 from .layers import read_frequencies
 from .metrics import own_selector, read_metrics
 from .probes import table_3
@@ -173,7 +176,10 @@ def joint_pictures(
     """
     printed = read_reported()
     drawn = {name: FIGURES[name](kept.metrics, printed) for name in ("figure_2", "figure_4", "figure_5")}
-    return drawn | {"scorecard": figure_scorecard(compare(kept.metrics)), "recorded": figure_recorded(kept.metrics)}
+    return drawn | {
+        "scorecard": figure_scorecard(compare(kept.metrics)), "recorded": figure_recorded(kept.metrics),
+        "verdicts": figure_verdicts(kept.claims),
+    }
 
 # %% ../nbs/37_kept.ipynb #28196991
 def redraw(
@@ -194,6 +200,9 @@ def redraw(
     return changed
 
 # %% ../nbs/37_kept.ipynb #5288b3f9
+SHRUNK, TALLEST = 2.6, 280  # pixels of a kept picture for one on the page; the most that it may be high there
+
+
 def picture(
     path: Path | str,  # of a PNG file
     *zoos: str,        # that it shows
@@ -210,7 +219,8 @@ def picture(
     from IPython.display import Image, Markdown
 
     image = Image(filename=str(path))
-    image.width = round(int.from_bytes(image.data[16:20], "big") / 2.6)
+    width, height = (int.from_bytes(image.data[place : place + 4], "big") for place in (16, 20))
+    image.width = round(width / max(SHRUNK, height / TALLEST))
     tags = f" [{', '.join(zoos)}]" if zoos else ""
     return image, Markdown(f"*{Path(path).stem.replace('_', ' ').capitalize()}*{tags}")
 
@@ -243,20 +253,24 @@ def beside(
     zoo: str,          # a kept one
     table: int,        # of the paper
     states: str = "",  # regular expression for the states to show; empty: all
-) -> pd.DataFrame:     # one row per state: ours / printed
+    measures: Sequence[str] = (),  # columns to show, in order; empty: all
+) -> Table:            # one row per state: ours / printed
     """A table of the paper for one zoo: our cells, a stroke, the printed ones.
 
     Args:
         zoo: a kept one
         table: of the paper
         states: regular expression for the states to show; empty: all
+        measures: columns to show, in order; empty: all
 
     Returns:
-        pd.DataFrame: one row per state: ours / printed
+        Table: one row per state: ours / printed
     """
-    shown = beside_print(kept.comparison[kept.comparison["zoo"] == zoo], table).layout.droplevel("Zoo")
-    shown = shown[shown.index.map(lambda state: re.search(states, state) is not None)]
-    return shown.rename_axis(index=f"Table {table}, {zoo_title(zoo)}: ours / printed, in % [{zoo}]")
+    whole = beside_print(kept.comparison[kept.comparison["zoo"] == zoo], table)
+    shown = whole.layout.droplevel("Zoo")
+    shown = shown.loc[shown.index.map(lambda state: re.search(states, state) is not None), measures or shown.columns]
+    caption = f"*Table {table}*, {zoo_title(zoo)}: ours / printed, mean (std) in % [{zoo}]"
+    return Table(whole.name, caption, whole.numbers, shown)
 
 # %% ../nbs/37_kept.ipynb #3a813c89
 def kept_table_3(
@@ -297,9 +311,6 @@ def contradictions(
     ).rename_axis("equation")
 
 # %% ../nbs/37_kept.ipynb #95cf18c1
-SIGNS = {"holds": "✓", "does not hold": "✗", "cannot be judged": "?"}
-
-
 def disagreements(
     kept: Kept,
 ) -> pd.DataFrame:  # index Zoo, Table, State: Measure, Ours, Paper
@@ -311,24 +322,54 @@ def disagreements(
     shown = kept.comparison[kept.comparison["verdict"] == "different"]
     return labelled(shown).set_index(["Zoo", "Table", "State"])
 
+# %% ../nbs/37_kept.ipynb #7b7d0718
+SIGNS = {"holds": "✓", "does not hold": "✗", "cannot be judged": "?"}
+PALE = {"holds": "#cfe3f0", "does not hold": "#f8dfb5", "cannot be judged": "#f4f4f4"}
 
-def verdicts(
-    kept: Kept,
-) -> pd.DataFrame:  # index statement; a column per zoo: a sign, or one for each of its numbers
-    """Which statements hold in which zoos.
 
-    Returns:
-        pd.DataFrame: index statement; a column per zoo: a sign, or one for each of its numbers
+def draw_verdicts(
+    ax: Axes,                    # with a unit square for every statement of every zoo
+    row: int,                    # the statement's
+    column: int,                 # the zoo's
+    found: Sequence[str],        # verdicts on the statement's numbers, all drawn as one if they are the same
+) -> None:
+    """Fill one cell with the signs of its verdicts.
+
+    Args:
+        ax: with a unit square for every statement of every zoo
+        row: the statement's
+        column: the zoo's
+        found: verdicts on the statement's numbers, all drawn as one if they are the same
     """
-    def signs(of_zoo: pd.DataFrame) -> str:
-        found = [SIGNS[verdict] for verdict in of_zoo["verdict"]]
-        return found[0] if len(set(found)) == 1 else ", ".join(f"{of} {sign}" for of, sign in zip(of_zoo["of"], found))
+    shown = found[:1] if len(set(found)) == 1 else found
+    for place, verdict in enumerate(shown):
+        left, wide = column - 0.5 + place / len(shown), 1 / len(shown)
+        ax.add_patch(Rectangle((left, row - 0.5), wide, 1, facecolor=PALE[verdict], edgecolor="white", linewidth=0.6))
+        ax.text(left + wide / 2, row, SIGNS[verdict], ha="center", va="center", fontsize=8)
 
-    words = {key: signs(of_zoo) for key, of_zoo in kept.claims.groupby(["claim", "zoo"], sort=False)}
-    wide = pd.Series(words).rename_axis(["statement", "zoo"]).unstack()
-    return wide.reindex(index=kept.claims["claim"].unique(), columns=kept.zoos).rename(
-        columns=zoo_title
-    ).rename_axis(columns="")
+# %% ../nbs/37_kept.ipynb #44ca3a1a
+@styled
+def figure_verdicts(
+    claims: pd.DataFrame,  # a zoo's or several zoos' numbers: claim, zoo, verdict
+) -> Figure:
+    """Which statements of the paper hold in which zoos.
+
+    Args:
+        claims: a zoo's or several zoos' numbers: claim, zoo, verdict
+    """
+    statements = list(claims["claim"].unique())
+    zoos = [zoo for zoo in ZOOS if zoo in set(claims["zoo"])]
+    fig, ax = plt.subplots(figsize=(WIDTH, 0.17 * len(statements) + 0.6), layout="constrained")
+    for (statement, zoo), of_zoo in claims.groupby(["claim", "zoo"]):
+        draw_verdicts(ax, statements.index(statement), zoos.index(zoo), list(of_zoo["verdict"]))
+    ax.set(xlim=(-0.5, len(zoos) - 0.5), ylim=(len(statements) - 0.5, -0.5))
+    ax.set_xticks(range(len(zoos)), [zoo_title(zoo).replace(") ", ")\n") for zoo in zoos], fontsize=7.5)
+    ax.set_yticks(range(len(statements)), statements, fontsize=8)
+    ax.xaxis.tick_top()
+    ax.grid(False)
+    ax.spines[:].set_visible(False)
+    heading(fig, "; ".join(f"{sign} {verdict}" for verdict, sign in SIGNS.items()) + "; several signs: several numbers")
+    return fig
 
 # %% ../nbs/37_kept.ipynb #7bf3e14b
 def _states(kept: Kept, zoo: str, metric: str, method: str, step: str = "") -> pd.Series:
@@ -417,7 +458,7 @@ def _wins(kept: Kept) -> pd.Series:
     return latent_space_wins(kept_table_3(kept).numbers)["wins"]
 
 # %% ../nbs/37_kept.ipynb #0f96c4f2
-FACTS: dict[str, Callable] = {
+_OF_STATES: dict[str, Callable] = {
     "mean": lambda kept, *state: _states(kept, *state).mean(),
     "std": lambda kept, *state: _states(kept, *state).std(),
     "lowest": lambda kept, *state: _states(kept, *state).min(),
@@ -434,16 +475,20 @@ FACTS: dict[str, Callable] = {
     "head_start": lambda kept, zoo: _states(kept, zoo, "test_acc", "mp", "0").mean() - _states(
         kept, zoo, "test_acc", "original",
     ).mean(),
-    "printed_agreement": lambda kept, zoo, method: reported(
-        zoo, "agreement", method, TABLE_1_STATES[zoo][0] if method == "mp" else None, table=1,
-    )[0],
     "models": lambda kept, zoo: kept.of(zoo)["model"].nunique(),
     "zoos": lambda kept, kind="": sum(ZOOS[zoo].in_paper or not kind for zoo in kept.zoos),
+}  # kind of key -> its fact: models and their states
+
+# %% ../nbs/37_kept.ipynb #7219baf0
+_OF_RESULTS: dict[str, Callable] = {
     "claim": _claim,
     "percent_claim": lambda kept, *names: 100 * _claim(kept, *names),
     "holding": _holding,
     "statements": lambda kept: kept.claims["claim"].nunique(),
     "correlation": _correlation,
+    "printed_agreement": lambda kept, zoo, method: reported(
+        zoo, "agreement", method, TABLE_1_STATES[zoo][0] if method == "mp" else None, table=1,
+    )[0],
     "printed_correlation": lambda kept, zoo, method, metric: reported(
         zoo, metric, method, 0.8 if method == "mp" else None, table=2,
     )[0],
@@ -457,14 +502,19 @@ FACTS: dict[str, Callable] = {
     "differing": lambda kept, table, method: len(
         kept.comparison.query(f"verdict == 'different' and table == {int(table)} and method == @method")
     ),
+}  # kind of key -> its fact: statements, tables and the score
+
+# %% ../nbs/37_kept.ipynb #81f83b09
+_OF_PRINT: dict[str, Callable] = {
     "missing_twins": lambda kept, zoo: _one(missing_originals(read_reported()).query("zoo == @zoo"), "missing", zoo),
     "needed": lambda kept, zoo: _one(missing_originals(read_reported()).query("zoo == @zoo"), "needed", zoo),
     "equations": lambda kept: len(check_all(read_reported())),
     "contradictions": lambda kept: int((~check_all(read_reported())["agrees"]).sum()),
     "miscounts": lambda kept: int((~check_counts(read_reported())["agrees"]).sum()),
-}  # kind of key -> its fact
+}  # kind of key -> its fact: print alone
+FACTS: dict[str, Callable] = _OF_STATES | _OF_RESULTS | _OF_PRINT  # kind of key -> its fact
 
-
+# %% ../nbs/37_kept.ipynb #550cc07b
 def fact(
     kept: object,  # what the facts read: Kept, or soup_facts.KeptSoups
     key: str,      # a name in `facts` and what it needs, as in a shell; after "minus", with the other sign
