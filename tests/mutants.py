@@ -1,16 +1,18 @@
 """How many small errors the tests find: `mutants.py [--each N] [--seed S] [MODULE ...]`.
 
 One thing at a time is changed in a module: a comparison, a constant, an operator, a condition, or the order of two
-arguments. The tests of the module run on it, in a process of its own with a limit of CPU time. A mutant that no test
-notices survives, and is shown. From every module a fixed draw of mutants is tried; another seed draws others. Sites
+arguments. The tests that call the changed function run on it, the cheapest first, in a process of their own with a
+limit of CPU time. A mutant that no test notices survives, and is shown. From every module a fixed draw of mutants is tried; another seed draws others. Sites
 that cannot matter are left out: documentation, annotations, texts, how a figure looks, and the lines of EQUIVALENT,
 each with its reason.
 """
 import argparse
 import ast
 import copy
+import functools
 import importlib.abc
 import importlib.util
+import json
 import os
 import random
 import resource
@@ -18,13 +20,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from types import FunctionType, ModuleType
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = {
-    "comparison": ["test_comparison.py", "test_evidence.py"],
-    "claims": ["test_claims.py", "test_evidence.py"],
+    "comparison": ["test_comparison.py"],
+    "claims": ["test_claims.py"],
     "metrics": ["test_measures.py"],
     "agreement": ["test_measures.py"],
     "correlation": ["test_measures.py"],
@@ -33,7 +38,6 @@ TESTS = {
     "variational": ["test_variational.py"],
     "zoos": ["test_tables.py", "test_population.py"],
 }  # module -> tests, in the order in which they run
-CPU_SECONDS = 180
 EQUIVALENT = {
     "figsize=": "how a figure looks",
     "fontsize=": "how a figure looks",
@@ -162,21 +166,185 @@ class Changed(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         exec(compile(self.source, module.__file__, "exec"), module.__dict__)
 
 
-def passes(module: str, source: str) -> bool:
-    "Run a module's tests on a source, in a forked process with the libraries already there."
-    child = os.fork()
-    if child == 0:
-        resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
-        silence = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(silence, 1), os.dup2(silence, 2)
-        sys.meta_path.insert(0, Changed(f"zootwins.{module}", source))
-        import pytest
+def functions(source: str) -> list[tuple[str, int, int]]:
+    "Name, first and last line of functions and methods, but not of those within one."
+    within = [(node, f"{top.name}." if isinstance(top, ast.ClassDef) else "") for top in ast.parse(source).body
+              for node in (top.body if isinstance(top, ast.ClassDef) else [top])]
+    return [(prefix + node.name, node.lineno, node.end_lineno) for node, prefix in within
+            if isinstance(node, ast.FunctionDef) and not node.decorator_list]
 
-        code = pytest.main(
-            ["-x", "-q", "-p", "no:cacheprovider", *(str(ROOT / "tests" / name) for name in TESTS[module])]
-        )
-        os._exit(int(code))
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+def function_of(line: int, source: str) -> str:
+    "The function to which a line belongs; empty outside of functions."
+    return next((name for name, first, last in functions(source) if first <= line <= last), "")
+
+
+def found_in(namespace: dict, name: str) -> FunctionType:
+    "A function or method of a module by its name."
+    first, *rest = name.split(".")
+    return functools.reduce(getattr, rest, namespace[first])
+
+
+def replace(module: str, names: list[str], text: str) -> None:
+    "Give functions of an imported module the code and the defaults that they have in another source."
+    path = str(ROOT / "zootwins" / f"{module}.py")
+    other = {"__name__": "zootwins._other", "__package__": "zootwins", "__file__": path}
+    sys.modules["zootwins._other"] = ModuleType("zootwins._other")  # dataclasses look their module up
+    exec(compile(text, path, "exec"), other)
+    for name in names:
+        old, new = found_in(vars(sys.modules[f"zootwins.{module}"]), name), found_in(other, name)
+        if old.__code__.co_freevars == new.__code__.co_freevars:
+            old.__code__ = new.__code__
+        old.__defaults__, old.__kwdefaults__ = new.__defaults__, new.__kwdefaults__
+
+
+def watched(source: str) -> str:
+    "The source, in which every function says first that it is called."
+    tree, lines = ast.parse(source), {first for _, first, _ in functions(source)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and node.lineno in lines:
+            node.body.insert(0, ast.parse(f"__import__('sys').called.add({node.lineno})").body[0])
+    return ast.unparse(ast.fix_missing_locations(tree))
+
+
+class Watch:
+    "A plugin of pytest: which functions each test calls, itself or by its fixtures, and what it costs."
+
+    def __init__(self):
+        self.fixtures, self.tests, sys.called = {}, {}, set()
+
+    @contextmanager
+    def watching(self):
+        outer, sys.called, start, found = sys.called, set(), time.process_time(), []
+        yield found
+        found += [sys.called, time.process_time() - start]
+        sys.called = outer | sys.called
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_fixture_setup(self, fixturedef):
+        with self.watching() as found:
+            yield
+        self.fixtures[fixturedef] = found
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtest_call(self, item):
+        with self.watching() as found:
+            yield
+        known = [self.fixtures.get(of[-1]) for of in item._fixtureinfo.name2fixturedefs.values()]
+        called, seconds = zip(found, *filter(None, known))
+        self.tests[item.nodeid] = sum(seconds), sorted(set().union(*called))
+
+
+def stop(problem: str) -> None:
+    "End with a sentence on the terminal."
+    print(problem, file=sys.__stdout__, flush=True)
+    os._exit(1)
+
+
+class Try:
+    "A plugin of pytest that, once the tests are collected, runs those concerned on one mutant after the other."
+
+    def __init__(self, module: str, drawn: list[tuple[int, str, str]], workers: int):
+        self.module, self.drawn, self.workers = module, drawn, workers
+        self.source = (ROOT / "zootwins" / f"{module}.py").read_text(encoding="utf-8")
+        self.running, self.survived, self.inside = {}, [], False
+
+    def wait(self):
+        "Wait for one child."
+        child, status = os.wait()
+        line, what, _ = self.running.pop(child)
+        if status == 0:
+            self.survived.append(line)
+            print(f"  survived: zootwins/{self.module}.py:{line}  {what}", file=sys.__stdout__, flush=True)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session):
+        if self.inside:
+            return None
+        kept = Path(tempfile.mkdtemp()) / "tests"
+        if not (child := os.fork()):
+            return self.watch(session, kept)
+        if os.waitpid(child, 0)[1]:
+            stop(f"The tests of {self.module} do not pass as they are: {', '.join(TESTS[self.module])}; "
+                     "mutants say nothing before they do.")
+        tests = json.loads(kept.read_text(encoding="utf-8"))
+        cheap = dict(sorted(tests.items(), key=lambda test: test[1][0])[:5])
+        for line in (functions(self.source)[0][1], 0):
+            if not (child := os.fork()):
+                return self.try_one(session, (line, "", self.source), cheap)
+            if os.waitpid(child, 0)[1]:
+                stop(f"The tests of {self.module} fail on a mutant in which nothing was changed.")
+        for mutant in self.drawn:
+            if len(self.running) == self.workers:
+                self.wait()
+            if not (child := os.fork()):
+                return self.try_one(session, mutant, tests)
+            self.running[child] = mutant
+        while self.running:
+            self.wait()
+        return True
+
+    def watch(self, session, kept: Path):
+        "In the child: run all tests and keep what they call."
+        self.inside, plugin = True, Watch()
+        replace(self.module, [name for name, _, _ in functions(self.source)], watched(self.source))
+        session.config.pluginmanager.register(plugin)
+        session.config.add_cleanup(lambda: kept.write_text(json.dumps(plugin.tests), encoding="utf-8"))
+
+    def try_one(self, session, mutant: tuple[int, str, str], tests: dict):
+        "In the child: run the tests that call the changed function, the cheapest first; all if it is in none."
+        line, _, text = mutant
+        name = function_of(line, self.source)
+        first, last = next(((a, b) for of, a, b in functions(self.source) if of == name), (0, 0))
+        cost = lambda test: tests[test][0]
+        chosen = sorted((test for test, (_, called) in tests.items()
+                         if not name or any(first <= place <= last for place in called)), key=cost)
+        limit = int(10 + 5 * sum(map(cost, chosen)))
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
+        self.inside = True
+        if not chosen:
+            os._exit(0)
+        if name:
+            replace(self.module, [name], text)
+            by_name = {item.nodeid: item for item in session.items}
+            session.items[:] = [by_name[test] for test in chosen]
+            return None
+        for loaded in [of for of in sys.modules if of.split(".")[0] in ("zootwins", "conftest", "small", *self.files())]:
+            del sys.modules[loaded]
+        sys.meta_path.insert(0, Changed(f"zootwins.{self.module}", text))
+        os._exit(int(pytest.main(options(self.module), plugins=[Only(chosen)])))
+
+    def files(self) -> list[str]:
+        return [name.removesuffix(".py") for name in TESTS[self.module]]
+
+
+class Only:
+    "A plugin of pytest: these tests, in this order."
+
+    def __init__(self, tests: list[str]):
+        self.tests = tests
+
+    def pytest_collection_modifyitems(self, items):
+        items[:] = sorted((of for of in items if of.nodeid in self.tests), key=lambda of: self.tests.index(of.nodeid))
+
+
+def options(module: str) -> list[str]:
+    "What pytest is called with."
+    files = [str(ROOT / "tests" / name) for name in TESTS[module]]
+    return ["-x", "-q", "-s", "-p", "no:cacheprovider", "-p", "no:randomly", "--rootdir", str(ROOT), *files]
+
+
+def score(module: str, each: int, seed: int, workers: int, result: Path) -> None:
+    "Try mutants of a module and show those that survive; write how many were found, tried, and possible."
+    every = list(mutants((ROOT / "zootwins" / f"{module}.py").read_text(encoding="utf-8")))
+    plugin = Try(module, random.Random(seed).sample(every, min(each, len(every))), workers)
+    silence = os.open(os.devnull, os.O_WRONLY)
+    sys.__stdout__ = os.fdopen(os.dup(1), "w")
+    os.dup2(silence, 1), os.dup2(silence, 2)
+    code = pytest.main(options(module), plugins=[plugin])
+    if not plugin.inside:
+        result.write_text(json.dumps([len(plugin.drawn) - len(plugin.survived), len(plugin.drawn), len(every)]))
+    os._exit(int(code))
 
 
 def main():
@@ -186,37 +354,26 @@ def main():
     parser.add_argument("--each", type=int, default=40, help="mutants a module")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
-    options = parser.parse_args()
+    asked = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "HYPOTHESIS_STORAGE_DIRECTORY": tempfile.mkdtemp()}
     sys.dont_write_bytecode = True
     sys.path.insert(0, str(ROOT))
     import hypothesis, matplotlib.pyplot, pyarrow.parquet  # noqa: E401, F401  (inherited by every child)
-    import pytest, scipy.stats, seaborn, torch  # noqa: E401, F401
+    import scipy.stats, seaborn, torch  # noqa: E401, F401
 
-    found = {}
-    with ThreadPoolExecutor(options.workers) as workers:
-        for module in options.modules:
-            source, start = (ROOT / "zootwins" / f"{module}.py").read_text(encoding="utf-8"), time.time()
-            if not passes(module, source):
-                sys.exit(
-                    f"The tests of {module} do not pass as they are: {', '.join(TESTS[module])}; "
-                    "mutants say nothing before they do."
-                )
-            every = list(mutants(source))
-            drawn = random.Random(options.seed).sample(every, min(options.each, len(every)))
-            alive = workers.map(passes, [module] * len(drawn), [text for _, _, text in drawn])
-            survived = [mutant for mutant, lives in zip(drawn, alive) if lives]
-            for line, what, _ in sorted(survived):
-                print(f"  survived: zootwins/{module}.py:{line}  {what}", flush=True)
-            found[module] = (len(drawn) - len(survived), len(drawn))
-            print(
-                f"{module}: {found[module][0]} of {found[module][1]} found, "
-                f"drawn from {len(every)}, {time.time() - start:.0f} s",
-                flush=True,
-            )
-    killed, tried = (sum(counts) for counts in zip(*found.values()))
-    print(f"all: {killed} of {tried} found, {killed / tried:.1%}")
-    sys.exit(killed < 0.95 * tried)
+    lines, found, result = [f"{'module':14}{'found':>7}{'tried':>7}{'sites':>7}{'score':>8}{'s':>7}"], {}, None
+    for module in asked.modules:
+        start, result = time.time(), Path(tempfile.mkdtemp()) / "score"
+        if not (child := os.fork()):
+            score(module, asked.each, asked.seed, asked.workers, result)
+        if os.waitpid(child, 0)[1]:
+            sys.exit(f"The mutants of {module} could not be tried.")
+        killed, tried, every = found[module] = json.loads(result.read_text())
+        lines.append(f"{module:14}{killed:7}{tried:7}{every:7}{killed / tried:8.1%}{time.time() - start:7.0f}")
+        print(lines[-1], flush=True)
+    killed, tried, every = (sum(counts) for counts in zip(*found.values()))
+    print("\n".join(["", *lines, f"{'all':14}{killed:7}{tried:7}{every:7}{killed / tried:8.1%}"]))
+    sys.exit(any(killed < 0.95 * tried for killed, tried, _ in found.values()))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Removal frequencies against naive counting, on disk, and against chance."""
 import numpy as np
 import pandas as pd
+import pyarrow.parquet
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,8 +10,8 @@ from hypothesis import strategies as st
 from zootwins.architectures import build, layer_names
 from zootwins.core import UserError
 from zootwins.layers import (
-    FREQUENCY_COLUMNS, frequency_spread, layer_sizes, read_frequencies, removal_frequency, save_frequencies,
-    stack_frequencies,
+    FREQUENCY_COLUMNS, frequency_spread, layer_profile, layer_sizes, read_frequencies, removal_frequency,
+    save_frequencies, stack_frequencies, whole_sparsity,
 )
 from zootwins.metrics import sparsity
 from zootwins.population import sample_population
@@ -105,6 +106,42 @@ def test_zoos_of_different_architectures_are_read_together(tmp_path):
         "cifar10_large_seed": 3 * 10760,
     }
     assert list(both["layer"].cat.categories) == ["conv1", "conv2", "conv3", "fc1", "fc2"]
+
+
+def test_a_file_holds_the_columns_alone_and_an_older_one_needs_no_selector(tmp_path):
+    """A selection keeps no trace of the rows it was taken from; a run without the column was pruned by its own rule."""
+    pruned = stacked().query("method == 'mp'")
+    save_frequencies(pruned, tmp_path / "new.parquet")
+    assert pyarrow.parquet.read_schema(tmp_path / "new.parquet").names == FREQUENCY_COLUMNS
+    pruned.drop(columns="selector").to_parquet(tmp_path / "old.parquet")
+    both = read_frequencies(tmp_path / "old.parquet", tmp_path / "new.parquet")
+    assert set(both["selector"]) == {"global"} and both.index.tolist() == list(range(2 * 2416))
+
+
+def test_a_profile_has_a_row_for_every_layer_of_a_zoo_and_keeps_the_order_of_the_states():
+    """By hand: a layer that a zoo lacks is no row; states stay in their order, also those without a level."""
+    metrics = pd.DataFrame({
+        "zoo": ["b", "b", "a"], "method": "mp", "level": [0.9, 0.5, np.nan], "epoch": 1, "model": 0,
+        "sparsity_conv1": [0.9, 0.5, 0.2], "sparsity_fc1": [0.8, 0.4, np.nan],
+    })
+    profile = layer_profile(metrics, sizes={"b": {"conv1": 1, "fc1": 3}, "a": {"conv1": 5}})
+    assert profile[["zoo", "layer", "size", "mean", "n"]].to_numpy().tolist() == [
+        ["b", "conv1", 1, 0.9, 1], ["b", "conv1", 1, 0.5, 1], ["a", "conv1", 5, 0.2, 1], ["b", "fc1", 3, 0.8, 1],
+        ["b", "fc1", 3, 0.4, 1],
+    ] and profile.index.tolist() == [0, 1, 2, 3, 4]
+    whole = whole_sparsity(profile)
+    assert whole["zoo"].tolist() == ["b", "b", "a"] and whole["mean"].tolist() == pytest.approx([0.825, 0.425, 0.2])
+
+
+def test_spread_has_a_row_for_every_state_and_layer_in_their_order():
+    """By hand: two of four weights go in one of two models, so mean 1/4, std 1/sqrt(12), chance sqrt(3/32)."""
+    shares = removal_frequency({"b.weight": torch.tensor([[0.0, 0, 1, 1], [1, 1, 1, 1]])}, {"fc1": "b"})
+    states = [("z", "vd", "", None, 5), ("z", "vd", "", None, 0), ("z", "mp", "global", 0.5, 15)]
+    found = frequency_spread(stack_frequencies(dict.fromkeys(states, shares)))
+    assert found["epoch"].tolist() == [5, 0, 15] and found["level"].isna().tolist() == [True, True, False]
+    assert found["size"].tolist() == [4] * 3 and found["models"].tolist() == [2] * 3
+    for name, value in (("mean", 1 / 4), ("std", 12**-0.5), ("chance", (3 / 32) ** 0.5)):
+        assert found[name].tolist() == pytest.approx([value] * 3)
 
 
 def test_spread_of_equal_weights_is_chance_and_a_special_weight_shows():

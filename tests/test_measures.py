@@ -10,9 +10,15 @@ from scipy import stats
 from zootwins.agreement import agreement, agreement_by_partner, pairwise_agreement
 from zootwins.architectures import build, layer_names
 from zootwins.core import UserError
-from zootwins.correlation import correlate, correlation, kendall_of_resamples, paired_accuracy, pearson_of_resamples
+from zootwins.correlation import (
+    bootstrap_interval, correlate, correlation, kendall_of_resamples, most_influential, paired_accuracy,
+    pearson_of_resamples,
+)
 from zootwins.layers import layer_profile, layer_sizes, whole_sparsity
-from zootwins.metrics import KEYS, METRIC_COLUMNS, read_metrics, sparsity, summarise, tidy
+from zootwins.metrics import (
+    KEYS, METRIC_COLUMNS, measure_columns, one_selector, own_name, own_selector, read_metrics, sparsity, summarise, tidy,
+    with_selectors,
+)
 from zootwins.population import sample_population
 from zootwins.zoos import ZOOS
 
@@ -84,6 +90,21 @@ def test_tidy_rows_survive_parquet(tmp_path):
     pd.testing.assert_frame_equal(again, rows)
     assert list(again.columns) == METRIC_COLUMNS and not again.duplicated(KEYS).any()
     assert again["level"].isna().tolist() == [True, True, False, False]
+    assert again["agreement"].tolist() == [1] * 4
+    both = read_metrics(tmp_path / "metrics.parquet", tmp_path / "metrics.parquet")
+    assert both.index.tolist() == list(range(8))
+    rows.drop(columns="selector").to_parquet(tmp_path / "older.parquet")
+    assert read_metrics(tmp_path / "older.parquet")["selector"].tolist() == ["", "", "global", "global"]
+
+
+def test_tidy_rows_name_what_was_measured():
+    """Four models with a gap of 0.25; an agreement that nobody measured is missing, an epoch and a level are numbers."""
+    acc, loss = torch.tensor([0.5, 0.75]), torch.tensor([1.0, 2.0])
+    rows = tidy("z", "vd", None, 3, [7, 9], (loss, acc + 0.25), (loss + 1, acc), {"sparsity": acc})
+    assert rows[["model", "epoch", "train_acc", "test_acc", "ggap", "train_loss", "test_loss"]].to_numpy().tolist() == [
+        [7, 3, 0.75, 0.5, 0.25, 1, 2], [9, 3, 1, 0.75, 0.25, 2, 3],
+    ]
+    assert rows["agreement"].isna().all() and rows["level"].isna().all() and set(rows["selector"]) == {""}
 
 
 def test_what_is_no_metrics_file_is_said_so(tmp_path):
@@ -94,6 +115,43 @@ def test_what_is_no_metrics_file_is_said_so(tmp_path):
             read_metrics(tmp_path / f"{name}.parquet")
     with pytest.raises(UserError, match="original, mp, vd"):
         epoch_rows("dropout", None, 0, [0.5])
+    rows = epoch_rows("original", None, 50, [0.9, 0.8])
+    for frame, problem in (
+        (rows.assign(test_acc="0.9"), "test_acc are not numbers"), (rows.drop(columns="agreement"), "agreement are miss"),
+        (rows.drop(columns="epoch"), "epoch are missing"), (rows.drop(columns="zoo"), "zoo are missing"),
+    ):
+        frame.to_parquet(tmp_path / "wrong.parquet")
+        with pytest.raises(UserError, match=problem):
+            read_metrics(tmp_path / "wrong.parquet")
+
+
+def pruned_rows(zoo, *selectors, method="mp"):
+    return pd.DataFrame({"zoo": zoo, "method": method, "selector": selectors, "model": range(len(selectors))})
+
+
+def test_a_row_of_magnitude_pruning_names_its_selector():
+    """A zoo's own rule where none is named, the paper's for a zoo that nobody registered; others keep their names."""
+    rows = pd.concat([pruned_rows("svhn_seed", "", None, "random"), pruned_rows("usps_seed", ""),
+                      pruned_rows("my_zoo", ""), pruned_rows("usps_seed", "", method="vd")])
+    wanted = ["layerwise", "layerwise", "random", "global", "global", ""]
+    assert with_selectors(rows)["selector"].tolist() == wanted
+    old = with_selectors(rows.drop(columns="selector"))
+    assert list(old.columns) == list(rows.columns) and old["selector"].tolist() == [*wanted[:2], "layerwise", *wanted[3:]]
+    assert [own_name(zoo) for zoo in ("svhn_seed", "usps_seed", "my_zoo")] == ["layerwise", "global", ""]
+
+
+def test_one_selector_stays_for_every_zoo():
+    """Its own, also where another comes first; the first in a run without its own, unless its own is asked for."""
+    runs = {
+        "usps_seed": ["random", "global", "random"], "svhn_seed": ["random", "global"], "my_zoo": ["random", "global"],
+    }
+    rows = pd.concat([pruned_rows(zoo, *selectors) for zoo, selectors in runs.items()]
+                     + [pruned_rows("usps_seed", "", method="vd")])
+    of = lambda found: found[["zoo", "selector"]].to_numpy().tolist()
+    dropout = ["usps_seed", ""]
+    assert of(one_selector(rows)) == [["usps_seed", "global"], ["svhn_seed", "random"], ["my_zoo", "random"], dropout]
+    assert of(own_selector(rows)) == [["usps_seed", "global"], ["my_zoo", "random"], dropout]
+    assert measure_columns(rows.assign(test_acc=0.5)) == ["test_acc"]
 
 
 def test_summarise_groups_missing_levels_too():
@@ -134,12 +192,39 @@ def test_interval_is_like_scipys_bootstrap():
     pd.testing.assert_frame_equal(correlate(x, y, seed=5), correlate(x, y, seed=5))
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("of", [pearson_of_resamples, kendall_of_resamples])
+def test_coefficients_of_resamples_know_no_unit_and_no_value_without_spread(of):
+    """Models that differ by 1e-8 are ranked like others; a resample of equal models is missing, without a warning."""
+    x, y = np.array([1.0, 2, 4, 3]), np.array([1.0, 3, 4, 2])
+    counts = np.array([[1, 1, 1, 1], [2, 1, 1, 0], [4, 0, 0, 0]])
+    found = of(x, y, counts)
+    np.testing.assert_allclose(of(1e-8 * x, 5 + 1e-3 * y, counts), found, atol=1e-6)
+    assert np.isnan(found).tolist() == [False, False, True] and np.isnan(of(0 * x, y, counts)).all()
+
+
+def test_an_interval_is_the_middle_share_of_the_known_resamples():
+    """The numbers 0 to 1000 in place of coefficients: 95 % of them lie between 25 and 975, 80 % between 100 and 900."""
+    drawn = []
+
+    def known(x, y, counts):
+        drawn.append(counts)
+        return np.append(np.arange(1001.0), np.nan)
+
+    x = np.arange(5)
+    assert bootstrap_interval(known, x, x) == pytest.approx((25, 975))
+    assert bootstrap_interval(known, x, x, 300, confidence=0.8, seed=1) == pytest.approx((100, 900))
+    assert [counts.shape for counts in drawn] == [(1000, 5), (300, 5)] and (drawn[0].sum(axis=1) == 5).all()
+    assert drawn[0].mean(axis=0) == pytest.approx(np.ones(5), abs=0.15)
+
+
 def test_meaningless_coefficients_are_missing():
     for before, after in (
         ([], []), ([0.1, 0.2], [0.1, 0.3]), ([0.5] * 8, range(8)), (range(8), [0.5] * 8), ([np.nan, 1, 2], [1, 2, 3]),
     ):
         assert correlate(before, after)[["value", "low", "high"]].isna().all(axis=None)
     assert correlate([1, 2, 3, np.nan, 4], [1, 3, 2, 9, 4])["n"].tolist() == [4, 4]
+    assert correlate([0.1, 0.2, 0.3], [0.3, 0.2, 0.1])["value"].tolist() == pytest.approx([-1, -1])
 
 
 def test_correlation_pairs_a_twin_with_its_own_original():
@@ -157,6 +242,50 @@ def test_correlation_pairs_a_twin_with_its_own_original():
         np.corrcoef(before, after)[0, 1]
     )
     assert correlation(metrics, "mp", 14, 0.5).empty
+
+
+def test_correlation_of_several_zoos_is_that_of_each():
+    """Zoos stay in their order, with models of their own; variational dropout has no level."""
+    of = {"usps_seed": ([0.9, 0.8, 0.7], [0.5, 0.6, 0.7]), "mnist_seed": ([0.7, 0.8, 0.9], [0.5, 0.7, 0.6])}
+    metrics = pd.concat([
+        rows for zoo, (before, after) in of.items() for rows in (
+            epoch_rows("original", None, 50, before, zoo), epoch_rows("vd", None, 25, after, zoo),
+            epoch_rows("mp", 0.5, 25, [0.1] * 3, zoo),
+        )
+    ])
+    found = correlation(metrics, "vd", 25, resamples=20)
+    assert found[["zoo", "coefficient", "n"]].to_numpy().tolist() == [
+        ["usps_seed", "pearson", 3], ["usps_seed", "kendall", 3], ["mnist_seed", "pearson", 3],
+        ["mnist_seed", "kendall", 3],
+    ] and found.index.tolist() == [0, 1, 2, 3]
+    assert found["value"].tolist() == pytest.approx([-1, -1, 0.5, 1 / 3]) and found["level"].isna().all()
+    assert correlation(metrics, "mp", 25, 0.5)["level"].tolist() == [0.5] * 4
+
+
+@pytest.mark.parametrize("far", [0, 3, 6])
+def test_the_most_influential_model_is_found_by_leaving_out_each(far):
+    before, after = np.array([0.80, 0.82, 0.83, 0.85, 0.86, 0.88, 0.89]), np.array([3, 1, 2, 5, 4, 7, 6]) / 10
+    after[far] = 2.0 if far == 0 else -1.5
+    pairs = pd.DataFrame({"model": range(10, 17), "before": before, "after": after})
+    kept = [np.arange(7) != i for i in range(7)]
+    r = [stats.pearsonr(before[of], after[of])[0] for of in kept]
+    most = int(np.abs(np.array(r) - stats.pearsonr(before, after)[0]).argmax())
+    found = most_influential(pairs)
+    assert found["model"] == 10 + most == 10 + far and found["pearson"] == pytest.approx(
+        stats.pearsonr(before, after)[0]
+    )
+    assert found["pearson_without"] == pytest.approx(r[most])
+    assert found["kendall_without"] == pytest.approx(stats.kendalltau(before[kept[most]], after[kept[most]])[0])
+
+
+def test_of_few_models_or_equal_ones_none_is_influential():
+    pairs = pd.DataFrame({"model": range(4), "before": [0.1, 0.2, 0.3, 0.5], "after": [0.1, 0.4, 0.2, 0.3]})
+    names = ["model", "pearson_without", "kendall_without"]
+    assert most_influential(pairs)[names].notna().all()
+    assert most_influential(pairs.head(3))[names].isna().all() and most_influential(pairs.head(3))["pearson"] == (
+        pytest.approx(stats.pearsonr([0.1, 0.2, 0.3], [0.1, 0.4, 0.2])[0])
+    )
+    assert most_influential(pairs.assign(before=0.5)).isna().all()
 
 
 def test_layers_add_up_to_the_whole_model():

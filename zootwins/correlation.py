@@ -178,7 +178,7 @@ def correlation(
 def most_influential(
     pairs: pd.DataFrame,  # of one zoo, from paired_accuracy
 ) -> pd.Series:           # pearson and kendall of all models; model, and both coefficients without it
-    """The model on which Pearson's r depends most; missing values for fewer than four models.
+    """The model on which Pearson's r depends most; missing values for fewer than four models or equal ones.
 
     Args:
         pairs: of one zoo, from paired_accuracy
@@ -189,11 +189,11 @@ def most_influential(
     table = lambda rows: correlate(rows["before"], rows["after"], resamples=1).set_index("coefficient")
     coefficients = lambda rows: table(rows)["value"].to_dict()
     whole = coefficients(pairs)
-    if len(pairs) < 4:
+    if len(pairs) < 4 or np.isnan(whole["pearson"]):
         return pd.Series(whole | dict.fromkeys(["model", "pearson_without", "kendall_without"], np.nan))
     x, y = pairs["before"].to_numpy(), pairs["after"].to_numpy()
     r = pearson_of_resamples(x, y, 1 - np.eye(len(pairs)))
-    worst = int(np.nanargmax(np.abs(r - whole["pearson"]))) if np.isfinite(r).any() else 0
+    worst = int(np.nanargmax(np.abs(r - whole["pearson"])))
     without = coefficients(pairs[np.arange(len(pairs)) != worst])
     named = {f"{name}_without": value for name, value in without.items()}
     return pd.Series(whole | {"model": pairs["model"].iloc[worst]} | named)
