@@ -29,22 +29,6 @@ def torch_pruning() -> ModuleType:
     return library
 
 
-@dataclass(frozen=True)
-class Chain:
-    """Channels that can only go together.
-
-    Attributes:
-        writers: weight, and which of its filters writes each channel, int64 [channels]
-        readers: weight, and which of its inputs [channels, inputs per channel] read each
-    """
-
-    writers: tuple[tuple[str, Tensor], ...]  # weight, and which of its filters writes each channel, int64 [channels]
-    readers: tuple[tuple[str, Tensor], ...]  # weight, and which of its inputs [channels, inputs per channel] read each
-
-    def __len__(self) -> int:
-        return len(self.writers[0][1])
-
-
 def _groups(
     module: nn.Module,  # unwrapped, in eval mode
     x: Tensor,          # one image or a batch
@@ -64,10 +48,50 @@ def _groups(
     return graph, list(graph.get_all_groups(ignored_layers=last, root_module_types=[nn.Conv2d]))
 
 # %% ../nbs/75_filters.ipynb #64ac5308
+@dataclass(frozen=True)
+class Chain:
+    """Channels that can only go together.
+
+    Attributes:
+        writers: weight, and which of its filters writes each channel, int64 [channels]
+        readers: weight, and which of its inputs [channels, inputs per channel] read each
+    """
+
+    writers: tuple[tuple[str, Tensor], ...]  # weight, and which of its filters writes each channel, int64 [channels]
+    readers: tuple[tuple[str, Tensor], ...]  # weight, and which of its inputs [channels, inputs per channel] read each
+
+    def __len__(self) -> int:
+        return len(self.writers[0][1])
+
+
+def _chain(
+    group: list,            # of the library
+    names: dict[int, str],  # id of a weight -> its name
+) -> Chain:
+    """Sort a group into writers and readers.
+
+    Args:
+        group: of the library
+        names: id of a weight -> its name
+    """
+    writers, readers = [], []
+    for item in group:
+        layer, channels, roots = item.dep.target.module, torch.tensor(item.idxs), torch.tensor(item.root_idxs)
+        name = names.get(id(getattr(layer, "weight", None)))
+        if name is None:
+            continue
+        by_root = channels[torch.argsort(roots, stable=True)].reshape(int(roots.max()) + 1, -1)
+        if "out_channels" in item.dep.handler.__name__:
+            writers.append((name, by_root[:, 0]))
+        elif "in_channels" in item.dep.handler.__name__:
+            readers.append((name, by_root))
+    return Chain(tuple(writers), tuple(readers))
+
+# %% ../nbs/75_filters.ipynb #4e12afdd
 def filter_chains(
     module: nn.Module,  # a convolutional net, in any wrapping
     x: Tensor,          # [N, ...], one batch
-) -> list[Chain]:       # in the order of the layers
+) -> list[Chain]:       # in the library's order
     """Which filters hang together; raises `UserError` where there are none.
 
     Args:
@@ -75,25 +99,12 @@ def filter_chains(
         x: [N, ...], one batch
 
     Returns:
-        list[Chain]: in the order of the layers
+        list[Chain]: in the library's order
     """
     module = unwrapped(module)
     names = {id(weight): name for name, weight in prunable_weights(module).items()}
-    mode, found = module.training, []
-    for group in _groups(module.eval(), x)[1]:
-        writers, readers = [], []
-        for item in group:
-            layer, channels, roots = item.dep.target.module, torch.tensor(item.idxs), torch.tensor(item.root_idxs)
-            name = names.get(id(getattr(layer, "weight", None)))
-            if name is None:
-                continue
-            n = int(roots.max()) + 1
-            by_root = channels[torch.argsort(roots, stable=True)].reshape(n, -1)
-            if "out_channels" in item.dep.handler.__name__:
-                writers.append((name, by_root[:, 0]))
-            elif "in_channels" in item.dep.handler.__name__:
-                readers.append((name, by_root))
-        found.append(Chain(tuple(writers), tuple(readers)))
+    mode = module.training
+    found = [_chain(group, names) for group in _groups(module.eval(), x)[1]]
     module.train(mode)
     if not found:
         raise UserError("This model has no filters that could go: it needs convolutions that another layer reads.")
@@ -103,6 +114,69 @@ def filter_chains(
 SCOPES = ("uniform", "global")
 
 
+def _highest(
+    scores: Tensor,  # float [n]
+    kept: int,       # how many stay
+) -> Tensor:         # bool [n]
+    """Keep the highest.
+
+    Args:
+        scores: float [n]
+        kept: how many stay
+
+    Returns:
+        Tensor: bool [n]
+    """
+    first = torch.argsort(scores, descending=True, stable=True)[:kept]
+    return torch.zeros(len(scores), dtype=torch.bool).scatter_(0, first, True)
+
+
+def _norms(
+    chain: Chain,
+    weights: Mapping[str, nn.Parameter],  # of the model
+    scope: str,                           # one of SCOPES
+) -> Tensor:                              # float64 [channels]
+    """The scores of a chain's channels.
+
+    Args:
+        weights: of the model
+        scope: one of SCOPES
+
+    Returns:
+        Tensor: float64 [channels]
+    """
+    rows = [weights[name].detach().cpu().double().flatten(1)[filters] for name, filters in chain.writers]
+    joined = torch.cat(rows, 1)
+    return joined.norm(dim=1) / (joined.shape[1] ** 0.5 if scope == "global" else 1)
+
+# %% ../nbs/75_filters.ipynb #cf04567e
+def _kept_channels(
+    chains: list[Chain],                    # of a model
+    weights: Mapping[str, nn.Parameter],    # its weights
+    level: float,                           # share to be gone
+    scope: str,                             # one of SCOPES
+) -> list[Tensor]:                          # bool [channels] by chain
+    """Let channels compete, within their chain or with all.
+
+    Args:
+        chains: of a model
+        weights: its weights
+        level: share to be gone
+        scope: one of SCOPES
+
+    Returns:
+        list[Tensor]: bool [channels] by chain
+    """
+    norms = [_norms(chain, weights, scope) for chain in chains]
+    if scope == "uniform":
+        return [_highest(norm, max(1, len(norm) - round(level * len(norm)))) for norm in norms]
+    for norm in norms:
+        norm[norm.argmax()] = torch.inf
+    total = sum(map(len, norms))
+    count = max(len(norms), total - round(level * total))
+    return list(_highest(torch.cat(norms), count).split([len(norm) for norm in norms]))
+
+# %% ../nbs/75_filters.ipynb #3281bed4
 @dataclass(frozen=True)
 class FilterChains:
     """A selector of whole chains, for `soup(selector=FilterChains(x))`; the level is a share of channels.
@@ -142,54 +216,6 @@ class FilterChains:
             for name, inputs in chain.readers:
                 masks[name][:, inputs[~kept].flatten()] = False
         return {name: mask & earlier[name] if earlier else mask for name, mask in masks.items()}
-
-
-def _kept_channels(
-    chains: list[Chain],                    # of a model
-    weights: Mapping[str, nn.Parameter],    # its weights
-    level: float,                           # share to be gone
-    scope: str,                             # one of SCOPES
-) -> list[Tensor]:                          # bool [channels] by chain
-    """Let channels compete, within their chain or with all.
-
-    Args:
-        chains: of a model
-        weights: its weights
-        level: share to be gone
-        scope: one of SCOPES
-
-    Returns:
-        list[Tensor]: bool [channels] by chain
-    """
-    norms = []
-    for chain in chains:
-        rows = [weights[name].detach().cpu().double().flatten(1)[filters] for name, filters in chain.writers]
-        joined = torch.cat(rows, 1)
-        norms.append(joined.norm(dim=1) / (joined.shape[1] ** 0.5 if scope == "global" else 1))
-    if scope == "uniform":
-        return [_highest(norm, max(1, len(norm) - round(level * len(norm)))) for norm in norms]
-    for norm in norms:
-        norm[norm.argmax()] = torch.inf
-    total = sum(map(len, norms))
-    count = max(len(norms), total - round(level * total))
-    return list(_highest(torch.cat(norms), count).split([len(norm) for norm in norms]))
-
-
-def _highest(
-    scores: Tensor,  # float [n]
-    kept: int,       # how many stay
-) -> Tensor:         # bool [n]
-    """Keep the highest.
-
-    Args:
-        scores: float [n]
-        kept: how many stay
-
-    Returns:
-        Tensor: bool [n]
-    """
-    first = torch.argsort(scores, descending=True, stable=True)[:kept]
-    return torch.zeros(len(scores), dtype=torch.bool).scatter_(0, first, True)
 
 # %% ../nbs/75_filters.ipynb #6eb9c310
 def without_pruned_filters(

@@ -26,7 +26,7 @@ from .core import UserError, atomic_path, one_line
 from .module_masks import check_fit, prunable_weights, unwrapped
 from .untrusted import ordinary_size
 
-# %% ../nbs/74_inference_costs.ipynb #bcceaeff
+# %% ../nbs/74_inference_costs.ipynb #18bcd967
 PRODUCTS = ("bmm", "baddbmm", "attention")  # in names of operations that multiply activations with each other
 
 
@@ -48,6 +48,28 @@ def _owner(
     return parent if isinstance(module.get_submodule(parent), nn.MultiheadAttention) else path
 
 
+def _counted(
+    module: nn.Module,  # unwrapped
+    x: Tensor,          # [N, ...], a batch
+) -> dict[str, dict]:   # by path of the layer, below the name of the class: kind of operation -> operations
+    """PyTorch's counts of one forward pass.
+
+    Args:
+        module: unwrapped
+        x: [N, ...], a batch
+
+    Returns:
+        dict[str, dict]: by path of the layer, below the name of the class: kind of operation -> operations
+    """
+    device = next(module.parameters()).device
+    modes, counter = [layer.training for layer in module.modules()], FlopCounterMode(display=False)
+    with counter, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # faster ways of attention are not counted
+        module.eval()(x.to(device))
+    for layer, mode in zip(module.modules(), modes):
+        layer.training = mode
+    return counter.get_flop_counts()
+
+# %% ../nbs/74_inference_costs.ipynb #bcceaeff
 def multiply_adds(
     module: nn.Module,  # in any wrapping
     x: Tensor,          # [N, ...], a batch; the counts are per image
@@ -61,13 +83,8 @@ def multiply_adds(
     Returns:
         dict[str, float]: by name of the weight, and "rest" for what has no prunable weight
     """
-    module, device = unwrapped(module), next(module.parameters()).device
-    modes, counter = [layer.training for layer in module.modules()], FlopCounterMode(display=False)
-    with counter, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # faster ways of attention are not counted
-        module.eval()(x.to(device))
-    for layer, mode in zip(module.modules(), modes):
-        layer.training = mode
-    by_layer, weights, root = counter.get_flop_counts(), prunable_weights(module), type(module).__name__
+    module = unwrapped(module)
+    by_layer, weights, root = _counted(module, x), prunable_weights(module), type(module).__name__
     owners = {name: _owner(module, name) for name in weights}
     found = {}
     for owner in dict.fromkeys(owners.values()):
@@ -80,7 +97,7 @@ def multiply_adds(
         found |= {name: flops / 2 / len(x) * number / sum(mine.values()) for name, number in mine.items()}
     return found | {"rest": sum(by_layer["Global"].values()) / 2 / len(x) - sum(found.values())}
 
-
+# %% ../nbs/74_inference_costs.ipynb #444cec34
 def speed_up(
     module: nn.Module,  # pruned
     x: Tensor,          # [N, ...], a batch
@@ -128,7 +145,7 @@ def pack_sparse(
     plain = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     return safetensors.torch.save(plain)
 
-
+# %% ../nbs/74_inference_costs.ipynb #98a8eb50
 def save_sparse(
     module: nn.Module,  # pruned
     path: Path | str,   # such as "soup.safetensors"
@@ -149,7 +166,7 @@ def save_sparse(
         temporary.write_bytes(content)
     return len(content)
 
-
+# %% ../nbs/74_inference_costs.ipynb #3e3db4ea
 def load_sparse(
     path: Path | str,   # written by `save_sparse`
     module: nn.Module,  # of that architecture; changed in place
