@@ -18,22 +18,14 @@ import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from pandas.core.groupby import DataFrameGroupBy
 from scipy import stats
 
 from .averaging import gains
 from .claims import mean_interval
 from .core import UserError, read_json
 from zootwins.figures import (
-    COLOURS,
-    GREY,
-    HEIGHT,
-    MARKERS,
-    WIDTH,
-    draw_spread,
-    heading,
-    percent_axis,
-    spread_note,
-    styled,
+    COLOURS, GREY, HEIGHT, MARKERS, WIDTH, draw_spread, heading, percent_axis, spread_note, styled,
 )
 from .reported_soups import soup_table
 from .soups import soup_cells
@@ -114,7 +106,7 @@ def setting_title(
         told += f", {length[0]} x {length[1]} epochs"
     return told if setting.get("varied", "seed") == "seed" else f"{told}, {setting['varied']} varied"
 
-
+# %% ../nbs/37_soup_figures.ipynb #ce39ac03
 def one_story(
     stories: pd.DataFrame,  # from read_stories
     **setting: object,      # columns of STORY and their values; rate=None: each model's own
@@ -156,7 +148,7 @@ def list_stories(
     rows = stories.groupby(STORY, dropna=False).agg(**told).reset_index()
     return rows.assign(zoo=rows["zoo"].map(zoo_title), rate=rows["rate"].map("{:g}".format).replace("nan", "the zoo's"))
 
-
+# %% ../nbs/37_soup_figures.ipynb #9dfc8638
 def provenance(
     folder: Path | str,  # such as "figures/soups"
 ) -> pd.DataFrame:       # one row per table that is kept: models, engine, seed, commit
@@ -207,7 +199,28 @@ def difference_cell(
     low, high = gain["gain"] - half, gain["gain"] + half
     return f"{gain['gain']:+.2f} [{low:+.2f}, {high:+.2f}], {gain['wins']:.0%} win, {gain['ties']:.0%} tie"
 
+# %% ../nbs/37_soup_figures.ipynb #9dc01edf
+def _against(
+    here: pd.DataFrame,      # accuracies of one phase and m, by model: a column per row and merge
+    soup: tuple[str, str],   # row and merge that is compared
+) -> dict[str, tuple[int, pd.Series]]:  # name of another row -> models that have both, and numbers of averaging.gains
+    """Compare a soup with every other row.
 
+    Args:
+        here: accuracies of one phase and m, by model: a column per row and merge
+        soup: row and merge that is compared
+
+    Returns:
+        dict[str, tuple[int, pd.Series]]: name of another row -> models that have both, and numbers of averaging.gains
+    """
+    here, found = here.set_axis(here.columns.to_flat_index(), axis=1), {}
+    for name in [name for name in here if soup in here and name != soup]:
+        both = here[[soup, name]].dropna()
+        if len(both):
+            found[f"{name[0]} ({name[1]})" if name[1] else name[0]] = len(both), gains(both, soup, [name]).iloc[0]
+    return found
+
+# %% ../nbs/37_soup_figures.ipynb #fa3be485
 def paired_table(
     results: pd.DataFrame,      # one story
     merged: str = "uniform",    # whose soups are compared
@@ -224,14 +237,10 @@ def paired_table(
     wide, soup = results.pivot_table("test_acc", ["phase", "m", "model"], ["row", "merge"]), ("SMS", merged)
     sparsity, rows, text = results.groupby("phase")["sparsity"].first(), [], {}
     for (phase, m), here in wide.groupby(level=["phase", "m"]):
-        here = here.set_axis(here.columns.to_flat_index(), axis=1)
-        for name in [name for name in here if soup in here and name != soup]:
-            both = here[[soup, name]].dropna()
-            if len(both):
-                told, gain = f"{name[0]} ({name[1]})" if name[1] else name[0], gains(both, soup, [name]).iloc[0]
-                rows.append({"over": told, "phase": phase, "m": m, "n": len(both), **gain})
-                heading_of = (f"{sparsity[phase]:.1%}, phase {phase}", f"m = {m}")
-                text.setdefault(heading_of, {})[told] = difference_cell(gain, len(both))
+        for told, (n, gain) in _against(here, soup).items():
+            rows.append({"over": told, "phase": phase, "m": m, "n": n, **gain})
+            heading_of = (f"{sparsity[phase]:.1%}, phase {phase}", f"m = {m}")
+            text.setdefault(heading_of, {})[told] = difference_cell(gain, n)
     if not rows:
         raise UserError(f"This story has no {merged} soups.")
     title, n = setting_title(results.iloc[0]), results["model"].nunique()
@@ -250,14 +259,9 @@ def shot_story(
     Returns:
         pd.DataFrame: as a story of one phase per sparsity
     """
-    kept = {
-        ("SMS", "uniform"): "uniform",
-        ("best candidate", "uniform"): "best candidate",
-        ("mean candidate", "uniform"): "mean candidate",
-        ("SMS", "greedy"): "greedy",
-        ("IMP_mx", ""): "IMP_mx",
-        ("IMP", ""): "IMP",
-    }
+    kept = {("SMS", "uniform"): "uniform", ("best candidate", "uniform"): "best candidate",
+            ("mean candidate", "uniform"): "mean candidate", ("SMS", "greedy"): "greedy",
+            ("IMP_mx", ""): "IMP_mx", ("IMP", ""): "IMP"}
     frames = [
         sweep[[*SETTING, "m", "model"]].assign(row=row, merge=merge, test_acc=sweep[column])
         for (row, merge), column in kept.items()
@@ -265,7 +269,7 @@ def shot_story(
     ]
     return pd.concat(frames, ignore_index=True).assign(phase=1, sparsity=lambda rows: rows["level"])
 
-
+# %% ../nbs/37_soup_figures.ipynb #6e7f8328
 def table_6(
     sweep: pd.DataFrame,  # from soup_questions.sweep, of one selector, schedule, rate and length
 ) -> Table:               # mean ± standard deviation over models
@@ -301,12 +305,8 @@ def table_16(
         cells = {row: mean_std(here[row].mean(), here[row].std()) for row in ("IMP_mx", "IMP with m phases")}
         difference = gains(here / 100, "IMP with m phases", ["IMP_mx"]).iloc[0]
         text[f"m = {m}"] = cells | {"difference": difference_cell(difference, len(here))}
-    return Table(
-        "table_16",
-        f"Table 16, {setting_title(results.iloc[0])}: longer phases or more of them.",
-        wide.reset_index(),
-        pd.DataFrame(text),
-    )
+    caption = f"Table 16, {setting_title(results.iloc[0])}: longer phases or more of them."
+    return Table("table_16", caption, wide.reset_index(), pd.DataFrame(text))
 
 # %% ../nbs/37_soup_figures.ipynb #024f6727
 def table_17(
@@ -333,7 +333,7 @@ def table_17(
     )
     return Table("table_17", caption, rows[["schedule", "level", "model", "IMP", "IMP + SWA"]], pd.DataFrame(text))
 
-
+# %% ../nbs/37_soup_figures.ipynb #737b61a8
 def table_18(
     sweep: pd.DataFrame,  # from soup_questions.sweep, of one selector, schedule and m
 ) -> Table:               # means over models
@@ -358,6 +358,28 @@ def table_18(
     caption = f"Table 18, {zoo_title(first['zoo'])}, {first['schedule']} rate: distances of {first['m']} copies."
     return Table("table_18", caption, numbers.reset_index(), layout)
 
+# %% ../nbs/37_soup_figures.ipynb #e114f366
+def _pair_panel(
+    ax: Axes,             # where
+    pairs: pd.DataFrame,  # of one setting: varied, better, soup
+) -> None:
+    """Draw the pairs of one setting, and the line above which an average wins.
+
+    Args:
+        ax: where
+        pairs: of one setting: varied, better, soup
+    """
+    both = pairs[["better", "soup"]]
+    for colour, marker, (name, part) in zip(COLOURS, MARKERS, pairs.groupby("varied", sort=False)):
+        label = f"{name}: {(part['soup'] > part['better']).mean():.0%} win"
+        look = {"s": 9, "color": colour, "marker": marker, "alpha": 0.35, "linewidths": 0}
+        ax.scatter(part["better"], part["soup"], label=label, **look)
+    limits = (max(both.quantile(0.005).min(), 0), both.max().max() + 0.004)
+    ax.plot(limits, limits, color=GREY, linewidth=0.8)
+    ax.set(xlim=limits, ylim=limits, xlabel="better of the two")
+    percent_axis(ax.xaxis), percent_axis(ax.yaxis)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), fontsize=7.5, handletextpad=0.1)
+
 # %% ../nbs/37_soup_figures.ipynb #919361ea
 @styled
 def figure_pairs(
@@ -371,30 +393,11 @@ def figure_pairs(
     settings = list(pairs[["level", "schedule"]].drop_duplicates().itertuples(index=False))
     fig, axes = plt.subplots(1, len(settings), figsize=(WIDTH, 4.2), layout="constrained", squeeze=False)
     for ax, (level, schedule) in zip(axes[0], settings):
-        here = pairs[(pairs["level"] == level) & (pairs["schedule"] == schedule)]
-        for colour, marker, (name, part) in zip(COLOURS, MARKERS, here.groupby("varied", sort=False)):
-            wins = (part["soup"] > part["better"]).mean()
-            ax.scatter(
-                part["better"],
-                part["soup"],
-                s=9,
-                color=colour,
-                marker=marker,
-                alpha=0.35,
-                linewidths=0,
-                label=f"{name}: {wins:.0%} win",
-            )
-        low = max(here[["better", "soup"]].quantile(0.005).min(), 0)
-        limits = (low, here[["better", "soup"]].max().max() + 0.004)
-        ax.plot(limits, limits, color=GREY, linewidth=0.8)
-        ax.set(xlim=limits, ylim=limits, xlabel="better of the two", title=f"{level:.0%}, {schedule}")
-        percent_axis(ax.xaxis), percent_axis(ax.yaxis)
-        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), fontsize=7.5, handletextpad=0.1)
+        _pair_panel(ax, pairs[(pairs["level"] == level) & (pairs["schedule"] == schedule)])
+        ax.set_title(f"{level:.0%}, {schedule}")
     axes[0][0].set_ylabel("average of two")
-    heading(
-        fig,
-        f"{pairs['model'].nunique()} models, all pairs of 8 copies that differ in ...; the lowest 0.5 % lie outside",
-    )
+    of_all = "all pairs of 8 copies that differ in ...; the lowest 0.5 % lie outside"
+    heading(fig, f"{pairs['model'].nunique()} models, {of_all}")
     return fig
 
 # %% ../nbs/37_soup_figures.ipynb #327fea8b
@@ -432,6 +435,46 @@ def zero_line(
     ax.axhline(0, color=GREY, linewidth=0.9)
     ax.set_ylabel(f"points over {over}")
 
+# %% ../nbs/37_soup_figures.ipynb #dc651340
+def _gain_by_sparsity(
+    ax: Axes,             # where
+    sweep: pd.DataFrame,  # one selector, schedule and m
+) -> None:
+    """Draw what both soups gain over the best candidate.
+
+    Args:
+        ax: where
+        sweep: one selector, schedule and m
+    """
+    for colour, marker, name in zip(COLOURS, MARKERS, ("uniform", "greedy")):
+        rows = sweep.assign(x=sweep["level"], y=100 * (sweep[name] - sweep["best candidate"]))
+        draw_spread(ax, rows, f"{name} soup", color=colour, marker=marker)
+    zero_line(ax, "the best candidate")
+    ax.set(xlabel="sparsity", title=f"(a) soups of {sweep['m'].iloc[0]}")
+    percent_axis(ax.xaxis)
+    ax.legend(loc="lower left")
+
+
+def _gain_by_length(
+    ax: Axes,               # where
+    lengths: pd.DataFrame,  # over sparsity and length, with IMP_mx
+) -> None:
+    """Draw what soups gain over one run that is m times as long.
+
+    Args:
+        ax: where
+        lengths: over sparsity and length, with IMP_mx
+    """
+    m, epochs = lengths["m"].iloc[0], sorted(lengths["epochs"].unique())
+    for colour, marker, (level, rows) in zip(COLOURS, MARKERS, lengths.groupby("level")):
+        gained = rows.assign(x=rows["epochs"], y=100 * (rows["uniform"] - rows["IMP_mx"]))
+        draw_mean(ax, gained, f"{level:.0%}", color=colour, marker=marker)
+    zero_line(ax, f"one run, {m} times as long")
+    ax.set(xscale="log", xlabel="epochs of each copy", title=f"(b) soups of {m}")
+    ax.set_xticks(epochs, map(str, epochs))
+    ax.minorticks_off()
+    ax.legend(title="sparsity")
+
 # %% ../nbs/37_soup_figures.ipynb #c57551a3
 @styled
 def figure_4(
@@ -445,33 +488,35 @@ def figure_4(
         lengths: over sparsity and length, with IMP_mx
     """
     fig, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, HEIGHT), layout="constrained")
+    _gain_by_sparsity(left, sweep)
+    _gain_by_length(right, lengths)
     n = sweep["model"].nunique()
-    for colour, marker, name in zip(COLOURS, MARKERS, ("uniform", "greedy")):
-        rows = sweep.assign(x=sweep["level"], y=100 * (sweep[name] - sweep["best candidate"]))
-        draw_spread(left, rows, f"{name} soup", color=colour, marker=marker)
-    zero_line(left, "the best candidate")
-    left.set(xlabel="sparsity", title=f"(a) soups of {sweep['m'].iloc[0]}")
-    percent_axis(left.xaxis)
-    left.legend(loc="lower left")
-    for colour, marker, (level, rows) in zip(COLOURS, MARKERS, lengths.groupby("level")):
-        draw_mean(
-            right,
-            rows.assign(x=rows["epochs"], y=100 * (rows["uniform"] - rows["IMP_mx"])),
-            f"{level:.0%}",
-            color=colour,
-            marker=marker,
-        )
-    m = lengths["m"].iloc[0]
-    zero_line(right, f"one run, {m} times as long")
-    right.set(xscale="log", xlabel="epochs of each copy", title=f"(b) soups of {m}")
-    right.set_xticks(sorted(lengths["epochs"].unique()), map(str, sorted(lengths["epochs"].unique())))
-    right.minorticks_off()
-    right.legend(title="sparsity")
-    heading(
-        fig,
-        f"{zoo_title(sweep['zoo'].iloc[0])}, {n} models. {spread_note([n])}; bars: 95 % intervals",
-    )
+    heading(fig, f"{zoo_title(sweep['zoo'].iloc[0])}, {n} models. {spread_note([n])}; bars: 95 % intervals")
     return fig
+
+# %% ../nbs/37_soup_figures.ipynb #25669a52
+def _draw_by_level(
+    ax: Axes,                  # where
+    groups: DataFrameGroupBy,  # by what the legend tells apart
+    over: str,                 # a column
+    **look,                    # of all of them
+) -> None:
+    """Draw gains by sparsity, group beside group.
+
+    Args:
+        ax: where
+        groups: by what the legend tells apart
+        over: a column
+        **look: of all of them
+    """
+    levels = sorted(groups.obj["level"].unique())
+    for place, (name, rows) in enumerate(groups):
+        moved = rows["level"].rank(method="dense") + 0.08 * (place - 2)
+        gained = rows.assign(x=moved, y=100 * (rows["uniform"] - rows[over]))
+        draw_mean(ax, gained, str(name), color=COLOURS[place], marker=MARKERS[place], **look)
+    ax.set_xticks(range(1, len(levels) + 1), [f"{level:.0%}" for level in levels])
+    ax.set_xlabel("sparsity")
+    zero_line(ax, f"the {over}")
 
 # %% ../nbs/37_soup_figures.ipynb #5810f2a4
 @styled
@@ -485,32 +530,17 @@ def figure_9(
         sweep: from soup_questions.sweep over sparsity and schedule: one selector, several m
         over: a column
     """
-    numbers = sorted(sweep["m"].unique())
+    numbers, n = sorted(sweep["m"].unique()), sweep["model"].nunique()
     fig, axes = plt.subplots(1, len(numbers), figsize=(WIDTH, HEIGHT), sharey=True, layout="constrained", squeeze=False)
     for ax, m in zip(axes[0], numbers):
-        here = sweep[sweep["m"] == m]
-        for place, (name, rows) in enumerate(here.groupby("schedule", sort=False)):
-            moved = rows["level"].rank(method="dense") + 0.08 * (place - 2)
-            draw_mean(
-                ax,
-                rows.assign(x=moved, y=100 * (rows["uniform"] - rows[over])),
-                name,
-                color=COLOURS[place],
-                marker=MARKERS[place],
-            )
-        levels = sorted(here["level"].unique())
-        ax.set_xticks(range(1, len(levels) + 1), [f"{level:.0%}" for level in levels])
-        ax.set(xlabel="sparsity", title=f"m = {m}")
-        zero_line(ax, f"the {over}")
+        _draw_by_level(ax, sweep[sweep["m"] == m].groupby("schedule", sort=False), over)
+        ax.set_title(f"m = {m}")
     axes[0][-1].set_ylabel("")
     axes[0][0].legend(loc="lower left")
-    heading(
-        fig,
-        f"{zoo_title(sweep['zoo'].iloc[0])}: mean and 95 % interval of {sweep['model'].nunique()} models",
-    )
+    heading(fig, f"{zoo_title(sweep['zoo'].iloc[0])}: mean and 95 % interval of {n} models")
     return fig
 
-
+# %% ../nbs/37_soup_figures.ipynb #6d6c8ceb
 @styled
 def figure_10(
     lengths: pd.DataFrame,  # from soup_questions.sweep over sparsity and length
@@ -523,26 +553,12 @@ def figure_10(
         over: a column
     """
     fig, ax = plt.subplots(figsize=(WIDTH / 1.6, HEIGHT), layout="constrained")
-    for place, (epochs, rows) in enumerate(lengths.groupby("epochs")):
-        moved = rows["level"].rank(method="dense") + 0.08 * (place - 2)
-        label = f"{epochs} epoch{'s' if epochs > 1 else ''}"
-        draw_mean(
-            ax,
-            rows.assign(x=moved, y=100 * (rows["uniform"] - rows[over])),
-            label,
-            color=COLOURS[place],
-            marker=MARKERS[place],
-            linestyle="",
-        )
-    levels = sorted(lengths["level"].unique())
-    ax.set_xticks(range(1, len(levels) + 1), [f"{level:.0%}" for level in levels])
-    ax.set_xlabel("sparsity")
-    zero_line(ax, f"the {over}")
+    words = lengths["epochs"].map(lambda n: f"{n} epoch{'s' if n > 1 else ''}")
+    by_length = lengths.assign(words=words).sort_values("epochs", kind="stable").groupby("words", sort=False)
+    _draw_by_level(ax, by_length, over, linestyle="")
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    heading(
-        fig,
-        f"{zoo_title(lengths['zoo'].iloc[0])}: soups of {lengths['m'].iloc[0]}, mean and 95 % interval",
-    )
+    title, m = zoo_title(lengths["zoo"].iloc[0]), lengths["m"].iloc[0]
+    heading(fig, f"{title}: soups of {m}, mean and 95 % interval")
     return fig
 
 # %% ../nbs/37_soup_figures.ipynb #65ec2a6c
