@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = [
-    'NETWORKS', 'ResidualBlock', 'WideBlock', 'ResNet', 'resnet8', 'resnet20', 'resnet18', 'wrn20', 'make_network',
-    'parameter_count', 'logits_of',
+    'NETWORKS', 'ResidualBlock', 'WideBlock', 'ResNet', 'parameter_count', 'resnet8', 'resnet20', 'resnet18', 'wrn20',
+    'make_network', 'logits_of',
 ]
 
 # %% ../nbs/70_networks.ipynb #b69845f8
@@ -88,6 +88,27 @@ class WideBlock(nn.Module):
         around = x if self.shortcut is None else self.shortcut(begun)
         return around + self.conv2(F.relu(self.norm2(self.conv1(begun))))
 
+# %% ../nbs/70_networks.ipynb #ab6d2db4
+def _group(
+    inputs: int,   # channels
+    outputs: int,  # channels
+    blocks: int,   # how many
+    stride: int,   # of the first one
+    wide: bool,    # blocks of wide ResNets
+) -> nn.Sequential:
+    """Some blocks one after the other; only the first changes the shape.
+
+    Args:
+        inputs: channels
+        outputs: channels
+        blocks: how many
+        stride: of the first one
+        wide: blocks of wide ResNets
+    """
+    kind = WideBlock if wide else ResidualBlock
+    first = kind(inputs, outputs, stride)
+    return nn.Sequential(first, *(kind(outputs, outputs) for _ in range(blocks - 1)))
+
 # %% ../nbs/70_networks.ipynb #93e5621e
 class ResNet(nn.Module):
     "A residual net for small images."
@@ -101,16 +122,12 @@ class ResNet(nn.Module):
         wide: bool = False,     # blocks of wide ResNets, and one more normalisation at the end
     ):
         super().__init__()
-        kind = WideBlock if wide else ResidualBlock
-        self.conv, groups = _conv(channels, widths[0]), []
+        self.conv, self.wide = _conv(channels, widths[0]), wide
         self.norm = nn.Identity() if wide else nn.BatchNorm2d(widths[0])
-        for number, (inputs, outputs) in enumerate(zip(widths, widths[1:])):
-            strides = [1 if number == 0 else 2] + [1] * (blocks - 1)
-            sizes = [inputs] + [outputs] * (blocks - 1)
-            groups.append(nn.Sequential(*(kind(size, outputs, stride) for size, stride in zip(sizes, strides))))
-        self.groups = nn.Sequential(*groups)
+        pairs = enumerate(zip(widths, widths[1:]))
+        self.groups = nn.Sequential(*(_group(*sizes, blocks, 1 if number == 0 else 2, wide) for number, sizes in pairs))
         self.last_norm = nn.BatchNorm2d(widths[-1]) if wide else nn.Identity()
-        self.linear, self.wide = nn.Linear(widths[-1], classes), wide
+        self.linear = nn.Linear(widths[-1], classes)
 
     def forward(
         self,
@@ -128,6 +145,20 @@ class ResNet(nn.Module):
         x = self.groups(x)
         x = F.relu(self.last_norm(x)) if self.wide else x
         return self.linear(x.mean((2, 3)))
+
+# %% ../nbs/70_networks.ipynb #02efa9af
+def parameter_count(
+    module: nn.Module,  # any
+) -> int:               # weights, biases and what normalisation learns
+    """How many numbers a module learns.
+
+    Args:
+        module: any
+
+    Returns:
+        int: weights, biases and what normalisation learns
+    """
+    return sum(parameter.numel() for parameter in module.parameters())
 
 # %% ../nbs/70_networks.ipynb #32b2aa2c
 def resnet8(classes: int = 10, channels: int = 3, width: int = 8) -> nn.Module:
@@ -178,20 +209,6 @@ def make_network(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build(classes, channels)
-
-
-def parameter_count(
-    module: nn.Module,  # any
-) -> int:               # weights, biases and what normalisation learns
-    """How many numbers a module learns.
-
-    Args:
-        module: any
-
-    Returns:
-        int: weights, biases and what normalisation learns
-    """
-    return sum(parameter.numel() for parameter in module.parameters())
 
 # %% ../nbs/70_networks.ipynb #badf2bdd
 def logits_of(
