@@ -7,8 +7,8 @@
 # %% auto #0
 __all__ = [
     'NOTEBOOK', 'OPTIONS', 'find_notebook', 'defaults_of', 'plans_of', 'images_of', 'draw', 'run_zoos',
-    'stage_summary', 'stages_in', 'zoos_in', 'history_of', 'Ended', 'told', 'main', 'list_command', 'show_command',
-    'with_options', 'run_command',
+    'stage_summary', 'stages_in', 'zoos_in', 'history_of', 'Ended', 'in_one_line', 'main', 'list_command', 'show_zoo',
+    'show_command', 'with_options', 'run_command',
 ]
 
 # %% ../nbs/45_cli.ipynb #c11a0003
@@ -23,6 +23,7 @@ from pathlib import Path
 import click
 import pandas as pd
 
+# %% ../nbs/45_cli.ipynb #14176147
 from .core import UserError, cannot_write, one_line, read_json
 from .datasets import Images, load_images
 from .plans import Plan, make_plan
@@ -48,7 +49,7 @@ def find_notebook() -> Path:  # of the checkout, or of the wheel
             return path
     raise UserError(f"There is no {NOTEBOOK} in {places[0].parent} or {places[1].parent}: reinstall zootwins.")
 
-
+# %% ../nbs/45_cli.ipynb #46d9b680
 def defaults_of(
     notebook: Path,  # has one cell with the tag "parameters"
 ) -> dict[str, object]:  # name -> value
@@ -83,7 +84,7 @@ def plans_of(
     values = {name: value for name, value in {**defaults_of(notebook), **chosen}.items() if name != "workers"}
     return [make_plan(**{**values, "zoo": zoo}) for zoo in dict.fromkeys(zoos)]
 
-
+# %% ../nbs/45_cli.ipynb #b7ae5d06
 def images_of(
     plans: Sequence[Plan],  # of any zoos
 ) -> dict[str, Images]:     # by name of the zoo
@@ -131,7 +132,7 @@ def draw(
                         f"more is in {unfinished}.") from error
     return done
 
-
+# %% ../nbs/45_cli.ipynb #bd7c70d7
 def run_zoos(
     zoos: Sequence[str],           # names
     chosen: Mapping[str, object],  # parameters of the notebook that differ from its defaults
@@ -154,7 +155,7 @@ def run_zoos(
         for plan, _ in make_zoos(plans, images, workers=executor):
             yield plan, draw(plan, chosen, notebook)
 
-# %% ../nbs/45_cli.ipynb #c11a0013
+# %% ../nbs/45_cli.ipynb #aa2b9ba8
 def _named(
     values: Sequence[float],  # rising
 ) -> str:                     # such as "0 to 25", or "50, 90"
@@ -169,7 +170,27 @@ def _named(
     whole = len(values) > 2 and list(values) == list(range(int(values[0]), int(values[-1]) + 1))
     return f"{values[0]:g} to {values[-1]:g}" if whole else ", ".join(f"{value:g}" for value in values)
 
+# %% ../nbs/45_cli.ipynb #3fcb8e5c
+def _missing_files(
+    folder: Path,  # of a zoo in a store
+    stage: str,    # its name
+) -> list[str]:    # a phrase for each problem
+    """Files that a stage's manifest lists and that are gone.
 
+    Args:
+        folder: of a zoo in a store
+        stage: its name
+
+    Returns:
+        list[str]: a phrase for each problem
+    """
+    try:
+        names = read_manifest(folder, stage)["files"]
+        return [f"{name} is missing" for name in names if not (folder / stage / name).exists()]
+    except UserError:
+        return [f"{stage}.json is damaged"]
+
+# %% ../nbs/45_cli.ipynb #c11a0013
 def stage_summary(
     folder: Path,  # of a zoo in a store
     stage: str,    # its name
@@ -193,15 +214,11 @@ def stage_summary(
                 epochs |= set(epochs_in(file))
         except UserError:
             wrong.append(f"{path.name} is damaged")
-    try:
-        names = read_manifest(folder, stage)["files"]
-        wrong += [f"{name} is missing" for name in names if not (folder / stage / name).exists()]
-    except UserError:
-        wrong.append(f"{stage}.json is damaged")
     percentages = sorted(round(100 * level, 6) for level in levels)
     return {
         "stage": stage, "rows": len(rows), "levels": _named(percentages), "epochs": _named(sorted(epochs)),
-        "files": len(paths), "bytes": sum(path.stat().st_size for path in paths), "wrong": wrong,
+        "files": len(paths), "bytes": sum(path.stat().st_size for path in paths),
+        "wrong": wrong + _missing_files(folder, stage),
     }
 
 # %% ../nbs/45_cli.ipynb #c11a0014
@@ -241,7 +258,7 @@ def zoos_in(
                         "or the store itself.")
     return found
 
-
+# %% ../nbs/45_cli.ipynb #de9a10c0
 def history_of(
     folder: Path,         # of a zoo in a store
     stages: Sequence[str],  # from `stages_in`
@@ -265,7 +282,7 @@ def history_of(
                   f"commit {str(r.get('commit'))[:8]}" for r in records]
     return lines
 
-# %% ../nbs/45_cli.ipynb #c11a0017
+# %% ../nbs/45_cli.ipynb #55977455
 class Ended(click.ClickException):
     "A sentence for the terminal, and an exit code."
 
@@ -277,9 +294,9 @@ class Ended(click.ClickException):
         "Write the sentence to standard error."
         click.echo(self.message, err=True, file=file)
 
-
+# %% ../nbs/45_cli.ipynb #c11a0017
 @contextmanager
-def told() -> Iterator[None]:
+def in_one_line() -> Iterator[None]:
     "Report mistakes and interruptions in one line each."
     try:
         yield
@@ -298,7 +315,7 @@ def main() -> None:
     made sparse by magnitude pruning or variational dropout. Begin with: zootwins run digits_seed
     """
 
-
+# %% ../nbs/45_cli.ipynb #ae251c77
 @main.command("zoos")
 @click.option("--paper", is_flag=True, help="Only the 14 zoos of the paper.")
 def list_command(
@@ -314,6 +331,30 @@ def list_command(
     about = pd.DataFrame(rows, columns=["zoo", "title", "images", "net"])
     click.echo(about.assign(weights=listed["W"].to_numpy(), models=listed["Models"].to_numpy()).to_string(index=False))
 
+# %% ../nbs/45_cli.ipynb #e79c4c17
+def show_zoo(
+    folder: Path,  # of a zoo in a store
+) -> list[str]:    # what is wrong with it
+    """Print what a store holds of a zoo: stages, unfinished blocks, and how they were made.
+
+    Args:
+        folder: of a zoo in a store
+
+    Returns:
+        list[str]: what is wrong with it
+    """
+    stages = stages_in(folder)
+    summaries = [stage_summary(folder, stage) for stage in stages]
+    click.echo(f"{folder.name} in {folder.parent}")
+    table = pd.DataFrame(summaries).drop(columns="wrong", errors="ignore")
+    click.echo(table.to_string(index=False) if summaries else "nothing finished")
+    parts = [path for path in (folder / "parts").glob("*") if not path.name.startswith(".")]
+    if parts:
+        size = sum(path.stat().st_size for path in parts)
+        click.echo(f"unfinished: {len(parts)} blocks, {size} bytes; the next run continues them")
+    click.echo("\n".join(f"  {line}" for line in history_of(folder, stages)))
+    return [f"{folder / s['stage']}: {problem}" for s in summaries for problem in s["wrong"]]
+
 # %% ../nbs/45_cli.ipynb #c11a0019
 @main.command("show")
 @click.argument("store", type=click.Path(path_type=Path))
@@ -325,24 +366,12 @@ def show_command(
     Args:
         store: a store, or the folder of a zoo in it
     """
-    with told():
-        wrong = []
-        for folder in zoos_in(store):
-            stages = stages_in(folder)
-            summaries = [stage_summary(folder, stage) for stage in stages]
-            wrong += [f"{folder / s['stage']}: {problem}" for s in summaries for problem in s["wrong"]]
-            click.echo(f"{folder.name} in {folder.parent}")
-            table = pd.DataFrame(summaries).drop(columns="wrong", errors="ignore")
-            click.echo(table.to_string(index=False) if summaries else "nothing finished")
-            parts = [path for path in (folder / "parts").glob("*") if not path.name.startswith(".")]
-            if parts:
-                size = sum(path.stat().st_size for path in parts)
-                click.echo(f"unfinished: {len(parts)} blocks, {size} bytes; the next run continues them")
-            click.echo("\n".join(f"  {line}" for line in history_of(folder, stages)))
+    with in_one_line():
+        wrong = [problem for folder in zoos_in(store) for problem in show_zoo(folder)]
         if wrong:
             raise UserError(f"Run these zoos again to make anew what is wrong: {'; '.join(wrong)}.")
 
-# %% ../nbs/45_cli.ipynb #c11a0020
+# %% ../nbs/45_cli.ipynb #7673267d
 def _count(
     context: click.Context,      # not used
     parameter: click.Parameter,  # "-n"
@@ -361,7 +390,7 @@ def _count(
         raise click.BadParameter(f"{value!r} is neither a whole number nor the word all.")
     return int(value)
 
-
+# %% ../nbs/45_cli.ipynb #c11a0020
 OPTIONS = (  # of run, in the order of the notebook's parameters; options not given are left to the notebook
     click.option("-n", "--n-models", metavar="N", callback=_count,
                  help="Models of each zoo; all: every one that the zoo or the source has. Otherwise 32."),
@@ -386,7 +415,7 @@ OPTIONS = (  # of run, in the order of the notebook's parameters; options not gi
                       "Otherwise this machine's threads."),
 )
 
-
+# %% ../nbs/45_cli.ipynb #be6de221
 def with_options(
     command: object,  # a function
 ) -> object:          # the same, with OPTIONS
@@ -424,11 +453,11 @@ def run_command(
     chosen = {name: value for name, value in options.items() if value is not None}
     if chosen.get("n_models") == "all":
         chosen["n_models"] = None
-    with told():
+    with in_one_line():
         for plan, notebook in run_zoos(zoos, chosen, workers):
             click.echo(f"{plan.zoo.name}: {plan.n_models} models; tables and figures are in {plan.figures}, "
                        f"the executed notebook is {notebook}")
 
-# %% ../nbs/45_cli.ipynb #c11a0024
+
 if __name__ == "__main__" and Path(sys.argv[0]).stem == "cli":  # run as a module, not read by a notebook
     main()
