@@ -25,6 +25,31 @@ ODD = (nn.Tanh, nn.Flatten, nn.Dropout, nn.AvgPool2d, nn.Identity)       # f(-x)
 BY_CHANNEL = (*ODD, nn.MaxPool2d, *ACTIVATIONS.values())                 # act on each channel separately
 
 
+def _chain(
+    architecture: str,  # a name in architectures.ARCHITECTURES
+    activation: str,    # between its layers
+) -> tuple[str, nn.Module]:  # prefix of the layers' names, and the layers in order
+    """The layers of a chain; raises `UserError` for other nets and for layers whose symmetries are not known.
+
+    Args:
+        architecture: a name in architectures.ARCHITECTURES
+        activation: between its layers
+
+    Returns:
+        tuple[str, nn.Module]: prefix of the layers' names, and the layers in order
+    """
+    module = build(architecture, activation)
+    prefix, chain = ("module_list.", module.module_list) if isinstance(module, ZooCNN) else ("", module)
+    if not isinstance(chain, (nn.Sequential, nn.ModuleList)):
+        raise UserError(f"{architecture} is not a chain of layers, so its symmetries are not known: "
+                        "only a ZooCNN or nn.Sequential can be aligned.")
+    for layer in chain.children():
+        if not isinstance(layer, (nn.Conv2d, nn.Linear, *BY_CHANNEL)):
+            raise UserError(f"{architecture} has a {type(layer).__name__}, whose symmetries are not known: only chains "
+                            "of convolutions, linear layers, pooling and activations can be aligned.")
+    return prefix, chain
+
+# %% ../nbs/17_alignment.ipynb #f4f4b3a1
 @dataclass(frozen=True)
 class Hidden:
     """A layer whose units can be permuted, and the layer that reads them.
@@ -55,24 +80,14 @@ def hidden_layers(
     Returns:
         tuple[Hidden, ...]: from the first layer to the last but one
     """
-    module, found, last, between = build(architecture, activation), [], None, []
-    chain = module.module_list if isinstance(module, ZooCNN) else module
-    if not isinstance(chain, (nn.Sequential, nn.ModuleList)):
-        raise UserError(f"{architecture} is not a chain of layers, so its symmetries are not known: "
-                        "only a ZooCNN or nn.Sequential can be aligned.")
-    prefix = "module_list." if isinstance(module, ZooCNN) else ""
+    (prefix, chain), found, last, odd = _chain(architecture, activation), [], None, True
     for name, layer in chain.named_children():
-        if isinstance(layer, (nn.Conv2d, nn.Linear)):
-            if last:
-                units = chain.get_submodule(last).weight.shape[0]
-                odd = all(isinstance(step, ODD) for step in between)
-                found.append(Hidden(prefix + last, prefix + name, units, odd))
-            last, between = name, []
-        elif not isinstance(layer, BY_CHANNEL):
-            raise UserError(f"{architecture} has a {type(layer).__name__}, whose symmetries are not known: only chains "
-                            "of convolutions, linear layers, pooling and activations can be aligned.")
-        else:
-            between.append(layer)
+        if not isinstance(layer, (nn.Conv2d, nn.Linear)):
+            odd = odd and isinstance(layer, ODD)
+            continue
+        if last:
+            found.append(Hidden(prefix + last, prefix + name, chain.get_submodule(last).weight.shape[0], odd))
+        last, odd = name, True
     return tuple(found)
 
 # %% ../nbs/17_alignment.ipynb #6506bb1c
@@ -107,7 +122,7 @@ def _taken(
     moved = tensor[torch.arange(len(order))[:, None], order]
     return moved * sign.to(tensor.dtype).reshape(*sign.shape, *[1] * (tensor.ndim - 2))
 
-
+# %% ../nbs/17_alignment.ipynb #95efc1ab
 def transform(
     population: Population,  # N models
     symmetry: Symmetry,      # of N models; layers it does not contain stay unchanged
@@ -174,7 +189,7 @@ def random_symmetry(
         signs[layer.path] = 1.0 - 2.0 * (minus & flippable(population, layer.path)[:, None] & flips).float()
     return Symmetry(orders, signs)
 
-
+# %% ../nbs/17_alignment.ipynb #1fb55761
 def augmented(
     population: Population,  # any models
     draw: int = 0,           # number of the draw; each gives different models
@@ -357,7 +372,7 @@ def match(
     choose = lambda left, right: {path: torch.where(better, right[path], left[path]) for path in left}
     return Symmetry(choose(one.orders, two.orders), choose(one.signs, two.signs))
 
-
+# %% ../nbs/17_alignment.ipynb #2b84cfed
 def aligned(
     population: Population,  # N models
     reference: Population,   # N models of the same architecture, or a single one for all

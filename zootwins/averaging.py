@@ -11,6 +11,7 @@ __all__ = ['TOGETHER', 'MERGES', 'copies', 'copy_masks', 'train_copies', 'number
 # %% ../nbs/19_averaging.ipynb #4d8678d8
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -93,18 +94,13 @@ def train_copies(
     Returns:
         Trajectory: in the order of the copies, without snapshots
     """
-    lengths = (
-        population.models["epochs"].to_numpy()
-        if "epochs" in population.models
-        else np.full(len(population), recipe.epochs)
-    )
+    lengths = population.models.get("epochs", pd.Series([recipe.epochs] * len(population))).to_numpy()
     parts, order = [], []
     for length in np.unique(lengths):
         rows = np.flatnonzero(lengths == length)
         some = {name: mask[rows] for name, mask in (masks or {}).items()}
-        parts.append(
-            train(population[rows], images, replace(recipe, epochs=int(length)), some, engine=engine, progress=False)
-        )
+        how = replace(recipe, epochs=int(length))
+        parts.append(train(population[rows], images, how, some, engine=engine, progress=False))
         order.append(rows)
     together = concatenate([part.population for part in parts])[np.argsort(np.concatenate(order))]
     metrics = pd.concat([part.metrics for part in parts]).sort_values(["model", "copy", "epoch"], ignore_index=True)
@@ -136,7 +132,7 @@ def number_of_copies(
         )
     return m
 
-
+# %% ../nbs/19_averaging.ipynb #550ffb16
 def check_masks(
     population: Population,  # copies
     masks: Mapping[str, Tensor] | None = None,  # bool [N * m, ...]; default: zero weights are pruned
@@ -230,7 +226,7 @@ def validation_accuracy(
     )
     return accuracy(predictions, images.y_val)
 
-
+# %% ../nbs/19_averaging.ipynb #0a41980c
 def greedy_soup(
     population: Population,  # copies
     images: Images,          # with validation images
@@ -251,10 +247,8 @@ def greedy_soup(
     check_masks(population, masks)
     accuracies = validation_accuracy(population, images, engine).reshape(-1, number_of_copies(population))
     order = accuracies.argsort(dim=1, descending=True, stable=True)
-    best, kept = (
-        accuracies.max(1).values,
-        torch.zeros_like(accuracies, dtype=torch.bool).scatter_(1, order[:, :1], True),
-    )
+    best = accuracies.max(1).values
+    kept = torch.zeros_like(accuracies, dtype=torch.bool).scatter_(1, order[:, :1], True)
     for candidate in order[:, 1:].T:
         tried = kept.scatter(1, candidate[:, None], True)
         reached = validation_accuracy(average(population, tried), images, engine)
@@ -361,20 +355,11 @@ def learned_soup(
     m, found = number_of_copies(population), []
     taught = None if teacher is None else class_logits(teacher, images.x_val, engine).softmax(-1)
     for i in range(len(population) // m):
-        rows = slice(i * m, (i + 1) * m)
         module = build(population.architecture, population.models["activation"].iloc[i * m]).eval()
-        weights = {name: tensor[rows] for name, tensor in population.weights.items()}
+        weights = {name: tensor[i * m : (i + 1) * m] for name, tensor in population.weights.items()}
         target = images.y_val if taught is None else taught[i]
-        found.append(
-            _learn(
-                lambda share, module=module, weights=weights, target=target: _mixed_loss(
-                    module, weights, share, images.x_val, target
-                ),
-                m,
-                steps,
-                lr,
-            )
-        )
+        loss = partial(_mixed_loss, module, weights, x=images.x_val, target=target)
+        found.append(_learn(loss, m, steps, lr))
     coefficients = torch.stack(found)
     return average(population, coefficients), coefficients
 
@@ -476,11 +461,10 @@ def test_accuracy(
     Returns:
         Tensor: float64 [models], fractions
     """
-    weights, models = deterministic(population.weights), population.models
+    weights, activations = deterministic(population.weights), population.models["activation"]
     judge = engine_for(engine, population).evaluate
-    return accuracy(
-        judge(weights, population.architecture, models["activation"], images.x_test, images.y_test)[1], images.y_test
-    )
+    guess = judge(weights, population.architecture, activations, images.x_test, images.y_test)[1]
+    return accuracy(guess, images.y_test)
 
 # %% ../nbs/19_averaging.ipynb #9d936fe3
 def compare_candidates(
@@ -502,15 +486,10 @@ def compare_candidates(
     """
     judge = lambda models: test_accuracy(models, images, engine)
     m = number_of_copies(population)
-    test, chosen = (
-        judge(population).reshape(-1, m),
-        validation_accuracy(population, images, engine).reshape(-1, m).argmax(1),
-    )
-    found = {
-        "mean candidate": test.mean(1),
-        "best candidate": test.max(1).values,
-        "best by validation": test.gather(1, chosen[:, None])[:, 0],
-    }
+    test = judge(population).reshape(-1, m)
+    chosen = validation_accuracy(population, images, engine).reshape(-1, m).argmax(1)
+    found = {"mean candidate": test.mean(1), "best candidate": test.max(1).values}
+    found["best by validation"] = test.gather(1, chosen[:, None])[:, 0]
     found |= {name: judge(soup) for name, soup in soups.items()}
     models = population.models["model"].to_numpy()[::m]
     return pd.DataFrame({name: values.numpy() for name, values in found.items()}, index=pd.Index(models, name="model"))
@@ -563,7 +542,7 @@ class Phase:
     soup: Population         # N models, merged
     masks: dict[str, Tensor]  # weight name -> bool [N, ...]
 
-
+# %% ../nbs/19_averaging.ipynb #abbcf034
 def sparse_soup(
     population: Population,   # N trained models
     images: Images,           # training images, and validation images for merges that need them
@@ -592,17 +571,13 @@ def sparse_soup(
         list[Phase]: in order
     """
     engine, dense = engine_for(engine, population), population
-    found: list[Phase] = []
-    masks = None
+    found, masks = [], None
     for number, reached in enumerate(sparsity_per_phase(level, phases), start=1):
         before, earlier = population, masks
         pruned, masks = prune(before, reached, selector, earlier, images)
-        damage = pruning_damage(before.weights, masks, earlier)
-        pruned.models = pruned.models.assign(damage=damage.numpy())
-        many = copy_masks(masks, m)
-        candidates = train_copies(
-            copies(pruned, m), images, replace(recipe, stage=f"{recipe.stage}, phase {number}"), many, engine
-        ).population
+        pruned.models = pruned.models.assign(damage=pruning_damage(before.weights, masks, earlier).numpy())
+        many, how = copy_masks(masks, m), replace(recipe, stage=f"{recipe.stage}, phase {number}")
+        candidates = train_copies(copies(pruned, m), images, how, many, engine).population
         population = merge(merge_by, candidates, images, engine, many, dense)
         found.append(Phase(number, reached, pruned, candidates, population, masks))
     return found

@@ -40,7 +40,35 @@ def relative_history(
     top = list(history).index(max(history))
     return [1.0] * top + [rate / max(history) for rate in history[top:]]
 
+# %% ../nbs/09_schedules.ipynb #de79a66d
+def _lacks(
+    schedule: str,  # one of SCHEDULES
+    epochs: int,    # of the phase, T_rt
+    known: int,     # length of the history
+    original: int,  # T; 0: unknown
+) -> str:           # a sentence, or nothing
+    """What a schedule lacks.
 
+    Args:
+        schedule: one of SCHEDULES
+        epochs: of the phase, T_rt
+        known: length of the history
+        original: T; 0: unknown
+
+    Returns:
+        str: a sentence, or nothing
+    """
+    if schedule in FROM_HISTORY and not known:
+        return (f"{schedule} repeats rates of the original training: give its history, one rate per epoch, "
+                "or choose LLR, which needs none.")
+    if schedule == "ALLR" and not original:
+        return "ALLR compares the length of retraining with that of the original training: give original_epochs."
+    if schedule == "LRW" and epochs > original:
+        return (f"LRW repeats the last {epochs} epochs of an original training that had {original}: "
+                "retrain for fewer epochs.")
+    return ""
+
+# %% ../nbs/09_schedules.ipynb #b93e7b0d
 def check_schedule(
     schedule: str,                  # one of SCHEDULES
     epochs: int,                    # of the phase, T_rt
@@ -58,22 +86,10 @@ def check_schedule(
         warm_up: share of the phase; default: as in the paper
     """
     check_name(schedule, SCHEDULES, "schedule of learning rates")
-    if schedule in FROM_HISTORY and not history:
-        raise UserError(
-            f"{schedule} repeats rates of the original training: give its history, one rate per epoch, "
-            "or choose LLR, which needs none."
-        )
     if history:
         relative_history(history)
-    if schedule == "ALLR" and not (original_epochs or history):
-        raise UserError(
-            "ALLR compares the length of retraining with that of the original training: give original_epochs."
-        )
-    if schedule == "LRW" and epochs > (original_epochs or len(history)):
-        raise UserError(
-            f"LRW repeats the last {epochs} epochs of an original training that had {original_epochs or len(history)}: "
-            "retrain for fewer epochs."
-        )
+    if problem := _lacks(schedule, epochs, len(history), original_epochs or len(history)):
+        raise UserError(problem)
     if warm_up is not None and not 0 <= warm_up < 1:
         raise UserError(f"A warm-up is a share of the phase, at least 0 and below 1, and not {warm_up}.")
 

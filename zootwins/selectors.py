@@ -305,7 +305,7 @@ SELECTORS = {selector.name: selector for selector in (
     Selector("filters", filter_scores, layerwise_counts, "norm of filters, the same share of every convolution"),
 )}
 
-
+# %% ../nbs/15_selectors.ipynb #9fb3c277
 def get_selector(
     selector: str | Selector | Scores,  # a name, a selector, or a scoring function
 ) -> Selector:                          # the selector
@@ -322,7 +322,6 @@ def get_selector(
     if callable(selector):
         return Selector(getattr(selector, "__name__", "own"), selector)
     return SELECTORS[check_name(selector, SELECTORS, "selector")]
-
 
 # %% ../nbs/15_selectors.ipynb #15aa0002
 def check_target(
@@ -393,6 +392,30 @@ def _score(
         found[name] = scores.flatten(1)
     return found
 
+# %% ../nbs/15_selectors.ipynb #d8923b72
+def _check_left(
+    scores: Mapping[str, Tensor],  # name, or "" for the whole model -> [models, units]; -inf where pruned before
+    counts: Mapping[str, int],     # how many are to stay
+    selector: Selector,            # the criterion
+    level: float,                  # fraction to prune
+) -> None:
+    """Raise `UserError` if earlier pruning left too few units.
+
+    Args:
+        scores: name, or "" for the whole model -> [models, units]; -inf where pruned before
+        counts: how many are to stay
+        selector: the criterion
+        level: fraction to prune
+    """
+    for name, each in scores.items():
+        left = int((each != -torch.inf).sum(1).min())
+        if left < counts[name]:
+            raise UserError(
+                f"At {level:.1%} the selector {selector.name!r} keeps {counts[name]} of {each.shape[1]} in "
+                f"{name or 'the model'}, and earlier pruning left {left}: "
+                "prune from phase to phase by rising levels and with one selector."
+            )
+
 # %% ../nbs/15_selectors.ipynb #39cce188
 def _choose(
     scores: dict[str, Tensor],  # from _score
@@ -411,25 +434,14 @@ def _choose(
     Returns:
         dict[str, Tensor]: name -> bool [models, units]
     """
-    if selector.counts is None:
-        scores = {"": torch.cat([each.double() for each in scores.values()], 1)}
-        counts = {"": count_kept(scores[""].shape[1], level)}
-    else:
+    if selector.counts is not None:
         counts = selector.counts(shapes, level)
-    for name, each in scores.items():
-        left = int((each != -torch.inf).sum(1).min())
-        if left < counts[name]:
-            raise UserError(
-                f"At {level:.1%} the selector {selector.name!r} keeps {counts[name]} of {each.shape[1]} in "
-                f"{name or 'the model'}, and earlier pruning left {left}: "
-                "prune from phase to phase by rising levels and with one selector."
-            )
-    kept = {name: keep_highest(each, counts[name]) for name, each in scores.items()}
-    return (
-        kept
-        if "" not in kept
-        else dict(zip(shapes, kept[""].split([math.prod(shape) for shape in shapes.values()], 1)))
-    )
+        _check_left(scores, counts, selector, level)
+        return {name: keep_highest(each, counts[name]) for name, each in scores.items()}
+    together = torch.cat([each.double() for each in scores.values()], 1)
+    count = count_kept(together.shape[1], level)
+    _check_left({"": together}, {"": count}, selector, level)
+    return dict(zip(shapes, keep_highest(together, count).split([math.prod(shape) for shape in shapes.values()], 1)))
 
 # %% ../nbs/15_selectors.ipynb #e2f5585c
 def prune(
