@@ -18,9 +18,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+# %% ../nbs/28_blocks.ipynb #cdd92b1a
 from .agreement import agreement
-from .averaging import merge_and_prune
 from .architectures import build, layer_names
+from .averaging import merge_and_prune
 from .core import digest
 from .datasets import Images
 from .metrics import sparsity, tidy
@@ -110,7 +111,7 @@ def cut_rows(
     cut = [group[i : i + width] for group in groups(rows, engine) for i in range(0, len(group), width)]
     return [rows.iloc[numbers].reset_index(drop=True) for numbers in cut]
 
-
+# %% ../nbs/28_blocks.ipynb #ee07cf73
 def cut_blocks(
     stage: Stage,                              # with the missing rows alone
     engine: Engine,                            # that will train them
@@ -218,7 +219,7 @@ def measure(
     frame = tidy(zoo, stage.method, None, epoch, models, train, test, sparsities, agreed, stage.selector)
     return frame.assign(**{name: rows[name].to_numpy() for name in ("level", "copy") if name in rows})
 
-
+# %% ../nbs/28_blocks.ipynb #ac9bf5f0
 def with_records(
     metrics: pd.DataFrame,   # tidy, measured here at the last epoch
     recorded: pd.DataFrame,  # tidy, recorded by a source for some epochs; may be empty
@@ -238,7 +239,7 @@ def with_records(
     filled = recorded.set_index(places).combine_first(metrics.set_index(places)).reset_index()
     return filled.reindex(columns=metrics.columns).assign(**keys)
 
-# %% ../nbs/28_blocks.ipynb #cb296ebd
+# %% ../nbs/28_blocks.ipynb #f4d0ecd9
 def _moving(
     state: State,  # of a block
 ) -> dict[str, Tensor]:  # all that its optimizer changes, such as "first/module_list.0.weight"
@@ -253,7 +254,7 @@ def _moving(
     parts = {"weights": state.population.weights, "first": state.first, "second": state.second}
     return {f"{part}/{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
 
-
+# %% ../nbs/28_blocks.ipynb #cb296ebd
 def keep(
     folder: Path,                   # for unfinished work
     block: Block,                   # unfinished
@@ -274,7 +275,7 @@ def keep(
     progress = {"epoch": state.epoch, "steps": state.steps}
     save_part(folder, block.name, _moving(state) | past, pd.concat(frames, ignore_index=True), progress)
 
-# %% ../nbs/28_blocks.ipynb #f576d46d
+# %% ../nbs/28_blocks.ipynb #ea3ae9fa
 def _fits(
     block: Block,                 # to continue
     state: State,                 # before its first step
@@ -305,7 +306,32 @@ def _fits(
     rows = pd.MultiIndex.from_product([past, row_names(stage.rows)])
     return sorted(zip(metrics["epoch"], row_names(metrics))) == sorted(rows)
 
+# %% ../nbs/28_blocks.ipynb #aa81f0b0
+def _moved_to(
+    state: State,                # before its first step; moved to where the block stopped
+    tensors: dict[str, Tensor],  # from `read_part`, which fit
+    progress: dict[str, int],    # likewise
+) -> dict[int, Population]:      # epochs of the trajectory so far
+    """Continue a state from saved tensors.
 
+    Args:
+        state: before its first step; moved to where the block stopped
+        tensors: from `read_part`, which fit
+        progress: likewise
+
+    Returns:
+        dict[int, Population]: epochs of the trajectory so far
+    """
+    population, device = state.population, state.keys.device
+    under = lambda part: {name: tensors[f"{part}/{name}"] for name in population.weights if f"{part}/{name}" in tensors}
+    moved = lambda part: {name: tensor.to(device) for name, tensor in under(part).items()}
+    state.population = replace(population, weights=moved("weights"))
+    state.first, state.second = moved("first"), moved("second")
+    state.epoch, state.steps = progress["epoch"], progress["steps"]
+    past = sorted({int(name.partition("/")[0]) for name in tensors if name[0].isdigit()})
+    return {epoch: replace(population, weights=under(epoch)) for epoch in past}
+
+# %% ../nbs/28_blocks.ipynb #f576d46d
 def resume(
     folder: Path,  # for unfinished work
     block: Block,  # to continue
@@ -329,14 +355,8 @@ def resume(
     if not _fits(block, state, steps, *part):
         print(f"The unfinished work {block.name} in {folder} does not fit; its block is begun again.", flush=True)
         return [], {}
-    (tensors, metrics, progress), population, device = part, state.population, state.keys.device
-    under = lambda part: {name: tensors[f"{part}/{name}"] for name in population.weights if f"{part}/{name}" in tensors}
-    moved = lambda part: {name: tensor.to(device) for name, tensor in under(part).items()}
-    state.population = replace(population, weights=moved("weights"))
-    state.first, state.second = moved("first"), moved("second")
-    state.epoch, state.steps = progress["epoch"], progress["steps"]
-    past = sorted({int(name.partition("/")[0]) for name in tensors if name[0].isdigit()})
-    return [metrics], {epoch: replace(population, weights=under(epoch)) for epoch in past}
+    tensors, metrics, progress = part
+    return [metrics], _moved_to(state, tensors, progress)
 
 # %% ../nbs/28_blocks.ipynb #4a98fef8
 SAVE_EVERY = 10.0  # seconds
@@ -376,7 +396,7 @@ def predict(
     weights, models = deterministic(population.weights), population.models
     return engine.evaluate(weights, population.architecture, models["activation"], images.x_test, images.y_test)[1]
 
-
+# %% ../nbs/28_blocks.ipynb #eb7158b8
 def copied(
     population: Population,  # on any device
 ) -> Population:             # the same models on the CPU, with their own copy of the weights
@@ -406,6 +426,96 @@ def snapshot(
     population = replace(state.population, weights=dict(state.population.weights))
     return replace(state, population=population, first=dict(state.first), second=dict(state.second))
 
+# %% ../nbs/28_blocks.ipynb #2ea25b91
+def _record(
+    block: Block,                 # whose rows
+    state: State,                 # after the epoch
+    measured: Measured,           # losses, accuracies and predictions
+    frames: list[pd.DataFrame],   # receives the tidy metrics
+    kept: dict[int, Population],  # receives the weights, if they are stored
+) -> None:
+    """Record an epoch of a block.
+
+    Args:
+        block: whose rows
+        state: after the epoch
+        measured: losses, accuracies and predictions
+        frames: receives the tidy metrics
+        kept: receives the weights, if they are stored
+    """
+    stage = block.stage
+    frames.append(measure(block, state, measured))
+    if stage.trajectory or measured.epoch == stage.recipe.epochs:
+        kept[stage.first_epoch + measured.epoch] = copied(state.population)
+
+# %% ../nbs/28_blocks.ipynb #c9c523d8
+def _prune_after(
+    epoch: int,      # just finished
+    stage: Stage,    # perhaps of a gradual run
+    state: State,    # pruned, if the stage says so
+    images: Images,  # for selectors that use data
+) -> None:
+    """Merge and prune a gradual run's models where its stage has an event.
+
+    Args:
+        epoch: just finished
+        stage: perhaps of a gradual run
+        state: pruned, if the stage says so
+        images: for selectors that use data
+    """
+    if epoch in dict(stage.events):
+        merge_and_prune(state, dict(stage.events)[epoch], stage.selector, images)
+
+
+def _begun(
+    block: Block,         # to train
+    images: Images,       # on the device
+    device: str,          # "cpu" or "cuda"
+    parts: Path | None,   # folder for unfinished work
+) -> tuple[State, list[pd.DataFrame], dict[int, Population]]:  # state, tidy metrics and trajectory so far
+    """Where a block begins, or where an earlier run stopped.
+
+    Args:
+        block: to train
+        images: on the device
+        device: "cpu" or "cuda"
+        parts: folder for unfinished work
+
+    Returns:
+        tuple[State, list[pd.DataFrame], dict[int, Population]]: state, tidy metrics and trajectory so far
+    """
+    stage, state = block.stage, start_of(block, device, images)
+    steps = -(-len(images.x_train) // stage.recipe.batch_size)
+    frames, kept = resume(parts, block, state, steps) if parts else ([], {})
+    if stage.events:
+        state.masks = {name: tensor != 0 for name, tensor in prunable(state.population.weights).items()}
+    _prune_after(state.epoch, stage, state, images)
+    return state, frames, kept
+
+# %% ../nbs/28_blocks.ipynb #566c8f91
+def _piece(
+    block: Block,                 # trained to its end
+    state: State,                 # at its end
+    frames: list[pd.DataFrame],   # tidy metrics
+    kept: dict[int, Population],  # epochs to store
+    predictions: Tensor | None,   # after the last epoch; none: not yet known
+    images: Images, engine: Engine,  # for these predictions
+) -> Piece:
+    """What the store receives of a block.
+
+    Args:
+        block: trained to its end
+        state: at its end
+        frames: tidy metrics
+        kept: epochs to store
+        predictions: after the last epoch; none: not yet known
+        engine: for these predictions
+    """
+    if predictions is None:
+        predictions = predict(state.population, images, engine).cpu()
+    metrics = with_records(pd.concat(frames, ignore_index=True), block.recorded)
+    return Piece(kept, metrics, block.stage.first_epoch, predictions if block.reference is None else None)
+
 # %% ../nbs/28_blocks.ipynb #1a90e94c
 def train_block(
     block: Block,                # to train
@@ -426,33 +536,23 @@ def train_block(
     Returns:
         Iterator[Step | Piece]: a step after every epoch, then the result
     """
-    stage, state = block.stage, start_of(block, device, images)
-    recipe, per_epoch, events = stage.recipe, len(stage.rows) * len(images.x_train), dict(stage.events)
-    frames, kept = resume(parts, block, state, -(-len(images.x_train) // recipe.batch_size)) if parts else ([], {})
-    saved, skipped, predictions, whole, told = time.monotonic(), state.epoch * per_epoch, None, None, 0
-    if events:
-        state.masks = {name: tensor != 0 for name, tensor in prunable(state.population.weights).items()}
-    if state.epoch in events:
-        merge_and_prune(state, events[state.epoch], stage.selector, images)
+    stage, per_epoch = block.stage, len(block.stage.rows) * len(images.x_train)
+    state, frames, kept = _begun(block, images, device, parts)
+    saved, skipped, predictions, whole, sent = time.monotonic(), state.epoch * per_epoch, None, None, 0
     try:
-        for measured in epochs(state, images, recipe, engine):
-            frames.append(measure(block, state, measured))
-            if stage.trajectory or measured.epoch == recipe.epochs:
-                kept[stage.first_epoch + measured.epoch] = copied(state.population)
+        for measured in epochs(state, images, stage.recipe, engine):
+            _record(block, state, measured, frames, kept)
             predictions = measured.predictions.cpu()
             whole = (snapshot(state), list(frames), dict(kept)) if measured.epoch else None
             if parts and whole and time.monotonic() - saved > SAVE_EVERY:
                 keep(parts, block, *whole)
                 saved = time.monotonic()
-            news = pd.concat(frames[told:], ignore_index=True)
+            news = pd.concat(frames[sent:], ignore_index=True)
             yield Step(measured.epoch, per_epoch if measured.epoch else 0, skipped, news)
-            skipped, told = 0, len(frames)
-            if measured.epoch and measured.epoch in events:
-                merge_and_prune(state, events[measured.epoch], stage.selector, images)
-        if predictions is None:  # an earlier run had stopped right before the end
-            predictions = predict(state.population, images, engine).cpu()
-        metrics = with_records(pd.concat(frames, ignore_index=True), block.recorded)
-        yield Piece(kept, metrics, stage.first_epoch, predictions if block.reference is None else None)
+            skipped, sent = 0, len(frames)
+            if measured.epoch:
+                _prune_after(measured.epoch, stage, state, images)
+        yield _piece(block, state, frames, kept, predictions, images, engine)
         whole = None
     finally:
         if parts and whole:

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = [
-    'STAGE_TITLES', 'TAGS', 'METHOD_TAGS', 'SIZES', 'LOADING', 'REFERENCES', 'stages_of', 'populations_of',
-    'kept_epochs', 'stage_title', 'title_of', 'header', 'summary', 'content', 'provenance', 'card', 'weights_table',
-    'hashes', 'new_folder', 'publish', 'parts_of', 'checkpoints_of', 'linked', 'export_zoo',
+    'STAGE_TITLES', 'TAGS', 'METHOD_TAGS', 'SIZES', 'LOADING', 'REFERENCES', 'stages_of', 'kept_epochs',
+    'populations_of', 'stage_title', 'title_of', 'viewer_tables', 'header', 'summary', 'content', 'stage_lines',
+    'provenance', 'card', 'weights_table', 'new_folder', 'hashes', 'write_populations', 'publish', 'parts_of',
+    'checkpoints_of', 'linked', 'export_zoo',
 ]
 
 # %% ../nbs/41_publishing.ipynb #d3f5ea12
@@ -23,13 +24,14 @@ import pandas as pd
 import pyarrow as pa
 from pyarrow import parquet
 
+# %% ../nbs/41_publishing.ipynb #3c5f2ce9
 from .core import UserError, check_name, read_json, write_json
 from .plans import STAGES
 from .population import Population, flatten, save_population
 from .published import write_zoo
 from .selectors import SELECTORS
-from .store import epochs_in, listed, opened, read_manifest, read_stage, read_stage_metrics
 from .states import last_epoch
+from .store import epochs_in, listed, opened, read_manifest, read_stage, read_stage_metrics
 from .tables import markdown_table, mean_std
 from .twins import read_history, save_metrics
 from .untrusted import HASHES, check_hashes, file_hash
@@ -56,6 +58,24 @@ def stages_of(
     wanted = there if wanted is None else [check_name(stage, there, f"stage in {folder.name}") for stage in wanted]
     return [stage for stage in there if stage in wanted]
 
+# %% ../nbs/41_publishing.ipynb #80e794be
+def kept_epochs(
+    folder: Path,  # of a zoo in a store
+    stage: str,    # its name
+) -> list[int]:    # empty if only the last one is kept
+    """The epochs whose weights a stage keeps, if more than the last.
+
+    Args:
+        folder: of a zoo in a store
+        stage: its name
+
+    Returns:
+        list[int]: empty if only the last one is kept
+    """
+    with opened(listed(folder, stage)[0]) as file:
+        epochs = epochs_in(file)
+    return epochs if len(epochs) > 1 else []
+
 # %% ../nbs/41_publishing.ipynb #db74e607
 def populations_of(
     folder: Path,       # of a zoo in a store
@@ -77,24 +97,6 @@ def populations_of(
         for epoch in kept_epochs(folder, stage) if trajectory else ():
             yield f"trajectory/{stage}_epoch_{epoch:02d}", read_stage(folder, stage, epoch)
 
-
-def kept_epochs(
-    folder: Path,  # of a zoo in a store
-    stage: str,    # its name
-) -> list[int]:    # empty if only the last one is kept
-    """The epochs whose weights a stage keeps, if more than the last.
-
-    Args:
-        folder: of a zoo in a store
-        stage: its name
-
-    Returns:
-        list[int]: empty if only the last one is kept
-    """
-    with opened(listed(folder, stage)[0]) as file:
-        epochs = epochs_in(file)
-    return epochs if len(epochs) > 1 else []
-
 # %% ../nbs/41_publishing.ipynb #003dc9c3
 STAGE_TITLES = {"original": "original models", "mp": "magnitude-pruned twins", "vd": "twins by variational dropout"}
 
@@ -113,7 +115,7 @@ def stage_title(
     method, _, selector = stage.partition("_")
     return STAGE_TITLES[method] + (f" ({selector})" if selector else "")
 
-
+# %% ../nbs/41_publishing.ipynb #19f244cb
 def title_of(
     store: dict[str, object],  # from store.json
 ) -> str:                      # such as "A zoo of digits models (digits_seed)"
@@ -126,6 +128,19 @@ def title_of(
         str: such as "A zoo of digits models (digits_seed)"
     """
     return f"A zoo of {store['images']['name']} models ({store['zoo']['name']})"
+
+# %% ../nbs/41_publishing.ipynb #9f6f8939
+def viewer_tables(
+    stages: list[str],  # from stages_of
+) -> list[dict[str, object]]:
+    """The tables that the hub's viewer shows, the metrics first.
+
+    Args:
+        stages: from stages_of
+    """
+    tables = [{"config_name": "metrics", "data_files": "metrics.parquet", "default": True}]
+    tables += [{"config_name": f"{stage}_models", "data_files": f"{stage}.parquet"} for stage in stages]
+    return tables + [{"config_name": f"{stage}_weights", "data_files": f"weights/{stage}.parquet"} for stage in stages]
 
 # %% ../nbs/41_publishing.ipynb #b290dc64
 TAGS = ["model-zoo", "weight-space-learning", "neural-network-weights", "pruning", "sparsity", "safetensors"]
@@ -150,16 +165,13 @@ def header(
     Returns:
         str: with the lines of three dashes
     """
-    configs = [{"config_name": "metrics", "data_files": "metrics.parquet", "default": True}]
-    configs += [{"config_name": f"{stage}_models", "data_files": f"{stage}.parquet"} for stage in stages]
-    configs += [{"config_name": f"{stage}_weights", "data_files": f"weights/{stage}.parquet"} for stage in stages]
     methods = dict.fromkeys(stage.partition("_")[0] for stage in stages)
     fields = {
         "license": licence,
         "pretty_name": f"{title_of(store)}: {' and '.join(map(stage_title, stages))}",
         "size_categories": [next((name for limit, name in SIZES if n_models < limit), "n>1M")],
         "tags": [*TAGS, *(METHOD_TAGS[method] for method in methods if method in METHOD_TAGS)],
-        "configs": configs,
+        "configs": viewer_tables(stages),
     }
     lines = [f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in fields.items()]
     return "\n".join(["---", *lines, "---", ""])
@@ -210,6 +222,63 @@ def content(
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("", axis=1)
     return table.rename_axis("file (.safetensors, .parquet)", axis=0)
 
+# %% ../nbs/41_publishing.ipynb #b4c3f9a3
+def _rate(
+    value: float | None,  # of a stage; none: each model's own
+) -> str:
+    """A learning rate in words.
+
+    Args:
+        value: of a stage; none: each model's own
+    """
+    return "each model's own learning rate" if value is None else f"learning rate {value:g}"
+
+
+def _origin(
+    store: dict[str, object],          # from store.json
+    history: list[dict[str, object]],  # from read_history
+) -> str:
+    """How the original models were made, or where they were taken from.
+
+    Args:
+        store: from store.json
+        history: from read_history
+    """
+    zoo, sources = store["zoo"], [run.get("source", "train") for run in history if run["stage"] == "original"]
+    given = next((source for source in sources if source != "train"), "another zoo")
+    epoch = (store["source"]["epoch"] if "source" in store else None) or zoo["epochs"]
+    if "source" in store:
+        return f"taken as they are, after {epoch} epochs, from `{given}`"
+    return f"trained for {epoch} epochs, in batches of {zoo['batch_size']}"
+
+# %% ../nbs/41_publishing.ipynb #81f88bb4
+def stage_lines(
+    store: dict[str, object],          # from store.json
+    history: list[dict[str, object]],  # from read_history
+    stages: list[str],                 # published
+) -> list[str]:                        # a sentence for the originals and for each stage published
+    """The recipes of a store in sentences.
+
+    Args:
+        store: from store.json
+        history: from read_history
+        stages: published
+
+    Returns:
+        list[str]: a sentence for the originals and for each stage published
+    """
+    zoo = store["zoo"]
+    lines = {
+        "original": f"The original models were {_origin(store, history)}.",
+        "vd": f"Variational dropout trains for {zoo['vd_epochs']} epochs, {_rate(zoo['vd_learning_rate'])}; "
+              "a weight counts as zero where its log alpha is at least 3.",
+    }
+    for stage in (stage for stage in stages if stage.startswith("mp")):
+        selector = stage.partition("_")[2] or zoo["mp_selector"]
+        lines[stage] = (f"Magnitude pruning by the selector `{selector}` ({SELECTORS[selector].title}) is followed by "
+                        f"fine-tuning for {zoo['mp_epochs']} epochs, {_rate(zoo['mp_learning_rate'])}.")
+    return [lines[stage] for stage in STAGES if stage in ("original", *stages)]
+
 # %% ../nbs/41_publishing.ipynb #37ac2f81
 def provenance(
     store: dict[str, object],          # from store.json
@@ -226,23 +295,8 @@ def provenance(
     Returns:
         str: Markdown
     """
-    zoo, data = store["zoo"], store["images"]
-    rate = lambda value: "each model's own learning rate" if value is None else f"learning rate {value:g}"
-    sources = [record.get("source", "train") for record in history if record["stage"] == "original"]
-    given = next((source for source in sources if source != "train"), "another zoo")
-    epoch = (store["source"]["epoch"] if "source" in store else None) or zoo["epochs"]
-    trained = f"trained for {epoch} epochs, in batches of {zoo['batch_size']}"
-    source = f"taken as they are, after {epoch} epochs, from `{given}`" if "source" in store else trained
-    lines = {
-        "original": f"The original models were {source}.",
-        "vd": f"Variational dropout trains for {zoo['vd_epochs']} epochs, {rate(zoo['vd_learning_rate'])}; "
-              "a weight counts as zero where its log alpha is at least 3.",
-    }
-    for stage in (stage for stage in stages if stage.startswith("mp")):
-        selector = stage.partition("_")[2] or zoo["mp_selector"]
-        lines[stage] = (f"Magnitude pruning by the selector `{selector}` ({SELECTORS[selector].title}) is followed by "
-                        f"fine-tuning for {zoo['mp_epochs']} epochs, {rate(zoo['mp_learning_rate'])}.")
-    text = [f"- {lines[stage]}" for stage in STAGES if stage in ("original", *stages)]
+    data = store["images"]
+    text = [f"- {line}" for line in stage_lines(store, history, stages)]
     text.append(f"- Images: {data['name']}, {data['n_train']:,} for training and {data['n_test']:,} for testing. "
                 f"Seed of the run: {store['seed']}.")
     for run in (run for run in history if run["stage"] in stages):
@@ -272,6 +326,8 @@ Without either, `safetensors.torch.load_file` and `pandas.read_parquet` read the
 and `metrics.parquet` has accuracy, loss, sparsity and agreement of every model after every epoch. \
 `sha256sum --check SHA256SUMS` checks that all files are intact.
 """
+
+# %% ../nbs/41_publishing.ipynb #d853fc90
 REFERENCES = """\
 - D. Honegger, K. Schürholt, D. Borth: *Sparsified Model Zoo Twins: Investigating Populations of Sparsified Neural \
 Network Models*, 2023, [arXiv:2304.13718](https://arxiv.org/abs/2304.13718)
@@ -331,23 +387,7 @@ def weights_table(
     column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
     return pa.Table.from_pandas(keys, preserve_index=False).append_column("weights", column)
 
-# %% ../nbs/41_publishing.ipynb #da12ea2a
-def hashes(
-    folder: Path,  # a publication
-) -> str:          # one line per file, as sha256sum writes them
-    """The hashes of all files but the list itself.
-
-    Args:
-        folder: a publication
-
-    Returns:
-        str: one line per file, as sha256sum writes them
-    """
-    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*")
-                   if path.is_file() and path.name != HASHES)
-    return "".join(f"{file_hash(folder / name)}  {name}\n" for name in files)
-
-
+# %% ../nbs/41_publishing.ipynb #248b2ec4
 @contextmanager
 def new_folder(
     to: Path,  # destination
@@ -369,6 +409,50 @@ def new_folder(
         temporary.rename(to)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+# %% ../nbs/41_publishing.ipynb #da12ea2a
+def hashes(
+    folder: Path,  # a publication
+) -> str:          # one line per file, as sha256sum writes them
+    """The hashes of all files but the list itself.
+
+    Args:
+        folder: a publication
+
+    Returns:
+        str: one line per file, as sha256sum writes them
+    """
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*")
+                   if path.is_file() and path.name != HASHES)
+    return "".join(f"{file_hash(folder / name)}  {name}\n" for name in files)
+
+# %% ../nbs/41_publishing.ipynb #83bc28b2
+def write_populations(
+    folder: Path,       # of a zoo in a store
+    stages: list[str],  # from stages_of
+    trajectory: bool,   # every epoch of variational dropout as well
+    to: Path,           # the publication
+) -> pd.DataFrame:      # from content
+    """Write the populations of a publication, and the last one of each stage as a table as well.
+
+    Args:
+        folder: of a zoo in a store
+        stages: from stages_of
+        trajectory: every epoch of variational dropout as well
+        to: the publication
+
+    Returns:
+        pd.DataFrame: from content
+    """
+    populations = {}
+    for name, population in populations_of(folder, stages, trajectory):
+        save_population(population, to / name)
+        populations[name] = population
+        if name in stages:
+            (to / "weights").mkdir(exist_ok=True)
+            table = to / "weights" / f"{name}.parquet"
+            parquet.write_table(weights_table(population), table, compression="zstd")
+    return content(populations)
 
 # %% ../nbs/41_publishing.ipynb #c8cadd4a
 def publish(
@@ -395,17 +479,10 @@ def publish(
     metrics = pd.concat([read_stage_metrics(folder, stage) for stage in stages], ignore_index=True)
     store, history = read_json(folder / "store.json"), read_history(folder)
     with new_folder(to) as temporary:
-        populations = {}
-        for name, population in populations_of(folder, stages, trajectory):
-            save_population(population, temporary / name)
-            populations[name] = population
-            if name in stages:
-                (temporary / "weights").mkdir(exist_ok=True)
-                table = temporary / "weights" / f"{name}.parquet"
-                parquet.write_table(weights_table(population), table, compression="zstd")
+        files = write_populations(folder, stages, trajectory, temporary)
         save_metrics(metrics, temporary / "metrics.parquet")
         write_json(store | {"history": history}, temporary / "store.json")
-        text = card(store, history, to.name, content(populations), metrics, stages, licence)
+        text = card(store, history, to.name, files, metrics, stages, licence)
         (temporary / "README.md").write_text(text, encoding="utf-8", newline="\n")
         (temporary / HASHES).write_text(hashes(temporary), encoding="utf-8", newline="\n")
         check_hashes(temporary)
@@ -454,7 +531,7 @@ def checkpoints_of(
     models = sorted(populations[epoch].models["model"])
     return {model: f"../original/{name}/checkpoint_{epoch:06d}/checkpoints" for model, name in zip(models, folders)}
 
-
+# %% ../nbs/41_publishing.ipynb #b8f6d03b
 def linked(
     populations: dict[int, Population],  # by epoch
     parents: dict[int, str],             # from `checkpoints_of`; empty for originals

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = [
-    'VARIATIONAL_COST', 'TOGETHER', 'CODE', 'AHEAD', 'RETRIES', 'weight', 'cost', 'who', 'Bar', 'take_turns', 'Terms',
-    'code_digest', 'me', 'check_terms', 'images_for', 'Finished', 'Refused', 'shared_parts', 'made', 'work_off',
-    'told', 'outcome', 'Executor', 'hand_out', 'RayExecutor', 'ray_executor', 'dask_cluster', 'dask_executor',
-    'open_workers',
+    'VARIATIONAL_COST', 'TOGETHER', 'CODE', 'AHEAD', 'RETRIES', 'weight', 'cost', 'who', 'Tally', 'Bar', 'take_turns',
+    'Terms', 'code_digest', 'me', 'check_terms', 'images_for', 'Finished', 'Refused', 'shared_parts', 'made',
+    'work_off', 'Executor', 'as_sentence', 'outcome', 'hand_out', 'RayExecutor', 'ray_executor', 'dask_cluster',
+    'dask_executor', 'open_workers',
 ]
 
 # %% ../nbs/29_workers.ipynb #dabeafb6
@@ -31,13 +31,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
+# %% ../nbs/29_workers.ipynb #e3177c0f
 import torch
 
 from .blocks import Block, Step, train_block
 from .core import UserError, check_name, one_line, progress_bar
 from .datasets import Images, images_fingerprint, load_images
-from .lanes import processors
 from .engines import ENGINES
+from .lanes import processors
 from .plans import Stage
 from .store import Piece, pack
 from .training import Engine, on_device
@@ -92,9 +93,9 @@ def who(
     more = f" and {len(hosts) - 3} more" if len(hosts) > 3 else ""
     return f"{len(workers)} worker{'s' * (len(workers) > 1)} on {', '.join(hosts[:3])}{more}"
 
-# %% ../nbs/29_workers.ipynb #8ce393b0
-class Bar:
-    "A progress bar that several stages and threads may move."
+# %% ../nbs/29_workers.ipynb #6502377d
+class Tally:
+    "What several stages and threads have done, and what is left."
 
     def __init__(
         self,
@@ -105,6 +106,15 @@ class Bar:
     ):
         self.title, self.show, self.whole, self.spent = title, show, whole, before
         self.blocks, self.done, self.crew, self.lock, self.bar = 0, 0, set(), threading.RLock(), None
+
+    def __str__(self) -> str:
+        of_run = f", {100 * self.spent / self.whole:.0f} % of the run" if self.whole else ""
+        crew = f", {who(self.crew)}" if self.crew else ""
+        return f"block {self.done} of {self.blocks}{crew}{of_run}"
+
+# %% ../nbs/29_workers.ipynb #77d37cf2
+class _Drawn(Tally):
+    "A tally with a bar, which appears as soon as there is work."
 
     def expect(
         self,
@@ -126,7 +136,16 @@ class Bar:
                                         disable=not self.show)
             if self.bar is not None:
                 self.bar.total, self.blocks = self.bar.total + samples, self.blocks + blocks
-                self.tell(refresh=True)
+                self.bar.set_postfix_str(str(self), refresh=True)
+
+    def close(self) -> None:
+        "Leave the bar as it is."
+        if self.bar is not None:
+            self.bar.close()
+
+# %% ../nbs/29_workers.ipynb #8ce393b0
+class Bar(_Drawn):
+    "A progress bar that several stages and threads may move."
 
     def step(
         self,
@@ -142,7 +161,7 @@ class Bar:
         with self.lock:
             self.spent += weight * (step.samples + step.skipped)
             self.bar.total -= step.skipped
-            self.tell()
+            self.bar.set_postfix_str(str(self), refresh=False)
             self.bar.update(step.samples)
 
     def finish(
@@ -157,25 +176,89 @@ class Bar:
         with self.lock:
             self.done += 1
             self.crew |= {worker} - {""}
-            self.tell(refresh=self.done == self.blocks)
+            self.bar.set_postfix_str(str(self), refresh=self.done == self.blocks)
 
-    def tell(
-        self,
-        refresh: bool = False,  # draw at once
-    ) -> None:
-        """Show the state of the run behind the bar.
+# %% ../nbs/29_workers.ipynb #fbf1c435
+def _work(
+    waiting: deque[Generator],   # tasks under way
+    later: Iterator[Generator],  # tasks not yet begun
+    lock: threading.Lock,        # of both
+    failed: list[BaseException],  # filled by the first that fails
+) -> None:
+    """Do one step of one task after another, until none is waiting or something failed.
 
-        Args:
-            refresh: draw at once
-        """
-        of_run = f", {100 * self.spent / self.whole:.0f} % of the run" if self.whole else ""
-        crew = f", {who(self.crew)}" if self.crew else ""
-        self.bar.set_postfix_str(f"block {self.done} of {self.blocks}{crew}{of_run}", refresh=refresh)
+    Args:
+        waiting: tasks under way
+        later: tasks not yet begun
+        lock: of both
+        failed: filled by the first that fails
+    """
+    while not failed:
+        with lock:
+            if not waiting:
+                return
+            task = waiting.popleft()
+        try:
+            more = next(task, None) is not None
+        except BaseException as error:  # KeyboardInterrupt too: another thread may wait for this one
+            failed.append(error)
+            return
+        with lock:
+            waiting.extend([task] if more else islice(later, 1))
 
-    def close(self) -> None:
-        "Leave the bar as it is."
-        if self.bar is not None:
-            self.bar.close()
+# %% ../nbs/29_workers.ipynb #4f5fed8d
+def _counted(
+    work: Callable[[], None],       # what a thread does
+    begun: list[threading.Event],   # one per thread that has begun, set when it ends
+) -> Callable[[], None]:
+    """The same work, which notes its begin and its end.
+
+    Args:
+        work: what a thread does
+        begun: one per thread that has begun, set when it ends
+    """
+    def one() -> None:
+        ended = threading.Event()
+        begun.append(ended)
+        try:
+            work()
+        finally:
+            ended.set()
+
+    return one
+
+# %% ../nbs/29_workers.ipynb #df0a90e6
+def _in_threads(
+    work: Callable[[], None],            # returns when nothing is waiting, or something failed
+    workers: int,                        # threads
+    failed: list[BaseException],         # filled by the first that fails
+    interrupt: Callable[[], None],       # ends their current step
+) -> None:
+    """Run workers and wait for them; if no more threads can be started, fewer do the work.
+
+    Args:
+        work: returns when nothing is waiting, or something failed
+        workers: threads
+        failed: filled by the first that fails
+        interrupt: ends their current step
+    """
+    inner = torch.get_num_threads()
+    torch.set_num_threads(1 if workers > 1 else inner)  # PyTorch's own threads would compete with the other workers
+    begun: list[threading.Event] = []
+    try:
+        with suppress(RuntimeError, MemoryError):  # no memory for another thread: the others take its share
+            for _ in range(workers - 1):
+                _thread.start_new_thread(_counted(work, begun), ())
+        work()
+        while not failed and not all(ended.is_set() for ended in begun):
+            time.sleep(0.01)
+    except BaseException as error:
+        failed.append(error)
+    finally:
+        while not all(ended.is_set() for ended in begun):
+            interrupt()
+            time.sleep(0.01)
+        torch.set_num_threads(inner)
 
 # %% ../nbs/29_workers.ipynb #0e6251b3
 TOGETHER = 3  # blocks under way per thread
@@ -193,75 +276,17 @@ def take_turns(
         workers: threads
         interrupt: ends their current step with an `InterruptedError`
     """
-    waiting, begun, failed = deque(), [], []
+    waiting, begun, failed, lock = deque(), [], [], threading.Lock()
     later = (begun.append(task) or task for task in tasks)
     waiting.extend(islice(later, TOGETHER * workers))
-    lock = threading.Lock()
-
-    def work() -> None:
-        while not failed:
-            with lock:
-                if not waiting:
-                    return
-                task = waiting.popleft()
-            try:
-                more = next(task, None) is not None
-            except BaseException as error:  # KeyboardInterrupt too: another thread may wait for this one
-                failed.append(error)
-                return
-            with lock:
-                waiting.extend([task] if more else islice(later, 1))
-
     try:
-        _in_threads(work, workers, failed, interrupt)
+        _in_threads(lambda: _work(waiting, later, lock, failed), workers, failed, interrupt)
     finally:
         for task in begun:  # also closes those that an interruption found in nobody's hands
             with suppress(InterruptedError):
                 task.close()
     if failed:
         raise failed[0]
-
-
-def _in_threads(
-    work: Callable[[], None],            # returns when nothing is waiting, or something failed
-    workers: int,                        # threads
-    failed: list[BaseException],         # filled by the first that fails
-    interrupt: Callable[[], None],       # ends their current step
-) -> None:
-    """Run workers and wait for them; if no more threads can be started, fewer do the work.
-
-    Args:
-        work: returns when nothing is waiting, or something failed
-        workers: threads
-        failed: filled by the first that fails
-        interrupt: ends their current step
-    """
-    inner = torch.get_num_threads()
-    torch.set_num_threads(1 if workers > 1 else inner)  # PyTorch's own threads would compete with the other workers
-    begun: list[threading.Event] = []  # one per thread, set when it ends
-
-    def one() -> None:
-        ended = threading.Event()
-        begun.append(ended)
-        try:
-            work()
-        finally:
-            ended.set()
-
-    try:
-        with suppress(RuntimeError, MemoryError):  # no memory for another thread: the others take its share
-            for _ in range(workers - 1):
-                _thread.start_new_thread(one, ())
-        work()
-        while not failed and not all(ended.is_set() for ended in begun):
-            time.sleep(0.01)
-    except BaseException as error:
-        failed.append(error)
-    finally:
-        while not all(ended.is_set() for ended in begun):
-            interrupt()
-            time.sleep(0.01)
-        torch.set_num_threads(inner)
 
 # %% ../nbs/29_workers.ipynb #5564dd0d
 @dataclass(frozen=True)
@@ -306,7 +331,7 @@ def code_digest() -> str:  # 32 hexadecimal digits
 
 CODE = code_digest()  # at the start of this process: files replaced later do not change what runs here
 
-
+# %% ../nbs/29_workers.ipynb #76bb1cb4
 def me() -> str:  # such as "node17:4242"
     """Name of this process among all workers.
 
@@ -335,7 +360,7 @@ def check_terms(
                         "and their bits differ: use workers alike, or another engine.")
     return engine
 
-
+# %% ../nbs/29_workers.ipynb #241bf400
 _loaded: dict[tuple[object, ...], Images] = {}  # only the last data set
 _loading = threading.Lock()
 
@@ -419,7 +444,7 @@ def shared_parts(
             return Path(terms.store) / "parts"
     return None
 
-# %% ../nbs/29_workers.ipynb #97fbcf00
+# %% ../nbs/29_workers.ipynb #fd78c769
 def made(
     block: Block,  # to train
     terms: Terms,  # of the driver
@@ -442,7 +467,7 @@ def made(
                 samples, skipped = samples + step.samples, skipped + step.skipped
     return Finished(block.name, content, samples, skipped, time.process_time() - begun, me())
 
-
+# %% ../nbs/29_workers.ipynb #97fbcf00
 def work_off(
     code: str,    # the driver's CODE
     task: bytes,  # a block and its terms, pickled
@@ -461,8 +486,14 @@ def work_off(
     except UserError as error:
         return Refused(me(), str(error))
 
+# %% ../nbs/29_workers.ipynb #2d153115
+class Executor(Protocol):
+    "Anything that runs a function somewhere: concurrent.futures, Dask, Ray, ..."
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any) -> Future: ...
+
 # %% ../nbs/29_workers.ipynb #8c24bb89
-def told(
+def as_sentence(
     error: Exception,  # raised by an executor
 ) -> Exception:        # a `UserError` if it is about workers, not a fault of this package
     """Turn an executor's error into a sentence.
@@ -482,7 +513,7 @@ def told(
                          "kept; run again to go on.")
     return error
 
-
+# %% ../nbs/29_workers.ipynb #5f7e61d4
 def outcome(
     future: Future,  # which is done
 ) -> Finished:
@@ -494,21 +525,40 @@ def outcome(
     try:
         sent = future.result()
     except Exception as error:
-        raise told(error) from error
+        raise as_sentence(error) from error
     if isinstance(sent, Refused):
         raise UserError(f"Worker {sent.worker} cannot take part. {sent.reason}")
     return sent
 
-# %% ../nbs/29_workers.ipynb #5cc0032d
+# %% ../nbs/29_workers.ipynb #6ffc033a
 AHEAD = 4096  # blocks handed out at a time
 
 
-class Executor(Protocol):
-    "Anything that runs a function somewhere: concurrent.futures, Dask, Ray, ..."
+def _send(
+    executor: Executor,         # that runs the workers
+    blocks: Iterator[Block],    # to train
+    terms: Terms,               # that a worker must meet
+    under_way: set[Future],     # those handed out; extended
+    done: queue.SimpleQueue,    # receives each one that ends
+) -> None:
+    """Hand out blocks until AHEAD of them are under way.
 
-    def submit(self, function: Callable[..., Any], /, *arguments: Any) -> Future: ...
+    Args:
+        executor: that runs the workers
+        blocks: to train
+        terms: that a worker must meet
+        under_way: those handed out; extended
+        done: receives each one that ends
+    """
+    for block in islice(blocks, AHEAD - len(under_way)):
+        try:
+            future = executor.submit(work_off, CODE, pickle.dumps((block, terms), pickle.HIGHEST_PROTOCOL))
+        except (OSError, RuntimeError) as error:  # it broke down in the meantime
+            raise as_sentence(error) from error
+        under_way.add(future)
+        future.add_done_callback(done.put)
 
-
+# %% ../nbs/29_workers.ipynb #5cc0032d
 def hand_out(
     executor: Executor,                      # that runs the workers
     blocks: Iterator[Block],                 # to train
@@ -527,18 +577,8 @@ def hand_out(
     """
     done: queue.SimpleQueue[Future] = queue.SimpleQueue()
     under_way: set[Future] = set()
-
-    def send() -> None:
-        for block in islice(blocks, AHEAD - len(under_way)):
-            try:
-                future = executor.submit(work_off, CODE, pickle.dumps((block, terms), pickle.HIGHEST_PROTOCOL))
-            except (OSError, RuntimeError) as error:  # it broke down in the meantime
-                raise told(error) from error
-            under_way.add(future)
-            future.add_done_callback(done.put)
-
     try:
-        send()
+        _send(executor, blocks, terms, under_way, done)
         while under_way:
             if stop.is_set():
                 raise InterruptedError("The work was interrupted.")
@@ -546,7 +586,7 @@ def hand_out(
                 future = done.get(timeout=0.5)
                 under_way.discard(future)
                 take_in(outcome(future))
-                send()
+                _send(executor, blocks, terms, under_way, done)
     finally:
         for future in [future for future in under_way if future.done()]:
             with suppress(UserError):
@@ -572,7 +612,18 @@ class RayExecutor:
             self.remote[function] = ray.remote(max_retries=RETRIES, num_cpus=1)(function)
         return self.remote[function].remote(*arguments).future()
 
-# %% ../nbs/29_workers.ipynb #9dd9e4ad
+# %% ../nbs/29_workers.ipynb #b9773692
+def _begin_ray() -> None:
+    "Join the Ray cluster that runs here, or start a local one."
+    import ray
+
+    quiet = {"log_to_driver": False, "logging_level": "error"}
+    try:
+        ray.init(address="auto", **quiet)
+    except ConnectionError:
+        ray.init(num_cpus=processors(), include_dashboard=False, **quiet)
+
+
 @contextmanager
 def ray_executor() -> Iterator[RayExecutor]:
     "Join the Ray cluster that runs here, or start a local one and end it; raises `UserError` if that fails."
@@ -582,11 +633,7 @@ def ray_executor() -> Iterator[RayExecutor]:
     begun = not ray.is_initialized()
     try:
         if begun:
-            quiet = {"log_to_driver": False, "logging_level": "error"}
-            try:
-                ray.init(address="auto", **quiet)
-            except ConnectionError:
-                ray.init(num_cpus=processors(), include_dashboard=False, **quiet)
+            _begin_ray()
     except Exception as error:  # Ray raises bare exceptions if it cannot start
         raise UserError(f"Ray can neither be joined nor begun here ({one_line(error)}): "
                         "see 'ray status', then run again.") from error
@@ -609,7 +656,7 @@ def _deaf() -> Iterator[None]:
     finally:
         signal.signal(signal.SIGINT, before)
 
-
+# %% ../nbs/29_workers.ipynb #8f420a89
 def dask_cluster(
     workers: str,  # "dask", "slurm:N" or the address of a scheduler
 ) -> Any:          # for a distributed.Client: a cluster started here, or the address
@@ -662,6 +709,21 @@ def dask_executor(
         finally:
             executor.shutdown(wait=False)
 
+# %% ../nbs/29_workers.ipynb #8af8f61e
+def _check_workers(
+    workers: str,  # not empty
+) -> None:
+    """Raise `UserError` for a word that names no workers.
+
+    Args:
+        workers: not empty
+    """
+    jobs = workers.removeprefix("slurm:")
+    named = workers in ("dask", "ray") or "://" in workers
+    if not named and not (workers.startswith("slurm:") and jobs.isdigit() and int(jobs)):
+        raise UserError(f"{workers!r} are no workers: leave it empty for this machine, or give dask, ray, slurm:100 "
+                        "or the address of a Dask scheduler such as tcp://host:8786.")
+
 # %% ../nbs/29_workers.ipynb #ee445e70
 @contextmanager
 def open_workers(
@@ -678,11 +740,7 @@ def open_workers(
     if not workers:
         yield None
         return
-    jobs = workers.removeprefix("slurm:")
-    named = workers in ("dask", "ray") or "://" in workers
-    if not named and not (workers.startswith("slurm:") and jobs.isdigit() and int(jobs)):
-        raise UserError(f"{workers!r} are no workers: leave it empty for this machine, or give dask, ray, slurm:100 "
-                        "or the address of a Dask scheduler such as tcp://host:8786.")
+    _check_workers(workers)
     extra = "ray" if workers == "ray" else "dask"
     with ExitStack() as stack:
         try:

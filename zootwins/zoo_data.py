@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LARGEST', 'PLACE', 'FIRST', 'HUB', 'OPEN', 'FORMS', 'KINDS', 'NAME', 'ZooData', 'method_and_selector',
-           'check_tensors', 'store_states', 'with_measures', 'publication_states', 'load_zoo', 'select', 'Reader',
-           'population_of', 'masks', 'twins_of', 'best', 'split_models', 'Tokens', 'token_places', 'Graph',
-           'graph_places', 'random_order', 'numeric', 'target_columns', 'graph_of', 'pyg_data', 'ZooDataset',
-           'hub_client', 'check_repository', 'push', 'fetch']
+           'check_tensors', 'with_measures', 'store_states', 'publication_states', 'load_zoo', 'select', 'Reader',
+           'population_of', 'masks', 'twins_of', 'best', 'split_models', 'Tokens', 'parameter_places', 'token_places',
+           'Graph', 'graph_places', 'random_order', 'numeric', 'target_columns', 'graph_of', 'pyg_data', 'StatesOnDisk',
+           'lay_out', 'ZooDataset', 'hub_client', 'check_repository', 'push', 'check_size', 'fetch']
 
 # %% ../nbs/47_zoo_data.ipynb #a53e055f
 import math
@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+# %% ../nbs/47_zoo_data.ipynb #94fe7e9b
 from .alignment import augmented, hidden_layers
 from .architectures import ARCHITECTURES, build, layer_names
 from .core import UserError, check_name, one_line, read_json
@@ -92,7 +93,7 @@ def method_and_selector(
     own = zoo.get("mp_selector", "global")
     return method, selector or (str(own) if method == "mp" else "")
 
-
+# %% ../nbs/47_zoo_data.ipynb #c2ed5bd6
 def check_tensors(
     file: safe_open,     # of weights
     prefix: str,         # of the names of an epoch's tensors, such as "25/"
@@ -120,39 +121,7 @@ def check_tensors(
             raise UserError(f"These are not the weights of {rows} models of {architecture}: "
                             f"{one_line(name, 60)} does not fit.")
 
-# %% ../nbs/47_zoo_data.ipynb #3b1433df
-def store_states(
-    folder: Path,  # of a zoo in a store
-) -> tuple[str, pd.DataFrame]:  # architecture, states
-    """The states of a store; raises `UserError` for files that are damaged or do not belong together.
-
-    Args:
-        folder: of a zoo in a store
-
-    Returns:
-        tuple[str, pd.DataFrame]: architecture, states
-    """
-    zoo, parts, architectures = read_json(folder / "store.json")["zoo"], [], set()
-    stages = sorted(path.stem for path in folder.glob("*.json") if path.stem != "store" and "." not in path.stem)
-    for stage in (stage for stage in stages if read_manifest(folder, stage)["files"]):
-        method, selector = method_and_selector(stage, zoo)
-        frames = []
-        for path in listed(folder, stage):
-            with opened(path) as file:
-                models, architecture = table_in(file, "models"), str(told_by(file)["architecture"])
-                for epoch in epochs_in(file):
-                    check_tensors(file, f"{epoch}/", len(models), architecture)
-                    place = {"file": str(path), "prefix": f"{epoch}/", "row": range(len(models))}
-                    frames.append(models.assign(epoch=epoch, **place))
-            architectures.add(architecture)
-        states = pd.concat(frames, ignore_index=True).assign(stage=stage, method=method, selector=selector)
-        parts.append(with_measures(states, read_stage_metrics(folder, stage)))
-    if len(architectures) != 1:
-        raise UserError(f"{folder} holds {len(architectures) or 'no'} architectures: "
-                        "give the folder of a zoo with finished stages.")
-    return architectures.pop(), pd.concat(parts, ignore_index=True)
-
-
+# %% ../nbs/47_zoo_data.ipynb #95214c57
 def with_measures(
     states: pd.DataFrame,   # of one stage, perhaps with duplicates
     metrics: pd.DataFrame,  # tidy, of that stage
@@ -173,6 +142,90 @@ def with_measures(
     measures = measures[~measures.index.duplicated()].reindex(keyed(states)).reset_index(drop=True)
     return pd.concat([states, measures], axis=1)
 
+# %% ../nbs/47_zoo_data.ipynb #0529fe16
+def _stage_in_store(
+    folder: Path,              # of a zoo in a store
+    stage: str,                # its name
+    architectures: set[str],   # receives those of its files
+) -> pd.DataFrame:             # rows of the files, epoch by epoch, and where their weights are
+    """The states in the files of a stage.
+
+    Args:
+        folder: of a zoo in a store
+        stage: its name
+        architectures: receives those of its files
+
+    Returns:
+        pd.DataFrame: rows of the files, epoch by epoch, and where their weights are
+    """
+    frames = []
+    for path in listed(folder, stage):
+        with opened(path) as file:
+            models, architecture = table_in(file, "models"), str(told_by(file)["architecture"])
+            for epoch in epochs_in(file):
+                check_tensors(file, f"{epoch}/", len(models), architecture)
+                place = {"file": str(path), "prefix": f"{epoch}/", "row": range(len(models))}
+                frames.append(models.assign(epoch=epoch, **place))
+        architectures.add(architecture)
+    return pd.concat(frames, ignore_index=True)
+
+# %% ../nbs/47_zoo_data.ipynb #3b1433df
+def store_states(
+    folder: Path,  # of a zoo in a store
+) -> tuple[str, pd.DataFrame]:  # architecture, states
+    """The states of a store; raises `UserError` for files that are damaged or do not belong together.
+
+    Args:
+        folder: of a zoo in a store
+
+    Returns:
+        tuple[str, pd.DataFrame]: architecture, states
+    """
+    zoo, parts, architectures = read_json(folder / "store.json")["zoo"], [], set()
+    stages = sorted(path.stem for path in folder.glob("*.json") if path.stem != "store" and "." not in path.stem)
+    for stage in (stage for stage in stages if read_manifest(folder, stage)["files"]):
+        method, selector = method_and_selector(stage, zoo)
+        states = _stage_in_store(folder, stage, architectures).assign(stage=stage, method=method, selector=selector)
+        parts.append(with_measures(states, read_stage_metrics(folder, stage)))
+    if len(architectures) != 1:
+        raise UserError(f"{folder} holds {len(architectures) or 'no'} architectures: "
+                        "give the folder of a zoo with finished stages.")
+    return architectures.pop(), pd.concat(parts, ignore_index=True)
+
+# %% ../nbs/47_zoo_data.ipynb #995df527
+def _states_in_file(
+    folder: Path,            # of a publication
+    path: Path,              # of weights in it
+    metrics: pd.DataFrame,   # of the publication
+    zoo: Mapping[str, object],  # the zoo's entry, from store.json
+) -> tuple[str, pd.DataFrame]:  # architecture, states
+    """The states of one file; raises `UserError` if it is too large or has no metrics.
+
+    Args:
+        folder: of a publication
+        path: of weights in it
+        metrics: of the publication
+        zoo: the zoo's entry, from store.json
+
+    Returns:
+        tuple[str, pd.DataFrame]: architecture, states
+    """
+    if ordinary_size(path) > LARGEST:
+        raise UserError(f"{path} is larger than {LARGEST >> 30} GiB, and no file of a zoo is.")
+    stage, _, epoch = path.stem.partition("_epoch_")
+    method, selector = method_and_selector(stage, zoo)
+    measured = metrics[metrics["method"] == method]
+    if "selector" in measured and selector:
+        measured = measured[measured["selector"] == selector]
+    if measured.empty:
+        raise UserError(f"{folder} has models of {stage} and no metrics of them: get it again.")
+    models = read_table(path.with_suffix(".parquet"))
+    with safe_open(path, framework="pt") as file:
+        architecture = (file.metadata() or {}).get("architecture", "")
+        check_tensors(file, "", len(models), architecture)
+    states = models.assign(stage=stage, method=method, selector=selector, epoch=int(epoch or measured["epoch"].max()))
+    return architecture, with_measures(states.assign(file=str(path), prefix="", row=range(len(models))), measured)
+
 # %% ../nbs/47_zoo_data.ipynb #7829e79d
 def publication_states(
     folder: Path,  # from publishing.publish, perhaps downloaded
@@ -187,29 +240,13 @@ def publication_states(
     """
     check_hashes(folder)
     zoo, metrics = read_json(folder / "store.json")["zoo"], read_metrics(folder / "metrics.parquet")
-    parts, architectures = [], set()
-    for path in sorted(folder.glob(f"*{SUFFIX}")) + sorted(folder.glob(f"trajectory/*{SUFFIX}")):
-        if ordinary_size(path) > LARGEST:
-            raise UserError(f"{path} is larger than {LARGEST >> 30} GiB, and no file of a zoo is.")
-        stage, _, epoch = path.stem.partition("_epoch_")
-        method, selector = method_and_selector(stage, zoo)
-        measured = metrics[metrics["method"] == method]
-        if "selector" in measured and selector:
-            measured = measured[measured["selector"] == selector]
-        if measured.empty:
-            raise UserError(f"{folder} has models of {stage} and no metrics of them: get it again.")
-        models = read_table(path.with_suffix(".parquet"))
-        with safe_open(path, framework="pt") as file:
-            architecture = (file.metadata() or {}).get("architecture", "")
-            check_tensors(file, "", len(models), architecture)
-        architectures.add(architecture)
-        states = models.assign(stage=stage, method=method, selector=selector)
-        states = states.assign(epoch=int(epoch or measured["epoch"].max()))
-        parts.append(with_measures(states.assign(file=str(path), prefix="", row=range(len(models))), measured))
+    paths = sorted(folder.glob(f"*{SUFFIX}")) + sorted(folder.glob(f"trajectory/*{SUFFIX}"))
+    found = [_states_in_file(folder, path, metrics, zoo) for path in paths]
+    architectures = {architecture for architecture, _ in found}
     if len(architectures) != 1:
         raise UserError(f"{folder} holds models of {len(architectures) or 'no'} architectures: "
                         "it is no publication of a zoo.")
-    states = pd.concat(parts, ignore_index=True)
+    states = pd.concat([states for _, states in found], ignore_index=True)
     known = [name for name in ("stage", "model", "epoch", "level", "copy") if name in states]
     return architectures.pop(), states.drop_duplicates(known, ignore_index=True)
 
@@ -248,6 +285,32 @@ def load_zoo(
 
 HUB = "hf://"
 
+# %% ../nbs/47_zoo_data.ipynb #e550885c
+def _with(
+    states: pd.DataFrame,      # to choose from
+    name: str,                 # of a column
+    values: Sequence[object],  # which must all exist
+    zoo: ZooData,              # for the message
+) -> pd.DataFrame:
+    """Pick the states with one of some values in a column.
+
+    Args:
+        states: to choose from
+        name: of a column
+        values: which must all exist
+        zoo: for the message
+    """
+    rounded = lambda column: pd.Series(column).astype(float).round(9) if name == "level" else pd.Series(column)
+    there, values = rounded(states[name]), rounded(values)
+    missing = values[~values.isin(there)]
+    if len(missing):
+        known = sorted(there.dropna().unique().tolist())
+        many = name in ("model", "epoch") and len(known) > 8
+        valid = f"{known[0]} to {known[-1]}" if many else ", ".join(map(str, known)) or "none"
+        raise UserError(f"{zoo.folder.name} has no {name} {missing.iloc[0]} among the states that are asked for. "
+                        f"Valid: {valid}.")
+    return states[there.isin(values).to_numpy()]
+
 # %% ../nbs/47_zoo_data.ipynb #325cbecc
 def select(
     zoo: ZooData,                                 # from load_zoo
@@ -282,31 +345,20 @@ def select(
         found = found[found["epoch"] == found.groupby("stage")["epoch"].transform("max")]
     return found
 
-
-def _with(
-    states: pd.DataFrame,      # to choose from
-    name: str,                 # of a column
-    values: Sequence[object],  # which must all exist
-    zoo: ZooData,              # for the message
-) -> pd.DataFrame:
-    """Pick the states with one of some values in a column.
+# %% ../nbs/47_zoo_data.ipynb #2d6aa0c7
+def _open_weights(
+    path: str,  # of a file that `load_zoo` has checked
+) -> tuple[safe_open, frozenset[str]]:
+    """Open a file, and read the names in it; raises `UserError` if it has gone or changed.
 
     Args:
-        states: to choose from
-        name: of a column
-        values: which must all exist
-        zoo: for the message
+        path: of a file that `load_zoo` has checked
     """
-    rounded = lambda column: pd.Series(column).astype(float).round(9) if name == "level" else pd.Series(column)
-    there, values = rounded(states[name]), rounded(values)
-    missing = values[~values.isin(there)]
-    if len(missing):
-        known = sorted(there.dropna().unique().tolist())
-        many = name in ("model", "epoch") and len(known) > 8
-        valid = f"{known[0]} to {known[-1]}" if many else ", ".join(map(str, known)) or "none"
-        raise UserError(f"{zoo.folder.name} has no {name} {missing.iloc[0]} among the states that are asked for. "
-                        f"Valid: {valid}.")
-    return states[there.isin(values).to_numpy()]
+    try:
+        file = safe_open(path, framework="pt").__enter__()
+        return file, frozenset(file.keys())
+    except Exception as error:
+        raise UserError(f"{path} cannot be read any more ({one_line(error)}): load the zoo again.") from error
 
 # %% ../nbs/47_zoo_data.ipynb #1ffa2a75
 OPEN = 64  # files of weights at a time and process
@@ -335,11 +387,7 @@ class Reader:
         if path not in self.files:
             while len(self.files) >= OPEN:
                 del self.files[next(iter(self.files))]
-            try:
-                file = safe_open(path, framework="pt").__enter__()
-                self.files[path] = file, frozenset(file.keys())
-            except Exception as error:
-                raise UserError(f"{path} cannot be read any more ({one_line(error)}): load the zoo again.") from error
+            self.files[path] = _open_weights(path)
         return self.files[path]
 
     def weights(
@@ -418,7 +466,7 @@ def masks(
     weights = prunable(population_of(zoo, found).weights)
     return {name: tensor[0] != 0 for name, tensor in weights.items()}
 
-
+# %% ../nbs/47_zoo_data.ipynb #5139bcb3
 def twins_of(
     source: str | Path | ZooData,  # as for load_zoo
     model: int | Iterable[int],    # numbers
@@ -491,7 +539,7 @@ def split_models(
     names = np.repeat(["train", "val", "test"], [n - 2 * held, held, held])
     return pd.Series(names, index=np.asarray(models)[order]).sort_index()
 
-# %% ../nbs/47_zoo_data.ipynb #3861f5b0
+# %% ../nbs/47_zoo_data.ipynb #9d1551ef
 @dataclass(frozen=True)
 class Tokens:
     """Where in a model's vector the numbers of each token are.
@@ -507,6 +555,24 @@ class Tokens:
     positions: Tensor  # int64 [tokens, 3]: in the sequence, of the layer, in the layer
 
 
+def parameter_places(
+    architecture: str,  # a name in architectures.ARCHITECTURES
+) -> tuple[dict[str, Tensor], int]:  # parameter -> int64, in its shape; the length of the vector
+    """Where in a model's vector the numbers of each parameter are.
+
+    Args:
+        architecture: a name in architectures.ARCHITECTURES
+
+    Returns:
+        tuple[dict[str, Tensor], int]: parameter -> int64, in its shape; the length of the vector
+    """
+    places, start = {}, 0
+    for name, shape in parameter_shapes(architecture).items():
+        places[name] = torch.arange(start, start + math.prod(shape)).reshape(shape)
+        start += math.prod(shape)
+    return places, start
+
+# %% ../nbs/47_zoo_data.ipynb #3861f5b0
 def token_places(
     architecture: str,  # a name in architectures.ARCHITECTURES
     width: int = 0,     # of a token; 0: that of the widest neuron
@@ -517,14 +583,11 @@ def token_places(
         architecture: a name in architectures.ARCHITECTURES
         width: of a token; 0: that of the widest neuron
     """
-    shapes, places, start = parameter_shapes(architecture), {}, 0
-    for name, shape in shapes.items():
-        places[name] = torch.arange(start, start + math.prod(shape)).reshape(shape[0], -1)
-        start += math.prod(shape)
-    rows = []
-    for name in (name for name in shapes if not name.endswith(".bias")):
-        bias = places.get(name.replace(".weight", ".bias")) if name.endswith(".weight") else None
-        rows.append(places[name] if bias is None else torch.cat([places[name], bias], 1))
+    (places, start), rows = parameter_places(architecture), []
+    flat = {name: place.reshape(len(place), -1) for name, place in places.items()}
+    for name in (name for name in flat if not name.endswith(".bias")):
+        bias = flat.get(name.replace(".weight", ".bias")) if name.endswith(".weight") else None
+        rows.append(flat[name] if bias is None else torch.cat([flat[name], bias], 1))
     width = width or max(row.shape[1] for row in rows)
     if isinstance(width, bool) or not isinstance(width, int) or width < 1:
         raise UserError(f"{width!r} is not a width of tokens: give a whole number, or 0 for that of the widest neuron.")
@@ -554,7 +617,7 @@ class Graph:
     node_layer: Tensor  # int64 [nodes]: 0 for inputs, then the number of the layer
     edge_layer: Tensor  # int64 [edges], from 1
 
-
+# %% ../nbs/47_zoo_data.ipynb #5562d9bb
 def graph_places(
     architecture: str,  # a name in architectures.ARCHITECTURES: a chain of layers
 ) -> Graph:
@@ -564,12 +627,8 @@ def graph_places(
         architecture: a name in architectures.ARCHITECTURES: a chain of layers
     """
     hidden_layers(architecture)
-    paths, shapes = list(layer_names(build(architecture)).values()), parameter_shapes(architecture)
-    places, start = {}, 0
-    for name, shape in shapes.items():
-        places[name] = torch.arange(start, start + math.prod(shape)).reshape(shape)
-        start += math.prod(shape)
-    before, layers = torch.arange(shapes[f"{paths[0]}.weight"][1]), []
+    paths, (places, start) = list(layer_names(build(architecture)).values()), parameter_places(architecture)
+    before, layers = torch.arange(places[f"{paths[0]}.weight"].shape[1]), []
     nodes, node_layer = [torch.full((len(before),), start)], [torch.zeros(len(before), dtype=torch.int64)]
     for number, path in enumerate(paths, start=1):
         weight = places[f"{path}.weight"]
@@ -602,7 +661,7 @@ def random_order(
     """
     return augmented(population, int(torch.randint(2**31 - 1, ())))
 
-
+# %% ../nbs/47_zoo_data.ipynb #0d214e87
 def numeric(
     column: pd.Series,  # a measure or factor
 ) -> tuple[np.ndarray, list[str]]:  # float32, and the words they stand for, if any
@@ -654,7 +713,7 @@ def graph_of(
     numbers = {"x": padded[graph.nodes][:, None], "edge_index": graph.edge_index, "edge_attr": padded[graph.edges]}
     return numbers | {"node_layer": graph.node_layer, "edge_layer": graph.edge_layer}
 
-
+# %% ../nbs/47_zoo_data.ipynb #2bda90c0
 def pyg_data() -> type:
     "The class of graphs of PyTorch Geometric; raises `UserError` if it is not installed."
     try:
@@ -664,35 +723,20 @@ def pyg_data() -> type:
                         "or take form='graph', a plain dictionary.") from error
     return Data
 
-# %% ../nbs/47_zoo_data.ipynb #785ecbf0
-class ZooDataset(Dataset):
-    "Pairs of weights and targets, read from disk one by one; for any number of workers."
+# %% ../nbs/47_zoo_data.ipynb #8fd13f3e
+class StatesOnDisk(Dataset):
+    "States of a zoo, read from disk one by one."
 
     def __init__(
         self,
-        source: str | Path | ZooData,             # as for load_zoo
-        stage: str | Sequence[str] = "original",  # or "vd", "mp", ...
-        targets: Sequence[str] = ("test_acc",),   # measures and factors: columns of `rows`
-        form: str = "flat",                       # one of FORMS
-        split: str | None = None,                 # "train", "val" or "test": of models, for all stages; none: all
-        seed: int = 0,                            # of the split
-        width: int = 0,                           # of tokens; 0: that of the widest neuron
-        judged: bool = True,                      # zero where pruned; else as trained, log variances in "layers"
+        zoo: ZooData,         # from load_zoo
+        rows: pd.DataFrame,   # some of its states
+        judged: bool = True,  # zero where pruned; else as trained
         transform: Callable[[Population], Population] | None = None,  # such as random_order
-        **which: Any,                             # model, level, selector, copy, epoch: as for select
     ):
-        zoo, self.form = load_zoo(source), check_name(form, FORMS, "form of weights")
-        self.judged, self.transform, rows = judged, transform, select(zoo, stage, **which)
-        if split is not None:
-            check_name(split, ("train", "val", "test"), "split")
-            rows = rows[rows["model"].map(split_models(zoo.models, zoo.zoo, seed)) == split]
-        self.rows, self.reader = rows.reset_index(drop=True), Reader()
+        self.rows, self.reader, self.judged, self.transform = rows.reset_index(drop=True), Reader(), judged, transform
         self.architecture, self.names = zoo.architecture, zoo.names
         self.plain = [name for name in self.names if ".log_sigma2" not in name]
-        self.targets, self.classes = target_columns(self.rows, [targets] if isinstance(targets, str) else targets)
-        self.tokens = token_places(zoo.architecture, width) if form == "tokens" else None
-        self.graph = graph_places(zoo.architecture) if form in ("graph", "pyg") else None
-        self.data = pyg_data() if form == "pyg" else None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -713,6 +757,75 @@ class ZooDataset(Dataset):
         population = Population(weights, models, self.architecture)
         return self.transform(population) if self.transform else population
 
+# %% ../nbs/47_zoo_data.ipynb #841e9357
+def _split_rows(
+    zoo: ZooData,         # from load_zoo
+    rows: pd.DataFrame,   # some of its states
+    split: str | None,    # "train", "val" or "test"; none: all
+    seed: int,            # of the split
+) -> pd.DataFrame:
+    """The states of one side of the split of a zoo's models.
+
+    Args:
+        zoo: from load_zoo
+        rows: some of its states
+        split: "train", "val" or "test"; none: all
+        seed: of the split
+    """
+    if split is None:
+        return rows
+    check_name(split, ("train", "val", "test"), "split")
+    return rows[rows["model"].map(split_models(zoo.models, zoo.zoo, seed)) == split]
+
+# %% ../nbs/47_zoo_data.ipynb #e6b04143
+def lay_out(
+    weights: dict[str, Tensor],      # of one model, [1, ...]
+    plain: Sequence[str],            # parameters that are no log variances, in the order of a vector
+    form: str,                       # one of FORMS
+    places: Tokens | Graph | None,   # where numbers go, for tokens and graphs
+) -> Tensor | dict[str, Tensor]:
+    """Give a model's weights their form.
+
+    Args:
+        weights: of one model, [1, ...]
+        plain: parameters that are no log variances, in the order of a vector
+        form: one of FORMS
+        places: where numbers go, for tokens and graphs
+    """
+    if form == "layers":
+        return {name: tensor[0] for name, tensor in weights.items()}
+    vector = flatten({name: weights[name] for name in plain})[0]
+    if form == "flat":
+        return vector
+    padded = torch.cat([vector, vector.new_zeros(1)])
+    if form == "tokens":
+        return {"tokens": padded[places.index], "mask": places.mask, "positions": places.positions}
+    return graph_of(places, padded)
+
+# %% ../nbs/47_zoo_data.ipynb #785ecbf0
+class ZooDataset(StatesOnDisk):
+    "Pairs of weights and targets, read from disk one by one; for any number of workers."
+
+    def __init__(
+        self,
+        source: str | Path | ZooData,             # as for load_zoo
+        stage: str | Sequence[str] = "original",  # or "vd", "mp", ...
+        targets: Sequence[str] = ("test_acc",),   # measures and factors: columns of `rows`
+        form: str = "flat",                       # one of FORMS
+        split: str | None = None,                 # "train", "val" or "test": of models, for all stages; none: all
+        seed: int = 0,                            # of the split
+        width: int = 0,                           # of tokens; 0: that of the widest neuron
+        judged: bool = True,                      # zero where pruned; else as trained, log variances in "layers"
+        transform: Callable[[Population], Population] | None = None,  # such as random_order
+        **which: Any,                             # model, level, selector, copy, epoch: as for select
+    ):
+        zoo, self.form = load_zoo(source), check_name(form, FORMS, "form of weights")
+        super().__init__(zoo, _split_rows(zoo, select(zoo, stage, **which), split, seed), judged, transform)
+        self.targets, self.classes = target_columns(self.rows, [targets] if isinstance(targets, str) else targets)
+        self.tokens = token_places(zoo.architecture, width) if form == "tokens" else None
+        self.graph = graph_places(zoo.architecture) if form in ("graph", "pyg") else None
+        self.data = pyg_data() if form == "pyg" else None
+
     def __getitem__(
         self,
         i: int,  # place in the data set
@@ -725,18 +838,9 @@ class ZooDataset(Dataset):
         Returns:
             Any: weights in the chosen form, and targets float32 [targets]; for "pyg" one Data with both
         """
-        weights, target = self.population(i).weights, self.targets[i]
-        if self.form == "layers":
-            return {name: tensor[0] for name, tensor in weights.items()}, target
-        vector = flatten({name: weights[name] for name in self.plain})[0]
-        if self.form == "flat":
-            return vector, target
-        padded = torch.cat([vector, vector.new_zeros(1)])
-        if self.form == "tokens":
-            places = self.tokens
-            return {"tokens": padded[places.index], "mask": places.mask, "positions": places.positions}, target
-        graph = graph_of(self.graph, padded)
-        return (graph, target) if self.form == "graph" else self.data(**graph, y=target[None], state=i)
+        item = lay_out(self.population(i).weights, self.plain, self.form, self.tokens or self.graph)
+        target = self.targets[i]
+        return self.data(**item, y=target[None], state=i) if self.form == "pyg" else (item, target)
 
 # %% ../nbs/47_zoo_data.ipynb #de0edde9
 KINDS = ("*.safetensors", "*.parquet", "*.json", "*.md", HASHES)  # of files of a publication
@@ -761,7 +865,7 @@ def hub_client(
                         "or use hf download and hf upload.") from error
     return HfApi(endpoint=endpoint or os.environ.get("HF_ENDPOINT"))
 
-
+# %% ../nbs/47_zoo_data.ipynb #5112acb3
 def check_repository(
     name: str,  # such as "USER/digits-twins"
 ) -> str:       # the same
@@ -807,6 +911,24 @@ def push(
                         "log in by 'hf auth login' and push again, which goes on.") from error
     return str(done.commit_url)
 
+# %% ../nbs/47_zoo_data.ipynb #cd4ff478
+def check_size(
+    repository: str,            # its name
+    sizes: list[int | None],    # of its files; none: unknown
+    limit: int,                 # bytes of all files together
+) -> None:
+    """Raise `UserError` if a download would be too large.
+
+    Args:
+        repository: its name
+        sizes: of its files; none: unknown
+        limit: bytes of all files together
+    """
+    if None in sizes or sum(sizes) > limit:
+        found = "of unknown size" if None in sizes else f"of {sum(sizes):,} bytes"
+        raise UserError(f"{repository} is {found}, and no more than {limit:,} are fetched: "
+                        "allow for more by fetch(..., limit=...), and load the folder.")
+
 # %% ../nbs/47_zoo_data.ipynb #972707ba
 def fetch(
     name: str,                    # such as "hf://USER/digits-twins", or with a revision "hf://USER/digits-twins@v1"
@@ -827,12 +949,9 @@ def fetch(
     client, repository = hub_client(endpoint), check_repository(repository)
     try:
         about = client.dataset_info(repository, revision=revision or None, files_metadata=True)
-        sizes = [file.size for file in about.siblings if any(Path(file.rfilename).match(kind) for kind in KINDS)]
-        if None in sizes or sum(sizes) > limit:
-            told = "of unknown size" if None in sizes else f"of {sum(sizes):,} bytes"
-            raise UserError(f"{repository} is {told}, and no more than {limit:,} are fetched: "
-                            "allow for more by fetch(..., limit=...), and load the folder.")
         kinds = list(KINDS)
+        wanted = [file.size for file in about.siblings if any(Path(file.rfilename).match(kind) for kind in kinds)]
+        check_size(repository, wanted, limit)
         folder = client.snapshot_download(repository, repo_type="dataset", revision=about.sha, allow_patterns=kinds)
     except UserError:
         raise
