@@ -9,19 +9,20 @@ __all__ = [
     'as_samples', 'contrasts', 'grid_mean', 'as_designs', 'compare_means', 'compare_correlations', 'by_design',
     'calibrated', 'within', 'judge', 'first_rule', 'adjusted', 'compare', 'state_label', 'labelled', 'model_note',
     'side_by_side', 'beside_print', 'distinct_states', 'scorecard', 'worst', 'shifted_verdicts', 'smallest_error',
-    'headline', 'disturbed_scores', 'figure_disturbances', 'compare_layer_spread', 'compare_windows', 'share_grid',
-    'figure_scorecard', 'our_originals', 'beside_recorded', 'matched_models', 'recorded_by_factor', 'recorded_epochs',
-    'figure_recorded',
+    'headline', 'disturbed_scores', 'draw_shares', 'figure_disturbances', 'compare_layer_spread', 'lasting_spread',
+    'window_of', 'compare_windows', 'share_grid', 'write_counts', 'figure_scorecard', 'our_originals',
+    'beside_recorded', 'matched_models', 'recorded_by_factor', 'recorded_epochs', 'draw_recorded', 'figure_recorded',
 ]
 
 # %% ../nbs/33_comparison.ipynb #a82f0276
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import combinations
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import stats
 
@@ -176,7 +177,7 @@ def contrasts(
     columns = [column for effects in main for column in effects] if order else []
     return np.column_stack([np.ones(len(rows)), *columns, *(pairs if order == 2 else [])])
 
-
+# %% ../nbs/33_comparison.ipynb #58b02890
 def grid_mean(
     values: np.ndarray,   # [models]
     factors: pd.DataFrame,  # of the same models, with FACTORS
@@ -219,18 +220,13 @@ def as_designs(
     Returns:
         pd.DataFrame: the same, with estimate and errors of grids by their design
     """
-    both = both.copy()
+    both, key = both.copy(), lambda level: -1 if np.isnan(level) else round(1000 * level)
     for zoo in (name for name in both["zoo"].unique() if name in ZOOS and ZOOS[name].kind != "seed"):
         factors = model_table(get_zoo(zoo)).set_index("model")
-        states = {key: rows.set_index("model") for key, rows in metrics[metrics["zoo"] == zoo].groupby(
-            ["method", "level", "epoch"], dropna=False,
-        )}
-        rounded = {
-            (method, -1 if np.isnan(level) else round(1000 * level), epoch): rows
-            for (method, level, epoch), rows in states.items()
-        }
+        groups = metrics[metrics["zoo"] == zoo].groupby(["method", "level", "epoch"], dropna=False)
+        states = {(method, key(level), epoch): rows.set_index("model") for (method, level, epoch), rows in groups}
         for cell in both[(both["zoo"] == zoo) & both["ours_mean"].notna()].itertuples():
-            rows = rounded[cell.method, -1 if np.isnan(cell.level) else round(1000 * cell.level), cell.epoch]
+            rows = states[cell.method, key(cell.level), cell.epoch]
             values = 100 * rows[f"{cell.metric}_{cell.layer}" if cell.layer else cell.metric].dropna()
             if len(values) > 1 and values.index.isin(factors.index).all():
                 mean, error, df, residual = grid_mean(values.to_numpy(), factors.loc[values.index], zoo)
@@ -239,7 +235,7 @@ def as_designs(
                 )
     return both
 
-
+# %% ../nbs/33_comparison.ipynb #93a666e7
 def compare_means(
     both: pd.DataFrame,  # from as_samples or as_designs
 ) -> pd.DataFrame:       # effect (difference in units), error (its standard error) with df, p, equivalent, within_point
@@ -369,6 +365,14 @@ def first_rule(
     return both["verdict"].where(~both["verdict"].isin(TESTED), words)
 
 # %% ../nbs/33_comparison.ipynb #a1efc40a
+COMPARISON = [
+    "table", "row", "zoo", "method", "level", "epoch", "layer", "metric", "ours_mean", "ours_std", "ours_n",
+    "paper_mean", "paper_std", "paper_n",
+    "estimate", "difference", "unit", "spread", "effect", "error", "df", "p", "p_adjusted", "equivalent",
+    "within_point", "by_design", "calibrated", "doubtful", "verdict", "first",
+]
+
+
 def adjusted(
     p: pd.Series,  # with missing values
 ) -> pd.Series:    # likewise
@@ -383,15 +387,7 @@ def adjusted(
     known = p.dropna()
     return pd.Series(stats.false_discovery_control(known) if len(known) else known, index=known.index).reindex(p.index)
 
-
-COMPARISON = [
-    "table", "row", "zoo", "method", "level", "epoch", "layer", "metric", "ours_mean", "ours_std", "ours_n",
-    "paper_mean", "paper_std", "paper_n",
-    "estimate", "difference", "unit", "spread", "effect", "error", "df", "p", "p_adjusted", "equivalent",
-    "within_point", "by_design", "calibrated", "doubtful", "verdict", "first",
-]
-
-
+# %% ../nbs/33_comparison.ipynb #f407d16a
 def compare(
     metrics: pd.DataFrame,              # tidy metrics of one or more zoos
     cells: pd.DataFrame | None = None,  # printed cells; None: from reported.read_reported
@@ -546,7 +542,7 @@ def distinct_states(
     )
     return len(states.drop_duplicates(["zoo", "method", "level", "epoch", "layer", "metric"]))
 
-
+# %% ../nbs/33_comparison.ipynb #44322887
 def scorecard(
     comparison: pd.DataFrame,  # from compare
     by: str = "table",         # or "zoo", "metric"
@@ -619,7 +615,7 @@ def shifted_verdicts(
     )
     return pd.Series(words, index=comparison.index)
 
-
+# %% ../nbs/33_comparison.ipynb #12d40ef2
 def smallest_error(
     comparison: pd.DataFrame,  # from compare
 ) -> pd.DataFrame:             # index zoo: cells, smallest error caught in standard deviations, and in accuracy points
@@ -752,6 +748,28 @@ def disturbed_scores(
     return pd.DataFrame(rows)
 
 # %% ../nbs/33_comparison.ipynb #b2c0de29
+def draw_shares(
+    ax: Axes,              # a zoo's panel
+    of_zoo: pd.DataFrame,  # one row per bar: tested, and a column for each of TESTED
+) -> None:
+    """Draw the shares of the verdicts as bars, with the numbers of equivalent and tested cells.
+
+    Args:
+        ax: a zoo's panel
+        of_zoo: one row per bar: tested, and a column for each of TESTED
+    """
+    shares = of_zoo[TESTED].div(of_zoo["tested"].where(of_zoo["tested"] > 0), axis=0).fillna(0)
+    left = np.zeros(len(of_zoo))
+    for verdict, colour in zip(TESTED, (BLUE, "#d0d0d0", ORANGE)):
+        ax.barh(range(len(of_zoo)), shares[verdict], left=left, color=colour, label=verdict, height=0.75)
+        left += shares[verdict].to_numpy()
+    for place, (equivalent, tested) in enumerate(of_zoo[["equivalent", "tested"]].to_numpy()):
+        ax.text(
+            0.03, place, f"{equivalent:.0f} of {tested:.0f}", va="center", fontsize=7.5,
+            color="white" if equivalent > 0.45 * tested else "black",
+        )
+
+# %% ../nbs/33_comparison.ipynb #398c8d94
 @styled
 def figure_disturbances(
     scores: pd.DataFrame,  # from disturbed_scores
@@ -768,18 +786,7 @@ def figure_disturbances(
         layout="constrained",
     )
     for ax, zoo in zip(axes.flat, zoos):
-        of_zoo = scores[scores["zoo"] == zoo].set_index("disturbance").reindex(names)
-        shares, left = (
-            of_zoo[TESTED].div(of_zoo["tested"].where(of_zoo["tested"] > 0), axis=0).fillna(0), np.zeros(len(names))
-        )
-        for verdict, colour in zip(TESTED, (BLUE, "#d0d0d0", ORANGE)):
-            ax.barh(range(len(names)), shares[verdict], left=left, color=colour, label=verdict, height=0.75)
-            left += shares[verdict].to_numpy()
-        for place, (equivalent, tested) in enumerate(of_zoo[["equivalent", "tested"]].to_numpy()):
-            ax.text(
-                0.03, place, f"{equivalent:.0f} of {tested:.0f}", va="center", fontsize=7.5,
-                color="white" if equivalent > 0.45 * tested else "black",
-            )
+        draw_shares(ax, scores[scores["zoo"] == zoo].set_index("disturbance").reindex(names))
         ax.set(title=zoo_title(zoo), xlim=(0, 1), xticks=[0, 0.5, 1], xticklabels=["0%", "50%", "100%"])
         ax.grid(False)
     for ax in axes.flat[len(zoos):]:
@@ -825,6 +832,51 @@ def compare_layer_spread(
     ]]
 
 # %% ../nbs/33_comparison.ipynb #b2c0de31
+def lasting_spread(
+    shares: np.ndarray,  # in %, of removals of every weight
+    models: int,         # that they were counted in
+    printed: int,        # the paper's models
+) -> float:              # standard deviation over weights, in points
+    """The spread of removal frequencies as a zoo of another size would show it.
+
+    Args:
+        shares: in %, of removals of every weight
+        models: that they were counted in
+        printed: the paper's models
+
+    Returns:
+        float: standard deviation over weights, in points
+    """
+    share = shares.mean() / 100
+    lasting = max(0, shares.var(ddof=1) - 1e4 * share * (1 - share) / models)
+    return float(np.sqrt(lasting + 1e4 * share * (1 - share) / printed))
+
+# %% ../nbs/33_comparison.ipynb #2c18f83e
+def window_of(
+    cell: tuple,           # a printed cell of Table 8: zoo, level, layer, mean, std
+    pruned: pd.DataFrame,  # removal frequencies of the zoo's fine-tuned twins
+) -> list:                 # a row of `compare_windows`; empty if the level was not run
+    """One printed cell next to the shifted window and the proper layer.
+
+    Args:
+        cell: a printed cell of Table 8: zoo, level, layer, mean, std
+        pruned: removal frequencies of the zoo's fine-tuned twins
+
+    Returns:
+        list: a row of `compare_windows`; empty if the level was not run
+    """
+    rows, architecture = pruned[np.isclose(pruned["level"], cell.level)], get_zoo(cell.zoo).architecture
+    shares, size = 100 * rows["frequency"].to_numpy(float), layer_sizes(architecture)
+    if not len(shares):
+        return []
+    first, last = shifted_windows(architecture)[cell.layer]
+    end = dict(zip(size, np.cumsum([*size.values()])))[cell.layer]
+    window, whole = shares[first:last], shares[end - size[cell.layer]:end]
+    spread = lasting_spread(window, pruned["models"].iloc[0], printed_models(8, cell.zoo))
+    means = window.mean(), spread, whole.mean(), window.mean() - cell.mean, whole.mean() - cell.mean
+    return [cell.zoo, cell.level, cell.layer, cell.mean, cell.std, *means]
+
+
 def compare_windows(
     frequencies: pd.DataFrame,          # of one or more zoos, from layers.stack_frequencies or layers.read_frequencies
     cells: pd.DataFrame | None = None,  # printed cells; None: from reported.read_reported
@@ -841,29 +893,11 @@ def compare_windows(
     printed, found, frequencies = read_reported() if cells is None else cells, [], own_selector(frequencies)
     printed = printed[(printed["table"] == 8) & printed["zoo"].isin(SHIFTED) & (printed["layer"] != "")]
     for zoo in printed.loc[printed["zoo"].isin(frequencies["zoo"].unique()), "zoo"].unique():
-        entry = get_zoo(zoo)
-        pruned = frequencies[(frequencies["zoo"] == zoo) & (frequencies["method"] == "mp") & (
-            frequencies["epoch"] == entry.mp_epochs
-        )].astype({"layer": str})
-        ends = dict(zip(layer_sizes(entry.architecture), np.cumsum([*layer_sizes(entry.architecture).values()])))
-        for cell in printed[printed["zoo"] == zoo].itertuples():
-            shares = 100 * pruned.loc[np.isclose(pruned["level"], cell.level), "frequency"].to_numpy(float)
-            if len(shares):
-                first, last = shifted_windows(entry.architecture)[cell.layer]
-                window, whole = shares[first:last], shares[ends[cell.layer] - layer_sizes(
-                    entry.architecture
-                )[cell.layer]:ends[cell.layer]]
-                share, models = window.mean() / 100, pruned["models"].iloc[0]
-                lasting = max(0, window.var(ddof=1) - 1e4 * share * (1 - share) / models)
-                spread = np.sqrt(lasting + 1e4 * share * (1 - share) / printed_models(8, zoo))
-                found.append([
-                    zoo, cell.level, cell.layer, cell.mean, cell.std, window.mean(), spread, whole.mean(),
-                    window.mean() - cell.mean, whole.mean() - cell.mean,
-                ])
-    columns = [
-        "zoo", "level", "layer", "paper_mean", "paper_std", "window_mean", "window_std", "layer_mean",
-        "window_difference", "layer_difference",
-    ]
+        rows = frequencies[(frequencies["zoo"] == zoo) & (frequencies["method"] == "mp")]
+        pruned = rows[rows["epoch"] == get_zoo(zoo).mp_epochs].astype({"layer": str})
+        found += [row for cell in printed[printed["zoo"] == zoo].itertuples() if (row := window_of(cell, pruned))]
+    names = ["paper_mean", "paper_std", "window_mean", "window_std", "layer_mean"]
+    columns = ["zoo", "level", "layer", *names, "window_difference", "layer_difference"]
     return pd.DataFrame(found, columns=columns)
 
 # %% ../nbs/33_comparison.ipynb #e4d906eb
@@ -891,6 +925,25 @@ def share_grid(
 PALE = sns.blend_palette([ORANGE, "#f6d9a8", "#f4f7fa"], as_cmap=True)  # from nothing equivalent to all
 
 
+def write_counts(
+    ax: Axes,                            # with a unit square for every zoo and table
+    wide: Mapping[str, pd.DataFrame],    # equivalent, tested and printed: zoos by tables
+) -> None:
+    """Write the numbers of equivalent and tested cells, bold where some are not equivalent.
+
+    Args:
+        ax: with a unit square for every zoo and table
+        wide: equivalent, tested and printed: zoos by tables
+    """
+    for (i, j), tested in np.ndenumerate(wide["tested"].to_numpy(float)):
+        equivalent, printed = (wide[name].iloc[i, j] for name in ("equivalent", "printed"))
+        if tested > 0:
+            bold = {"fontweight": "bold"} if equivalent < tested else {"color": GREY}
+            ax.text(j, i, f"{equivalent:.0f} of {tested:.0f}", ha="center", va="center", fontsize=8, **bold)
+        elif printed > 0:
+            ax.text(j, i, "not run", ha="center", va="center", fontsize=7.5, color="#b0b0b0")
+
+# %% ../nbs/33_comparison.ipynb #67c32b16
 @styled
 def figure_scorecard(
     comparison: pd.DataFrame,  # from compare
@@ -908,13 +961,7 @@ def figure_scorecard(
     }
     fig, ax = plt.subplots(figsize=(WIDTH, 0.29 * len(zoos) + 0.9), layout="constrained")
     image = ax.imshow(wide["share"].astype(float), cmap=PALE, vmin=0, vmax=1, aspect="auto")
-    for (i, zoo), (j, table) in ((row, column) for row in enumerate(zoos) for column in enumerate(tables)):
-        equivalent, tested, printed = (wide[name].loc[zoo, table] for name in ("equivalent", "tested", "printed"))
-        if tested > 0:
-            bold = {"fontweight": "bold"} if equivalent < tested else {"color": GREY}
-            ax.text(j, i, f"{equivalent:.0f} of {tested:.0f}", ha="center", va="center", fontsize=8, **bold)
-        elif printed > 0:
-            ax.text(j, i, "not run", ha="center", va="center", fontsize=7.5, color="#b0b0b0")
+    write_counts(ax, wide)
     ax.hlines(np.arange(1, len(zoos)) - 0.5, -0.5, len(tables) - 0.5, color="#e6e6e6", linewidth=0.8)
     ax.vlines(len(tables) - 1.5, -0.5, len(zoos) - 0.5, color="#888888", linewidth=0.8)
     ax.set_xticks(range(len(tables)), [f"Table {table}" if table != "all" else "all" for table in tables])
@@ -927,9 +974,8 @@ def figure_scorecard(
     ax.spines[:].set_visible(False)
     heading(fig, "Cells shown to be equivalent, of those tested (no settings, nothing doubtful; "
                  "calibrated ones included); beside a zoo: its models")
-    bar = fig.colorbar(
-        image, ax=ax, shrink=0.8, pad=0.015, format=lambda value, _: f"{value:.0%}", label="share that is equivalent",
-    )
+    percent = lambda value, _: f"{value:.0%}"
+    bar = fig.colorbar(image, ax=ax, shrink=0.8, pad=0.015, format=percent, label="share that is equivalent")
     bar.outline.set_visible(False)
     return fig
 
@@ -954,7 +1000,7 @@ def our_originals(
     )]
     return rows[["zoo", "model", "test_acc"]].assign(test_acc=np.floor(1000 * rows["test_acc"] + 1e-6) / 1000)
 
-
+# %% ../nbs/33_comparison.ipynb #79ab5217
 def beside_recorded(
     metrics: pd.DataFrame,  # tidy metrics of one or more zoos
 ) -> pd.DataFrame:          # index zoo, side: models, mean, std, quantiles, failed (share), for ours ks and p; in %
@@ -993,24 +1039,21 @@ def matched_models(
     Returns:
         pd.DataFrame: per model of a recorded grid: zoo, model, FACTORS, ours, real (of ten), difference; in %
     """
-    parts = []
+    parts, factors = [], list(FACTORS)
     for zoo, rows in our_originals(metrics).groupby("zoo", sort=False):
         if get_zoo(zoo).kind != "seed":
-            recorded = read_recorded().query("zoo == @zoo")["test_acc"]
-            cells = recorded_factors(zoo).assign(real=100 * recorded.to_numpy()).groupby(
-                list(FACTORS)
-            )["real"].mean().reset_index()
-            ours = rows.merge(model_table(get_zoo(zoo))[["model", *FACTORS]], on="model").assign(
-                ours=lambda frame: 100 * frame["test_acc"]
+            recorded = recorded_factors(zoo).assign(
+                real=100 * read_recorded().query("zoo == @zoo")["test_acc"].to_numpy()
             )
-            parts.append(ours.merge(cells, on=list(FACTORS)).assign(
-                difference=lambda frame: frame["ours"] - frame["real"]
-            ).drop(columns="test_acc"))
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(
-        columns=["zoo", "model", *FACTORS, "ours", "real", "difference"]
+            cells = recorded.groupby(factors)["real"].mean().reset_index()
+            ours = rows.merge(model_table(get_zoo(zoo))[["model", *factors]], on="model")
+            parts.append(ours.assign(ours=100 * ours["test_acc"]).drop(columns="test_acc").merge(cells, on=factors))
+    found = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(
+        columns=["zoo", "model", *factors, "ours", "real"]
     )
+    return found.assign(difference=found["ours"] - found["real"])
 
-
+# %% ../nbs/33_comparison.ipynb #3317f2a0
 def recorded_by_factor(
     matched: pd.DataFrame,  # from matched_models
 ) -> pd.DataFrame:          # index zoo, factor, level: models, ours, real, difference and its standard error, in points
@@ -1064,6 +1107,31 @@ def recorded_epochs(
     return pd.concat(found, axis=1)
 
 # %% ../nbs/33_comparison.ipynb #b2c0de4a
+def draw_recorded(
+    top: Axes,             # for the distribution
+    below: Axes,           # for the rise
+    accuracies: pd.Series,  # one per model
+    rising: pd.DataFrame,  # epoch, test_acc: of the same zoo
+    side: str,             # "ours" or "real"
+) -> None:
+    """Draw one side's accuracies: the share of models below each, and median and quartiles by epoch.
+
+    Args:
+        top: for the distribution
+        below: for the rise
+        accuracies: one per model
+        rising: epoch, test_acc: of the same zoo
+        side: "ours" or "real"
+    """
+    look = {"color": BLUE} if side == "ours" else {"color": GREY, "linestyle": "--"}
+    ordered, epochs = np.sort(accuracies), rising.groupby("epoch")["test_acc"].quantile([0.25, 0.5, 0.75]).unstack()
+    shares = np.arange(1, len(ordered) + 1) / len(ordered)
+    top.step(ordered, shares, where="post", label=f"{side}, {len(ordered):,}", **look)
+    marker = "o" if side == "real" else ""
+    below.plot(epochs.index, epochs[0.5], marker=marker, label=f"{side}: median, quartiles", **look)
+    below.fill_between(epochs.index, epochs[0.25], epochs[0.75], color=look["color"], alpha=0.2, linewidth=0)
+
+# %% ../nbs/33_comparison.ipynb #ff504106
 @styled
 def figure_recorded(
     metrics: pd.DataFrame,  # tidy metrics of one or more zoos
@@ -1073,26 +1141,14 @@ def figure_recorded(
     Args:
         metrics: tidy metrics of one or more zoos
     """
-    ours, theirs, real_curves = our_originals(metrics), read_recorded(), read_recorded_curves()
+    ours, theirs, curves = our_originals(metrics), read_recorded(), read_recorded_curves()
     zoos = list(ours["zoo"].unique())
     fig, axes = plt.subplots(2, max(1, len(zoos)), figsize=(WIDTH, 4.6), squeeze=False, layout="constrained")
+    originals = metrics[metrics["method"] == "original"]
     for (top, below), zoo in zip(axes.T, zoos):
-        originals = metrics[(metrics["zoo"] == zoo) & (metrics["method"] == "original")]
-        for side, rows, rising, look in (
-            ("real", theirs, real_curves, {"color": GREY, "linestyle": "--"}),
-            ("ours", ours, originals, {"color": BLUE}),
-        ):
-            accuracies = np.sort(rows.loc[rows["zoo"] == zoo, "test_acc"])
-            top.step(
-                accuracies, np.arange(1, len(accuracies) + 1) / len(accuracies), where="post",
-                label=f"{side}, {len(accuracies):,}", **look,
-            )
-            epochs = rising[rising["zoo"] == zoo].groupby("epoch")["test_acc"].quantile([0.25, 0.5, 0.75]).unstack()
-            below.plot(
-                epochs.index, epochs[0.5], marker="o" if side == "real" else "", label=f"{side}: median, quartiles",
-                **look,
-            )
-            below.fill_between(epochs.index, epochs[0.25], epochs[0.75], color=look["color"], alpha=0.2, linewidth=0)
+        for side, rows, rising in (("real", theirs, curves), ("ours", ours, originals)):
+            accuracies = rows.loc[rows["zoo"] == zoo, "test_acc"]
+            draw_recorded(top, below, accuracies, rising[rising["zoo"] == zoo], side)
         top.set(title=zoo_title(zoo), xlabel=f"test accuracy, epoch {RECORDED_EPOCH}", ylabel="share of models below")
         below.set(xlabel="epoch", ylabel="test accuracy")
         for axis in (top.xaxis, top.yaxis, below.yaxis):

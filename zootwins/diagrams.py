@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PICTURE', 'canvas', 'inset', 'box', 'arrow', 'note', 'column_title', 'shades', 'picture', 'layer_picture',
-           'draw_population', 'draw_measures', 'draw_training', 'figure_1', 'fold', 'draw_tokens', 'draw_stack',
-           'draw_encoder', 'draw_decoder', 'figure_6']
+           'draw_population', 'draw_chosen', 'draw_measures', 'draw_training', 'figure_1', 'fold', 'draw_tokens',
+           'draw_stack', 'draw_encoder', 'draw_decoder', 'figure_6']
 
 # %% ../nbs/35_diagrams.ipynb #feb24502
 from collections.abc import Sequence
@@ -228,6 +228,32 @@ def draw_population(
         note(ax, x + PICTURE[0] / 2, bottom + 0.17, f"seed {population.models['seed'].iloc[i]}", fontsize=8)
     note(ax, left + 2.2, bottom + 0.49, "…")
 
+# %% ../nbs/35_diagrams.ipynb #3712b5b0
+def draw_chosen(
+    panels: Sequence[Axes],  # for layers, for twin over original, and for agreement
+    rows: pd.DataFrame,      # twins of one method that are compared with their originals
+    before: pd.Series,       # the originals' test accuracy, by model
+    place: int,              # 0: bars on the left, 1: hatched ones on the right
+) -> None:
+    """Draw the sparsity of the layers, every twin over its original, and how twins agree with originals.
+
+    Args:
+        panels: for layers, for twin over original, and for agreement
+        rows: twins of one method that are compared with their originals
+        before: the originals' test accuracy, by model
+        place: 0: bars on the left, 1: hatched ones on the right
+    """
+    look, layers = LOOKS[rows["method"].iloc[0]], layer_profile(rows)
+    bars = np.arange(len(layers)) + 0.4 * place - 0.2
+    panels[0].bar(
+        bars, layers["mean"], 0.38, color=look["color"], hatch=("", "////")[place], edgecolor="white", linewidth=0,
+    )
+    points = {"color": look["color"], "marker": look["marker"], "linestyle": "", "markersize": 2}
+    panels[1].plot(rows["model"].map(before), rows["test_acc"], **points)
+    panels[2].hist(
+        rows["agreement"].dropna(), bins=14, color=look["color"], histtype="step", linestyle=look["linestyle"],
+    )
+
 # %% ../nbs/35_diagrams.ipynb #7e22fd14
 def draw_measures(
     ax: Axes,               # from canvas
@@ -251,23 +277,11 @@ def draw_measures(
     before = metrics[(metrics["method"] == "original") & last_epoch(metrics)].set_index("model")["test_acc"]
     every = metrics[last_epoch(metrics) | (metrics["method"] == "vd")]
     for i, (method, step) in enumerate((("mp", "level"), ("vd", "epoch"))):
-        rows, colour = states[states["method"] == method], LOOKS[method]["color"]
-        if rows.empty:
-            continue
-        curve = accuracy_over_sparsity(every[every["method"] == method], step)
-        panels[0].plot(curve["sparsity"], curve["accuracy"], color=colour, linestyle=LOOKS[method]["linestyle"])
-        layers = layer_profile(rows)
-        panels[1].bar(
-            np.arange(len(layers)) + 0.4 * i - 0.2, layers["mean"], 0.38, color=colour, hatch=("", "////")[i],
-            edgecolor="white", linewidth=0,
-        )
-        panels[2].plot(
-            rows["model"].map(before), rows["test_acc"], color=colour, marker=LOOKS[method]["marker"], linestyle="",
-            markersize=2,
-        )
-        panels[3].hist(
-            rows["agreement"].dropna(), bins=14, color=colour, histtype="step", linestyle=LOOKS[method]["linestyle"],
-        )
+        rows, look = states[states["method"] == method], LOOKS[method]
+        if len(rows):
+            curve = accuracy_over_sparsity(every[every["method"] == method], step)
+            panels[0].plot(curve["sparsity"], curve["accuracy"], color=look["color"], linestyle=look["linestyle"])
+            draw_chosen(panels[1:], rows, before, i)
 
 # %% ../nbs/35_diagrams.ipynb #7ddb9449
 def draw_training(

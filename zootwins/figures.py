@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = [
     'SELECTOR_COLOURS', 'SELECTOR_MARKERS', 'HISTORIES', 'CURVES', 'HEAT', 'BIN_LOOK', 'BEYOND', 'ACCURACY_TICKS',
-    'TINTS', 'FIGURES', 'RINGED', 'one_zoo', 'row_label', 'selector_looks', 'of_one_selector', 'draw_history',
-    'figure_2', 'frequency_matrix', 'draw_frequencies', 'figure_3', 'bin_layers', 'draw_sizes', 'figure_4',
-    'accuracy_over_sparsity', 'printed_curve', 'draw_twins', 'spaced', 'direct_labels', 'curve_end', 'figure_5',
-    'coefficient_text', 'draw_pairs', 'padded', 'figure_twins', 'correlation_curve', 'figure_correlation',
-    'agreement_range', 'stretch', 'unstretch', 'stretched_ticks', 'stretched_limits', 'stretch_axes', 'draw_agreement',
-    'figure_agreement', 'draw_individuals', 'figure_individuals', 'layer_looks', 'draw_layers', 'figure_layers',
+    'TINTS', 'POINTS', 'FIGURES', 'RINGED', 'one_zoo', 'row_label', 'selector_looks', 'of_one_selector',
+    'draw_history', 'figure_2', 'frequency_matrix', 'draw_frequencies', 'figure_3', 'bin_layers', 'draw_sizes',
+    'size_ticks', 'figure_4', 'accuracy_over_sparsity', 'printed_curve', 'draw_twins', 'spaced', 'direct_labels',
+    'curve_end', 'explain_zoos', 'figure_5', 'coefficient_text', 'draw_pairs', 'padded', 'pairs_of_table_2',
+    'figure_twins', 'correlation_curve', 'figure_correlation', 'agreement_range', 'stretch', 'unstretch',
+    'stretched_ticks', 'stretched_limits', 'stretch_axes', 'draw_agreement', 'drawn_states', 'figure_agreement',
+    'draw_individuals', 'change_axis', 'figure_individuals', 'layer_looks', 'draw_layers', 'figure_layers',
 ]
 
 # %% ../nbs/31_figures.ipynb #aac68fd6
@@ -319,6 +320,20 @@ def draw_sizes(
     tau = kendalltau(profile["size"], profile["mean"])[0] if profile["size"].nunique() > 1 else np.nan
     ax.text(0.97, 0.03, f"Kendall's τ = {tau:.2f}", transform=ax.transAxes, ha="right")
 
+# %% ../nbs/31_figures.ipynb #b9cf3fcd
+def size_ticks(
+    ax: Axes,  # whose axes all panels share
+) -> None:
+    """Ticks of sizes and sparsities on logarithmic axes: more of them where sparsity varies little.
+
+    Args:
+        ax: whose axes all panels share
+    """
+    log_ticks(ax.xaxis, (100, 300, 1000, 3000, 10000), "{:,.0f}".format)
+    low, high = ax.get_ylim()
+    places = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1) if high > 5 * low else np.arange(1, 11) / 10
+    log_ticks(ax.yaxis, places, "{:.0%}".format)
+
 # %% ../nbs/31_figures.ipynb #c4b4919d
 @styled
 def figure_4(
@@ -347,12 +362,7 @@ def figure_4(
         found = profile[profile["epoch"] == epoch]
         draw_sizes(ax, found, looks, printed) if len(found) else no_data(ax, f"variational dropout,\nepoch {epoch},")
     if len(profile):
-        log_ticks(axes[0, 0].xaxis, (100, 300, 1000, 3000, 10000), "{:,.0f}".format)
-        low, high = axes[0, 0].get_ylim()
-        log_ticks(
-            axes[0, 0].yaxis, (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1) if high > 5 * low else np.arange(1, 11) / 10,
-            "{:.0%}".format,
-        )
+        size_ticks(axes[0, 0])
         axes[0, 0].set_ylabel("Mean sparsity of the layer")
     zoos = [Line2D([], [], linestyle="", label=zoo_title(zoo), **looks[zoo]) for zoo in metrics["zoo"].unique()]
     bins = Line2D([], [], **BIN_LOOK, label="layers of similar size: mean, std")
@@ -500,6 +510,24 @@ def curve_end(
     return tuple(ends.iloc[ends["sparsity"].argmax()])
 
 
+def explain_zoos(
+    fig: Figure,          # with several zoos
+) -> list[Line2D]:        # for a legend: the methods' lines
+    """Say how to read a figure of several zoos, each in a colour of its own.
+
+    Args:
+        fig: with several zoos
+
+    Returns:
+        list[Line2D]: for a legend: the methods' lines
+    """
+    heading(fig, "Mean accuracy of the twins over their mean sparsity; each zoo is named where its longer curve ends")
+    return [
+        Line2D([], [], color=GREY, linestyle=LOOKS[method]["linestyle"], label=title)
+        for method, title in METHOD_TITLES.items()
+    ]
+
+# %% ../nbs/31_figures.ipynb #4957f195
 @styled
 def figure_5(
     metrics: pd.DataFrame,                # tidy metrics of one or more zoos
@@ -520,13 +548,7 @@ def figure_5(
         draw_twins(ax, metrics[metrics["zoo"] == zoo], band=len(zoos) == 1, printed=printed, **looks[zoo])
     if len(zoos) > 1:
         direct_labels(ax, {zoo: curve_end(metrics[metrics["zoo"] == zoo]) for zoo in zoos}, looks)
-        lines = [
-            Line2D([], [], color=GREY, linestyle=LOOKS[method]["linestyle"], label=title)
-            for method, title in METHOD_TITLES.items()
-        ]
-        heading(
-            fig, "Mean accuracy of the twins over their mean sparsity; each zoo is named where its longer curve ends",
-        )
+        lines = explain_zoos(fig)
     else:
         originals = metrics[(metrics["method"] == "original") & last_epoch(metrics)]
         ax.axhline(originals["test_acc"].mean(), label="Originals", **LOOKS["original"])
@@ -598,6 +620,27 @@ def padded(
     margin = 0.05 * (high - low) or 0.01
     return low - margin, high + margin
 
+# %% ../nbs/31_figures.ipynb #1b09fedf
+def pairs_of_table_2(
+    metrics: pd.DataFrame,       # tidy metrics of one zoo, of one selector
+    level: float | None,         # as in tables.table_2
+    target: float | None,        # as in tables.table_2
+) -> tuple[dict[str, pd.DataFrame], pd.DataFrame]:  # method -> pairs of accuracies, and the states
+    """The accuracies that Table 2 correlates.
+
+    Args:
+        metrics: tidy metrics of one zoo, of one selector
+        level: as in tables.table_2
+        target: as in tables.table_2
+
+    Returns:
+        tuple[dict[str, pd.DataFrame], pd.DataFrame]: method -> pairs of accuracies, and the states
+    """
+    states = choose_states(metrics, TABLE_2_STATES, level, target).set_index("method")
+    level_of = lambda state: None if np.isnan(state.level) else state.level
+    of = lambda state: paired_accuracy(metrics, state.Index, state.epoch, level_of(state))
+    return {state.Index: of(state) for state in states.itertuples()}, states
+
 # %% ../nbs/31_figures.ipynb #d953e76e
 @styled
 def figure_twins(
@@ -613,11 +656,7 @@ def figure_twins(
         target: as in tables.table_2
     """
     zoo, (metrics, titles) = one_zoo(metrics), of_one_selector(metrics)
-    states = choose_states(metrics, TABLE_2_STATES, level, target).set_index("method")
-    found = {
-        state.Index: paired_accuracy(metrics, state.Index, state.epoch, None if np.isnan(state.level) else state.level)
-        for state in states.itertuples()
-    }
+    found, states = pairs_of_table_2(metrics, level, target)
     drawn = pd.concat([
         pd.DataFrame(columns=["before", "after"], dtype=float),
         *(pairs[["before", "after"]] for pairs in found.values()),
@@ -839,6 +878,23 @@ def draw_agreement(
     line = f"{chosen['sparsity'].mean():.0%} sparse: {coefficient_text(chosen['test_acc'], chosen['agreement'])}"
     ax.text(0, 1.02, line, transform=ax.transAxes, fontsize=8).set_in_layout(False)
 
+# %% ../nbs/31_figures.ipynb #9afa8d4d
+def drawn_states(
+    metrics: pd.DataFrame,  # tidy metrics of one zoo, of one selector
+) -> pd.DataFrame:          # rows of twins whose agreement is known
+    """The twins that the figure shows: those of the last epoch, and of every fifth epoch of variational dropout.
+
+    Args:
+        metrics: tidy metrics of one zoo, of one selector
+
+    Returns:
+        pd.DataFrame: rows of twins whose agreement is known
+    """
+    every_fifth = (metrics["method"] == "vd") & metrics["epoch"].isin(range(5, 1000, 5))
+    return metrics[
+        metrics["method"].isin(METHOD_TITLES) & metrics["agreement"].notna() & (last_epoch(metrics) | every_fifth)
+    ]
+
 # %% ../nbs/31_figures.ipynb #adbd8062
 @styled
 def figure_agreement(
@@ -856,10 +912,7 @@ def figure_agreement(
     zoo, (metrics, titles) = one_zoo(metrics), of_one_selector(metrics)
     chosen = rows_of_states(metrics, choose_states(metrics, TABLE_1_STATES, level, target))
     originals = metrics.loc[(metrics["method"] == "original") & last_epoch(metrics), "test_acc"]
-    every_fifth = (metrics["method"] == "vd") & metrics["epoch"].isin(range(5, 1000, 5))
-    known = metrics[metrics["method"].isin(METHOD_TITLES) & metrics["agreement"].notna() & (
-        last_epoch(metrics) | every_fifth
-    )]
+    known = drawn_states(metrics)
     limits = stretched_limits(known[["test_acc", "agreement"]].to_numpy()) if len(known) else (0.0, 1.0)
     fig, axes = plt.subplots(1, 2, figsize=(WIDTH, 1.5 * HEIGHT), layout="constrained", sharey=True)
     for ax, (method, title) in zip(axes, titles.items()):
@@ -911,6 +964,21 @@ def draw_individuals(
         handlelength=3,
     )
 
+# %% ../nbs/31_figures.ipynb #0b36e292
+POINTS = (-0.8, -0.5, -0.3, -0.2, -0.1, -0.05, -0.02, 0, 0.02, 0.05, 0.1, 0.2, 0.5)  # ticks of a change in accuracy
+
+
+def change_axis(
+    ax: Axes,  # whose vertical axis all panels share
+) -> None:
+    """Changes in points, on an axis that is linear near zero and logarithmic beyond five points.
+
+    Args:
+        ax: whose vertical axis all panels share
+    """
+    ax.set_yscale("symlog", linthresh=0.05)
+    log_ticks(ax.yaxis, POINTS, lambda value: f"{100 * value:+.0f}" if value else "0")
+
 # %% ../nbs/31_figures.ipynb #6f951571
 @styled
 def figure_individuals(
@@ -939,11 +1007,7 @@ def figure_individuals(
         percent_axis(ax.xaxis) if method == "mp" else ax.xaxis.set_major_locator(
             MaxNLocator(integer=True, steps=[1, 2, 5, 10])
         )
-    axes[0].set_yscale("symlog", linthresh=0.05)
-    log_ticks(
-        axes[0].yaxis, (-0.8, -0.5, -0.3, -0.2, -0.1, -0.05, -0.02, 0, 0.02, 0.05, 0.1, 0.2, 0.5),
-        lambda value: f"{100 * value:+.0f}" if value else "0",
-    )
+    change_axis(axes[0])
     first_drawn(axes).set_ylabel("Twin minus original: test accuracy in points")
     known, shown = metrics["model"].nunique(), table["model"].nunique()
     chance = f", {known - shown:,} at chance left out" if shown < known else ""

@@ -287,14 +287,14 @@ def printed_handles(
     ring = lambda label: Line2D([], [], **RING, markeredgecolor=RINGS[label], label=label)
     return [ring(label) for label in RINGS if label in drawn]
 
-# %% ../nbs/30_style.ipynb #ba6e5df4
+# %% ../nbs/30_style.ipynb #3188b644
 DPI = {".png": 200, ".pdf": 300, ".svg": 300}  # of vector files: of what in them is an image
 METADATA = {
     ".png": {"Software": None}, ".pdf": {"CreationDate": None, "Creator": None, "Producer": None},
     ".svg": {"Date": None, "Creator": None},
 }
 
-# %% ../nbs/30_style.ipynb #3188b644
+
 def few_colours(
     path: Path | str,  # of a PNG file, which is replaced
 ) -> None:
