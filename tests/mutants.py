@@ -2,9 +2,9 @@
 
 One thing at a time is changed in a module: a comparison, a constant, an operator, a condition, or the order of two
 arguments. The tests that call the changed function run on it, the cheapest first, in a process of their own with a
-limit of CPU time. A mutant that no test notices survives, and is shown. From every module a fixed draw of mutants is tried; another seed draws others. Sites
-that cannot matter are left out: documentation, annotations, texts, how a figure looks, and the lines of EQUIVALENT,
-each with its reason.
+limit of CPU time; the tests of DEAR are left out. A mutant that no test notices survives, and is shown. From every
+module a fixed draw of mutants is tried; another seed draws others. Sites that cannot matter are left out:
+documentation, annotations, texts, how a figure looks, and those of EQUIVALENT, each with its reason.
 """
 import argparse
 import ast
@@ -39,7 +39,8 @@ TESTS = {
     "zoos": ["test_tables.py", "test_population.py"],
 }  # module -> tests, in the order in which they run
 DEAR = (
-    "deliberate_error_shows", "several_zoos_are_matched", "what_was_not_run", "what_was_fitted", "distinct_states_of_all",
+    "deliberate_error_shows", "several_zoos_are_matched", "what_was_not_run", "what_was_fitted",
+        "distinct_states_of_all",
     "a_shifted_zoo", "a_shift_turns", "real_grid", "every_zoo_gets", "incomplete_runs", "models_without_spread",
     "lower_bound_of", "definition_behind", "intervals_hold", "errors_of_pooled",
 )  # tests of seconds: mutants are to be found without them
@@ -73,6 +74,8 @@ EQUIVALENT = {
     "->  r(vd, before)": "a correlation is symmetric",
     "->  r(mp, before)": "a correlation is symmetric",
     "->  correlate(both['mp'], both['before'])": "a correlation is symmetric",
+    "->  correlate(pairs['after'], pairs['before']": "a correlation is symmetric",
+    "->  correlate(rows['after'], rows['before']": "a correlation is symmetric",
     '["permille"] =': "a key that both sides form alike",
     "untied > 1": "pairs count twice, so that it is 0 or at least 4",
     "len(values) >= 1": "a factor with one level gives no column either way",
@@ -330,7 +333,8 @@ class Try:
             by_name = {item.nodeid: item for item in session.items}
             session.items[:] = [by_name[test] for test in chosen]
             return None
-        for loaded in [of for of in sys.modules if of.split(".")[0] in ("zootwins", "conftest", "small", *self.files())]:
+        for loaded in [of for of in sys.modules if of.split(".")[0] in ("zootwins", "conftest", "small",
+            *self.files())]:
             del sys.modules[loaded]
         sys.meta_path.insert(0, Changed(f"zootwins.{self.module}", text))
         os._exit(int(pytest.main(options(self.module), plugins=[Only(chosen)])))

@@ -11,7 +11,8 @@ from zootwins.comparison import (
     TESTED, VERDICTS, adjusted,
     as_designs, as_samples, beside_print, beside_recorded, by_design, calibrated, compare, compare_correlations,
     compare_layer_spread, compare_means, compare_windows, contrasts, distinct_states, disturbed_scores,
-    figure_disturbances, figure_recorded, figure_scorecard, first_rule, grid_mean, headline, judge, match, matched_models,
+    figure_disturbances, figure_recorded, figure_scorecard, first_rule, grid_mean, headline, judge, match,
+        matched_models,
     our_originals, reached, recorded_by_factor, recorded_epochs, regenerated, scorecard, share_grid, shifted_verdicts,
     side_by_side, smallest_error, within, worst,
 )
@@ -901,7 +902,8 @@ def test_a_bound_itself_is_within_it():
     exact = {"ours_std": 0.0, "ours_n": 1e40, "paper_n": 1e40, "paper_mean": 0.0}
     found = of_means(**exact, paper_std=2.0, ours_mean=[1.05, np.nextafter(1.05, 2)])
     assert found["equivalent"].tolist() == [True, False]
-    assert of_means(**exact, paper_std=0.0, ours_mean=[1.0, np.nextafter(1, 2)])["within_point"].tolist() == [True, False]
+    assert of_means(**exact, paper_std=0.0, ours_mean=[1.0, np.nextafter(1, 2)])["within_point"].tolist() == [True,
+        False]
 
 
 @pytest.mark.parametrize("n", [60, 120])
@@ -922,9 +924,11 @@ def grid_cells():
     "Cells of a grid and of a seed zoo as they come from `as_samples`, with marks in place of estimates."
     keys = ["zoo", "method", "level", "epoch", "layer", "metric", "ours_mean", "paper_n"]
     cells = [
-        ("mnist_fixed", "mp", 0.7, 15, "", "test_acc", 1.0, 2560), ("mnist_fixed", "vd", np.nan, 2, "", "ggap", 1.0, 2493),
+        ("mnist_fixed", "mp", 0.7, 15, "", "test_acc", 1.0, 2560), ("mnist_fixed", "vd", np.nan, 2, "", "ggap", 1.0,
+            2493),
         ("mnist_fixed", "mp", 0.7, 15, "fc1", "sparsity", 1.0, 2560),
-        ("mnist_fixed", "mp", 0.9, 15, "", "test_acc", np.nan, 2560), ("usps_seed", "mp", 0.7, 15, "", "test_acc", 1.0, 1000),
+        ("mnist_fixed", "mp", 0.9, 15, "", "test_acc", np.nan, 2560), ("usps_seed", "mp", 0.7, 15, "", "test_acc",
+            1.0, 1000),
         ("", "mp", 0.7, 15, "", "test_acc", 1.0, 13120),
     ]
     marks = {"estimate": -1.0, "own_error": -2.0, "own_df": -3.0, "their_error": -4.0}
@@ -942,7 +946,8 @@ def test_every_cell_of_a_grid_is_estimated_from_its_own_models(models):
         parts.append(pd.DataFrame(keys | values))
     cells, metrics = grid_cells(), pd.concat(parts, ignore_index=True)
     found, columns = as_designs(cells, metrics), ["estimate", "own_error", "own_df", "their_error"]
-    for place, (part, name, n) in {0: (1, "test_acc", 2560), 1: (3, "ggap", 2493), 2: (1, "sparsity_fc1", 2560)}.items():
+    for place, (part, name, n) in {0: (1, "test_acc", 2560), 1: (3, "ggap", 2493), 2: (1, "sparsity_fc1",
+        2560)}.items():
         mean, error, df, residual = grid_mean(100 * parts[part][name].to_numpy(), table, "mnist_fixed")
         wanted = [mean, error, df, (residual + 0.05) / n**0.5] if models > 1 else [-1, -2, -3, -4]
         assert found.loc[place, columns].tolist() == pytest.approx(wanted)
@@ -976,7 +981,8 @@ def test_only_twins_of_the_fitted_recipe_are_calibrated():
 def test_the_printed_sparsity_is_reached_at_its_very_value():
     at = CHOSEN[2]["usps_seed"][1]
     rows = pd.DataFrame(
-        [("usps_seed", "vd", 1, at), ("usps_seed", "vd", 2, 0.1), ("usps_seed", "mp", 1, 0.99), ("svhn_seed", "vd", 1, 0.99)],
+        [("usps_seed", "vd", 1, at), ("usps_seed", "vd", 2, 0.1), ("usps_seed", "mp", 1, 0.99), ("svhn_seed", "vd", 1,
+            0.99)],
         columns=["zoo", "method", "epoch", "sparsity"],
     )
     assert reached(rows, 2, "usps_seed") and not reached(rows.assign(sparsity=rows["sparsity"] - 1e-12), 2, "usps_seed")
@@ -1013,7 +1019,8 @@ def test_the_worst_cells_come_first():
 
 @pytest.mark.parametrize("by, order", [("zoo", ["z", "a"]), ("table", [6, 5])])
 def test_a_score_keeps_the_order_of_the_cells(by, order):
-    columns = ["zoo", "table", "method", "level", "epoch", "layer", "metric", "verdict", "first", "calibrated", "within_point"]
+    columns = ["zoo", "table", "method", "level", "epoch", "layer", "metric", "verdict", "first", "calibrated",
+        "within_point"]
     cells = pd.DataFrame(
         [
             ("z", 6, "vd", np.nan, 1, "", "ggap", "equivalent", "agrees", True, True),
@@ -1053,10 +1060,10 @@ def test_a_shifted_verdict_is_that_of_shifted_means(shift):
 
 
 def test_the_smallest_error_is_read_from_the_bounds_of_the_rule():
-    """By hand, with spreads of 1: a precise cell is lost beyond 0.55, a poor one when p falls below 0.05, at 1.96 errors.
+    """By hand, with spreads of 1: a precise cell is lost beyond 0.55, a poor one at 1.96 errors, where p is 0.05.
 
     Zoo z starts 0.3 above print and y 0.3 below, so that the other direction is caught last, at 0.85; in x one cell of
-    five is never caught; in d every cell is caught from the first; w is caught at 5.0 and v beyond, which is too late."""
+    five is never caught; d is caught from the first; w is caught at 5.0, and v beyond, which is too late."""
     rows = lambda zoo, difference, error, metric="ggap", unit=1.0, n=1: [
         (zoo, "undecided", difference, unit, error / (unit + 0.05), 1e9, metric)
     ] * n
@@ -1087,14 +1094,16 @@ def test_the_headline_counts_zoos_that_were_run(comparison):
 
 def test_deliberate_errors_by_hand():
     """Every state's accuracy is a number of its own, so that a wrong row shows."""
-    frame = lambda rows: pd.DataFrame(rows, columns=["method", "level", "epoch", "model", "test_acc", "sparsity"]).assign(
+    frame = lambda rows: pd.DataFrame(rows, columns=["method", "level", "epoch", "model", "test_acc",
+        "sparsity"]).assign(
         zoo="usps_seed"
     )
     of = lambda found, method: found[found["method"] == method].sort_values(["level", "epoch"])["test_acc"].tolist()
     dropped = frame([("vd", np.nan, epoch, 0, epoch / 10, 0.0) for epoch in range(4)] + [("mp", 0.5, 2, 0, 0.9, 0.5)])
     late = DISTURBANCES["dropout one epoch late"](dropped)
     assert of(late, "vd") == [0, 0.2, 0.3, 0.3] and of(late, "mp") == [0.9] and late.index.tolist() == list(range(5))
-    pruned = frame([("mp", level, epoch, 0, level + epoch / 100, level) for level in (0.5, 0.7, 0.8) for epoch in (0, 3, 4, 5, 15)]
+    pruned = frame([("mp", level, epoch, 0, level + epoch / 100, level) for level in (0.5, 0.7, 0.8) for epoch in (0,
+        3, 4, 5, 15)]
                    + [("vd", np.nan, 5, 0, 0.99, 0.0), ("vd", np.nan, 15, 0, 0.98, 0.0)])
     short = DISTURBANCES["a third of the fine-tuning"](pruned)
     assert of(short, "mp")[:5] == pytest.approx([0.5, 0.53, 0.54, 0.55, 0.55]) and of(short, "vd") == [0.99, 0.98]
@@ -1142,7 +1151,7 @@ def test_the_spread_of_a_layer_without_our_chance_and_with_theirs(shares):
 
 
 def test_windows_are_of_pruned_models_after_fine_tuning():
-    """Equal shares scatter less than chance: nothing lasting is left. Rows of other zoos, methods and epochs do not count."""
+    """Equal shares scatter less than chance: nothing lasting is left. Other zoos, methods and epochs do not count."""
     size = sum(layer_sizes("cnn_small_3ch").values())
     layers = np.repeat(list(layer_sizes("cnn_small_3ch")), list(layer_sizes("cnn_small_3ch").values()))
     frame = pd.DataFrame({
@@ -1171,7 +1180,8 @@ def test_recorded_originals_by_hand():
     metrics, kept = originals_by_hand(), [0.199, 0.2, 0.456, 0.8, 0.9]
     zoos = [zoo for zoo in ("mnist_fixed", "cifar10_large_fixed") if zoo in set(read_recorded()["zoo"])]
     ours = our_originals(metrics)
-    assert RECORDED_EPOCH == 49 and ours["zoo"].unique().tolist() == zoos and ours["test_acc"].tolist() == kept * len(zoos)
+    assert RECORDED_EPOCH == 49 and ours["zoo"].unique().tolist() == zoos
+    assert ours["test_acc"].tolist() == kept * len(zoos)
     found = beside_recorded(metrics)
     assert found.index.tolist() == [(zoo, side) for zoo in zoos for side in ("ours", "real")]
     shares = [0.05, 0.25, 0.5, 0.75, 0.95]
@@ -1179,7 +1189,8 @@ def test_recorded_originals_by_hand():
     assert list(found) == [*names, "ks", "p"]
     for side, values in (("ours", np.array(kept)), ("real", read_recorded().query("zoo == 'mnist_fixed'")["test_acc"])):
         wanted = [values.mean(), values.std(ddof=1), *np.quantile(values, shares), (values < 0.2).mean()]
-        assert found.loc[("mnist_fixed", side), names].tolist() == pytest.approx([len(values), *(100 * np.array(wanted))])
+        assert found.loc[("mnist_fixed", side), names].tolist() == pytest.approx([len(values),
+            *(100 * np.array(wanted))])
     test = stats.ks_2samp(kept, read_recorded().query("zoo == 'mnist_fixed'")["test_acc"])
     assert found.loc[("mnist_fixed", "ours"), ["ks", "p"]].tolist() == pytest.approx([test.statistic, test.pvalue])
     assert found.loc[("mnist_fixed", "real"), ["ks", "p"]].isna().all()
