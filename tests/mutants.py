@@ -77,7 +77,8 @@ EQUIVALENT = {
     "->  correlate(pairs['after'], pairs['before']": "a correlation is symmetric",
     "->  correlate(rows['after'], rows['before']": "a correlation is symmetric",
     '["permille"] =': "a key that both sides form alike",
-    "untied > 1": "pairs count twice, so that it is 0 or at least 4",
+    "resamples=1)": "an interval that nobody reads",
+    "where=untied > 0": "pairs count twice, so that it is 0 or at least 4",
     "len(values) >= 1": "a factor with one level gives no column either way",
 }  # part of a line, or of what became of it -> why a change there need not be found
 COMMUTATIVE = {

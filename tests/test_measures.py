@@ -222,6 +222,7 @@ def test_an_interval_is_the_middle_share_of_the_known_resamples():
     assert drawn[0].mean(axis=0) == pytest.approx(np.ones(5), abs=0.15)
 
 
+@pytest.mark.filterwarnings("error")
 def test_meaningless_coefficients_are_missing():
     for before, after in (
         ([], []), ([0.1, 0.2], [0.1, 0.3]), ([0.5] * 8, range(8)), (range(8), [0.5] * 8), ([np.nan, 1, 2], [1, 2, 3]),
