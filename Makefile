@@ -82,7 +82,7 @@ pytest: $(VENV)/ready
 sanitize: $(VENV)/ready
 	$(BIN)/python -m pytest -q tests/test_lanes.py -k sanitizers
 
-# How many small errors in the measures and the rules of verdicts the tests find; takes most of an hour.
+# How many small errors in the measures and the rules of verdicts the tests find, with a score for each.
 mutants: $(VENV)/ready
 	$(BIN)/python tests/mutants.py
 

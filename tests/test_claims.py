@@ -649,11 +649,229 @@ def test_the_latent_space_is_compared_property_by_property():
         [
             ("z", "hyper-representation", "test_acc", 0.7), ("z", "layer statistics", "test_acc", 0.6),
             ("z", "hyper-representation", "epoch", 0.5), ("z", "layer statistics", "epoch", 0.8),
-            ("z", "hyper-representation", "weights", 0.9),
+            ("z", "hyper-representation", "weights", 0.9), ("a", "hyper-representation", "epoch", 0.5),
+            ("a", "raw weights", "epoch", 0.4), ("a", "layer statistics", "epoch", 0.5),
         ],
         columns=["zoo", "features", "property", "r2"],
     )
-    assert c.latent_space_wins(table).set_index("property")["wins"].to_dict() == {"test_acc": True, "epoch": False}
+    assert c.latent_space_wins(table)[["zoo", "property", "wins"]].to_numpy().tolist() == [
+        ["z", "test_acc", True], ["z", "epoch", False], ["a", "epoch", False],
+    ]
+    assert c.latent_space_wins(table, "raw weights")["wins"].tolist() == [True]
+
+
+# --- by hand: each number of a statement on a few models
+
+def linear(*points):
+    "States of variational dropout: sparsity and accuracy by epoch, the same for every one of N models."
+    return {("vd", np.nan, epoch): {"sparsity": np.full(N, sparsity), "test_acc": accuracy + 0.001 * SPREAD}
+            for epoch, (sparsity, accuracy) in enumerate(points)}
+
+
+def test_statements_have_names_of_their_own_and_places_of_the_paper():
+    places = {part for claim in CLAIMS for part in claim.place.split(", ")}
+    assert places == {"abstract", "introduction", "4.3", "Figure 3", "conclusion"}
+    assert len({claim.name for claim in CLAIMS}) == len(CLAIMS) == 21
+    assert all(len(claim.quote) > 20 or claim.quote == "both methods degrade" for claim in CLAIMS)
+
+
+def test_a_sparsity_is_passed_where_it_is_reached_first():
+    """On a plateau at 50 % the first of its epochs counts, for the accuracy as for the half of a layer."""
+    rows = states(rows=linear((0.0, 0.9), (0.5, 0.8), (0.5, 0.6), (1.0, 0.4)))
+    layers = {f"sparsity_{layer}": rows["sparsity"] for layer in LAYERS}
+    assert c.dropped_at(rows, 0.5).tolist() == pytest.approx(list(0.8 + 0.001 * SPREAD))
+    assert np.allclose(c.half_epochs(rows.assign(**layers)), 1.0)
+    assert c.dropped_at(rows, 0.75).tolist() == pytest.approx(list(0.5 + 0.001 * SPREAD))
+
+
+@pytest.mark.parametrize("end, lead", [(0.6, 0.85 - 0.80), (0.75, 0.75 - 0.80), (0.95, 0.7 - 0.80 - 0.1 * 0.15 / 0.95)])
+def test_the_lead_at_the_end_is_read_between_the_levels_around_it(end, lead):
+    """Pruning has 0.9, 0.8 and 0.7 at 50, 70 and 80 %; dropout falls from 0.9 to 0.8 by its end, or has gone on."""
+    rows = states(rows=linear((0.0, 0.9), (end, 0.8)) | {
+        ("mp", level, 15): {"test_acc": accuracy + 0.001 * SPREAD} for level, accuracy in ((0.5, 0.9), (0.7, 0.8),
+            (0.8, 0.7))
+    })
+    assert c.at_the_end(rows, (0.5, 0.7, 0.8)).mean() == pytest.approx(lead)
+
+
+def test_levels_between_bounds_hold_the_upper_one_alone():
+    rows = states(rows={("mp", level, 15): {} | {"test_acc": np.full(N, 0.9)} for level in (0.9, 0.8, 0.5, 0.0)}
+                  | {("vd", np.nan, 0): {"test_acc": np.full(N, 0.9)}})
+    assert c.levels_of(rows) == [0.5, 0.8, 0.9] and c.levels_of(rows, 0.5, 0.8) == [0.8] and c.levels_of(rows,
+        0.9) == []
+
+
+def test_the_sparsest_twins_are_those_of_the_last_level_and_the_last_epoch():
+    rows = states(rows={ORIGINAL: {"test_acc": 0.9 + 0.01 * SPREAD}, ("original", np.nan, 49): {"test_acc": np.full(N,
+        0.5)}}
+                  | {("mp", level, epoch): {"test_acc": accuracy + 0.001 * SPREAD}
+                     for level, epoch, accuracy in ((0.5, 15, 0.88), (0.9, 15, 0.7), (0.9, 0, 0.2))}
+                  | linear((0.0, 0.9), (0.5, 0.85)))
+    found = c.performance_drops(rows)
+    assert [(one.of, one.n, one.verdict) for one in found] == [("MP", N, HOLDS), ("VD", N, HOLDS)]
+    assert [one.value for one in found] == pytest.approx([0.2, 0.05])
+    assert [one.of for one in c.performance_drops(rows[rows["method"] != "mp"])] == ["VD"]
+
+
+def test_the_gap_of_dropout_is_read_at_50_60_and_70_percent():
+    """It falls from 0.10 by 0.1 per unit of sparsity, to 0.05, 0.04 and 0.03: on average by 0.06."""
+    rows = states(rows={("vd", np.nan, epoch): {"sparsity": np.full(N, s), "ggap": 0.1 - 0.1 * s + 0.001 * SPREAD}
+                        for epoch, s in enumerate((0.0, 0.4, 0.8))})
+    found = c.gap_lower(rows)
+    assert [(one.of, one.n, one.verdict) for one in found] == [("VD", N, HOLDS)]
+    assert found[0].value == pytest.approx(-0.06)
+    few = rows.copy()
+    late = (few["model"] >= 12) & (few["epoch"] == 2)
+    few.loc[late, "sparsity"] = 0.65
+    assert c.gap_lower(few)[0].n == 12
+
+
+def test_agreement_follows_accuracy_over_states_after_the_first_epoch():
+    """Three states on a line hold; epoch 0, far from it, does not count; two states are no correlation."""
+    points = {0: (0.1, 0.9), 1: (0.8, 0.70), 2: (0.7, 0.62), 3: (0.6, 0.50)}
+    rows = states(rows={("vd", np.nan, epoch): {"test_acc": x + 1e-4 * SPREAD, "agreement": y + 1e-4 * SPREAD}
+                        for epoch, (x, y) in points.items()})
+    found = {one.of: one for one in c.accuracy_is_proxy(rows)}["states, VD"]
+    assert found.value == pytest.approx(np.corrcoef([0.8, 0.7, 0.6], [0.70, 0.62, 0.50])[0, 1])
+    assert found.verdict == HOLDS and found.n == N and "over 3 states" in found.quantity
+    assert not [one for one in c.accuracy_is_proxy(rows[rows["epoch"] < 3]) if one.of == "states, VD"]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("flat", ["test_acc", "agreement"])
+def test_a_measure_without_spread_is_correlated_with_nothing(flat):
+    varied = 0.8 + 0.01 * SPREAD
+    rows = states(rows={ORIGINAL: {"test_acc": varied}, ("mp", 0.9, 15): {"test_acc": varied, "agreement": varied} | {
+        flat: np.full(N, 0.8)}})
+    assert only(c.accuracy_is_proxy(rows)) == [OPEN]
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_three_models_are_the_fewest_for_a_correlation(n):
+    x, y, z = (np.array(values)[:n] for values in ([0.9, 0.8, 0.7], [0.8, 0.7, 0.5], [0.6, 0.7, 0.65]))
+    flat = {f"sparsity_{layer}": np.full(n, 0.0) for layer in LAYERS}
+    rows = states(rows={
+        ORIGINAL: {"test_acc": x}, ("mp", 0.7, 15): {"test_acc": z}, ("mp", 0.8, 15): {"test_acc": y},
+        ("vd", np.nan, 0): {"test_acc": x} | flat,
+        ("vd", np.nan, 1): {"test_acc": z, "sparsity": np.full(n, 0.885)} | {
+            name: np.full(n, 0.8 + i / 50) for i, name in enumerate(flat)
+        },
+    })
+    assert len(c.pruning_correlates(rows)) == 2 * (n == 3) and len(c.layers_in_phases(rows)) == (n == 3)
+    assert [one.of for one in c.friendly_models(rows)] == ["levels", "methods"] * (n == 3)
+    found = c.dropout_correlates_less(rows)
+    assert len(found) == (n == 3)
+    if found:
+        assert found[0].value == pytest.approx(np.corrcoef(x, z)[0, 1] - np.corrcoef(x, y)[0, 1])
+    assert all(np.isnan(c.bootstrap(np.mean, np.arange(2.0)))) and c.bootstrap(np.mean, np.arange(3.0))[0] == 1
+
+
+def test_size_and_sparsity_are_correlated_by_rank_in_every_model():
+    from scipy import stats
+    random = np.random.default_rng(0)
+    sparsities = random.uniform(size=(3, N, 5))
+    sizes = [*layer_sizes("cnn_small_1ch").values()]
+    at = lambda i: {f"sparsity_{layer}": sparsities[i, :, j] for j, layer in enumerate(LAYERS)}
+    rows = states(rows={("mp", 0.5, 15): at(0), ("mp", 0.9, 15): at(1), ("mp", 0.6, 15): at(2), ("mp", 0.5, 3): at(2)})
+    wanted = np.mean([stats.spearmanr(sizes, sparsities[i, model])[0] for i in (0, 1) for model in range(N)])
+    found = c.larger_layers_sparser(rows)
+    assert [(one.of, one.n) for one in found] == [("MP", N)] and found[0].value == pytest.approx(wanted)
+    within = [np.sqrt(sparsities[i].var(axis=0, ddof=1).mean()) for i in (0, 1)]
+    between = [sparsities[i].mean(axis=0).std(ddof=1) for i in (0, 1)]
+    assert c.layers_consistent(rows)[0].value == pytest.approx(np.mean(np.divide(within, between)))
+    same = rows.assign(**{f"sparsity_{layer}": 0.5 for layer in LAYERS})
+    assert only(c.layers_consistent(same)) == only(c.larger_layers_sparser(same)) == [OPEN]
+
+
+def test_gaps_are_shifted_by_hand():
+    """Two models: training accuracies 50 and 60 at epoch 1, one point more at each epoch; test accuracies 40 and 44."""
+    rows = states(rows={("vd", np.nan, epoch): {"train_acc": np.array([0.49, 0.59]) + epoch / 100, "test_acc":
+                        np.array([0.40, 0.44])} for epoch in (1, 2, 3)})
+    both = pd.concat([rows.assign(zoo="z"), rows.assign(zoo="a")])
+    printed = pd.DataFrame([(zoo, 6, metric, 2, 5.0, 1.5) for zoo in "az" for metric in ("ggap", "test_acc")],
+                           columns=["zoo", "table", "metric", "epoch", "mean", "std"])
+    found = c.shifted_gaps(both, printed)
+    assert found.index.tolist() == [("z", 2), ("a", 2)]
+    names = ["paper", "paper std", "same", "before", "after", "same std", "before std", "after std"]
+    assert found.loc[("z", 2), names].tolist() == pytest.approx([5, 1.5, 14, 13, 15, *[np.std([11, 17], ddof=1)] * 3])
+
+
+def test_training_accuracies_are_what_print_implies():
+    """Printed 80 at a gap of 5 implies 85; ours are 83 and 85 after fine-tuning: print lies 1 above, error 1."""
+    rows = states(rows={("mp", 0.7, 15): {"train_acc": np.array([0.83, 0.85])}, ("mp", 0.7,
+        0): {"train_acc": np.array([0, 0.1])},
+                        ("mp", 0.9, 15): {"train_acc": np.array([0.5, 0.5])}, ("vd", np.nan,
+                            15): {"train_acc": np.array([0, 0.1])}})
+    cells = [("usps_seed", 5, 0.7, 15, "test_acc", 80.0), ("usps_seed", 5, 0.7, 15, "ggap", 5.0),
+             ("usps_seed", 5, 0.7, 0, "ggap", 50.0), ("", 5, 0.7, 15, "ggap", 50.0), ("usps_seed", 5, 0.7, 15,
+                 "agreement", 50.0)]
+    printed = pd.DataFrame(cells, columns=["zoo", "table", "level", "epoch", "metric", "mean"])
+    found = c.training_accuracies(rows, printed)
+    assert found.index.tolist() == [("usps_seed", 0.7)] and found.to_numpy() == pytest.approx(np.array([[85, 84, 1,
+        1]]))
+
+
+def claims_by_hand():
+    base = {"place": "4.3", "quote": "", "quantity": "number"}
+    rows = [("one", "usps_seed", "MP", 0.51239, 0.4, 0.6, 9, HOLDS), ("one", "my_zoo", "", np.nan, np.nan, np.nan, 0,
+        OPEN),
+            ("two", "usps_seed", "", np.nan, np.nan, np.nan, 0, OPEN), ("two", "my_zoo", "", 0.25, np.nan, np.nan, 8,
+                FAILS),
+            ("three", "usps_seed", "", np.nan, np.nan, np.nan, 0, OPEN), ("three", "my_zoo", "", np.nan, np.nan,
+                np.nan, 0, OPEN)]
+    names = ["claim", "zoo", "of", "value", "low", "high", "n", "verdict"]
+    return pd.DataFrame(rows, columns=names).assign(**base)[c.CLAIM_COLUMNS]
+
+
+def test_claims_as_tables_by_hand():
+    """Numbers with and without an interval; a zoo without one, and a statement that nobody could judge."""
+    claims = claims_by_hand()
+    table = c.claims_table(claims)
+    assert table.name == "claims" and table.numbers is claims
+    assert table.layout["Value"].tolist() == ["0.512 [0.400, 0.600]", "", "", "0.250", "", ""]
+    glance = c.verdict_table(claims)
+    assert glance.index.tolist() == [("one", "MP"), ("two", ""), ("three", "")] and list(glance) == ["usps_seed",
+        "my_zoo"]
+    assert glance.to_numpy().tolist() == [["0.512 holds", OPEN], [OPEN, "0.25 does not hold"], [OPEN, OPEN]]
+
+
+def test_kept_tables_are_made_again_once(tmp_path):
+    """Every file is new the first time, none is the second, and one that was changed by hand is the third."""
+    (tmp_path / "usps_seed").mkdir()
+    zoo(n=4).query("method == 'original'").to_parquet(tmp_path / "usps_seed" / "metrics.parquet")
+    first, file = c.refresh(tmp_path), tmp_path / "usps_seed" / "claims.csv"
+    assert sorted(first) == sorted(map(str, file.parent.glob("*.csv"))) and str(file) in first and len(first) > 1
+    assert c.refresh(tmp_path) == []
+    file.write_text("changed")
+    assert c.refresh(tmp_path) == [str(file)]
+
+
+@pytest.mark.parametrize("name, printed", [("usps_seed", True), ("digits_seed", False)])
+def test_only_a_printed_zoo_is_compared(name, printed):
+    rows = zoo(name, n=3).query("epoch in [0, 15, 25, 50] and method != 'mp'")
+    tables = {table.name: table for table in c.tables_of(rows)}
+    assert "claims" in tables and "table_6" in tables and "table_4" not in tables
+    assert ("comparison" in tables) == printed
+    if printed:
+        assert set(tables["comparison"].numbers["zoo"]) == {name}
+
+
+def test_every_statement_has_a_row_with_or_without_a_number():
+    rows = states(rows={ORIGINAL: {"test_acc": np.full(3, 0.8)}, ("mp", 0.5, 15): {"test_acc": np.full(3, 0.8)}})
+    found = c.all_claims(pd.concat([rows, rows.assign(zoo="my_zoo")]))
+    of = lambda claim, zoo: found[(found["claim"] == claim) & (found["zoo"] == zoo)].iloc[0]
+    kept = of("accuracy is preserved", "my_zoo")
+    assert (kept["value"], kept["n"], kept["verdict"], kept["of"]) == (1, 3, HOLDS, "MP")
+    phases = of("layers are pruned in phases", "usps_seed")
+    assert np.isnan(phases["value"]) and (phases["n"], phases["verdict"], phases["of"]) == (0, OPEN, "")
+    assert len(found.groupby(["claim", "zoo"])) == 2 * len(CLAIMS)
+
+
+def test_a_bootstrap_holds_the_middle_95_percent():
+    values = np.random.default_rng(1).normal(size=200)
+    mean, low, high = c.bootstrap(np.mean, values)
+    error = values.std() / 200**0.5
+    assert ((mean - low) / error, (high - mean) / error) == pytest.approx((1.96, 1.96), abs=0.2)
 
 
 def test_the_best_tenth_is_rounded():

@@ -7,10 +7,12 @@ from hypothesis import strategies as some
 from scipy import stats
 
 from zootwins.comparison import (
-    COMPARED, COMPARISON, DISTURBANCES, EQUIVALENT, HALF_POINT, LEVEL, NEAR, POINT, SMALL, TESTED, VERDICTS, adjusted,
+    CHOSEN, COMPARED, COMPARISON, DISTURBANCES, EQUIVALENT, HALF_POINT, LEVEL, NEAR, POINT, RECORDED_EPOCH, SMALL,
+    TESTED, VERDICTS, adjusted,
     as_designs, as_samples, beside_print, beside_recorded, by_design, calibrated, compare, compare_correlations,
     compare_layer_spread, compare_means, compare_windows, contrasts, distinct_states, disturbed_scores,
-    figure_disturbances, figure_recorded, figure_scorecard, first_rule, grid_mean, judge, match, matched_models,
+    figure_disturbances, figure_recorded, figure_scorecard, first_rule, grid_mean, headline, judge, match,
+        matched_models,
     our_originals, reached, recorded_by_factor, recorded_epochs, regenerated, scorecard, share_grid, shifted_verdicts,
     side_by_side, smallest_error, within, worst,
 )
@@ -891,3 +893,327 @@ def test_originals_alone_are_compared_with_nothing():
         pd.DataFrame({"zoo": "usps_seed", "method": "original", "level": np.nan, "model": [0, 1], "epoch": 50})
     )
     assert alone.empty and list(alone.columns) == COMPARISON
+
+
+# --- by hand: each rule on a few rows of its own
+
+def test_a_bound_itself_is_within_it():
+    """With 10**40 models errors vanish beside the bound: half of a std of 2 and the rounding, and one point."""
+    exact = {"ours_std": 0.0, "ours_n": 1e40, "paper_n": 1e40, "paper_mean": 0.0}
+    found = of_means(**exact, paper_std=2.0, ours_mean=[1.05, np.nextafter(1.05, 2)])
+    assert found["equivalent"].tolist() == [True, False]
+    assert of_means(**exact, paper_std=0.0, ours_mean=[1.0, np.nextafter(1, 2)])["within_point"].tolist() == [True,
+        False]
+
+
+@pytest.mark.parametrize("n", [60, 120])
+def test_the_error_of_a_grids_mean_is_hc2(n):
+    """The sandwich of the pseudo-inverse with residuals weighted by their leverage, as White's HC2 is defined."""
+    factors, values, _ = grid_draw(n, 5)
+    x = contrasts(factors, "mnist_fixed", 2 if n >= 100 else 1)
+    pseudo, y = np.linalg.pinv(x), values.to_numpy()
+    left = y - x @ (pseudo @ y)
+    covariance = pseudo @ np.diag(left**2 / (1 - np.diag(x @ pseudo))) @ pseudo.T
+    mean, error, df, residual = grid_mean(y, factors, "mnist_fixed")
+    assert (mean, error) == pytest.approx(((pseudo @ y)[0], covariance[0, 0] ** 0.5)) and df == n - x.shape[1]
+    assert residual == pytest.approx((left @ left / df) ** 0.5)
+    assert np.isnan(grid_mean(y[:1], factors.head(1), "mnist_fixed")[3])
+
+
+def grid_cells():
+    "Cells of a grid and of a seed zoo as they come from `as_samples`, with marks in place of estimates."
+    keys = ["zoo", "method", "level", "epoch", "layer", "metric", "ours_mean", "paper_n"]
+    cells = [
+        ("mnist_fixed", "mp", 0.7, 15, "", "test_acc", 1.0, 2560), ("mnist_fixed", "vd", np.nan, 2, "", "ggap", 1.0,
+            2493),
+        ("mnist_fixed", "mp", 0.7, 15, "fc1", "sparsity", 1.0, 2560),
+        ("mnist_fixed", "mp", 0.9, 15, "", "test_acc", np.nan, 2560), ("usps_seed", "mp", 0.7, 15, "", "test_acc",
+            1.0, 1000),
+        ("", "mp", 0.7, 15, "", "test_acc", 1.0, 13120),
+    ]
+    marks = {"estimate": -1.0, "own_error": -2.0, "own_df": -3.0, "their_error": -4.0}
+    return pd.DataFrame(cells, columns=keys).assign(**marks)
+
+
+@pytest.mark.parametrize("models", [1, 2, 60])
+def test_every_cell_of_a_grid_is_estimated_from_its_own_models(models):
+    """Cells of seed zoos and of all zoos, cells without a number, and a single model stay as they are."""
+    table, random = model_table(get_zoo("mnist_fixed")).head(models), np.random.default_rng(0)
+    states, parts = [("mp", 0.7, 15), ("mp", 0.5, 15), ("vd", np.nan, 2), ("vd", np.nan, 4)], []
+    for zoo, (method, level, epoch) in [("usps_seed", states[0]), *(("mnist_fixed", state) for state in states)]:
+        values = {name: random.uniform(size=models) for name in ("test_acc", "ggap", "sparsity_fc1")}
+        keys = {"zoo": zoo, "method": method, "level": level, "epoch": epoch, "model": table["model"]}
+        parts.append(pd.DataFrame(keys | values))
+    cells, metrics = grid_cells(), pd.concat(parts, ignore_index=True)
+    found, columns = as_designs(cells, metrics), ["estimate", "own_error", "own_df", "their_error"]
+    for place, (part, name, n) in {0: (1, "test_acc", 2560), 1: (3, "ggap", 2493), 2: (1, "sparsity_fc1",
+        2560)}.items():
+        mean, error, df, residual = grid_mean(100 * parts[part][name].to_numpy(), table, "mnist_fixed")
+        wanted = [mean, error, df, (residual + 0.05) / n**0.5] if models > 1 else [-1, -2, -3, -4]
+        assert found.loc[place, columns].tolist() == pytest.approx(wanted)
+    pd.testing.assert_frame_equal(found.iloc[3:], cells.iloc[3:])
+
+
+@pytest.mark.parametrize(
+    "zoo, method, layer, metric, table, setting",
+    [
+        ("usps_seed", "mp", "", "sparsity", 5, True), ("usps_seed", "mp", "fc1", "sparsity", 8, False),
+        ("svhn_seed", "mp", "fc1", "sparsity", 8, True), ("usps_seed", "mp", "", "test_acc", 5, False),
+        ("usps_seed", "vd", "", "sparsity", 6, False), ("usps_seed", "vd", "", "sparsity", 1, True),
+        ("usps_seed", "vd", "", "sparsity", 2, True), ("usps_seed", "vd", "", "sparsity", 9, True),
+        ("usps_seed", "vd", "", "sparsity", 7, False), ("svhn_seed", "vd", "fc1", "sparsity", 7, False),
+        ("usps_seed", "vd", "", "test_acc", 1, False),
+    ],
+)
+def test_a_sparsity_is_a_setting_where_somebody_chose_it(zoo, method, layer, metric, table, setting):
+    cell = {"zoo": zoo, "method": method, "layer": layer, "metric": metric, "table": table}
+    assert by_design(pd.DataFrame([cell])).tolist() == [setting]
+
+
+def test_only_twins_of_the_fitted_recipe_are_calibrated():
+    cells = pd.DataFrame(
+        [("cifar10_seed", "vd", 0), ("cifar10_seed", "vd", 1), ("cifar10_seed", "mp", 1), ("usps_seed", "vd", 1)],
+        columns=["zoo", "method", "epoch"],
+    )
+    assert calibrated(cells).tolist() == [False, True, False, False]
+
+
+def test_the_printed_sparsity_is_reached_at_its_very_value():
+    at = CHOSEN[2]["usps_seed"][1]
+    rows = pd.DataFrame(
+        [("usps_seed", "vd", 1, at), ("usps_seed", "vd", 2, 0.1), ("usps_seed", "mp", 1, 0.99), ("svhn_seed", "vd", 1,
+            0.99)],
+        columns=["zoo", "method", "epoch", "sparsity"],
+    )
+    assert reached(rows, 2, "usps_seed") and not reached(rows.assign(sparsity=rows["sparsity"] - 1e-12), 2, "usps_seed")
+
+
+def test_p_values_are_adjusted_over_what_is_tested_and_spreads_are_ratios(comparison):
+    of = comparison[comparison["zoo"] == "usps_seed"]
+    judged = of[of["verdict"].isin(TESTED) & of["p"].notna()]
+    assert judged["p_adjusted"].tolist() == pytest.approx(stats.false_discovery_control(judged["p"]).tolist())
+    assert of.loc[~of["verdict"].isin(TESTED), "p_adjusted"].isna().all()
+    measured = (of["layer"] == "") & (of["paper_std"] > 0) & of["ours_std"].notna()
+    assert of["spread"].notna().equals(measured) and of.loc[measured, "paper_std"].between(0.1, 0.9).any()
+    assert of.loc[measured, "spread"].tolist() == pytest.approx((of["ours_std"] / of["paper_std"])[measured].tolist())
+
+
+def test_tables_of_text_have_their_name_numbers_and_words(comparison):
+    both, beside = side_by_side(comparison), beside_print(comparison, 2)
+    assert (both.name, beside.name) == ("comparison", "table_2_beside")
+    assert list(both.numbers) == list(beside.numbers) == COMPARISON
+    r = comparison[
+        (comparison["table"] == 2) & (comparison["zoo"] == "usps_seed") & (comparison["metric"] == "pearson")
+    ].set_index("method").loc["mp"]
+    row = both.layout.loc[("2", "USPS (s) Seed", f"pruned by {r['level']:.0%}, epoch 15", "Pearson's r")]
+    assert (row["Ours"], row["Paper"]) == (f"{r['ours_mean']:.1f}", f"{r['paper_mean']:.1f}")
+    assert ("7", "USPS (s) Seed", "variational dropout, epoch 5", "conv1") in both.layout.index
+    assert set(both.layout.index.get_level_values("Zoo")) == {"USPS (s) Seed", "All"}
+
+
+def test_the_worst_cells_come_first():
+    verdicts = ["different", "undecided", "equivalent", "different", "not run"]
+    cells = pd.DataFrame({"effect": [1.0, -3.0, 9.0, 2.0, 8.0], "verdict": verdicts})
+    assert worst(cells, 2)["effect"].tolist() == [-3, 2] and len(worst(pd.concat([cells] * 5))) == 10
+
+
+@pytest.mark.parametrize("by, order", [("zoo", ["z", "a"]), ("table", [6, 5])])
+def test_a_score_keeps_the_order_of_the_cells(by, order):
+    columns = ["zoo", "table", "method", "level", "epoch", "layer", "metric", "verdict", "first", "calibrated",
+        "within_point"]
+    cells = pd.DataFrame(
+        [
+            ("z", 6, "vd", np.nan, 1, "", "ggap", "equivalent", "agrees", True, True),
+            ("z", 6, "vd", np.nan, 1, "", "test_acc", "equivalent", "agrees", False, True),
+            ("a", 5, "mp", 0.5, 1, "", "ggap", "different", "near", False, False),
+            ("a", 5, "mp", 0.5, 1, "", "test_acc", "not run", "not run", False, False),
+        ],
+        columns=columns,
+    )
+    score = scorecard(cells, by)
+    assert score.index.tolist() == [*order, "all"]
+    counted = [
+        "printed", "not run", "calibrated", "of these equivalent", "predicted", "distinct", "equivalent", "different",
+        "within a point", "agrees (first rule)",
+    ]
+    assert score[counted].to_numpy().tolist() == [
+        [2, 0, 1, 1, 1, 1, 1, 0, 1, 1], [2, 1, 0, 0, 1, 1, 0, 1, 0, 0], [4, 1, 1, 1, 2, 2, 1, 1, 1, 1],
+    ]
+    shares = share_grid(cells)
+    assert shares["zoo"].tolist() == ["z", "a"] * 2 and shares["table"].tolist() == [6, 5, "all", "all"]
+    assert shares["share"].tolist() == [1, 0, 1, 0] and shares["tested"].tolist() == [2, 1] * 2
+
+
+@pytest.mark.parametrize("shift", [-2.0, -0.9, -0.55, -0.3, 0.0, 0.3, 0.55, 0.9, 2.0])
+def test_a_shifted_verdict_is_that_of_shifted_means(shift):
+    """Precise and poor cells of several spreads: judged anew by the rules for means, with the shift in the estimate."""
+    unit, error, start = (grid.ravel() for grid in np.meshgrid([0.4, 1.0, 3.0], [0.02, 0.15, 0.5], [-0.4, 0.0, 0.3]))
+    both = pd.DataFrame({
+        "unit": unit, "estimate": 80 + start, "paper_mean": 80.0, "own_error": error, "own_df": 30.0,
+        "their_error": 0.01, "paper_n": 1000,
+    })
+    first = compare_means(both).join(both[["unit"]]).assign(difference=start)
+    moved = compare_means(both.assign(estimate=both["estimate"] + shift * unit))
+    words = ["equivalent" if same else "different" if p < 0.05 else "undecided"
+             for same, p in zip(moved["equivalent"], stats.false_discovery_control(moved["p"]))]
+    assert shifted_verdicts(first, shift).tolist() == words
+
+
+def test_the_smallest_error_is_read_from_the_bounds_of_the_rule():
+    """By hand, with spreads of 1: a precise cell is lost beyond 0.55, a poor one at 1.96 errors, where p is 0.05.
+
+    Zoo z starts 0.3 above print and y 0.3 below, so that the other direction is caught last, at 0.85; in x one cell of
+    five is never caught; d is caught from the first; w is caught at 5.0, and v beyond, which is too late."""
+    rows = lambda zoo, difference, error, metric="ggap", unit=1.0, n=1: [
+        (zoo, "undecided", difference, unit, error / (unit + 0.05), 1e9, metric)
+    ] * n
+    cells = pd.DataFrame(
+        rows("z", 0.3, 0.01, "test_acc") + rows("y", -0.3, 0.01) + rows("x", 0, 0.01, n=2)
+        + rows("x", 0, 0.01, "test_acc", 2.0, 2) + rows("x", 0, 100) + rows("d", 4.5, 0.01)
+        + rows("w", 0, 4.925 / 1.96) + rows("v", 0, 4.975 / 1.96),
+        columns=["zoo", "verdict", "difference", "unit", "error", "df", "metric"],
+    )
+    apart = [cells.iloc[:1].assign(df=np.inf), cells.iloc[:1].assign(verdict="doubtful")]
+    found = smallest_error(pd.concat([cells, *apart], ignore_index=True))
+    assert found.index.tolist() == ["z", "y", "x", "d", "w", "v"] and found["cells"].tolist() == [1, 1, 5, 1, 1, 1]
+    assert found["standard deviations"].tolist() == pytest.approx([0.85, 0.85, 0.55, 0.05, 5.0, np.inf])
+    assert found.loc[["z", "x"], "points of accuracy"].tolist() == pytest.approx([0.85, 1.1])
+
+
+def test_the_headline_counts_zoos_that_were_run(comparison):
+    found, cells = headline(comparison), comparison[comparison["zoo"] == "usps_seed"]
+    assert found.index.tolist() == ["usps_seed", "all"] and list(found)[0] == "models"
+    assert found["models"].tolist() == ["200", ""]
+    tested = cells[cells["verdict"].isin(TESTED)]
+    assert found["predicted"].tolist() == [str(len(tested))] * 2
+    assert found["equivalent"].tolist() == [str((tested["verdict"] == "equivalent").sum())] * 2
+    least = smallest_error(cells).loc["usps_seed"]
+    text = f"{least['standard deviations']:.2f} ({least['points of accuracy']:.1f})"
+    assert found.iloc[:, -1].tolist() == [text, ""]
+
+
+def test_deliberate_errors_by_hand():
+    """Every state's accuracy is a number of its own, so that a wrong row shows."""
+    frame = lambda rows: pd.DataFrame(rows, columns=["method", "level", "epoch", "model", "test_acc",
+        "sparsity"]).assign(
+        zoo="usps_seed"
+    )
+    of = lambda found, method: found[found["method"] == method].sort_values(["level", "epoch"])["test_acc"].tolist()
+    dropped = frame([("vd", np.nan, epoch, 0, epoch / 10, 0.0) for epoch in range(4)] + [("mp", 0.5, 2, 0, 0.9, 0.5)])
+    late = DISTURBANCES["dropout one epoch late"](dropped)
+    assert of(late, "vd") == [0, 0.2, 0.3, 0.3] and of(late, "mp") == [0.9] and late.index.tolist() == list(range(5))
+    pruned = frame([("mp", level, epoch, 0, level + epoch / 100, level) for level in (0.5, 0.7, 0.8) for epoch in (0,
+        3, 4, 5, 15)]
+                   + [("vd", np.nan, 5, 0, 0.99, 0.0), ("vd", np.nan, 15, 0, 0.98, 0.0)])
+    short = DISTURBANCES["a third of the fine-tuning"](pruned)
+    assert of(short, "mp")[:5] == pytest.approx([0.5, 0.53, 0.54, 0.55, 0.55]) and of(short, "vd") == [0.99, 0.98]
+    assert short.index.tolist() == list(range(len(pruned)))
+    swapped = DISTURBANCES["levels 70 and 80 % swapped"](pruned)
+    assert of(swapped, "mp") == pytest.approx(of(pruned, "mp")[:5] + of(pruned, "mp")[10:] + of(pruned, "mp")[5:10])
+    assert of(swapped, "vd") == [0.99, 0.98] and swapped.query("method == 'mp'")["sparsity"].equals(
+        swapped.query("method == 'mp'")["level"].rename("sparsity")
+    )
+    two = pd.concat([dropped, dropped.assign(model=1, test_acc=dropped["test_acc"] + 2**0.5 / 10)])
+    raised = DISTURBANCES["accuracy half a std too high"](two)["test_acc"]
+    assert (raised - two["test_acc"]).tolist() == pytest.approx([0.05] * 10)
+    assert DISTURBANCES["one activation left out"](pruned).equals(pruned)
+    for n, left in ((24, 3), (31, 3), (32, 4)):
+        assert len(DISTURBANCES["an eighth of the models"](pd.DataFrame({"model": range(n)}))) == left
+
+
+def test_scores_of_a_disturbed_run_are_counts_of_its_verdicts(monkeypatch):
+    errors = {name: DISTURBANCES[name] for name in ("as it is", "training for test accuracy")}
+    monkeypatch.setattr("zootwins.comparison.DISTURBANCES", errors)
+    cells = CELLS[CELLS["zoo"].isin(["usps_seed", ""]) & CELLS["table"].isin([5, 6])]
+    run = drawn_zoo(n=12).query("epoch in [0, 2, 15, 50] and not 0.55 < level < 0.85")
+    scores = disturbed_scores(run, cells)
+    before, after = (compare(error(run), cells).query("zoo != ''") for error in errors.values())
+    for row, found in zip(scores.to_dict("records"), (before, after)):
+        judged = found[found["verdict"].isin(TESTED)]
+        assert row["tested"] == len(judged) > 10 and row["within a point"] == judged["within_point"].sum()
+        assert [row[verdict] for verdict in TESTED] == [(judged["verdict"] == verdict).sum() for verdict in TESTED]
+    lost = {*before.index[before["verdict"] == "equivalent"]} - {*after.index[after["verdict"] == "equivalent"]}
+    assert scores["lost"].tolist() == [0, len(lost)] and lost
+
+
+@pytest.mark.parametrize("shares", [[0.25, 0.5, 0.75, 0.5], [0.5, 0.5, 0.5, 0.5]])
+def test_the_spread_of_a_layer_without_our_chance_and_with_theirs(shares):
+    """Variance of the shares less what 16 models scatter, never below 0, and what the paper's 1000 would scatter."""
+    frame = pd.DataFrame({
+        "zoo": "usps_seed", "method": "mp", "selector": "global", "level": np.float32(0.9), "epoch": 15, "layer": "fc1",
+        "weight": range(4), "frequency": shares, "models": 16,
+    })
+    other = [frame.assign(epoch=0, frequency=0.9), frame.assign(layer="conv1", frequency=0.9)]
+    found = compare_layer_spread(pd.concat([frame, *other])[FREQUENCY_COLUMNS]).set_index("layer").loc["fc1"]
+    lasting = max(0, np.var(shares, ddof=1) - 0.25 / 16)
+    assert found["ours_mean"] == pytest.approx(50) and found["n"] == 16
+    assert found["ours_std"] == pytest.approx(100 * np.sqrt(lasting + 0.25 / 1000))
+
+
+def test_windows_are_of_pruned_models_after_fine_tuning():
+    """Equal shares scatter less than chance: nothing lasting is left. Other zoos, methods and epochs do not count."""
+    size = sum(layer_sizes("cnn_small_3ch").values())
+    layers = np.repeat(list(layer_sizes("cnn_small_3ch")), list(layer_sizes("cnn_small_3ch").values()))
+    frame = pd.DataFrame({
+        "zoo": "cifar10_seed", "method": "mp", "selector": "global", "level": np.float32(0.7), "epoch": 15,
+        "layer": layers, "weight": range(size), "frequency": 0.36, "models": 10,
+    })
+    others = [frame.assign(method="vd", frequency=0.1), frame.assign(epoch=0, frequency=0.1),
+              frame.assign(zoo="usps_seed", frequency=0.1), frame.assign(level=np.float32(0.123), frequency=0.1)]
+    found = compare_windows(pd.concat([frame, *others])[FREQUENCY_COLUMNS])
+    assert len(found) == 5 and set(found["zoo"]) == {"cifar10_seed"}
+    assert found[["window_mean", "layer_mean"]].to_numpy() == pytest.approx(36)
+    assert found["window_std"].tolist() == pytest.approx([100 * (0.36 * 0.64 / 1000) ** 0.5] * 5)
+
+
+def originals_by_hand():
+    "Two recorded grids and a zoo without records; an accuracy is failed below 0.2, and records hold three decimals."
+    accuracies = np.array([0.1999, 0.2, 0.4567, 0.8, 0.9])
+    rows = [(zoo, "original", epoch, model, accuracy - (epoch == 50) * 0.1)
+            for zoo in ("mnist_fixed", "cifar10_large_fixed", "digits_seed") for epoch in (5, 10, 49, 50)
+            for model, accuracy in enumerate(accuracies)]
+    rows += [("mnist_fixed", "vd", 49, 0, 0.3), ("mnist_fixed", "mp", 10, 0, 0.3)]
+    return pd.DataFrame(rows, columns=["zoo", "method", "epoch", "model", "test_acc"])
+
+
+def test_recorded_originals_by_hand():
+    metrics, kept = originals_by_hand(), [0.199, 0.2, 0.456, 0.8, 0.9]
+    zoos = [zoo for zoo in ("mnist_fixed", "cifar10_large_fixed") if zoo in set(read_recorded()["zoo"])]
+    ours = our_originals(metrics)
+    assert RECORDED_EPOCH == 49 and ours["zoo"].unique().tolist() == zoos
+    assert ours["test_acc"].tolist() == kept * len(zoos)
+    found = beside_recorded(metrics)
+    assert found.index.tolist() == [(zoo, side) for zoo in zoos for side in ("ours", "real")]
+    shares = [0.05, 0.25, 0.5, 0.75, 0.95]
+    names = ["models", "mean", "std", *(f"{share:.0%}" for share in shares), "failed"]
+    assert list(found) == [*names, "ks", "p"]
+    for side, values in (("ours", np.array(kept)), ("real", read_recorded().query("zoo == 'mnist_fixed'")["test_acc"])):
+        wanted = [values.mean(), values.std(ddof=1), *np.quantile(values, shares), (values < 0.2).mean()]
+        assert found.loc[("mnist_fixed", side), names].tolist() == pytest.approx([len(values),
+            *(100 * np.array(wanted))])
+    test = stats.ks_2samp(kept, read_recorded().query("zoo == 'mnist_fixed'")["test_acc"])
+    assert found.loc[("mnist_fixed", "ours"), ["ks", "p"]].tolist() == pytest.approx([test.statistic, test.pvalue])
+    assert found.loc[("mnist_fixed", "real"), ["ks", "p"]].isna().all()
+
+
+def test_recorded_curves_hold_recorded_zoos_and_epochs_of_originals():
+    metrics, theirs = originals_by_hand(), read_recorded_curves()
+    found = recorded_epochs(metrics)
+    wanted = {(zoo, epoch) for zoo, epoch in zip(theirs["zoo"], theirs["epoch"]) if zoo in set(metrics["zoo"])}
+    assert set(found.index) == wanted | {(zoo, epoch) for zoo, _ in wanted for epoch in (5, 10, 49, 50)
+                                         if epoch in set(theirs["epoch"])}
+    values = metrics.query("zoo == 'mnist_fixed' and epoch == 10 and method == 'original'")["test_acc"]
+    assert found.loc[("mnist_fixed", 10), "ours"].tolist() == pytest.approx(
+        [5, *(100 * np.array([values.mean(), *np.quantile(values, [0.25, 0.5, 0.75])]))]
+    )
+
+
+def test_matched_models_keep_the_order_of_zoos_and_levels():
+    metrics = originals_by_hand()
+    matched = matched_models(metrics)
+    assert matched["zoo"].unique().tolist() == our_originals(metrics)["zoo"].unique().tolist()
+    assert matched.index.tolist() == list(range(len(matched)))
+    two = pd.concat([matched.assign(zoo="z"), matched.assign(zoo="a")])
+    found = recorded_by_factor(two)
+    assert found.index.get_level_values("zoo").unique().tolist() == ["z", "a"]
+    assert [key[0] for key in found.index if key[1] == "all"] == ["z", "a"]

@@ -775,8 +775,8 @@ class Claim:
     quote: str
     judge: Callable[[pd.DataFrame], list[Finding]]
 
-
-CLAIMS = (
+# %% ../nbs/34_claims.ipynb #54408eb5
+_OF_ACCURACY = (
     Claim(
         "magnitude pruning is better up to 80 %", "4.3, abstract, conclusion",
         "MP outperforms VD for sparsification levels of up to 80% consistently", pruning_better_up_to_80,
@@ -803,6 +803,10 @@ CLAIMS = (
         "accuracy drops in the end", "introduction",
         "on average with increased sparsification, we observe a performance drop", performance_drops,
     ),
+)
+
+# %% ../nbs/34_claims.ipynb #1ca8c080
+_OF_LAYERS_AND_AGREEMENT = (
     Claim("larger layers get sparser", "4.3", "larger layers are more strongly pruned", larger_layers_sparser),
     Claim(
         "layers are consistent", "4.3, conclusion", "the sparsification ratios per layer are remarkably consistent",
@@ -827,6 +831,10 @@ CLAIMS = (
         "accuracy is a proxy of agreement", "4.3", "accuracy may be a good proxy to estimate [...] agreement",
         accuracy_is_proxy,
     ),
+)
+
+# %% ../nbs/34_claims.ipynb #e39d13b3
+_OF_ORDER = (
     Claim(
         "pruned accuracies correlate above 0.9", "4.3",
         "the Pearson's r correlation is above 90% with a single exception", pruning_correlates,
@@ -842,6 +850,8 @@ CLAIMS = (
         "individual models, which are less prone to the performance drop", friendly_models,
     ),
 )
+
+CLAIMS = _OF_ACCURACY + _OF_LAYERS_AND_AGREEMENT + _OF_ORDER
 
 # %% ../nbs/34_claims.ipynb #81bf2682
 CLAIM_COLUMNS = ["claim", "place", "quote", "zoo", "of", "quantity", "value", "low", "high", "n", "verdict"]
