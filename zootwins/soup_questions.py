@@ -77,7 +77,7 @@ class Shot:
     longer: bool = False         # train one copy m times as long, too
     swa: bool = False            # average the epochs of one run, too
 
-
+# %% ../nbs/46_soup_questions.ipynb #7b9d666f
 def shot_recipe(
     zoo: Zoo,    # names the random streams
     shot: Shot,  # what is asked
@@ -92,7 +92,7 @@ def shot_recipe(
     return Recipe(zoo.name, "imp, phase 1", shot.epochs, shot.rate, zoo.batch_size, schedule=shot.schedule,
                   history=history, original_epochs=zoo.epochs if shot.schedule in ("LRW", "ALLR") else None)
 
-# %% ../nbs/46_soup_questions.ipynb #7b9d666f
+
 def judge(
     population: Population,  # N models
     images: Images,          # test images judge
@@ -647,9 +647,8 @@ def figure_distance(
     for colour, marker, (epochs, rows) in zip(COLOURS, MARKERS, gained.groupby("epochs")):
         by_rate = rows.groupby("rate").agg(gain=("gain", "mean"), error=("gain", "sem"), relative=("relative", "mean"))
         for ax, x in ((left, by_rate.index), (right, by_rate["relative"])):
-            ax.errorbar(
-                x, by_rate["gain"], by_rate["error"], color=colour, marker=marker, capsize=2, label=f"{epochs} epochs"
-            )
+            look = {"color": colour, "marker": marker, "label": f"{epochs} epochs"}
+            ax.errorbar(x, by_rate["gain"], by_rate["error"], capsize=2, **look)
     left.set(xscale="log", xlabel="rate", ylabel="points over the mean candidate")
     right.set(xlabel="distance of two copies over their norm")
     percent_axis(right.xaxis)
@@ -842,23 +841,16 @@ def figure_zoo_soups(
     """
     fig, ax = plt.subplots(figsize=(WIDTH / 1.6, HEIGHT), layout="constrained")
     for place, (how, rows) in enumerate(table.groupby("alignment", sort=False)):
-        draw_mean(
-            ax,
-            rows.assign(x=rows["n"] * 1.03 ** (place - 1), y=rows["test_acc"]),
-            how,
-            color=COLOURS[place],
-            marker=MARKERS[place],
-        )
+        moved = rows.assign(x=rows["n"] * 1.03 ** (place - 1), y=rows["test_acc"])
+        draw_mean(ax, moved, how, color=COLOURS[place], marker=MARKERS[place])
+    numbers, references = sorted(table["n"].unique()), table["reference"].nunique()
     ax.axhline(0.1, color=GREY, linestyle=":", linewidth=0.9)
     ax.set(xscale="log", xlabel="models in the soup", ylabel="accuracy", ylim=(0, 1))
-    ax.set_xticks(sorted(table["n"].unique()), map(str, sorted(table["n"].unique())))
+    ax.set_xticks(numbers, map(str, numbers))
     ax.minorticks_off()
     percent_axis(ax.yaxis)
     ax.legend()
-    heading(
-        fig,
-        f"Originals of different seeds: mean and 95 % interval over {table['reference'].nunique()} references",
-    )
+    heading(fig, f"Originals of different seeds: mean and 95 % interval over {references} references")
     return fig
 
 # %% ../nbs/46_soup_questions.ipynb #2d40156e
@@ -910,10 +902,8 @@ def figure_variational(
     ax.set(xlabel="sparsity", ylabel="accuracy")
     percent_axis(ax.xaxis), percent_axis(ax.yaxis)
     ax.legend(loc="lower left")
-    heading(
-        fig,
-        f"Three runs of {table['model'].nunique()} models; numbers: epochs; arrows: from the runs to their soup",
-    )
+    told = "numbers: epochs; arrows: from the runs to their soup"
+    heading(fig, f"Three runs of {table['model'].nunique()} models; {told}")
     return fig
 
 # %% ../nbs/46_soup_questions.ipynb #8ae58c3c
