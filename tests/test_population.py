@@ -1,13 +1,14 @@
 """Populations: sampling, modules, files."""
 import warnings
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 import torch.nn.utils.prune
 
 from zootwins.architectures import ARCHITECTURES, build
-from zootwins.core import UserError, atomic_path
+from zootwins.core import UserError, atomic_path, project_root
 from zootwins.population import (
     Population, complete_models, concatenate, from_modules, from_state_dicts, load_population, parameter_shapes,
     plain_models, sample_population, save_population,
@@ -45,8 +46,19 @@ def test_a_larger_sample_begins_with_the_smaller():
         assert all(torch.equal(large.weights[key][:4], small.weights[key]) for key in small.weights)
 
 
+@pytest.mark.parametrize("name", ["mnist_fixed", "fmnist_fixed", "fmnist_random"])
+def test_the_models_of_kept_grids_have_the_factors_they_were_trained_with(name):
+    rows = pd.read_parquet(project_root() / f"figures/{name}/metrics.parquet")
+    last = rows[rows["method"] == "original"].sort_values("epoch").groupby("model")["test_acc"].last()
+    table = model_table(ZOOS[name], 128).set_index("model")
+    design = pd.get_dummies(table[list(FACTORS)].astype(str), dtype=float)
+    fitted = design @ np.linalg.lstsq(design, last.loc[design.index], rcond=None)[0]
+    assert 1 - ((last - fitted) ** 2).sum() / ((last - last.mean()) ** 2).sum() > 0.4
+    assert ZOOS[name].draw == "shuffled"
+
+
 @pytest.mark.parametrize("n", [16, 50, 64, 100, 128])
-@pytest.mark.parametrize("zoo", [zoo for zoo in GRID_ZOOS if zoo.kind == "fixed"], ids=lambda zoo: zoo.name)
+@pytest.mark.parametrize("zoo", [zoo for zoo in GRID_ZOOS if zoo.draw == "balanced"], ids=lambda zoo: zoo.name)
 def test_a_draw_from_a_grid_has_every_value_equally_often(zoo, n):
     table = model_table(zoo, n)
     assert not table.duplicated(list(FACTORS)).any()

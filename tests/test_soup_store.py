@@ -324,7 +324,7 @@ def test_gradual_runs_keep_the_copies_of_a_model_together(plan):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"events": 0}, "one event"), ({"events": 5}, "one epoch after each"),
+        ({"events": 0}, "one event"), ({"events": 5}, "an epoch or step after each"),
         ({"schedule": "ALLR", "original_epochs": 3}, "ALLR"), ({"m": 0}, "one copy"), ({"selector": "l"}, "lamp"),
         ({"level": 1.0}, "below 1"),
     ],

@@ -313,7 +313,7 @@ def test_a_table_may_not_have_more_cells_than_allowed(tmp_path, monkeypatch):
 def test_a_file_may_not_be_larger_than_allowed(tmp_path):
     (tmp_path / "a").write_bytes(bytes(100))
     assert len(read_file(tmp_path / "a", 100)) == 100
-    with pytest.raises(ValueError, match="100 bytes, and no more than 99"):
+    with pytest.raises(ValueError, match="100 bytes, and at most 99"):
         read_file(tmp_path / "a", 99)
 
 

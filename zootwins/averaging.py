@@ -50,7 +50,7 @@ def copies(
         if len(values) != m:
             raise UserError(f"{name} needs one value for each of the {m} copies, and has {len(values)}.")
     if m < 1:
-        raise UserError(f"There is at least one copy of a model, not {m}.")
+        raise UserError(f"A soup needs at least one copy of each model, not {m}.")
     many = population[np.repeat(np.arange(len(population)), m)]
     many.models = many.models.assign(
         copy=np.tile(np.arange(m), len(population)),
@@ -602,7 +602,7 @@ def gradual_events(
     """
     if events < 1 or length < events + dense:
         raise UserError(
-            f"Gradual pruning has at least one event, and an epoch or step after each: {events} events do not fit into "
+            f"Gradual pruning needs at least one event, and an epoch or step after each: {events} events do not fit into "
             f"a run of {length}; prune less often, or train longer."
         )
     at = [(i + dense) * length // (events + dense) for i in range(events)]

@@ -353,7 +353,7 @@ def resume(
     if part is None:
         return [], {}
     if not _fits(block, state, steps, *part):
-        print(f"The unfinished work {block.name} in {folder} does not fit; its block is begun again.", flush=True)
+        print(f"The unfinished work {block.name} in {folder} does not fit; its block starts again.", flush=True)
         return [], {}
     tensors, metrics, progress = part
     return [metrics], _moved_to(state, tensors, progress)

@@ -235,7 +235,7 @@ def stages_in(
     """
     if read_json(folder / "store.json").get("format") != FORMAT:
         raise UserError(f"{folder} was written by another version of zootwins: show it with that one, "
-                        "or make the zoo anew in another store.")
+                        "or make the zoo again in another store.")
     names = {path.name for path in folder.iterdir() if path.is_dir()}
     names |= {path.stem for path in folder.glob("*.json") if not path.name.startswith(".")}
     return sorted(names - {"parts", "store"}, key=lambda name: (name != "original", name))
@@ -254,7 +254,7 @@ def zoos_in(
     """
     found = [store] if (store / "store.json").is_file() else sorted(path.parent for path in store.glob("*/store.json"))
     if not found:
-        raise UserError(f"{store} is no store: give the folder of a zoo in a store, such as zoos/digits_seed, "
+        raise UserError(f"{store} is not a store: give the folder of a zoo in a store, such as zoos/digits_seed, "
                         "or the store itself.")
     return found
 
@@ -369,7 +369,7 @@ def show_command(
     with in_one_line():
         wrong = [problem for folder in zoos_in(store) for problem in show_zoo(folder)]
         if wrong:
-            raise UserError(f"Run these zoos again to make anew what is wrong: {'; '.join(wrong)}.")
+            raise UserError(f"Run these zoos again to repair what is wrong: {'; '.join(wrong)}.")
 
 # %% ../nbs/45_cli.ipynb #7673267d
 def _count(

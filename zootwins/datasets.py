@@ -390,7 +390,7 @@ def check_md5(
         found = hashlib.file_digest(stream, "md5").hexdigest()
     if found != file.md5:
         raise UserError(f"{path} is not the official file of {data_set.title}: its MD5 sum is {found} and should be "
-                        f"{file.md5}. Delete it and run again to fetch it anew, or put the right file in its place.")
+                        f"{file.md5}. Delete it and run again to fetch it again, or put the right file in its place.")
 
 # %% ../nbs/02_datasets.ipynb #b7524396
 def quiet_pooch() -> ModuleType:  # the download library
@@ -461,7 +461,7 @@ def read_archive(
                 if len(contents) == len(wanted):
                     return contents
     except (tarfile.TarError, OSError, EOFError) as error:
-        raise UserError(f"{path} cannot be unpacked ({error}): delete it and run again to fetch it anew.") from error
+        raise UserError(f"{path} cannot be unpacked ({error}): delete it and run again to fetch it again.") from error
     raise UserError(f"{path} lacks {', '.join(sorted(wanted - set(contents)))}: delete it and run again to fetch it "
                     "anew.")
 

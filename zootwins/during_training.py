@@ -987,9 +987,9 @@ def _check_shares(
     """
     for name in ("events", "every"):
         if getattr(method, name, 1) < 1:
-            raise UserError(f"{method.title} needs at least one for {name}, and not {getattr(method, name)}.")
+            raise UserError(f"{method.title} needs at least one for {name}, not {getattr(method, name)}.")
     if not 0 < getattr(method, "dense", 0.5) < 1:
-        raise UserError(f"BIMP's dense training takes a share between 0 and 1 of all epochs, and not {method.dense}.")
+        raise UserError(f"BIMP's dense training takes a share between 0 and 1 of all epochs, not {method.dense}.")
     for name in ("share", "until") if isinstance(method, SET) else ():
         if not 0 < getattr(method, name) <= 1:
             raise UserError(f"{method.title} needs a share above 0 and at most 1 for {name}, "

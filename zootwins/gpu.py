@@ -654,12 +654,12 @@ def train_epoch(
     check_supported(population.architecture, models["activation"], models["optimizer"])
     check_tensors(population.weights, population.architecture, recipe.variational)
     if recipe.batch_size < 1 or not models["dropout"].between(0, 1, inclusive="left").all():
-        raise UserError(f"A batch has at least one image (here {recipe.batch_size}), and dropout is at least 0 and "
+        raise UserError(f"A batch needs at least one image (here {recipe.batch_size}), and dropout is at least 0 and "
                         f"below 1 (here up to {models['dropout'].max()}).")
     for moments in (state.first, state.second):
         if moments.keys() != population.weights.keys() and (moments or moments is state.first
                                                             or (models["optimizer"] == "adam").any()):
-            raise UserError("The moments do not belong to these weights: begin anew with training.begin.")
+            raise UserError("The moments do not belong to these weights: start again from training.begin.")
     stack, shapes = next(iter(population.weights.values())), _shapes(population.architecture, recipe.variational)
     engine = program(Variant(population.architecture, recipe.variational), stack.device, stack.dtype)
     job = _training_job(state, x, y, recipe, shapes, engine.gradient_size)

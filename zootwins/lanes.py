@@ -493,7 +493,7 @@ def _work_through(
         late = time.monotonic() + SLOW_START
         while not blocks.finished():
             if not blocks.taken and time.monotonic() > late:
-                raise RuntimeError("none of them came to work")
+                raise RuntimeError("none of them started")
             blocks.rest.wait(0.05)
             blocks.rest.clear()
     except RuntimeError as error:
@@ -593,7 +593,7 @@ def _training_job(
         raise UserError(f"{state.epoch} epochs and {state.steps} steps cannot have been done: begin anew with "
                         "training.begin.")
     if recipe.batch_size < 1 or not models["dropout"].between(0, 1, inclusive="left").all():
-        raise UserError(f"A batch has at least one image (here {recipe.batch_size}), and dropout is at least 0 and "
+        raise UserError(f"A batch needs at least one image (here {recipe.batch_size}), and dropout is at least 0 and "
                         f"below 1 (here up to {models['dropout'].max()}).")
     job = _common_job(moving[0], architecture, models["activation"], x, y)
     rates, decays = rates_and_decays(models, recipe, "cpu")

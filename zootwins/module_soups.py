@@ -43,7 +43,7 @@ from .retraining import SETTINGS, Rates, Trainer, TrainSettings, state_digest
 from .schedules import initial_factors, pruning_damage
 from .selectors import Selector, sparsity_per_phase
 from .store import add_file, archive, locked, opened, sweep
-from .workers import Executor, told
+from .workers import Executor, as_sentence
 
 # %% ../nbs/73_module_soups.ipynb #925cfeed
 def _check_architecture(
@@ -660,7 +660,7 @@ def _from_workers(
             try:
                 found = future.result()
             except Exception as error:
-                raise told(error) from error
+                raise as_sentence(error) from error
             yield futures[future], found
     finally:
         for future in futures:

@@ -299,6 +299,8 @@ def fingerprint(
         dict[str, object]: JSON types
     """
     left_out = ("title", "printed", "remark", "in_paper", "mp_in_paper")
+    if plan.zoo.kind == "seed" or plan.zoo.draw == "shuffled":
+        left_out = (*left_out, "draw")  # so that stores made before there was a choice stay as they are
     plain = lambda value: list(value) if isinstance(value, tuple) else value  # as JSON has it
     entry = {name: plain(value) for name, value in asdict(plan.zoo).items() if name not in left_out}
     source = {"source": source_fingerprint(plan.source)} if plan.source else {}

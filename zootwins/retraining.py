@@ -55,7 +55,7 @@ class Rates:
 
     def __post_init__(self):
         if not (self.lr > 0 and self.epochs >= 1):
-            raise UserError(f"A training has a positive rate and at least one epoch, not {self.lr} and {self.epochs}.")
+            raise UserError(f"Training needs a positive rate and at least one epoch, not {self.lr} and {self.epochs}.")
         check_schedule(self.schedule, self.epochs, self.history, self.original_epochs, self.warm_up)
 
     def __call__(
@@ -255,7 +255,7 @@ def load_progress(
     epoch, which, groups = _read_progress(path)
     if which != training:
         raise UserError(f"{path} is of another training (other data, settings, rates, seed or beginning): "
-                        "choose another file, or delete it to begin anew.")
+                        "choose another file, or delete it to start again.")
     module.load_state_dict(groups["module"])
     for name, weight in module.named_parameters():
         if name in groups["momentum"]:

@@ -635,7 +635,7 @@ def _check(
     """
     check_name(name, CORRUPTIONS, "corruption")
     if severity not in SEVERITIES:
-        raise UserError(f"A severity is a whole number from 1 to 5, and not {severity!r}.")
+        raise UserError(f"A severity is a whole number from 1 to 5, not {severity!r}.")
     return CORRUPTIONS[name]
 
 # %% ../nbs/76_robustness.ipynb #0fbafee1

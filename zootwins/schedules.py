@@ -91,7 +91,7 @@ def check_schedule(
     if problem := _lacks(schedule, epochs, len(history), original_epochs or len(history)):
         raise UserError(problem)
     if warm_up is not None and not 0 <= warm_up < 1:
-        raise UserError(f"A warm-up is a share of the phase, at least 0 and below 1, and not {warm_up}.")
+        raise UserError(f"A warm-up is a share of the phase, at least 0 and below 1, not {warm_up}.")
 
 # %% ../nbs/09_schedules.ipynb #f2586956
 def _read(

@@ -152,7 +152,7 @@ def check_chain(
     check_name(chain.varied, VARIED, "hyper-parameter in which copies differ")
     sparsity_per_phase(chain.level, chain.phases)
     if chain.m < 1 or chain.epochs < 1:
-        raise UserError(f"A phase has at least one copy and one epoch, not {chain.m} and {chain.epochs}.")
+        raise UserError(f"A phase needs at least one copy and one epoch, not {chain.m} and {chain.epochs}.")
     _check_values(chain)
     for own in (copy_settings(chain, copy) for copy in range(chain.m)):
         check_schedule(own.schedule, own.epochs, own.history, own.original_epochs, own.warm_up)
@@ -208,7 +208,7 @@ def check_gradual(
     check_schedule(gradual.schedule, gradual.epochs, gradual.history, gradual.original_epochs, gradual.warm_up)
     if gradual.schedule == "ALLR" or gradual.m < 1:
         raise UserError(
-            "Gradual pruning has at least one copy, and its rate cannot follow ALLR, which begins at every pruning: "
+            "Gradual pruning needs at least one copy, and its rate cannot follow ALLR, which begins at every pruning: "
             "choose LLR."
         )
     return gradual
@@ -1062,7 +1062,7 @@ def make_variational(
         workers: from workers.open_workers; none: the threads of this machine
     """
     if m < 1:
-        raise UserError(f"There is at least one copy of a model, not {m}.")
+        raise UserError(f"A soup needs at least one copy of each model, not {m}.")
     open_store(plan.folder, fingerprint(plan, images))
     on = images if workers else on_device(images, plan.device)
     crew = Crew(plan.engine, plan.device, on, plan.zoo.image_size, workers, threading.Event())

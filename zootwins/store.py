@@ -632,14 +632,14 @@ def open_store(
             strange = sorted(p.name for p in folder.iterdir() if p.suffix != ".lock" and not p.name.startswith("."))
             if strange:
                 raise UserError(f"{folder} has no store.json but {', '.join(strange[:3])}: what it was made from is "
-                                "not known; choose another store, or delete that folder to begin anew.")
+                                "not known; choose another store, or delete that folder to start again.")
             write_json(wanted, path)
     found = read_json(path)
     for name in {**wanted, **found}:
         if found.get(name) != wanted.get(name):
             change = _difference(found.get(name), wanted.get(name))
             raise UserError(f"The store {folder} was written with another {name} ({change}): "
-                            "choose another store, or delete that folder to begin anew.")
+                            "choose another store, or delete that folder to start again.")
 
 
 def _difference(
@@ -708,7 +708,7 @@ def read_part(
         except OutOfMemory:
             raise
         except UserError:
-            print(f"The unfinished work in {path.name} cannot be read; its block is begun again.", flush=True)
+            print(f"The unfinished work in {path.name} cannot be read; its block starts again.", flush=True)
             remove(path)
     return max(found, key=lambda part: part[0])[1:] if found else None
 

@@ -94,7 +94,7 @@ def check_size(
         limit: the largest size allowed
     """
     if size > limit:
-        raise ValueError(f"{PurePosixPath(path).name} has {size:,} bytes, and no more than {limit:,} are read "
+        raise ValueError(f"{PurePosixPath(path).name} has {size:,} bytes, and at most {limit:,} are read "
                          "(zootwins.untrusted.LIMITS)")
 
 # %% ../nbs/01_untrusted.ipynb #76c83a67

@@ -481,7 +481,7 @@ def work_off(
     try:
         if code != CODE:
             raise UserError("It has another version of zootwins than the driver: install the same one everywhere, "
-                            "and start the workers anew.")
+                            "and restart the workers.")
         return made(*pickle.loads(task))
     except UserError as error:
         return Refused(me(), str(error))
@@ -506,7 +506,7 @@ def as_sentence(
     """
     if isinstance(error, (ImportError, AttributeError)) and "zootwins" in str(error):
         return UserError(f"A worker cannot load this version of zootwins ({one_line(error)}): install the same one "
-                         "everywhere, and start the workers anew.")
+                         "everywhere, and restart the workers.")
     if (isinstance(error, (CancelledError, OSError))
             or type(error).__module__.partition(".")[0] in ("concurrent", "distributed", "ray")):
         return UserError(f"The workers have failed ({type(error).__name__}: {one_line(error)}): what is finished is "
@@ -721,7 +721,7 @@ def _check_workers(
     jobs = workers.removeprefix("slurm:")
     named = workers in ("dask", "ray") or "://" in workers
     if not named and not (workers.startswith("slurm:") and jobs.isdigit() and int(jobs)):
-        raise UserError(f"{workers!r} are no workers: leave it empty for this machine, or give dask, ray, slurm:100 "
+        raise UserError(f"{workers!r} does not name workers: leave it empty for this machine, or give dask, ray, slurm:100 "
                         "or the address of a Dask scheduler such as tcp://host:8786.")
 
 # %% ../nbs/29_workers.ipynb #ee445e70

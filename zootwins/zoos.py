@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = [
-    'SEED_ZOOS', 'CALIBRATED', 'GRID', 'FMNIST_RATE', 'CIFAR_RATE', 'WD_LARGE', 'GRID_ZOOS', 'DIGITS', 'ZOOS',
-    'FACTORS', 'SHORT', 'TABLE_4', 'Zoo', 'grid_zoos', 'get_zoo', 'check_zoo', 'zoo_size', 'drawn_seeds',
+    'SEED_ZOOS', 'CALIBRATED', 'GRID', 'SHUFFLED', 'FMNIST_RATE', 'CIFAR_RATE', 'WD_LARGE', 'GRID_ZOOS', 'DIGITS',
+    'ZOOS', 'FACTORS', 'SHORT', 'TABLE_4', 'Zoo', 'grid_zoos', 'get_zoo', 'check_zoo', 'zoo_size', 'drawn_seeds',
     'spread_order', 'draw_order', 'check_n_models', 'model_table', 'short_number', 'table_4_row', 'list_zoos',
 ]
 
@@ -35,6 +35,7 @@ class Zoo:
         image_size: pixels, height and width
         kind: "seed", "fixed" or "random"
         seeds: seeds per combination of the other factors
+        draw: order of a grid's models: balanced, or shuffled as it was at first
         mp_epochs: fine-tuning after magnitude pruning, per level
         mp_selector: how weights are chosen for pruning, a name in selectors.SELECTORS
         in_paper: one of the 14 zoos of the paper's Table 4
@@ -58,6 +59,7 @@ class Zoo:
     dropout: tuple[float, ...] = (0.0,)
     epochs: int = 50
     batch_size: int = 10
+    draw: str = "balanced"                   # order of a grid's models: balanced, or shuffled as it was at first
     mp_epochs: int = 15                      # fine-tuning after magnitude pruning, per level
     mp_learning_rate: float | None = None
     mp_selector: str = "global"              # how weights are chosen for pruning, a name in selectors.SELECTORS
@@ -106,6 +108,7 @@ GRID = Zoo(
     activation=("tanh", "relu", "sigmoid", "gelu"), init=("uniform", "normal", "kaiming_uniform", "kaiming_normal"),
     optimizer=("adam", "sgd"), lr=(1e-3, 1e-4), wd=(1e-3, 1e-4), dropout=(0.0, 0.5),
 )
+SHUFFLED = ("mnist_fixed", "fmnist_fixed", "fmnist_random")  # whose kept runs were drawn before draws were balanced
 FMNIST_RATE = (("LR VD", "1e-6"),), ("With 1e-6 the weights could not move as far as Table 6 shows; "
                                      "the models' own learning rates are used, as for MNIST.")
 CIFAR_RATE = (("LR VD", "5e-6"),), ("With 5e-6 the models trained by SGD could not sparsify as Table 6 shows; "
@@ -132,8 +135,11 @@ def grid_zoos(
         tuple[Zoo, Zoo]: the fixed and the random zoo
     """
     zoo = replace(GRID, dataset=dataset, architecture=architecture, **changes)
-    return tuple(replace(zoo, name=f"{name}_{kind}", title=f"{title} {kind.capitalize()}", kind=kind)
-                 for kind in ("fixed", "random"))
+    return tuple(
+        replace(zoo, name=f"{name}_{kind}", title=f"{title} {kind.capitalize()}", kind=kind,
+                draw="shuffled" if f"{name}_{kind}" in SHUFFLED else "balanced")
+        for kind in ("fixed", "random")
+    )
 
 
 WD_LARGE = {"wd": (1e-2, 1e-3)}
@@ -194,6 +200,7 @@ def check_zoo(
                         "digits, _ and -.")
     check_name(zoo.architecture, ARCHITECTURES, "architecture")
     check_name(zoo.kind, ("seed", "fixed", "random"), "kind of zoo")
+    check_name(zoo.draw, ("balanced", "shuffled"), "draw from a grid")
     for factor in FACTORS:
         if not isinstance(getattr(zoo, factor), tuple) or not getattr(zoo, factor):
             raise UserError(f"The {factor} of the zoo {zoo.name} has to be a tuple of values, such as "
@@ -279,6 +286,9 @@ def draw_order(
     Returns:
         tuple[int, ...]: row of each model in the full grid, in which the seeds of a combination follow each other
     """
+    if zoo.draw == "shuffled":
+        words = random_words(zoo_size(zoo), stream_keys(zoo.name, "draw", [0])[0], site=0)
+        return tuple(words.argsort(stable=True).tolist())
     values = np.array(list(product(*(range(len(getattr(zoo, factor))) for factor in FACTORS))))
     words = random_words(2 * zoo_size(zoo), stream_keys(zoo.name, "draw", [0])[0], site=0)
     which, ties = words.numpy().reshape(2, len(values), zoo.seeds)
