@@ -269,7 +269,8 @@ def test_no_number_is_said_without_a_key(facts):
 
 def test_what_the_prose_reads_is_what_the_metrics_give(kept, comparison, made):
     """Keys read kept files; these are compared with the metrics above, and the score with a new comparison here."""
-    pd.testing.assert_frame_equal(headline(kept.comparison), headline(comparison))
+    ours = headline(kept.comparison)
+    pd.testing.assert_frame_equal(ours.sort_index(), headline(comparison).sort_index())  # in any order of zoos
     for zoo in KEPT:
         assert not differences(kept.table(zoo, "claims"), saved(made[zoo]["claims"].numbers))
 
