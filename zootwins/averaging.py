@@ -602,8 +602,8 @@ def gradual_events(
     """
     if events < 1 or length < events + dense:
         raise UserError(
-            f"Gradual pruning needs at least one event, and an epoch or step after each: {events} events do not fit into "
-            f"a run of {length}; prune less often, or train longer."
+            f"Gradual pruning needs at least one event, and an epoch or step after each: {events} events do not fit "
+            f"into a run of {length}; prune less often, or train longer."
         )
     at = [(i + dense) * length // (events + dense) for i in range(events)]
     return tuple((epoch, level * (1 - (1 - i / events) ** 3)) for i, epoch in enumerate(at, start=1))

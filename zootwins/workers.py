@@ -721,8 +721,8 @@ def _check_workers(
     jobs = workers.removeprefix("slurm:")
     named = workers in ("dask", "ray") or "://" in workers
     if not named and not (workers.startswith("slurm:") and jobs.isdigit() and int(jobs)):
-        raise UserError(f"{workers!r} does not name workers: leave it empty for this machine, or give dask, ray, slurm:100 "
-                        "or the address of a Dask scheduler such as tcp://host:8786.")
+        raise UserError(f"{workers!r} does not name workers: leave it empty for this machine, or give dask, ray, "
+                        "slurm:100 or the address of a Dask scheduler such as tcp://host:8786.")
 
 # %% ../nbs/29_workers.ipynb #ee445e70
 @contextmanager

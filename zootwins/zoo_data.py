@@ -269,7 +269,7 @@ def load_zoo(
         return source
     folder = fetch(str(source)) if str(source).startswith(HUB) else Path(source).expanduser()
     if not (folder / "store.json").is_file():
-        raise UserError(f"{folder} is not a zoo: give the folder of a zoo in a store, a publication, or {HUB}USER/NAME.")
+        raise UserError(f"{folder} is not a zoo: give a zoo's folder in a store, a publication, or {HUB}USER/NAME.")
     try:
         architecture, states = publication_states(folder) if (folder / HASHES).exists() else store_states(folder)
         zoo = str(read_json(folder / "store.json")["zoo"]["name"])
