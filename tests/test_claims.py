@@ -244,6 +244,18 @@ def test_the_end_of_variational_dropout_is_compared_on_a_straight_line(good):
     assert c.at_the_end(below, (0.7, 0.8)).isna().all()
 
 
+def test_the_end_is_looked_for_between_the_last_level_reached_and_the_next(good, monkeypatch):
+    seen = []
+    monkeypatch.setattr(c, "at_the_end", lambda rows, levels: seen.append(levels) or c.pruned(rows, 0.5) * np.nan)
+    levels = [0.5, 0.6, 0.7, 0.8]
+    pruned = good[(good["method"] == "mp") & np.isclose(good["level"], 0.8)]
+    more = pd.concat([good[good["method"] != "mp"], *(pruned.assign(level=level) for level in levels)])
+    for end, between in ((0.55, [0.5, 0.6]), (0.65, [0.6, 0.7]), (0.75, [0.7, 0.8])):
+        c.pruning_better_up_to_80(more[(more["method"] != "vd") | (more["sparsity"] < end)])
+        assert seen.pop() == pytest.approx(between)
+    assert not seen
+
+
 def test_at_a_collapse_between_two_levels_pruning_is_not_called_better(good):
     """As in MNIST: better at 70 %, worse at 80 %, and variational dropout ends between."""
     worse = good[(good["method"] != "vd") | (good["sparsity"] < 0.78)].copy()
@@ -781,6 +793,17 @@ def test_size_and_sparsity_are_correlated_by_rank_in_every_model():
     assert c.layers_consistent(rows)[0].value == pytest.approx(np.mean(np.divide(within, between)))
     same = rows.assign(**{f"sparsity_{layer}": 0.5 for layer in LAYERS})
     assert only(c.layers_consistent(same)) == only(c.larger_layers_sparser(same)) == [OPEN]
+    level = rows.assign(**{f"sparsity_{layer}": 0.5 + rows["model"] / 64 for layer in LAYERS})
+    assert only(c.layers_consistent(level)) == [OPEN]  # models differ, layers do not: no ratio
+
+
+def test_layers_are_looked_at_in_figure_4_s_epochs_and_at_table_8_s_levels():
+    layers = lambda value: {f"sparsity_{layer}": np.full(N, value) for layer in LAYERS}
+    rows = states(rows={("vd", np.nan, epoch): layers(epoch / 100) for epoch in range(26)} | {
+        ("mp", level / 100, epoch): layers(level / 100) for level in range(5, 100, 5) for epoch in (14, 15)
+    })
+    found = {name: values[0, :, 0].tolist() for name, values in c.layer_states(rows).items()}
+    assert found == {"mp": [0.5, 0.7, 0.9], "vd": [0.05, 0.1, 0.15, 0.2]}
 
 
 def test_gaps_are_shifted_by_hand():

@@ -321,7 +321,7 @@ def pruning_better_up_to_80(rows: pd.DataFrame) -> list[Finding]:
     differences = {f"{level:.0%}": pruned(rows, level) - dropped_at(rows, level) for level in levels}
     reached = [level for level, values in zip(levels, differences.values()) if values.notna().any()]
     if len(reached) < len(levels) and reached:
-        between = levels[len(reached) - 1:len(reached) + 1]
+        between = levels[len(reached) - 1:][:2]
         differences["the end of variational dropout"] = at_the_end(rows, between)
     return smallest_advantage(differences, "magnitude pruning minus variational dropout")
 
@@ -503,7 +503,7 @@ def larger_layers_sparser(rows: pd.DataFrame) -> list[Finding]:
     for name, sparsities in layer_states(rows).items():
         ranks = rank(sparsities)
         scale = np.sqrt((ranks**2).sum(axis=-1) * (size**2).sum())
-        each = np.divide(ranks @ size, scale, out=np.full(scale.shape, np.nan), where=scale > 0).mean(axis=1)
+        each = np.divide(ranks @ size, scale, out=np.full(scale.shape, np.nan), where=ranks.any(axis=-1)).mean(axis=1)
         found.append(
             of_method("rank correlation of layer size and sparsity", name, mean_interval(each), len(each), above=0)
         )

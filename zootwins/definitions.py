@@ -6,7 +6,7 @@
 __all__ = [
     'Pair', 'least_train_test_correlation', 'by_epoch', 'pairs_of_epochs', 'pairs_of_measures', 'pairs_of_levels',
     'spread_over', 'candidates', 'redrawn', 'fisher_errors', 'tried_pair', 'tried_state', 'reproduces',
-    'nearest_candidates', 'draw_candidates', 'figure_candidates', 'common_candidates',
+    'nearest_candidates', 'draw_candidates', 'figure_candidates', 'common_candidates', 'foretold',
 ]
 
 # %% ../nbs/34_definitions.ipynb #02812e85
@@ -401,3 +401,23 @@ def common_candidates(
     return everywhere.sort_values(["method", "worst"], kind="stable")[
         ["method", "family", "definition", "worst", "zoo"]
     ].reset_index(drop=True)
+
+# %% ../nbs/34_definitions.ipynb #f0e7011e
+def foretold(
+    tried: pd.DataFrame,   # from reproduces: the zoos that definitions are chosen by
+    unseen: pd.DataFrame,  # from reproduces: another zoo
+) -> pd.DataFrame:         # index definition; method, chosen (fits in every zoo of `tried`), worst and fits in `unseen`
+    """What definitions that fit in some zoos are worth in a zoo that had no part in choosing them.
+
+    Args:
+        tried: from reproduces: the zoos that definitions are chosen by
+        unseen: from reproduces: another zoo
+
+    Returns:
+        pd.DataFrame: index definition; method, chosen (fits in every zoo of `tried`), worst and fits in `unseen`
+    """
+    found = unseen.drop_duplicates(["method", "definition"]).set_index(["method", "definition"])
+    fits = tried.groupby(["method", "definition"])["fits"].agg(["all", "size"])
+    zoos = tried.groupby("method")["zoo"].nunique().reindex(fits.index.get_level_values("method")).to_numpy()
+    chosen = (fits["all"] & (fits["size"] == zoos)).reindex(found.index, fill_value=False)
+    return found.assign(chosen=chosen)[["family", "chosen", "worst", "fits"]].reset_index("method")
