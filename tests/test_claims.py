@@ -413,6 +413,24 @@ def test_common_candidates_are_judged_where_they_do_worst():
     assert found[["definition", "worst", "zoo"]].to_numpy().tolist() == [["two", 2.0, "a"], ["one", 3.0, "b"]]
 
 
+def test_a_chosen_definition_fits_in_every_zoo_that_it_is_chosen_by():
+    columns = ["zoo", "method", "family", "definition", "worst", "fits"]
+    tried = pd.DataFrame([
+        ("a", "mp", "f", "one", 1.0, True), ("b", "mp", "f", "one", 1.5, True),    # fits in both
+        ("a", "mp", "f", "two", 1.0, True), ("b", "mp", "f", "two", 3.0, False),   # in one
+        ("a", "mp", "f", "three", 1.0, True),                                      # was not tried in the other
+        ("a", "vd", "f", "one", 9.0, False), ("b", "vd", "f", "one", 1.0, True),   # another method
+    ], columns=columns)
+    unseen = pd.DataFrame([
+        ("c", "mp", "f", "one", 2.5, False), ("c", "mp", "f", "two", 0.1, True), ("c", "mp", "f", "three", 0.1, True),
+        ("c", "mp", "f", "four", 0.1, True), ("c", "vd", "f", "one", 0.2, True),
+    ], columns=columns)
+    found = d.foretold(tried, unseen)
+    assert found["chosen"].tolist() == [True, False, False, False, False]
+    assert found.index.tolist() == unseen["definition"].tolist()
+    assert (found[["method", "worst", "fits"]].to_numpy() == unseen[["method", "worst", "fits"]].to_numpy()).all()
+
+
 def states(**of):
     "One zoo without noise: `method, level, epoch` -> columns of values over the models."
     parts = []
@@ -909,7 +927,8 @@ def test_student_intervals_are_scipys():
         low, high = stats.t.interval(confidence, 11, values.mean(), stats.sem(values))
         assert c.mean_interval(np.append(values, np.nan), confidence) == pytest.approx((values.mean(), low, high))
     assert (
-        np.isnan(c.mean_interval([1.0])[1])
+        c.mean_interval([1.0])[0] == 1 and np.isnan(c.mean_interval([1.0])[1])
+        and np.isfinite(c.mean_interval([1.0, 2.0])).all()
         and np.isnan(c.mean_interval([])[0])
         and np.isnan(c.bootstrap(np.mean, np.ones(2))[0])
         and c.bootstrap(np.mean, np.ones(3)) == (1, 1, 1)

@@ -734,7 +734,7 @@ def kept_beyond(
     Returns:
         np.ndarray: [models]
     """
-    slope = np.cov(before, after)[0, 1] / np.var(before, ddof=1) if np.ptp(before) else 0.0
+    slope = stats.linregress(before, after).slope if np.ptp(before) else 0.0
     return after - after.mean() - slope * (before - before.mean())
 
 # %% ../nbs/34_claims.ipynb #642351e8

@@ -6,12 +6,13 @@
 __all__ = [
     'LEVEL', 'EQUIVALENT', 'POINT', 'VERDICTS', 'TESTED', 'HALF_POINT', 'SMALL', 'NEAR', 'COMPARED', 'CHOSEN', 'CELL',
     'SIDES', 'COMPARISON', 'LABELS', 'DISTURBANCES', 'PALE', 'RECORDED_EPOCH', 'regenerated', 'reached', 'match',
-    'as_samples', 'contrasts', 'grid_mean', 'as_designs', 'compare_means', 'compare_correlations', 'by_design',
-    'calibrated', 'within', 'judge', 'first_rule', 'adjusted', 'compare', 'state_label', 'labelled', 'model_note',
-    'side_by_side', 'beside_print', 'distinct_states', 'scorecard', 'worst', 'shifted_verdicts', 'smallest_error',
-    'headline', 'disturbed_scores', 'draw_shares', 'figure_disturbances', 'compare_layer_spread', 'lasting_spread',
-    'window_of', 'compare_windows', 'share_grid', 'write_counts', 'figure_scorecard', 'our_originals',
-    'beside_recorded', 'matched_models', 'recorded_by_factor', 'recorded_epochs', 'draw_recorded', 'figure_recorded',
+    'as_samples', 'contrasts', 'grid_mean', 'as_designs', 'both_tests', 'compare_means', 'compare_correlations',
+    'by_design', 'calibrated', 'within', 'judge', 'first_rule', 'adjusted', 'compare', 'state_label', 'labelled',
+    'model_note', 'side_by_side', 'beside_print', 'distinct_states', 'scorecard', 'worst', 'shifted_verdicts',
+    'smallest_error', 'headline', 'disturbed_scores', 'draw_shares', 'figure_disturbances', 'compare_layer_spread',
+    'lasting_spread', 'window_of', 'compare_windows', 'share_grid', 'write_counts', 'figure_scorecard',
+    'our_originals', 'beside_recorded', 'matched_models', 'recorded_by_factor', 'recorded_epochs', 'draw_recorded',
+    'figure_recorded',
 ]
 
 # %% ../nbs/33_comparison.ipynb #a82f0276
@@ -236,10 +237,34 @@ def as_designs(
     return both
 
 # %% ../nbs/33_comparison.ipynb #93a666e7
+def both_tests(
+    difference: pd.Series,  # of means, in points
+    error: pd.Series,       # its standard error
+    df: pd.Series,          # degrees of freedom
+    unit: pd.Series,        # the paper's standard deviation
+) -> pd.DataFrame:          # p of "no difference", equivalent, within_point
+    """Test differences against zero and against both bounds of equivalence, granting rounding.
+
+    Args:
+        difference: of means, in points
+        error: its standard error
+        df: degrees of freedom
+        unit: the paper's standard deviation
+
+    Returns:
+        pd.DataFrame: p of "no difference", equivalent, within_point
+    """
+    reach = difference.abs() + stats.t.ppf(0.95, df) * error
+    return pd.DataFrame({
+        "p": 2 * stats.t.sf((difference.abs() - ROUNDING).clip(lower=0) / error, df),
+        "equivalent": reach <= EQUIVALENT["mean"] * unit + ROUNDING, "within_point": reach <= POINT,
+    }, index=difference.index)
+
+
 def compare_means(
     both: pd.DataFrame,  # from as_samples or as_designs
 ) -> pd.DataFrame:       # effect (difference in units), error (its standard error) with df, p, equivalent, within_point
-    """Test means against each other and against both bounds of equivalence, granting rounding.
+    """Test means against each other by Welch's degrees of freedom; effects and errors are in units that print allows.
 
     Args:
         both: from as_samples or as_designs
@@ -248,15 +273,11 @@ def compare_means(
         pd.DataFrame: effect (difference in units), error (its standard error) with df, p, equivalent, within_point
     """
     largest, difference = both["unit"] + ROUNDING, both["estimate"] - both["paper_mean"]
-    beyond = (difference.abs() - ROUNDING).clip(lower=0)
     error = np.hypot(both["own_error"], both["their_error"])
     df = error**4 / (both["own_error"] ** 4 / both["own_df"] + both["their_error"] ** 4 / (both["paper_n"] - 1))
-    reach = difference.abs() + stats.t.ppf(0.95, df) * error
-    return pd.DataFrame({
-        "effect": np.sign(difference) * beyond / largest, "error": error / largest, "df": df,
-        "p": 2 * stats.t.sf(beyond / error, df),
-        "equivalent": reach <= EQUIVALENT["mean"] * both["unit"] + ROUNDING, "within_point": reach <= POINT,
-    }, index=both.index)
+    effect = np.sign(difference) * (difference.abs() - ROUNDING).clip(lower=0) / largest
+    found = pd.DataFrame({"effect": effect, "error": error / largest, "df": df})
+    return found.join(both_tests(difference, error, df, both["unit"]))
 
 # %% ../nbs/33_comparison.ipynb #01b5faac
 def compare_correlations(
@@ -604,15 +625,9 @@ def shifted_verdicts(
     """
     largest = comparison["unit"] + ROUNDING
     difference, error = comparison["difference"] + shift * comparison["unit"], comparison["error"] * largest
-    p = 2 * stats.t.sf((difference.abs() - ROUNDING).clip(lower=0) / error, comparison["df"])
-    proven = (
-        difference.abs() + stats.t.ppf(0.95, comparison["df"]) * error <= EQUIVALENT["mean"] * comparison["unit"]
-        + ROUNDING
-    )
-    words = np.select(
-        [proven, adjusted(pd.Series(p, index=comparison.index)) < LEVEL], ["equivalent", "different"],
-        default="undecided",
-    )
+    tests = both_tests(difference, error, comparison["df"], comparison["unit"])
+    choices = {"equivalent": tests["equivalent"], "different": adjusted(tests["p"]) < LEVEL}
+    words = np.select(list(choices.values()), list(choices), default="undecided")
     return pd.Series(words, index=comparison.index)
 
 # %% ../nbs/33_comparison.ipynb #12d40ef2
