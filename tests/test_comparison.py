@@ -1,4 +1,5 @@
 """Verdicts on zoos drawn from the printed numbers, on planted differences, and on runs that lack something."""
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,7 +15,7 @@ from zootwins.comparison import (
     figure_disturbances, figure_recorded, figure_scorecard, first_rule, grid_mean, headline, judge, match,
         matched_models,
     our_originals, reached, recorded_by_factor, recorded_epochs, regenerated, scorecard, share_grid, shifted_verdicts,
-    side_by_side, smallest_error, within, worst,
+    side_by_side, smallest_error, within, worst, write_counts,
 )
 from zootwins.layers import FREQUENCY_COLUMNS, layer_sizes
 from zootwins.metrics import LAYERS, METRIC_COLUMNS, with_selectors
@@ -576,11 +577,22 @@ def test_a_grid_is_fitted_with_two_models_for_every_coefficient(n, coefficients)
         assert mean == pytest.approx(values.mean()) and error == pytest.approx(values.std() / np.sqrt(n), rel=1e-6)
 
 
+def test_the_scorecard_s_picture_says_what_was_not_run_and_is_bold_where_something_is_missing():
+    _, ax = plt.subplots()
+    wide = {"equivalent": [[3, 2, 0]], "tested": [[3, 3, 0]], "printed": [[3, 3, 4]]}
+    write_counts(ax, {name: pd.DataFrame(numbers) for name, numbers in wide.items()})
+    assert [text.get_text() for text in ax.texts] == ["3 of 3", "2 of 3", "not run"]
+    assert [text.get_fontweight() for text in ax.texts[:2]] == ["normal", "bold"]
+    assert [text.get_position() for text in ax.texts] == [(0, 0), (1, 0), (2, 0)]
+
+
 def test_contrasts_sum_to_zero_over_the_grid():
     whole = model_table(get_zoo("mnist_fixed"))
     for order, columns in ((0, 1), (1, 11), (2, 50)):
         x = contrasts(whole, "mnist_fixed", order)
         assert x.shape == (2560, columns) and np.allclose(x[:, 1:].sum(axis=0), 0) and (x[:, 0] == 1).all()
+    assert np.abs(x[:, 1:11]).max() == 0.75 and np.abs(x[:, 11:]).max() == pytest.approx(0.75**2)
+    assert np.allclose(x[:, 11], x[:, 1] * x[:, 4])  # the first activation by the first initialisation
     assert contrasts(model_table(get_zoo("cifar10_large_fixed")), "cifar10_large_fixed", 1).shape[1] == 10
 
 

@@ -184,6 +184,26 @@ def test_the_divergence_counts_weights_and_biases_of_convolutions():
     )
 
 
+def test_the_divergence_is_of_log_sigma2_less_the_square_of_the_weight():
+    """Molchanov et al. (2017): log alpha = log sigma^2 - log w^2, for the weights of both kinds of layer."""
+    torch.manual_seed(0)
+    for layer in (SparseConv2d(2, 3, 2, bias=False), SparseLinear(4, 3)):
+        with torch.no_grad():
+            layer.weight.uniform_(0.1, 0.6)
+            layer.log_sigma2.uniform_(-6, -1)
+        wanted = layer.log_sigma2 - torch.log(layer.weight**2)
+        assert wanted.abs().max() < CONV_LIMIT
+        assert total_divergence(layer).item() == pytest.approx(kl_divergence(wanted).sum().item(), rel=1e-4)
+
+
+def test_a_weight_is_pruned_from_log_alpha_3_on_and_noise_begins_at_site_0():
+    for log_alpha, kept in ((2.999, 0.5), (3.001, 0.0)):
+        weights = {"fc.weight": torch.full((1, 1, 1), 0.5), "fc.bias": torch.zeros(1, 1)}
+        weights["fc.log_sigma2"] = torch.full((1, 1, 1), log_alpha + math.log(0.25))
+        assert deterministic(weights)["fc.weight"].item() == kept
+    assert SparseConv2d(1, 1, 1).site == SparseLinear(1, 1).site == 0
+
+
 def test_other_layers_are_left_as_they_are():
     module = nn.Sequential(
         nn.Conv2d(3, 4, 3, groups=1, bias=False, padding="same"),

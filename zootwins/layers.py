@@ -55,8 +55,8 @@ def layer_profile(
     profile = summarise(metrics, by, [f"sparsity_{layer}" for layer in layers])
     profile["layer"] = profile.pop("metric").str.removeprefix("sparsity_")
     profile["size"] = [sizes[zoo].get(layer) for zoo, layer in zip(profile["zoo"], profile["layer"])]
-    profile = profile[profile["n"] > 0].reset_index(drop=True).astype({"size": int})
-    return profile[[*by, "layer", "size", "mean", "std", "n"]]
+    profile = profile[profile["n"] > 0].astype({"size": int})
+    return profile[[*by, "layer", "size", "mean", "std", "n"]].reset_index(drop=True)
 
 # %% ../nbs/23_layers.ipynb #459dc707
 def whole_sparsity(
