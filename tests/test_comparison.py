@@ -577,7 +577,7 @@ def test_a_grid_is_fitted_with_two_models_for_every_coefficient(n, coefficients)
         assert mean == pytest.approx(values.mean()) and error == pytest.approx(values.std() / np.sqrt(n), rel=1e-6)
 
 
-def test_the_scorecard_s_picture_says_what_was_not_run_and_is_bold_where_something_is_missing():
+def test_the_scorecard_s_picture_says_where_nothing_was_tried_and_is_bold_where_something_is_off():
     _, ax = plt.subplots()
     wide = {"equivalent": [[3, 2, 0]], "tested": [[3, 3, 0]], "printed": [[3, 3, 4]]}
     write_counts(ax, {name: pd.DataFrame(numbers) for name, numbers in wide.items()})

@@ -887,7 +887,7 @@ def window_of(
     first, last = shifted_windows(architecture)[cell.layer]
     end = dict(zip(size, np.cumsum([*size.values()])))[cell.layer]
     window, whole = shares[first:last], shares[end - size[cell.layer]:end]
-    spread = lasting_spread(window, pruned["models"].iloc[0], printed_models(8, cell.zoo))
+    spread = lasting_spread(window, rows["models"].unique().item(), printed_models(8, cell.zoo))
     means = window.mean(), spread, whole.mean(), window.mean() - cell.mean, whole.mean() - cell.mean
     return [cell.zoo, cell.level, cell.layer, cell.mean, cell.std, *means]
 
@@ -934,7 +934,7 @@ def share_grid(
         printed="size", tested=lambda verdicts: verdicts.isin(TESTED).sum(),
         equivalent=lambda verdicts: (verdicts == "equivalent").sum(),
     ).reset_index()
-    return grid.assign(share=grid["equivalent"] / grid["tested"].where(grid["tested"] > 0))
+    return grid.assign(share=grid["equivalent"] / grid["tested"])
 
 # %% ../nbs/33_comparison.ipynb #30150b5c
 PALE = sns.blend_palette([ORANGE, "#f6d9a8", "#f4f7fa"], as_cmap=True)  # from nothing equivalent to all
