@@ -79,6 +79,7 @@ EQUIVALENT = {
     '["permille"] =': "a key that both sides form alike",
     "resamples=1)": "an interval that nobody reads",
     "where=untied > 0": "pairs count twice, so that it is 0 or at least 4",
+    'rows["level"].round(': "levels are whole permilles",
     "v.std() or": "a constant becomes zero either way",
     "len(values) >= 1": "a factor with one level gives no column either way",
 }  # part of a line, or of what became of it -> why a change there need not be found

@@ -206,6 +206,13 @@ def test_a_collapsed_population_is_not_called_steady(good):
     )
 
 
+def test_losses_need_both_methods_and_zoos_keep_their_order(good, monkeypatch):
+    assert len(c.losses_above_80(good)) and not len(c.losses_above_80(good[good["method"] != "vd"]))
+    monkeypatch.setattr(c, "CLAIMS", CLAIMS[:1])
+    two = pd.concat([good, good.assign(zoo="mnist_seed")])
+    assert c.all_claims(two)["zoo"].unique().tolist() == ["usps_seed", "mnist_seed"]
+
+
 def test_a_sparsity_that_few_models_reach_is_left_out(good):
     """At a level above half of the models it is tried as is; below, each model where its variational dropout ends."""
     models = good["model"].nunique()
@@ -812,7 +819,8 @@ def test_size_and_sparsity_are_correlated_by_rank_in_every_model():
     same = rows.assign(**{f"sparsity_{layer}": 0.5 for layer in LAYERS})
     assert only(c.layers_consistent(same)) == only(c.larger_layers_sparser(same)) == [OPEN]
     level = rows.assign(**{f"sparsity_{layer}": 0.5 + rows["model"] / 64 for layer in LAYERS})
-    assert only(c.layers_consistent(level)) == [OPEN]  # models differ, layers do not: no ratio
+    found, = c.layers_consistent(level)  # models differ, layers do not: no ratio
+    assert found.verdict == OPEN and np.isnan(found.value)
 
 
 def test_layers_are_looked_at_in_figure_4_s_epochs_and_at_table_8_s_levels():

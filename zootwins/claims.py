@@ -246,10 +246,10 @@ def first_passed(
     s, y, aim = reached.to_numpy(), values.to_numpy(), np.broadcast_to(np.asarray(sparsity, dtype=float), len(reached))
     after = (s >= aim[:, None]).argmax(axis=1)
     model, before = np.arange(len(s)), (after - 1).clip(0)
-    with np.errstate(invalid="ignore", divide="ignore"):
+    with np.errstate(invalid="ignore", divide="ignore"):  # not passed after epoch 0: 0 / 0
         share = (aim - s[model, before]) / (s[model, after] - s[model, before])
         found = y[model, before] + share * (y[model, after] - y[model, before])
-    return pd.Series(np.where(after > 0, found, np.nan), index=reached.index)
+    return pd.Series(found, index=reached.index)
 
 
 def dropped_at(
@@ -268,7 +268,7 @@ def dropped_at(
         pd.Series: by model; NaN if the sparsity is not reached, and for all if most do not reach it
     """
     found = first_passed(rows[rows["method"] == "vd"], sparsity, measure).rename(f"{sparsity:.0%}")
-    return found if found.notna().mean() >= 0.5 else found * np.nan
+    return found if found.notna().mean() >= 0.5 else found.mask(found.notna())
 
 # %% ../nbs/34_claims.ipynb #5d2e8dbe
 def at_the_end(
@@ -544,10 +544,10 @@ def half_epochs(
         half = (s[:, 0] + s[:, -1]) / 2
         after = (s >= half[:, None]).argmax(axis=1)
         before = (after - 1).clip(0)
-        with np.errstate(invalid="ignore", divide="ignore"):
+        with np.errstate(invalid="ignore", divide="ignore"):  # a layer that loses nothing: 0 / 0
             share = (half - s[model, before]) / (s[model, after] - s[model, before])
             moment = epochs[before] + share * (epochs[after] - epochs[before])
-        found[name.removeprefix("sparsity_")] = pd.Series(np.where(after > 0, moment, np.nan), index=wide.index)
+        found[name.removeprefix("sparsity_")] = pd.Series(moment, index=wide.index)
     return pd.DataFrame(found).dropna()
 
 # %% ../nbs/34_claims.ipynb #5f1cef69
@@ -1031,7 +1031,7 @@ def tables_of(
     """
     tables = [table for table in all_tables(metrics) if table.name != "table_4"]
     comparison = compare(metrics)
-    comparison = comparison[comparison["zoo"] == metrics["zoo"].iloc[0]]
+    comparison = comparison[comparison["zoo"].isin(metrics["zoo"])]
     return [*tables, *([side_by_side(comparison)] if len(comparison) else []), claims_table(all_claims(metrics))]
 
 
