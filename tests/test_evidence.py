@@ -202,7 +202,7 @@ def test_readme_counts_the_cells_that_differ(comparison):
             assert (int(count), int(correlations)) == (len(off), ((off["table"] == 2) & (off["method"] == "mp")).sum())
     off = tested[tested["verdict"] == "different"]
     of_fmnist = off.query("zoo == 'fmnist_seed' and metric == 'ggap' and method == 'mp' and epoch == 15")
-    said = re.search(r"- (\d+) are generalisation gaps, (\d+) of them of FMNIST Seed", text)
+    said = re.search(r"Of the (\d+) generalisation gaps that are different, (\d+) are of FMNIST Seed", text)
     assert said and (int(said[1]), int(said[2])) == ((off["metric"] == "ggap").sum(), len(of_fmnist))
 
 
