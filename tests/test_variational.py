@@ -197,9 +197,9 @@ def test_the_divergence_is_of_log_sigma2_less_the_square_of_the_weight():
 
 
 def test_a_weight_is_pruned_from_log_alpha_3_on_and_noise_begins_at_site_0():
-    for log_alpha, kept in ((2.999, 0.5), (3.001, 0.0)):
+    for relative, kept in ((2.999, 0.5), (3.001, 0.0)):
         weights = {"fc.weight": torch.full((1, 1, 1), 0.5), "fc.bias": torch.zeros(1, 1)}
-        weights["fc.log_sigma2"] = torch.full((1, 1, 1), log_alpha + math.log(0.25))
+        weights["fc.log_sigma2"] = torch.full((1, 1, 1), relative + math.log(0.25))
         assert deterministic(weights)["fc.weight"].item() == kept
     assert SparseConv2d(1, 1, 1).site == SparseLinear(1, 1).site == 0
 
