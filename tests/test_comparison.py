@@ -1,10 +1,10 @@
 """Verdicts on zoos drawn from the printed numbers, on planted differences, and on runs that lack something."""
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as some
+from matplotlib.figure import Figure
 from scipy import stats
 
 from zootwins.comparison import (
@@ -578,7 +578,7 @@ def test_a_grid_is_fitted_with_two_models_for_every_coefficient(n, coefficients)
 
 
 def test_the_scorecard_s_picture_says_where_nothing_was_tried_and_is_bold_where_something_is_off():
-    _, ax = plt.subplots()
+    ax = Figure().add_subplot()
     wide = {"equivalent": [[3, 2, 0]], "tested": [[3, 3, 0]], "printed": [[3, 3, 4]]}
     write_counts(ax, {name: pd.DataFrame(numbers) for name, numbers in wide.items()})
     assert [text.get_text() for text in ax.texts] == ["3 of 3", "2 of 3", "not run"]
