@@ -64,6 +64,8 @@ EQUIVALENT = {
     ".clip(-0.9999, 0.9999)": "where a transform is cut",
     "blend_palette(": "how a figure looks",
     "1e-6": "dust of floating point",
+    "z['ours_mean'] - sign * half": "both signs are taken",
+    "round(12)": "dust of floating point",
     "300  ->  301": "how many resamples, not of what",
     "400  ->  401": "how many resamples, not of what",
     "seed: int = 0": "another seed is as good",

@@ -1,4 +1,6 @@
 """Verdicts on zoos drawn from the printed numbers, on planted differences, and on runs that lack something."""
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,9 +15,8 @@ from zootwins.comparison import (
     as_designs, as_samples, beside_print, beside_recorded, by_design, calibrated, compare, compare_correlations,
     compare_layer_spread, compare_means, compare_windows, contrasts, distinct_states, disturbed_scores,
     figure_disturbances, figure_recorded, figure_scorecard, first_rule, grid_mean, headline, judge, match,
-        matched_models,
-    our_originals, reached, recorded_by_factor, recorded_epochs, regenerated, scorecard, share_grid, shifted_verdicts,
-    side_by_side, smallest_error, within, worst, write_counts,
+    matched_models, our_originals, reached, recorded_by_factor, recorded_epochs, records_of, regenerated, scorecard,
+    share_grid, shifted_verdicts, side_by_side, smallest_error, within, worst, write_counts,
 )
 from zootwins.layers import FREQUENCY_COLUMNS, layer_sizes
 from zootwins.metrics import LAYERS, METRIC_COLUMNS, with_selectors
@@ -264,6 +265,15 @@ def test_equivalence_of_correlations_at_its_bound(side):
             ][0]
             == wanted
         )
+
+
+def test_correlations_on_the_bound_itself_are_equivalent(monkeypatch):
+    frame = coefficients(ours_mean=[55.0], paper_mean=50.0, **around(0.55, 0.03))
+    row = compare_correlations(frame).iloc[0]
+    bound = abs(row["effect"]) + stats.norm.ppf(0.95) * row["error"]
+    for limit, wanted in ((bound, True), (np.nextafter(bound, 0), False)):
+        monkeypatch.setitem(EQUIVALENT, "correlation", limit)
+        assert compare_correlations(frame)["equivalent"].tolist() == [wanted]
 
 
 def test_few_models_have_no_test_of_correlation():
@@ -832,6 +842,58 @@ def test_recorded_distributions_are_beside_ours():
     ) == set(range(128))
 
 
+def test_records_of_other_zoos_can_be_handed_over():
+    metrics = grid_metrics()
+    theirs = read_recorded().query("zoo == 'mnist_fixed'")
+    others = theirs.assign(zoo="usps_fixed", test_acc=theirs["test_acc"] / 2 + 0.0009).sample(frac=1, random_state=0)
+    moved = metrics.assign(zoo="usps_fixed", test_acc=metrics["test_acc"] / (1 + (metrics["epoch"] == 50)))
+    found = beside_recorded(moved, recorded=others)
+    assert list(found.index) == [("usps_fixed", "ours"), ("usps_fixed", "real")]
+    cut = np.floor(1000 * theirs["test_acc"].to_numpy() / 2 + 0.9 + 1e-6) / 10
+    assert found.loc[("usps_fixed", "real"), "mean"] == pytest.approx(cut.mean(), abs=1e-9)
+    last = moved.loc[(moved["method"] == "original") & (moved["epoch"] == 50), "test_acc"]
+    at_50 = beside_recorded(moved, 50, others).loc[("usps_fixed", "ours"), "mean"]
+    assert at_50 == pytest.approx(100 * np.floor(1000 * last + 1e-6).mean() / 1000) and at_50 != found["mean"].iloc[0]
+    assert beside_recorded(metrics, recorded=others).empty
+
+
+def test_records_in_any_order_or_with_gaps_match_the_same_models():
+    metrics = grid_metrics()
+    theirs = read_recorded().query("zoo == 'mnist_fixed'")
+    whole = matched_models(metrics)
+    mixed = matched_models(metrics, recorded=theirs.sample(frac=1, random_state=0))
+    assert np.allclose(mixed["real"], whole["real"]) and len(mixed) == 128
+    row = whole.iloc[17]
+    grid = recorded_factors("mnist_fixed")
+    same = np.logical_and.reduce([grid[factor] == row[factor] for factor in FACTORS])
+    half = theirs[~same | (grid["seed_place"].to_numpy() < 5)]
+    few = matched_models(metrics, recorded=half).set_index("model")
+    kept = theirs[same & (grid["seed_place"].to_numpy() < 5)]
+    assert len(kept) == 5 and few.loc[row["model"], "real"] == pytest.approx(100 * kept["test_acc"].mean())
+    assert row["model"] not in set(matched_models(metrics, recorded=theirs[~same])["model"])
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (lambda table: table.rename(columns={"test_acc": "acc"}), "these lack test_acc. Rename yours."),
+        (lambda table: table.drop(columns=["zoo", "trial"]), "these lack zoo, trial."),
+        (lambda table: table.assign(test_acc=100 * table["test_acc"]), "a fraction from 0 to 1; these have others."),
+        (lambda table: table.assign(test_acc=-table["test_acc"]), "a fraction from 0 to 1; these have others."),
+        (lambda table: table.assign(test_acc=np.nan), "a fraction from 0 to 1; these have others."),
+        (lambda table: pd.concat([table, table.iloc[:3]]), "these repeat 3. Keep one epoch."),
+    ],
+)
+def test_records_that_are_none_are_refused(change, sentence):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        records_of(change(read_recorded()))
+
+
+def test_records_may_reach_both_ends_of_the_scale():
+    ends = pd.DataFrame({"zoo": "usps_seed", "trial": [0, 1], "test_acc": [0.0, 1.0]})
+    assert list(records_of(ends)["test_acc"]) == [0, 1]
+
+
 def test_models_are_matched_by_their_factors():
     metrics = grid_metrics()
     matched = matched_models(metrics)
@@ -1008,6 +1070,12 @@ def test_p_values_are_adjusted_over_what_is_tested_and_spreads_are_ratios(compar
     measured = (of["layer"] == "") & (of["paper_std"] > 0) & of["ours_std"].notna()
     assert of["spread"].notna().equals(measured) and of.loc[measured, "paper_std"].between(0.1, 0.9).any()
     assert of.loc[measured, "spread"].tolist() == pytest.approx((of["ours_std"] / of["paper_std"])[measured].tolist())
+
+
+def test_a_printed_spread_of_zero_has_no_ratio(metrics):
+    cells = CELLS[(CELLS["zoo"] == "usps_seed") & (CELLS["table"] == 5)]
+    none = compare(metrics, cells.assign(std=0.0)).set_index("metric")
+    assert none["ours_std"].notna().any() and none["spread"].isna().all()
 
 
 def test_tables_of_text_have_their_name_numbers_and_words(comparison):

@@ -129,6 +129,7 @@ def test_a_profile_has_a_row_for_every_layer_of_a_zoo_and_keeps_the_order_of_the
         ["b", "conv1", 1, 0.9, 1], ["b", "conv1", 1, 0.5, 1], ["a", "conv1", 5, 0.2, 1], ["b", "fc1", 3, 0.8, 1],
         ["b", "fc1", 3, 0.4, 1],
     ] and profile.index.tolist() == [0, 1, 2, 3, 4]
+    assert profile.columns.tolist() == ["zoo", "method", "level", "epoch", "layer", "size", "mean", "std", "n"]
     whole = whole_sparsity(profile)
     assert whole["zoo"].tolist() == ["b", "b", "a"] and whole["mean"].tolist() == pytest.approx([0.825, 0.425, 0.2])
 

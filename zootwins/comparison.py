@@ -10,7 +10,7 @@ __all__ = [
     'by_design', 'calibrated', 'within', 'judge', 'first_rule', 'adjusted', 'compare', 'state_label', 'labelled',
     'model_note', 'side_by_side', 'beside_print', 'distinct_states', 'scorecard', 'worst', 'shifted_verdicts',
     'smallest_error', 'headline', 'disturbed_scores', 'draw_shares', 'figure_disturbances', 'compare_layer_spread',
-    'lasting_spread', 'window_of', 'compare_windows', 'share_grid', 'write_counts', 'figure_scorecard',
+    'lasting_spread', 'window_of', 'compare_windows', 'share_grid', 'write_counts', 'figure_scorecard', 'records_of',
     'our_originals', 'beside_recorded', 'matched_models', 'recorded_by_factor', 'recorded_epochs', 'draw_recorded',
     'figure_recorded',
 ]
@@ -301,7 +301,7 @@ def compare_correlations(
     return pd.DataFrame({
         "effect": q, "error": error, "df": np.inf, "p": 2 * stats.norm.sf(q.abs() / error),
         "equivalent": q.abs() + half <= EQUIVALENT["correlation"],
-        "within_point": ends.abs().max(axis=1, skipna=False) <= POINT,
+        "within_point": ends.abs().max(axis=1) <= POINT,
     }, index=both.index)
 
 # %% ../nbs/33_comparison.ipynb #efc0f38b
@@ -998,36 +998,66 @@ def figure_scorecard(
 RECORDED_EPOCH = 49  # epoch of the records
 
 
+def records_of(
+    recorded: pd.DataFrame | None = None,  # zoo, trial (from 0), test_acc (a fraction); None: those of the package
+) -> pd.DataFrame:                         # the same, accuracies cut to three decimals; ValueError for other tables
+    """Records of real zoos, checked: those of the package, or others in the same form.
+
+    Args:
+        recorded: zoo, trial (from 0), test_acc (a fraction); None: those of the package
+
+    Returns:
+        pd.DataFrame: the same, accuracies cut to three decimals; ValueError for other tables
+    """
+    recorded = read_recorded() if recorded is None else recorded
+    if missing := [column for column in ("zoo", "trial", "test_acc") if column not in recorded]:
+        raise ValueError(
+            f"Records need the columns zoo, trial and test_acc; these lack {', '.join(missing)}. Rename yours."
+        )
+    if not recorded["test_acc"].between(0, 1).all():
+        raise ValueError("test_acc of the records is a fraction from 0 to 1; these have others. Divide percent by 100.")
+    if (twice := recorded.duplicated(["zoo", "trial"])).any():
+        raise ValueError(f"Records have one row per zoo and trial; these repeat {twice.sum()}. Keep one epoch.")
+    return recorded.assign(test_acc=np.floor(1000 * recorded["test_acc"] + 1e-6) / 1000)
+
+
 def our_originals(
-    metrics: pd.DataFrame,  # tidy metrics of one or more zoos
-    epoch: int = RECORDED_EPOCH,
-) -> pd.DataFrame:          # zoo, model, test_acc, cut to three decimals
+    metrics: pd.DataFrame,                 # tidy metrics of one or more zoos
+    epoch: int = RECORDED_EPOCH,           # that of the records
+    recorded: pd.DataFrame | None = None,  # records of real zoos, as in `records_of`
+) -> pd.DataFrame:                         # zoo, model, test_acc, cut to three decimals
     """Our originals in the form of the records, for zoos that have records.
 
     Args:
         metrics: tidy metrics of one or more zoos
+        epoch: that of the records
+        recorded: records of real zoos, as in `records_of`
 
     Returns:
         pd.DataFrame: zoo, model, test_acc, cut to three decimals
     """
     rows = metrics[(metrics["method"] == "original") & (metrics["epoch"] == epoch) & metrics["zoo"].isin(
-        read_recorded()["zoo"].unique()
+        records_of(recorded)["zoo"].unique()
     )]
     return rows[["zoo", "model", "test_acc"]].assign(test_acc=np.floor(1000 * rows["test_acc"] + 1e-6) / 1000)
 
 # %% ../nbs/33_comparison.ipynb #79ab5217
 def beside_recorded(
-    metrics: pd.DataFrame,  # tidy metrics of one or more zoos
-) -> pd.DataFrame:          # index zoo, side: models, mean, std, quantiles, failed (share), for ours ks and p; in %
+    metrics: pd.DataFrame,                 # tidy metrics of one or more zoos
+    epoch: int = RECORDED_EPOCH,           # that of the records
+    recorded: pd.DataFrame | None = None,  # records of real zoos, as in `records_of`
+) -> pd.DataFrame:  # index zoo, side: models, mean, std, quantiles, failed (share), for ours ks and p; in %
     """Distributions of the originals' accuracies, ours and the recorded ones.
 
     Args:
         metrics: tidy metrics of one or more zoos
+        epoch: that of the records
+        recorded: records of real zoos, as in `records_of`
 
     Returns:
         pd.DataFrame: index zoo, side: models, mean, std, quantiles, failed (share), for ours ks and p; in %
     """
-    ours, theirs, rows = our_originals(metrics), read_recorded(), {}
+    ours, theirs, rows = our_originals(metrics, epoch, recorded), records_of(recorded), {}
     for zoo, of_zoo in ours.groupby("zoo", sort=False):
         sides = {"ours": of_zoo["test_acc"], "real": theirs.loc[theirs["zoo"] == zoo, "test_acc"]}
         test = stats.ks_2samp(*sides.values())
@@ -1044,23 +1074,25 @@ def beside_recorded(
 
 # %% ../nbs/33_comparison.ipynb #b2c0de43
 def matched_models(
-    metrics: pd.DataFrame,  # tidy metrics of one or more zoos
-) -> pd.DataFrame:          # per model of a recorded grid: zoo, model, FACTORS, ours, real (of ten), difference; in %
+    metrics: pd.DataFrame,                 # tidy metrics of one or more zoos
+    epoch: int = RECORDED_EPOCH,           # that of the records
+    recorded: pd.DataFrame | None = None,  # records of real zoos, as in `records_of`
+) -> pd.DataFrame:  # per model of a recorded grid: zoo, model, FACTORS, ours, real (of ten), difference; in %
     """Compare every model of a grid with the mean of the real models with the same factors.
 
     Args:
         metrics: tidy metrics of one or more zoos
+        epoch: that of the records
+        recorded: records of real zoos, as in `records_of`
 
     Returns:
         pd.DataFrame: per model of a recorded grid: zoo, model, FACTORS, ours, real (of ten), difference; in %
     """
-    parts, factors = [], list(FACTORS)
-    for zoo, rows in our_originals(metrics).groupby("zoo", sort=False):
+    parts, factors, theirs = [], list(FACTORS), records_of(recorded)
+    for zoo, rows in our_originals(metrics, epoch, recorded).groupby("zoo", sort=False):
         if get_zoo(zoo).kind != "seed":
-            recorded = recorded_factors(zoo).assign(
-                real=100 * read_recorded().query("zoo == @zoo")["test_acc"].to_numpy()
-            )
-            cells = recorded.groupby(factors)["real"].mean().reset_index()
+            real = 100 * theirs[theirs["zoo"] == zoo].set_index("trial")["test_acc"].rename("real")
+            cells = recorded_factors(zoo).join(real, how="inner").groupby(factors)["real"].mean().reset_index()
             ours = rows.merge(model_table(get_zoo(zoo))[["model", *factors]], on="model")
             parts.append(ours.assign(ours=100 * ours["test_acc"]).drop(columns="test_acc").merge(cells, on=factors))
     found = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(
