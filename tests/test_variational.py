@@ -196,6 +196,18 @@ def test_the_divergence_is_of_log_sigma2_less_the_square_of_the_weight():
         assert total_divergence(layer).item() == pytest.approx(kl_divergence(wanted).sum().item(), rel=1e-4)
 
 
+def test_the_divergence_of_a_bias_is_that_of_a_weight():
+    layer = SparseConv2d(1, 2, 1)
+    with torch.no_grad():
+        layer.weight.fill_(0.5)
+        layer.log_sigma2.fill_(-3.0)
+        layer.bias.copy_(torch.tensor([0.1, 0.4]))
+        layer.log_sigma2_bias.copy_(torch.tensor([-2.0, -5.0]))
+    wanted = torch.tensor([-3.0, -3.0, -2.0, -5.0]) - 2 * torch.tensor([0.5, 0.5, 0.1, 0.4]).log()
+    assert wanted.abs().max() < CONV_LIMIT
+    assert total_divergence(layer).item() == pytest.approx(kl_divergence(wanted).sum().item(), rel=1e-4)
+
+
 def test_a_weight_is_pruned_from_log_alpha_3_on_and_noise_begins_at_site_0():
     for relative, kept in ((2.999, 0.5), (3.001, 0.0)):
         weights = {"fc.weight": torch.full((1, 1, 1), 0.5), "fc.bias": torch.zeros(1, 1)}
