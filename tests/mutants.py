@@ -65,6 +65,7 @@ EQUIVALENT = {
     "blend_palette(": "how a figure looks",
     "1e-6": "dust of floating point",
     "z['ours_mean'] - sign * half": "both signs are taken",
+    "printed_models(9": "as many models as in Table 8",
     "round(12)": "dust of floating point",
     "300  ->  301": "how many resamples, not of what",
     "400  ->  401": "how many resamples, not of what",

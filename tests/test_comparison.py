@@ -10,13 +10,12 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from zootwins.comparison import (
-    CHOSEN, COMPARED, COMPARISON, DISTURBANCES, EQUIVALENT, HALF_POINT, LEVEL, NEAR, POINT, RECORDED_EPOCH, SMALL,
-    TESTED, VERDICTS, adjusted,
-    as_designs, as_samples, beside_print, beside_recorded, by_design, calibrated, compare, compare_correlations,
-    compare_layer_spread, compare_means, compare_windows, contrasts, distinct_states, disturbed_scores,
-    figure_disturbances, figure_recorded, figure_scorecard, first_rule, grid_mean, headline, judge, match,
-    matched_models, our_originals, reached, recorded_by_factor, recorded_epochs, records_of, regenerated, scorecard,
-    share_grid, shifted_verdicts, side_by_side, smallest_error, within, worst, write_counts,
+    BEYOND, CHOSEN, COMPARED, COMPARISON, DISTURBANCES, EQUIVALENT, HALF_POINT, LEVEL, NEAR, POINT, RECORDED_EPOCH,
+    SMALL, TESTED, VERDICTS, adjusted, as_designs, as_samples, beside_print, beside_recorded, by_design, calibrated,
+    compare, compare_correlations, compare_layer_spread, compare_means, compare_windows, contrasts, distinct_states,
+    disturbed_scores, figure_disturbances, figure_recorded, figure_scorecard, first_rule, grid_mean, headline, judge,
+    match, matched_models, moved_verdicts, our_originals, reached, recorded_by_factor, recorded_epochs, records_of,
+    regenerated, scorecard, share_grid, shifted_verdicts, side_by_side, smallest_error, within, worst, write_counts,
 )
 from zootwins.layers import FREQUENCY_COLUMNS, layer_sizes
 from zootwins.metrics import LAYERS, METRIC_COLUMNS, with_selectors
@@ -274,6 +273,11 @@ def test_correlations_on_the_bound_itself_are_equivalent(monkeypatch):
     for limit, wanted in ((bound, True), (np.nextafter(bound, 0), False)):
         monkeypatch.setitem(EQUIVALENT, "correlation", limit)
         assert compare_correlations(frame)["equivalent"].tolist() == [wanted]
+    half, z = stats.norm.ppf(0.95) * row["error"], np.arctanh(frame["ours_mean"][0] / 100)
+    end = max(abs(100 * np.tanh(z + sign * half) - 50.0) for sign in (-1, 1))
+    for limit, wanted in ((end, True), (np.nextafter(end, 0), False)):
+        monkeypatch.setattr("zootwins.comparison.POINT", limit)
+        assert compare_correlations(frame)["within_point"].tolist() == [wanted]
 
 
 def test_few_models_have_no_test_of_correlation():
@@ -589,9 +593,9 @@ def test_a_grid_is_fitted_with_two_models_for_every_coefficient(n, coefficients)
 
 def test_the_scorecard_s_picture_says_where_nothing_was_tried_and_is_bold_where_something_is_off():
     ax = Figure().add_subplot()
-    wide = {"equivalent": [[3, 2, 0]], "tested": [[3, 3, 0]], "printed": [[3, 3, 4]]}
+    wide = {"equivalent": [[3, 2, 0]], "tested": [[3, 3, 0]], "printed": [[3, 3, 4]], "calibrated": [[0, 1, 0]]}
     write_counts(ax, {name: pd.DataFrame(numbers) for name, numbers in wide.items()})
-    assert [text.get_text() for text in ax.texts] == ["3 of 3", "2 of 3", "not run"]
+    assert [text.get_text() for text in ax.texts] == ["3 of 3", "2 of 3 †", "not run"]
     assert [text.get_fontweight() for text in ax.texts[:2]] == ["normal", "bold"]
     assert [text.get_position() for text in ax.texts] == [(0, 0), (1, 0), (2, 0)]
 
@@ -960,6 +964,40 @@ def test_shares_of_the_heat_map(comparison):
     row = grid.loc[("usps_seed", 6)]
     assert (row["printed"], row["tested"], row["equivalent"]) == (33, cells["verdict"].isin(TESTED).sum(),
         (cells["verdict"] == "equivalent").sum()) and row["share"] == row["equivalent"] / row["tested"]
+    assert row["calibrated"] == 0 and grid.loc[("usps_seed", "all"), "printed"] > row["printed"]
+    one = comparison["table"].eq(6) & comparison["zoo"].eq("usps_seed") & comparison["calibrated"].eq(False)
+    some = share_grid(comparison.assign(calibrated=one & comparison["epoch"].gt(20))).set_index(["zoo", "table"])
+    late = cells[(cells["epoch"] > 20) & cells["verdict"].isin(TESTED)]
+    assert some.loc[("usps_seed", 6), "calibrated"] == len(late) == some.loc[("usps_seed", "all"), "calibrated"] > 0
+    assert some.loc[("usps_seed", 5), "calibrated"] == 0
+
+
+def test_equivalent_cells_beyond_chance_are_counted():
+    cells = pd.DataFrame({
+        "zoo": "usps_seed", "table": 6, "method": "vd", "level": np.nan, "epoch": range(6), "layer": "",
+        "metric": "ggap", "verdict": ["equivalent", "equivalent", "equivalent", "different", "undecided", "equivalent"],
+        "p_adjusted": [LEVEL - 1e-9, LEVEL, np.nan, 0.001, 0.001, 0.001], "calibrated": [False] * 5 + [True],
+        "within_point": False, "first": "agrees",
+    })
+    assert scorecard(cells).loc["all", BEYOND] == 1
+
+
+def test_moved_verdicts_are_those_without_the_same_word():
+    words = [
+        ("agrees", "equivalent", None), ("agrees", "undecided", "against us"), ("agrees", "different", "against us"),
+        ("near", "equivalent", "in our favour"), ("near", "undecided", "in our favour"),
+        ("near", "different", "against us"), ("differs", "different", None), ("differs", "undecided", "in our favour"),
+        ("doubtful", "doubtful", None), ("not run", "not run", None),
+    ]
+    cells = pd.DataFrame({
+        "zoo": "usps_seed", "table": 6, "method": "vd", "level": np.nan, "epoch": range(len(words)), "layer": "",
+        "metric": "ggap", "ours_mean": 1.0, "ours_std": 1.0, "paper_mean": 1.0, "paper_std": 1.0, "calibrated": False,
+        "first": [word[0] for word in words], "verdict": [word[1] for word in words],
+    })
+    moved = moved_verdicts(cells)
+    assert [tuple(row) for row in moved[["First", "Now", "Moved"]].to_numpy()] == [word for word in words if word[2]]
+    assert (moved["Calibrated"] == "").all()
+    assert (moved_verdicts(cells.assign(calibrated=True))["Calibrated"] == "yes").all()
 
 
 def test_originals_alone_are_compared_with_nothing():
@@ -1062,6 +1100,16 @@ def test_the_printed_sparsity_is_reached_at_its_very_value():
     assert reached(rows, 2, "usps_seed") and not reached(rows.assign(sparsity=rows["sparsity"] - 1e-12), 2, "usps_seed")
 
 
+def test_twins_that_never_got_so_sparse_are_not_those_of_the_paper():
+    few = drawn_zoo(n=5)
+    early = few[(few["method"] != "vd") | (few["epoch"] <= 2)]
+    cells = CELLS[(CELLS["zoo"] == "usps_seed") & CELLS["table"].isin(list(CHOSEN))]
+    found = match(early, cells).groupby("method")["ours_mean"]
+    assert found.get_group("vd").isna().all() and found.get_group("mp").notna().any()
+    assert match(few, cells).groupby("method")["ours_mean"].get_group("vd").notna().any()
+    assert regenerated(early).index.is_unique
+
+
 def test_p_values_are_adjusted_over_what_is_tested_and_spreads_are_ratios(comparison):
     of = comparison[comparison["zoo"] == "usps_seed"]
     judged = of[of["verdict"].isin(TESTED) & of["p"].notna()]
@@ -1100,13 +1148,13 @@ def test_the_worst_cells_come_first():
 @pytest.mark.parametrize("by, order", [("zoo", ["z", "a"]), ("table", [6, 5])])
 def test_a_score_keeps_the_order_of_the_cells(by, order):
     columns = ["zoo", "table", "method", "level", "epoch", "layer", "metric", "verdict", "first", "calibrated",
-        "within_point"]
+        "within_point", "p_adjusted"]
     cells = pd.DataFrame(
         [
-            ("z", 6, "vd", np.nan, 1, "", "ggap", "equivalent", "agrees", True, True),
-            ("z", 6, "vd", np.nan, 1, "", "test_acc", "equivalent", "agrees", False, True),
-            ("a", 5, "mp", 0.5, 1, "", "ggap", "different", "near", False, False),
-            ("a", 5, "mp", 0.5, 1, "", "test_acc", "not run", "not run", False, False),
+            ("z", 6, "vd", np.nan, 1, "", "ggap", "equivalent", "agrees", True, True, 0.5),
+            ("z", 6, "vd", np.nan, 1, "", "test_acc", "equivalent", "agrees", False, True, 0.5),
+            ("a", 5, "mp", 0.5, 1, "", "ggap", "different", "near", False, False, 0.01),
+            ("a", 5, "mp", 0.5, 1, "", "test_acc", "not run", "not run", False, False, np.nan),
         ],
         columns=columns,
     )

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = [
-    'LEVEL', 'EQUIVALENT', 'POINT', 'VERDICTS', 'TESTED', 'HALF_POINT', 'SMALL', 'NEAR', 'COMPARED', 'CHOSEN', 'CELL',
-    'SIDES', 'COMPARISON', 'LABELS', 'DISTURBANCES', 'PALE', 'RECORDED_EPOCH', 'regenerated', 'reached', 'match',
-    'as_samples', 'contrasts', 'grid_mean', 'as_designs', 'both_tests', 'compare_means', 'compare_correlations',
-    'by_design', 'calibrated', 'within', 'judge', 'first_rule', 'adjusted', 'compare', 'state_label', 'labelled',
-    'model_note', 'side_by_side', 'beside_print', 'distinct_states', 'scorecard', 'worst', 'shifted_verdicts',
-    'smallest_error', 'headline', 'disturbed_scores', 'draw_shares', 'figure_disturbances', 'compare_layer_spread',
-    'lasting_spread', 'window_of', 'compare_windows', 'share_grid', 'write_counts', 'figure_scorecard', 'records_of',
-    'our_originals', 'beside_recorded', 'matched_models', 'recorded_by_factor', 'recorded_epochs', 'draw_recorded',
-    'figure_recorded',
+    'LEVEL', 'EQUIVALENT', 'POINT', 'VERDICTS', 'TESTED', 'BEYOND', 'HALF_POINT', 'SMALL', 'NEAR', 'COMPARED',
+    'CHOSEN', 'CELL', 'SIDES', 'COMPARISON', 'LABELS', 'SUCCESSOR', 'DISTURBANCES', 'PALE', 'RECORDED_EPOCH',
+    'regenerated', 'reached', 'match', 'as_samples', 'contrasts', 'grid_mean', 'as_designs', 'both_tests',
+    'compare_means', 'compare_correlations', 'by_design', 'calibrated', 'within', 'judge', 'first_rule', 'adjusted',
+    'compare', 'state_label', 'labelled', 'model_note', 'side_by_side', 'beside_print', 'distinct_states', 'scorecard',
+    'worst', 'moved_verdicts', 'shifted_verdicts', 'smallest_error', 'headline', 'disturbed_scores', 'draw_shares',
+    'figure_disturbances', 'compare_layer_spread', 'lasting_spread', 'window_of', 'compare_windows', 'share_grid',
+    'write_counts', 'figure_scorecard', 'records_of', 'our_originals', 'beside_recorded', 'matched_models',
+    'recorded_by_factor', 'recorded_epochs', 'draw_recorded', 'figure_recorded',
 ]
 
 # %% ../nbs/33_comparison.ipynb #a82f0276
@@ -45,6 +45,7 @@ EQUIVALENT = {"mean": 0.5, "correlation": 0.2}  # in the paper's standard deviat
 POINT = 1.0        # percentage points
 VERDICTS = ["equivalent", "undecided", "different", "doubtful", "by design", "not run"]
 TESTED = VERDICTS[:3]
+BEYOND = "equivalent, yet beyond chance"
 HALF_POINT = 0.5   # the first rule, from here on: always small, in percentage points
 SMALL = {"mean": 0.2, "correlation": 0.1}
 NEAR = {"mean": 1.0, "correlation": 0.3}
@@ -587,6 +588,7 @@ def scorecard(
             "calibrated": len(fitted), "of these equivalent": (fitted["verdict"] == "equivalent").sum(),
             "predicted": len(predicted), "distinct": distinct_states(predicted),
             **{verdict: (predicted["verdict"] == verdict).sum() for verdict in TESTED},
+            BEYOND: ((predicted["verdict"] == "equivalent") & (predicted["p_adjusted"] < LEVEL)).sum(),
             "within a point": predicted["within_point"].sum(),
             "agrees (first rule)": (predicted["first"] == "agrees").sum(),
         }
@@ -608,6 +610,29 @@ def worst(
     """
     off = comparison[comparison["verdict"].isin(["undecided", "different"])]
     return off.sort_values("effect", key=np.abs, ascending=False).head(n)
+
+# %% ../nbs/33_comparison.ipynb #b2c0de2c
+SUCCESSOR = {"agrees": "equivalent", "differs": "different"}  # verdict of the first rule -> that of the present one
+
+
+def moved_verdicts(
+    comparison: pd.DataFrame,  # from compare
+) -> pd.DataFrame:  # as `labelled`, with Calibrated, First, Now, Moved ("against us" or "in our favour")
+    """The tested cells whose verdict the change of the rule moved; near ones moved to whatever they are now.
+
+    Args:
+        comparison: from compare
+
+    Returns:
+        pd.DataFrame: as `labelled`, with Calibrated, First, Now, Moved ("against us" or "in our favour")
+    """
+    tested = comparison[comparison["verdict"].isin(TESTED)]
+    rows = tested[tested["verdict"] != tested["first"].map(SUCCESSOR)].reset_index(drop=True)
+    against = (rows["first"] == "agrees") | (rows["verdict"] == "different")
+    return labelled(rows).assign(
+        Calibrated=np.where(rows["calibrated"], "yes", ""), First=rows["first"], Now=rows["verdict"],
+        Moved=np.where(against, "against us", "in our favour"),
+    )
 
 # %% ../nbs/33_comparison.ipynb #b2c0de23
 def shifted_verdicts(
@@ -673,7 +698,7 @@ def headline(
     cells = cells[cells["zoo"].isin(cells.loc[cells["verdict"] != "not run", "zoo"])]
     score, caught, models = scorecard(cells, "zoo"), smallest_error(cells), cells.groupby("zoo")["ours_n"].max()
     shown = score[[
-        "predicted", "distinct", *TESTED, "within a point", "calibrated", "of these equivalent", "doubtful",
+        "predicted", "distinct", *TESTED, BEYOND, "within a point", "calibrated", "of these equivalent", "doubtful",
     ]].astype(int).astype(str)
     multiple, points = caught["standard deviations"], caught["points of accuracy"]
     error = [f"{multiple[zoo]:.2f} ({points[zoo]:.1f})" if zoo in caught.index else "" for zoo in score.index]
@@ -918,22 +943,22 @@ def compare_windows(
 # %% ../nbs/33_comparison.ipynb #e4d906eb
 def share_grid(
     comparison: pd.DataFrame,  # from compare
-) -> pd.DataFrame:             # zoo, table (or "all"), printed, tested, equivalent, share
+) -> pd.DataFrame:             # zoo, table (or "all"), printed, tested, equivalent, calibrated (of the tested), share
     """Data of the heat map; the row "All" of Table 5, a setting, is left out.
 
     Args:
         comparison: from compare
 
     Returns:
-        pd.DataFrame: zoo, table (or "all"), printed, tested, equivalent, share
+        pd.DataFrame: zoo, table (or "all"), printed, tested, equivalent, calibrated (of the tested), share
     """
     rows = comparison[comparison["zoo"] != ""]
-    both = pd.concat([rows.astype({"table": object}), rows.assign(table="all")])
-    groups = both.groupby(["zoo", "table"], sort=False)["verdict"]
-    grid = groups.agg(
-        printed="size", tested=lambda verdicts: verdicts.isin(TESTED).sum(),
-        equivalent=lambda verdicts: (verdicts == "equivalent").sum(),
-    ).reset_index()
+    tested = rows["verdict"].isin(TESTED)
+    counted = rows[["zoo", "table"]].astype({"table": object}).assign(
+        printed=1, tested=tested, equivalent=rows["verdict"] == "equivalent", calibrated=rows["calibrated"] & tested,
+    )
+    both = pd.concat([counted, counted.assign(table="all")])
+    grid = both.groupby(["zoo", "table"], sort=False).sum().reset_index()
     return grid.assign(share=grid["equivalent"] / grid["tested"])
 
 # %% ../nbs/33_comparison.ipynb #30150b5c
@@ -942,19 +967,20 @@ PALE = sns.blend_palette([ORANGE, "#f6d9a8", "#f4f7fa"], as_cmap=True)  # from n
 
 def write_counts(
     ax: Axes,                            # with a unit square for every zoo and table
-    wide: Mapping[str, pd.DataFrame],    # equivalent, tested and printed: zoos by tables
+    wide: Mapping[str, pd.DataFrame],    # equivalent, tested, printed and calibrated: zoos by tables
 ) -> None:
-    """Write the numbers of equivalent and tested cells, bold where some are not equivalent.
+    """Write how many cells are equivalent: bold if some tested ones are not, with a dagger if some are calibrated.
 
     Args:
         ax: with a unit square for every zoo and table
-        wide: equivalent, tested and printed: zoos by tables
+        wide: equivalent, tested, printed and calibrated: zoos by tables
     """
     for (i, j), tested in np.ndenumerate(wide["tested"].to_numpy(float)):
-        equivalent, printed = (wide[name].iloc[i, j] for name in ("equivalent", "printed"))
+        equivalent, printed, calibrated = (wide[name].iloc[i, j] for name in ("equivalent", "printed", "calibrated"))
         if tested > 0:
             bold = {"fontweight": "bold"} if equivalent < tested else {"color": GREY}
-            ax.text(j, i, f"{equivalent:.0f} of {tested:.0f}", ha="center", va="center", fontsize=8, **bold)
+            text = f"{equivalent:.0f} of {tested:.0f}" + (" †" if calibrated > 0 else "")
+            ax.text(j, i, text, ha="center", va="center", fontsize=8, **bold)
         elif printed > 0:
             ax.text(j, i, "not run", ha="center", va="center", fontsize=7.5, color="#b0b0b0")
 
@@ -972,7 +998,7 @@ def figure_scorecard(
     zoos, tables = [zoo for zoo in ZOOS if zoo in set(grid["zoo"])], [*COMPARED, "all"]
     wide = {
         name: grid.pivot(index="zoo", columns="table", values=name).reindex(index=zoos, columns=tables)
-        for name in ("share", "equivalent", "tested", "printed")
+        for name in ("share", "equivalent", "tested", "printed", "calibrated")
     }
     fig, ax = plt.subplots(figsize=(WIDTH, 0.29 * len(zoos) + 0.9), layout="constrained")
     image = ax.imshow(wide["share"].astype(float), cmap=PALE, vmin=0, vmax=1, aspect="auto")
@@ -988,7 +1014,7 @@ def figure_scorecard(
     ax.grid(False)
     ax.spines[:].set_visible(False)
     heading(fig, "Cells shown to be equivalent, of those tested (no settings, nothing doubtful; "
-                 "calibrated ones included); beside a zoo: its models")
+                 "† with calibrated ones); beside a zoo: its models")
     percent = lambda value, _: f"{value:.0%}"
     bar = fig.colorbar(image, ax=ax, shrink=0.8, pad=0.015, format=percent, label="share that is equivalent")
     bar.outline.set_visible(False)
