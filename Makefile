@@ -51,7 +51,7 @@ keep: $(VENV)/ready
 paper: $(VENV)/ready
 	$(BIN)/python -m zootwins.claims figures
 	ZOOTWINS_FIGURES="$(CURDIR)/figures" $(EXECUTE) nbs/35_diagrams.ipynb nbs/paper_appendix.ipynb
-	$(BIN)/python -m zootwins.kept figures nbs/paper.ipynb nbs/paper_appendix.ipynb
+	$(BIN)/python -m zootwins.kept figures nbs/paper.ipynb nbs/paper_appendix.ipynb nbs/index.ipynb
 	$(BIN)/python -m zootwins.soup_facts figures/soups nbs/paper_soups.ipynb nbs/38_soup_claims.ipynb nbs/46_soup_questions.ipynb
 	$(EXECUTE) nbs/paper.ipynb nbs/paper_soups.ipynb
 	$(BIN)/nbdev_clean

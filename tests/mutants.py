@@ -1,4 +1,4 @@
-"""How many small errors the tests find: `mutants.py [--each N] [--seed S] [MODULE ...]`.
+"""How many small errors the tests find: `mutants.py [--each N] [--seed S] [--file FILE.csv] [MODULE ...]`.
 
 One thing at a time is changed in a module: a comparison, a constant, an operator, a condition, or the order of two
 arguments. The tests that call the changed function run on it, the cheapest first, in a process of their own with a
@@ -386,6 +386,7 @@ def main():
     parser.add_argument("--each", type=int, default=40, help="mutants a module")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--file", type=Path, help="a CSV to which the scores are added, module by module")
     asked = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "HYPOTHESIS_STORAGE_DIRECTORY": tempfile.mkdtemp()}
     sys.dont_write_bytecode = True
@@ -403,6 +404,10 @@ def main():
         killed, tried, every = found[module] = json.loads(result.read_text())
         lines.append(f"{module:14}{killed:7}{tried:7}{every:7}{killed / tried:8.1%}{time.time() - start:7.0f}")
         print(lines[-1], flush=True)
+        if asked.file:
+            heading = "" if asked.file.exists() else "module,seed,found,tried,sites\n"
+            with asked.file.open("a", encoding="utf-8") as file:
+                file.write(f"{heading}{module},{asked.seed},{killed},{tried},{every}\n")
     killed, tried, every = (sum(counts) for counts in zip(*found.values()))
     print("\n".join(["", *lines, f"{'all':14}{killed:7}{tried:7}{every:7}{killed / tried:8.1%}"]))
     sys.exit(any(killed < 0.95 * tried for killed, tried, _ in found.values()))

@@ -29,7 +29,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from .claims import dropped_at, latent_space_wins, pruned
-from .comparison import beside_print, compare, figure_recorded, figure_scorecard, headline, labelled
+from zootwins.comparison import (
+    beside_print, beside_recorded, compare, figure_recorded, figure_scorecard, headline, labelled, matched_models,
+    recorded_by_factor,
+)
 from .core import UserError, atomic_path, check_name, read_json
 from .figures import FIGURES, RINGED, figure_3, figure_individuals
 from .style import WIDTH, heading, save_figure, styled
@@ -39,7 +42,7 @@ from .probes import table_3
 from .reported import check_all, check_counts, missing_originals, read_reported, reported
 from .states import TABLE_1_STATES, last_epoch
 from .tables import Table, table_partners, zoo_title
-from .zoos import ZOOS, model_table
+from .zoos import CALIBRATED, ZOOS, model_table
 
 # %% ../nbs/37_kept.ipynb #528a62fc
 @dataclass(frozen=True)
@@ -363,12 +366,14 @@ def figure_verdicts(
     for (statement, zoo), of_zoo in claims.groupby(["claim", "zoo"]):
         draw_verdicts(ax, statements.index(statement), zoos.index(zoo), list(of_zoo["verdict"]))
     ax.set(xlim=(-0.5, len(zoos) - 0.5), ylim=(len(statements) - 0.5, -0.5))
-    ax.set_xticks(range(len(zoos)), [zoo_title(zoo).replace(") ", ")\n") for zoo in zoos], fontsize=7.5)
+    names = [zoo_title(zoo).replace(") ", ")\n") + (" †" if zoo in CALIBRATED else "") for zoo in zoos]
+    ax.set_xticks(range(len(zoos)), names, fontsize=7.5)
     ax.set_yticks(range(len(statements)), statements, fontsize=8)
     ax.xaxis.tick_top()
     ax.grid(False)
     ax.spines[:].set_visible(False)
-    heading(fig, "; ".join(f"{sign} {verdict}" for verdict, sign in SIGNS.items()) + "; several signs: several numbers")
+    heading(fig, "; ".join(f"{sign} {verdict}" for verdict, sign in SIGNS.items())
+            + "; several signs: several numbers; † calibrated")
     return fig
 
 # %% ../nbs/37_kept.ipynb #7bf3e14b
@@ -433,10 +438,16 @@ def _explained(kept: Kept, zoo: str, features: str, of: str, column: str = "r2")
     return 100 * _one(rows, column, f"{zoo}, {features}, {of}")
 
 
+def _verdicts(kept: Kept, claim: str, of: str) -> pd.DataFrame:
+    "Verdicts on a statement's numbers, [zoo, number], of the zoos that have them all; `of` names one of them."
+    rows = kept.claims[(kept.claims["claim"] == claim) & ((kept.claims["of"] == of) | (of == ""))]
+    wide = rows.pivot(index="zoo", columns="of", values="verdict")
+    return (wide.drop(columns="") if len(wide.columns) > 1 and "" in wide else wide).dropna()
+
+
 def _holding(kept: Kept, claim: str, of: str = "", verdict: str = "holds") -> int:
     "In how many zoos all numbers of a statement (or one of them) have a verdict."
-    rows = kept.claims[(kept.claims["claim"] == claim) & ((kept.claims["of"] == of) | (of == ""))]
-    return int(rows.groupby("zoo")["verdict"].agg(lambda found: (found == verdict).all()).sum())
+    return int((_verdicts(kept, claim, of) == verdict).all(axis=1).sum())
 
 # %% ../nbs/37_kept.ipynb #d0cb8be3
 def _cell(kept: Kept, zoo: str, table: str, metric: str, method: str, step: str, column: str) -> object:
@@ -451,6 +462,20 @@ def _cell(kept: Kept, zoo: str, table: str, metric: str, method: str, step: str,
         else rows["epoch"] == int(step)
     )
     return _one(rows[of_step], column, f"{zoo}, Table {table}, {metric}, {method} at {step}")
+
+
+def _counted(kept: Kept, table: str, metric: str, method: str, verdict: str) -> int:
+    "How many cells of a table have a verdict; metric and method may be empty: all."
+    cells = kept.comparison[(kept.comparison["table"] == int(table)) & (kept.comparison["verdict"] == verdict)]
+    wanted = {column: name for column, name in (("metric", metric), ("method", method)) if name}
+    return int((cells[list(wanted)] == pd.Series(wanted, dtype=object)).all(axis=1).sum())
+
+
+def _score(kept: Kept, zoos: str, column: str) -> int:
+    "A column of the score: of one zoo, of all, or of the kept zoos of a kind, `seeds` or `grids`."
+    lines = headline(kept.comparison)
+    kinds = {"seeds": lines.index.str.endswith("_seed"), "grids": lines.index.str.endswith(("_fixed", "_random"))}
+    return int(lines.loc[kinds.get(zoos, lines.index == zoos), column].astype(int).sum())
 
 
 def _wins(kept: Kept) -> pd.Series:
@@ -484,6 +509,7 @@ _OF_RESULTS: dict[str, Callable] = {
     "claim": _claim,
     "percent_claim": lambda kept, *names: 100 * _claim(kept, *names),
     "holding": _holding,
+    "tried": lambda kept, claim, of="": len(_verdicts(kept, claim, of)),
     "statements": lambda kept: kept.claims["claim"].nunique(),
     "correlation": _correlation,
     "printed_agreement": lambda kept, zoo, method: reported(
@@ -498,10 +524,10 @@ _OF_RESULTS: dict[str, Callable] = {
     "properties": lambda kept: len(_wins(kept)),
     "unseen": lambda kept, zoo: kept.table(zoo, "hyper_representations/table_3")["models"].iloc[0],
     "learned": lambda kept, zoo: read_json(kept.folder / zoo / "hyper_representations" / "run.json")["n_models"],
-    "score": lambda kept, zoo, column: int(headline(kept.comparison).loc[zoo, column]),
-    "differing": lambda kept, table, method: len(
-        kept.comparison.query(f"verdict == 'different' and table == {int(table)} and method == @method")
-    ),
+    "score": _score,
+    "counted": _counted,
+    "recorded": lambda kept, zoo, column: beside_recorded(kept.metrics).loc[(zoo, "ours"), column],
+    "matched": lambda kept, zoo, column: recorded_by_factor(matched_models(kept.metrics)).loc[(zoo, "all", ""), column],
 }  # kind of key -> its fact: statements, tables and the score
 
 # %% ../nbs/37_kept.ipynb #81f83b09
