@@ -194,13 +194,14 @@ def test_table_4_is_the_printed_one():
     assert used == {
         "fmnist_seed": ((3e-4,), 3e-4),
         "cifar10_seed": ((1e-4,), 1e-5),
+        "cifar10_large_seed": ((1e-4,), 5e-6),
         "fmnist_fixed": ((1e-3, 1e-4), None),
         "fmnist_random": ((1e-3, 1e-4), None),
         "cifar10_large_fixed": ((1e-3,), None),
         "cifar10_large_random": ((1e-3,), None),
     }
     grids = {f"{data}_{kind}": "vd" for data in ("fmnist", "cifar10_large") for kind in ("fixed", "random")}
-    assert CALIBRATED == {"cifar10_seed": "vd"} | grids
+    assert CALIBRATED == {"cifar10_seed": "vd", "cifar10_large_seed": "vd"} | grids
 
 
 def test_recipes_that_table_4_does_not_print():

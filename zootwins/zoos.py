@@ -92,7 +92,10 @@ SEED_ZOOS = (
                "1e-5 gives its numbers."),
     Zoo("cifar10_large_seed", "CIFAR-10 (l) Seed", "cifar10", "cnn_large", 32,
         activation=("gelu",), init=("kaiming_uniform",), lr=(1e-4,), wd=(1e-2,),
-        mp_learning_rate=1e-4, vd_learning_rate=1e-5, in_paper=True, mp_in_paper=True),
+        mp_learning_rate=1e-4, vd_learning_rate=5e-6, in_paper=True, mp_in_paper=True,
+        printed=(("LR VD", "1e-5"),),
+        remark="With 1e-5 sparsity comes at some one and a half times the pace of Table 6 (epoch 6: 76 % instead of "
+               "61 %); the two printed values of CIFAR-10 seem to be swapped."),
     Zoo("stl10_seed", "STL-10 (s) Seed", "stl10", "cnn_small_3ch", init=("kaiming_uniform",), lr=(1e-4,), wd=(1e-3,),
         mp_learning_rate=1e-3, vd_learning_rate=1e-4, in_paper=True, mp_in_paper=True),
     Zoo("stl10_large_seed", "STL-10 (l) Seed", "stl10", "cnn_large", 32,
@@ -101,7 +104,10 @@ SEED_ZOOS = (
 )
 
 CALIBRATED = dict.fromkeys(
-    ("cifar10_seed", "fmnist_fixed", "fmnist_random", "cifar10_large_fixed", "cifar10_large_random"), "vd",
+    (
+        "cifar10_seed", "cifar10_large_seed", "fmnist_fixed", "fmnist_random", "cifar10_large_fixed",
+        "cifar10_large_random",
+    ), "vd",
 )  # zoo -> method whose learning rate was chosen by the printed numbers it is compared with
 
 # %% ../nbs/04_zoos.ipynb #e0ff1f22
