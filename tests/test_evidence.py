@@ -321,7 +321,8 @@ def test_statements_are_counted_in_zoos_that_have_all_their_numbers(kept):
     holds = lambda verdict: sum(set(verdicts[zoo].values()) == {verdict} for zoo in both)
     assert fact(kept, "holding 'agreement is high'") == holds("holds") > 0
     assert fact(kept, "holding 'agreement is high' '' 'does not hold'") == holds("does not hold") == 0
-    assert fact(kept, "holding 'agreement is high' VD 'does not hold'") == 2
+    dropped = [of["VD"] for of in verdicts.values()]
+    assert fact(kept, "holding 'agreement is high' VD 'does not hold'") == dropped.count("does not hold") > 0
     assert fact(kept, "tried 'agreement is high' VD") == len(verdicts)
 
 

@@ -85,7 +85,8 @@ def test_table_4_as_printed():
     assert table.loc["mnist_fixed", columns].tolist() == [
         "T, S, R, G", "AD, SGD", "1e-3, 1e-4", "1e-3, 1e-4", "1e-3, 1e-4", "0, 0.5",
     ]
-    assert table.loc["cifar10_large_seed", ["W", "LR VD", "LR MP", "WD"]].tolist() == [10760, "1e-5", "1e-4", "1e-2"]
+    assert table.loc["cifar10_large_seed", ["W", "LR VD", "LR MP", "WD"]].tolist() == [10760, "5e-6", "1e-4", "1e-2"]
+    assert table.loc["cifar10_large_seed", "Printed"] == "LR VD 1e-5"
     assert table.loc["fmnist_seed", "Printed"] == "LR VD 3e4" and table.loc["fmnist_fixed", "LR MP"] == "-"
 
 
