@@ -66,6 +66,8 @@ EQUIVALENT = {
     "1e-6": "dust of floating point",
     "z['ours_mean'] - sign * half": "both signs are taken",
     "printed_models(9": "as many models as in Table 8",
+    "key = lambda level:": "a key that both sides form alike",
+    "len(zoo.activation) > 1": "zoos have one activation or four",
     "round(12)": "dust of floating point",
     "300  ->  301": "how many resamples, not of what",
     "400  ->  401": "how many resamples, not of what",

@@ -161,6 +161,24 @@ def of_means(**columns):
     return compare_means(as_samples(pairs(**columns)))
 
 
+def test_every_table_of_twins_is_compared():
+    assert list(COMPARED) == [1, 2, 5, 6, 7, 8, 9] and list(CHOSEN) == [1, 2, 9]
+    assert CHOSEN[1] is CHOSEN[9] and CHOSEN[1] is not CHOSEN[2]
+
+
+def test_an_effect_is_what_rounding_leaves_of_a_difference():
+    found = of_means(ours_mean=[80.3, 80.04, 79.7], ours_std=1.0, ours_n=40, paper_mean=80.0, paper_std=1.95)
+    assert found["effect"].tolist() == pytest.approx([0.125, 0.0, -0.125])
+
+
+def test_records_keep_the_order_of_our_zoos():
+    random, fixed = (grid_metrics().assign(zoo=zoo) for zoo in ("mnist_random", "mnist_fixed"))
+    both = pd.concat([random, fixed], ignore_index=True)
+    assert list(beside_recorded(both).index.get_level_values("zoo").unique()) == ["mnist_random", "mnist_fixed"]
+    matched = matched_models(both)
+    assert list(matched["zoo"].unique()) == ["mnist_random", "mnist_fixed"] and matched.index.is_unique
+
+
 def test_welch_is_scipys_once_rounding_is_given_away():
     random = np.random.default_rng(3)
     x, y = random.normal(87, 1.7, 40), random.normal(88.2, 1.7, 1000)
@@ -593,7 +611,9 @@ def test_a_grid_is_fitted_with_two_models_for_every_coefficient(n, coefficients)
 
 def test_the_scorecard_s_picture_says_where_nothing_was_tried_and_is_bold_where_something_is_off():
     ax = Figure().add_subplot()
-    wide = {"equivalent": [[3, 2, 0]], "tested": [[3, 3, 0]], "printed": [[3, 3, 4]], "calibrated": [[0, 1, 0]]}
+    wide = {
+        "equivalent": [[3, 2, 0, 0]], "tested": [[3, 3, 0, 0]], "printed": [[3, 3, 1, 0]], "calibrated": [[0, 1, 0, 0]],
+    }
     write_counts(ax, {name: pd.DataFrame(numbers) for name, numbers in wide.items()})
     assert [text.get_text() for text in ax.texts] == ["3 of 3", "2 of 3 †", "not run"]
     assert [text.get_fontweight() for text in ax.texts[:2]] == ["normal", "bold"]
@@ -808,6 +828,9 @@ def test_windows_are_cut_from_the_flat_weights():
     assert found.loc["fc2", "window_difference"] == pytest.approx(found.loc["fc2", "window_mean"] - 68.1) and found.loc[
         "conv1", "layer_difference"
     ] == pytest.approx(found.loc["conv1", "layer_mean"] - 61.2)
+    others = [frame.assign(method="vd", frequency=0.0), frame.assign(zoo="usps_seed", frequency=0.0)]
+    among = compare_windows(pd.concat([*others, frame], ignore_index=True)[FREQUENCY_COLUMNS]).set_index("layer")
+    assert among["window_mean"].tolist() == found["window_mean"].tolist()
     ten = compare_windows(frame[FREQUENCY_COLUMNS].assign(models=10)).set_index("layer")
     share = found.loc["conv1", "window_mean"] / 100
     assert ten.loc["conv1", "window_std"] == pytest.approx(
@@ -883,6 +906,7 @@ def test_records_in_any_order_or_with_gaps_match_the_same_models():
         (lambda table: table.rename(columns={"test_acc": "acc"}), "these lack test_acc. Rename yours."),
         (lambda table: table.drop(columns=["zoo", "trial"]), "these lack zoo, trial."),
         (lambda table: table.assign(test_acc=100 * table["test_acc"]), "a fraction from 0 to 1; these have others."),
+        (lambda table: table.assign(test_acc=1.001), "a fraction from 0 to 1; these have others."),
         (lambda table: table.assign(test_acc=-table["test_acc"]), "a fraction from 0 to 1; these have others."),
         (lambda table: table.assign(test_acc=np.nan), "a fraction from 0 to 1; these have others."),
         (lambda table: pd.concat([table, table.iloc[:3]]), "these repeat 3. Keep one epoch."),
@@ -996,7 +1020,10 @@ def test_moved_verdicts_are_those_without_the_same_word():
     })
     moved = moved_verdicts(cells)
     assert [tuple(row) for row in moved[["First", "Now", "Moved"]].to_numpy()] == [word for word in words if word[2]]
-    assert (moved["Calibrated"] == "").all()
+    assert (moved["Calibrated"] == "").all() and moved.index.tolist() == list(range(len(moved)))
+    assert list(moved) == [
+        "Table", "Zoo", "State", "Measure", "Ours", "Paper", "Calibrated", "First", "Now", "Moved",
+    ]
     assert (moved_verdicts(cells.assign(calibrated=True))["Calibrated"] == "yes").all()
 
 

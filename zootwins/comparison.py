@@ -627,12 +627,12 @@ def moved_verdicts(
         pd.DataFrame: as `labelled`, with Calibrated, First, Now, Moved ("against us" or "in our favour")
     """
     tested = comparison[comparison["verdict"].isin(TESTED)]
-    rows = tested[tested["verdict"] != tested["first"].map(SUCCESSOR)].reset_index(drop=True)
+    rows = tested[tested["verdict"] != tested["first"].map(SUCCESSOR)]
     against = (rows["first"] == "agrees") | (rows["verdict"] == "different")
     return labelled(rows).assign(
         Calibrated=np.where(rows["calibrated"], "yes", ""), First=rows["first"], Now=rows["verdict"],
         Moved=np.where(against, "against us", "in our favour"),
-    )
+    ).reset_index(drop=True)
 
 # %% ../nbs/33_comparison.ipynb #b2c0de23
 def shifted_verdicts(
@@ -708,8 +708,8 @@ def headline(
 # %% ../nbs/33_comparison.ipynb #b2c0de26
 def _late(rows: pd.DataFrame) -> pd.DataFrame:
     "Variational dropout, one epoch late."
-    twins = rows[(rows["method"] == "vd") & (rows["epoch"] > 0)]
-    start = rows[(rows["method"] == "vd") & (rows["epoch"] == 0)]
+    twins = rows[rows["method"] == "vd"]
+    start = twins[twins["epoch"] == 0]
     last = twins[twins["epoch"] == twins["epoch"].max()]
     return pd.concat(
         [rows[rows["method"] != "vd"], start, twins[twins["epoch"] > 1].assign(
