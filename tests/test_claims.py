@@ -580,6 +580,7 @@ def test_likely_is_more_often_than_not(shared, of, verdict):
     rows = states(rows={ORIGINAL: {"test_acc": before}, ("mp", 0.8, 15): {"test_acc": after}})
     found = c.best_stay_best(rows)[0]
     assert found.verdict == verdict and found.value == shared / of and found.n == n
+    assert found.quantity.endswith("(by chance 0.10)")
 
 
 @pytest.mark.parametrize(
@@ -611,6 +612,11 @@ def test_friendly_is_what_shows_again():
         and by(frame(-1)) == {"levels": FAILS, "methods": FAILS}
         and by(frame(0)) == {"levels": OPEN, "methods": OPEN}
     )
+    more = pd.concat([frame(1), states(rows={
+        ("mp", 0.5, 15): {"test_acc": twin(-1)}, ("mp", 0.9, 15): {"test_acc": twin(-1)},
+    })], ignore_index=True)
+    assert [found.quantity[-14:] for found in c.friendly_models(more)] == ["at 70% and 80%", "methods at 80%"]
+    assert by(more) == {"levels": HOLDS, "methods": HOLDS}
     kept = c.kept_beyond(0.9 + 0.1 * quality, 0.5 + 0.7 * (0.9 + 0.1 * quality))
     assert np.allclose(kept, 0) and c.kept_beyond(np.ones(3), np.array([1.0, 2.0, 6.0])).tolist() == [-2, -1, 3]
 
@@ -624,7 +630,20 @@ def test_collapsed_is_below_twice_guessing(accuracy, judged):
             ("vd", np.nan, 1): {"test_acc": 0.7 + 0.002 * SPREAD, "sparsity": 0.95},
         }
     )
-    assert [found.verdict for found in c.dropout_steadier(rows) if found.of == "spread"] == [HOLDS if judged else OPEN]
+    found = next(found for found in c.dropout_steadier(rows) if found.of == "spread")
+    assert found.verdict == (HOLDS if judged else OPEN) and ("has collapsed" in found.quantity) != judged
+
+
+@pytest.mark.parametrize("ratio, verdict", [(0.9, HOLDS), (1.1, FAILS)])
+def test_steadier_is_a_smaller_spread(ratio, verdict):
+    rows = states(
+        rows={
+            ORIGINAL: {"test_acc": np.full(N, 0.9)}, ("mp", 0.8, 15): {"test_acc": 0.8 + 0.01 * SPREAD},
+            ("mp", 0.9, 15): {"test_acc": 0.6 + 0.01 * SPREAD}, ("vd", np.nan, 0): {"test_acc": np.full(N, 0.9)},
+            ("vd", np.nan, 1): {"test_acc": 0.7 + 0.01 * ratio * SPREAD, "sparsity": 0.9},
+        }
+    )
+    assert [found.verdict for found in c.dropout_steadier(rows) if found.of == "spread"] == [verdict]
 
 
 def test_the_smallest_advantage_is_judged_with_a_wider_interval():
@@ -634,6 +653,7 @@ def test_the_smallest_advantage_is_judged_with_a_wider_interval():
     two = c.smallest_advantage({"50%": values, "60%": values + 1, "70%": values * np.nan}, "x")[0]
     assert (
         one.value == two.value
+        and one.quantity.endswith("at 50%")
         and two.high - two.low > one.high - one.low
         and "50%, where it is smallest of 50%, 60%" in two.quantity
     )
