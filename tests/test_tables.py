@@ -204,6 +204,31 @@ def test_table_4_is_the_printed_one():
     assert CALIBRATED == {"cifar10_seed": "vd", "cifar10_large_seed": "vd"} | grids
 
 
+def test_grids_are_those_of_the_published_zoos():
+    """From the configurations of the published zoos, those outside the paper too; digits are ours."""
+    ten = {"lr": (1e-3, 1e-4), "optimizer": ("adam", "sgd"), "dropout": (0.0, 0.5)}
+    large = ten | {"wd": (1e-2, 1e-3)}
+    svhn = {
+        "lr": (1e-2, 1e-3, 1e-4), "optimizer": ("sgd",), "wd": (0.0, 1e-3, 1e-1), "dropout": (0.0, 0.3, 0.5),
+    }
+    grids = {
+        "mnist": ten | {"wd": (1e-3, 1e-4)}, "fmnist": ten | {"wd": (1e-3, 1e-4)}, "svhn": svhn, "usps": large,
+        "cifar10": large | {"lr": (1e-3,)}, "cifar10_large": large | {"lr": (1e-3,)}, "stl10": large,
+        "stl10_large": large,
+    }
+    for stem, factors in grids.items():
+        for kind in ("fixed", "random"):
+            zoo = ZOOS[f"{stem}_{kind}"]
+            assert {name: getattr(zoo, name) for name in factors} == factors
+            assert (zoo.dataset, zoo.kind, zoo.seeds) == (stem.removesuffix("_large"), kind, 10)
+            assert zoo.image_size == (32 if stem.endswith("_large") else 28) and zoo.title.endswith(kind.capitalize())
+            shuffled = zoo.name in ("mnist_fixed", "fmnist_fixed", "fmnist_random")
+            assert zoo.draw == ("shuffled" if shuffled else "balanced")
+    digits = ZOOS["digits_seed"]
+    assert (digits.dataset, digits.lr, digits.wd, digits.epochs) == ("digits", (1e-3,), (1e-3,), 30)
+    assert digits.mp_learning_rate == digits.vd_learning_rate == 2e-3
+
+
 def test_recipes_that_table_4_does_not_print():
     """From the scripts and configurations of the published zoos, and the paper's text."""
     lr = {name: zoo.lr for name, zoo in ZOOS.items() if zoo.kind == "seed" and zoo.in_paper}
