@@ -194,6 +194,18 @@ def test_any_falsified_number_in_readme_is_found(rows, metrics):
                     assert wrong_cells(falsified, rows, metrics)[0], false
 
 
+def test_readme_counts_the_cells_that_differ(comparison):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    off = comparison[(comparison["verdict"] == "different") & ~comparison["calibrated"].astype(bool)]
+    of_fmnist = off.query("zoo == 'fmnist_seed' and metric == 'ggap' and method == 'mp' and epoch == 15")
+    said = re.search(r"The (\d+) cells that are different are (\d+) correlations.*?, (\d+) agreements, (\d+) gen", text)
+    gaps = re.search(r"The (\d+) gaps are of FMNIST Seed after fine-tuning", text)
+    pruned = (off["table"] == 2) & (off["method"] == "mp")
+    agreements = off["metric"] == "agreement"
+    assert said and tuple(map(int, said.groups())) == (len(off), pruned.sum(), agreements.sum(), len(of_fmnist))
+    assert gaps and int(gaps[1]) == (off["metric"] == "ggap").sum() == len(of_fmnist)
+
+
 @pytest.fixture(scope="module")
 def told():
     """What the cells behind README's tables and lists say when they run anew: id -> (their text, the stored one).
