@@ -474,7 +474,8 @@ def _counted(kept: Kept, table: str, metric: str, method: str, verdict: str) -> 
 def _score(kept: Kept, zoos: str, column: str) -> int:
     "A column of the score: of one zoo, of all, or of the kept zoos of a kind, `seeds` or `grids`."
     lines = headline(kept.comparison)
-    kinds = {"seeds": lines.index.str.endswith("_seed"), "grids": lines.index.str.endswith(("_fixed", "_random"))}
+    kind = lines.index.map(lambda name: ZOOS[name].kind if name in ZOOS else "")
+    kinds = {"seeds": kind == "seed", "grids": kind.isin(["fixed", "random"])}
     return int(lines.loc[kinds.get(zoos, lines.index == zoos), column].astype(int).sum())
 
 
