@@ -362,11 +362,11 @@ def figure_verdicts(
     """
     statements = list(claims["claim"].unique())
     zoos = [zoo for zoo in ZOOS if zoo in set(claims["zoo"])]
-    fig, ax = plt.subplots(figsize=(WIDTH, 0.17 * len(statements) + 0.6), layout="constrained")
+    fig, ax = plt.subplots(figsize=(WIDTH, 0.17 * len(statements) + 0.75), layout="constrained")
     for (statement, zoo), of_zoo in claims.groupby(["claim", "zoo"]):
         draw_verdicts(ax, statements.index(statement), zoos.index(zoo), list(of_zoo["verdict"]))
     ax.set(xlim=(-0.5, len(zoos) - 0.5), ylim=(len(statements) - 0.5, -0.5))
-    names = [zoo_title(zoo).replace(") ", ")\n") + (" †" if zoo in CALIBRATED else "") for zoo in zoos]
+    names = [zoo_title(zoo).replace(" ", "\n") + (" †" if zoo in CALIBRATED else "") for zoo in zoos]
     ax.set_xticks(range(len(zoos)), names, fontsize=7.5)
     ax.set_yticks(range(len(statements)), statements, fontsize=8)
     ax.xaxis.tick_top()

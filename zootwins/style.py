@@ -88,7 +88,8 @@ def zoo_looks(
     Returns:
         dict[str, dict]: zoo -> color and marker; no two of the first hundred are alike
     """
-    return {zoo: {"color": COLOURS[i % 10], "marker": MARKERS[(i + i // 10) % 10]} for i, zoo in enumerate(zoos)}
+    colours = [*COLOURS, *sns.color_palette("dark").as_hex()]
+    return {zoo: {"color": colours[i % 20], "marker": MARKERS[(i + i // 10) % 10]} for i, zoo in enumerate(zoos)}
 
 # %% ../nbs/30_style.ipynb #af45068f
 def percent_axis(
