@@ -488,7 +488,8 @@ def direct_labels(
     """
     places = spaced([y for _, y in ends.values()], gap=0.052 * np.ptp(ax.get_ylim()))
     for (zoo, end), place in zip(ends.items(), places):
-        line = {"arrowstyle": "-", "color": looks[zoo]["color"], "linewidth": 0.7, "shrinkA": 0, "shrinkB": 3}
+        line = {"arrowstyle": "-", "color": looks[zoo]["color"], "linewidth": 0.7, "shrinkA": 0, "shrinkB": 3,
+                "relpos": (0, 0.5)}
         ax.annotate(zoo_title(zoo), end, (1.03, place), xycoords="data", textcoords=ax.get_yaxis_transform(),
                     arrowprops=line,
                     color=looks[zoo]["color"], fontsize=8.5, fontweight="bold", va="center", annotation_clip=False)
