@@ -199,11 +199,14 @@ def test_readme_counts_the_cells_that_differ(comparison):
     off = comparison[(comparison["verdict"] == "different") & ~comparison["calibrated"].astype(bool)]
     of_fmnist = off.query("zoo == 'fmnist_seed' and metric == 'ggap' and method == 'mp' and epoch == 15")
     said = re.search(r"The (\d+) cells that are different are (\d+) correlations.*?, (\d+) agreements, (\d+) gen", text)
-    gaps = re.search(r"The (\d+) gaps are of FMNIST Seed after fine-tuning", text)
+    gaps = re.search(r"Of the gaps, (\d+) are of FMNIST Seed after fine-tuning.*? The other (\d+) are of CIFAR", text)
+    of_large = off.query("zoo == 'cifar10_large_seed' and metric == 'ggap' and epoch == 15")
     pruned = (off["table"] == 2) & (off["method"] == "mp")
     agreements = off["metric"] == "agreement"
-    assert said and tuple(map(int, said.groups())) == (len(off), pruned.sum(), agreements.sum(), len(of_fmnist))
-    assert gaps and int(gaps[1]) == (off["metric"] == "ggap").sum() == len(of_fmnist)
+    assert said and tuple(map(int, said.groups())) == (
+        len(off), pruned.sum(), agreements.sum(), (off["metric"] == "ggap").sum())
+    assert gaps and (int(gaps[1]), int(gaps[2])) == (len(of_fmnist), len(of_large))
+    assert len(of_fmnist) + len(of_large) == (off["metric"] == "ggap").sum()
 
 
 @pytest.fixture(scope="module")
