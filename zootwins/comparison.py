@@ -10,7 +10,7 @@ __all__ = [
     'compare_means', 'compare_correlations', 'by_design', 'calibrated', 'within', 'judge', 'first_rule', 'adjusted',
     'compare', 'state_label', 'labelled', 'model_note', 'side_by_side', 'beside_print', 'distinct_states', 'scorecard',
     'worst', 'moved_verdicts', 'shifted_verdicts', 'smallest_error', 'headline', 'disturbed_scores', 'draw_shares',
-    'figure_disturbances', 'compare_layer_spread', 'lasting_spread', 'window_of', 'compare_windows', 'share_grid',
+    'figure_disturbances', 'lasting_spread', 'compare_layer_spread', 'window_of', 'compare_windows', 'share_grid',
     'write_counts', 'figure_scorecard', 'records_of', 'our_originals', 'beside_recorded', 'matched_models',
     'recorded_by_factor', 'recorded_epochs', 'draw_recorded', 'figure_recorded',
 ]
@@ -836,6 +836,27 @@ def figure_disturbances(
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower right", ncols=3)
     return fig
 
+# %% ../nbs/33_comparison.ipynb #b2c0de31
+def lasting_spread(
+    mean: np.ndarray,     # share of models in which a layer's weights are removed, its mean over the weights; in %
+    std: np.ndarray,      # its standard deviation over the weights; in points
+    models: np.ndarray,   # that the shares were counted in
+    printed: np.ndarray,  # the paper's models
+) -> np.ndarray:          # standard deviation, in points; the arguments broadcast
+    """The spread of removal frequencies as a zoo of another size would show it.
+
+    Args:
+        mean: share of models in which a layer's weights are removed, its mean over the weights; in %
+        std: its standard deviation over the weights; in points
+        models: that the shares were counted in
+        printed: the paper's models
+
+    Returns:
+        np.ndarray: standard deviation, in points; the arguments broadcast
+    """
+    chance = mean * (100 - mean)
+    return np.sqrt((std**2 - chance / models).clip(0) + chance / printed)
+
 # %% ../nbs/33_comparison.ipynb #b01e0a22
 def compare_layer_spread(
     frequencies: pd.DataFrame,          # of one or more zoos, from layers.stack_frequencies or layers.read_frequencies
@@ -853,11 +874,9 @@ def compare_layer_spread(
     found = own_selector(
         frequency_spread(frequencies).astype({"zoo": str, "method": str, "selector": str, "layer": str})
     )
-    lasting = (found["std"] ** 2 - found["chance"] ** 2).clip(lower=0)
-    theirs = found["chance"] ** 2 * found["models"] / found["zoo"].map(
-        {zoo: printed_models(7, zoo) for zoo in found["zoo"].unique()}
-    )
-    found = found.assign(ours_mean=100 * found["mean"], ours_std=100 * np.sqrt(lasting + theirs), n=found["models"])
+    models = found["zoo"].map({zoo: printed_models(7, zoo) for zoo in found["zoo"].unique()})
+    found = found.assign(ours_mean=100 * found["mean"], n=found["models"])
+    found["ours_std"] = lasting_spread(found["ours_mean"], 100 * found["std"], found["n"], models)
     printed = (read_reported() if cells is None else cells).query("table in [7, 8] and layer != ''")
     printed = printed.rename(columns={"mean": "paper_mean", "std": "paper_std"})
     tuned = printed["zoo"].map({zoo.name: zoo.mp_epochs for zoo in ZOOS.values()})
@@ -870,26 +889,6 @@ def compare_layer_spread(
     return both[[
         "table", "zoo", "method", "level", "epoch", "layer", "ours_mean", "ours_std", "paper_mean", "paper_std", "n",
     ]]
-
-# %% ../nbs/33_comparison.ipynb #b2c0de31
-def lasting_spread(
-    shares: np.ndarray,  # in %, of removals of every weight
-    models: int,         # that they were counted in
-    printed: int,        # the paper's models
-) -> float:              # standard deviation over weights, in points
-    """The spread of removal frequencies as a zoo of another size would show it.
-
-    Args:
-        shares: in %, of removals of every weight
-        models: that they were counted in
-        printed: the paper's models
-
-    Returns:
-        float: standard deviation over weights, in points
-    """
-    share = shares.mean() / 100
-    lasting = max(0, shares.var(ddof=1) - 1e4 * share * (1 - share) / models)
-    return float(np.sqrt(lasting + 1e4 * share * (1 - share) / printed))
 
 # %% ../nbs/33_comparison.ipynb #2c18f83e
 def window_of(
@@ -912,7 +911,8 @@ def window_of(
     first, last = shifted_windows(architecture)[cell.layer]
     end = dict(zip(size, np.cumsum([*size.values()])))[cell.layer]
     window, whole = shares[first:last], shares[end - size[cell.layer]:end]
-    spread = lasting_spread(window, rows["models"].unique().item(), printed_models(8, cell.zoo))
+    models = rows["models"].unique().item(), printed_models(8, cell.zoo)
+    spread = lasting_spread(window.mean(), window.std(ddof=1), *models)
     means = window.mean(), spread, whole.mean(), window.mean() - cell.mean, whole.mean() - cell.mean
     return [cell.zoo, cell.level, cell.layer, cell.mean, cell.std, *means]
 
