@@ -13,9 +13,10 @@ from zootwins.comparison import (
     BEYOND, CHOSEN, COMPARED, COMPARISON, DISTURBANCES, EQUIVALENT, HALF_POINT, LEVEL, NEAR, POINT, RECORDED_EPOCH,
     SMALL, TESTED, VERDICTS, adjusted, as_designs, as_samples, beside_print, beside_recorded, by_design, calibrated,
     compare, compare_correlations, compare_layer_spread, compare_means, compare_windows, contrasts, distinct_states,
-    disturbed_scores, figure_disturbances, figure_recorded, figure_scorecard, first_rule, grid_mean, headline, judge,
-    match, matched_models, moved_verdicts, our_originals, reached, recorded_by_factor, recorded_epochs, records_of,
-    regenerated, scorecard, share_grid, shifted_verdicts, side_by_side, smallest_error, within, worst, write_counts,
+    disturbed_scores, equivalent_at, figure_disturbances, figure_recorded, figure_scorecard, first_rule, grid_mean,
+    headline, judge, match, matched_models, moved_verdicts, our_originals, pruning_losses, reached,
+    recorded_by_factor, recorded_epochs, records_of, regenerated, scorecard, share_grid, shifted_verdicts,
+    side_by_side, smallest_error, within, worst, write_counts,
 )
 from zootwins.layers import FREQUENCY_COLUMNS, layer_sizes
 from zootwins.metrics import LAYERS, METRIC_COLUMNS, with_selectors
@@ -401,6 +402,60 @@ def test_p_values_are_adjusted_within_a_zoo():
     assert adjusted(p * np.nan).isna().all()
 
 
+def test_calibrated_cells_are_adjusted_apart():
+    found = compare(drawn_zoo("cifar10_seed", 12, shift=0.4))
+    asked = found[found["p_adjusted"].notna()]
+    assert asked["calibrated"].nunique() == 2
+    for _, group in asked.groupby("calibrated"):
+        assert group["p_adjusted"].tolist() == pytest.approx(stats.false_discovery_control(group["p"]).tolist())
+    together = stats.false_discovery_control(asked["p"])
+    assert not np.allclose(together, asked["p_adjusted"])
+
+
+def test_all_in_table_5_means_the_papers_zoos(metrics):
+    strange = drawn_zoo(n=20).assign(zoo="digits_seed", sparsity=0.123)
+    pd.testing.assert_frame_equal(compare(pd.concat([metrics, strange], ignore_index=True)), compare(metrics))
+
+
+def test_another_bound_is_the_rule_scaled(comparison):
+    tested = comparison[comparison["verdict"].isin(TESTED)]
+    assert equivalent_at(tested, EQUIVALENT["mean"]).equals(tested["verdict"] == "equivalent")
+    counts = [equivalent_at(tested, multiple).sum() for multiple in (0.1, 0.25, 0.5, 1.0)]
+    assert counts == sorted(counts) and counts[0] < counts[-1]
+    rounding = [equivalent_at(tested, 0.5, points).sum() for points in (-ROUNDING, 0, ROUNDING, 1)]
+    assert rounding == sorted(rounding) and rounding[0] < rounding[-1]
+    one = pd.DataFrame({"difference": [0.54, 0.56], "unit": 1.0, "error": 0.0, "df": 1e9, "effect": [0.1, 0.1]})
+    assert equivalent_at(one, 0.5).tolist() == [True, False]
+    assert equivalent_at(one, 0.5, 0).tolist() == [False, False] and equivalent_at(one, 0.6, 0).all()
+    q = pd.DataFrame({"difference": 9.0, "unit": np.nan, "error": 0.0, "df": np.inf, "effect": [0.2, 0.21, -0.21]})
+    assert equivalent_at(q, 0.5).tolist() == [True, False, False] and equivalent_at(q, 0.55).all()
+
+
+def test_losses_are_measured_model_by_model():
+    """Models differ by points and lose the same: the loss is exact, where the means are not."""
+    n, base = 40, np.random.default_rng(0).normal(0.9, 0.03, 40)
+    wiggle = np.where(np.arange(n) % 2, 0.001, -0.001)
+    parts = [
+        pd.DataFrame({"zoo": "usps_seed", "method": "mp", "level": np.float32(level), "model": range(n), "epoch": epoch,
+                      "test_acc": base - lost + wiggle * (level > 0)})
+        for level, lost in ((0, 0), (0.5, 0.02), (0.8, 0.025)) for epoch in (0, 15)
+    ]
+    rows = with_selectors(pd.concat(parts, ignore_index=True))
+    rows.loc[rows["epoch"] == 0, "test_acc"] = 0.1  # before fine-tuning: not looked at
+    found = pruning_losses(rows, CELLS).set_index("level")
+    printed = CELLS.query("table == 5 and zoo == 'usps_seed' and metric == 'test_acc' and epoch == 15").set_index(
+        "level")["mean"]
+    assert found.index.tolist() == [0.5, 0.8] and found["ours"].tolist() == pytest.approx([2.0, 2.5])
+    assert found["printed"].tolist() == pytest.approx([printed[0.0] - printed[0.5], printed[0.0] - printed[0.8]])
+    spread = 0.1 * np.sqrt(n / (n - 1))
+    error = np.hypot(spread / np.sqrt(n), spread / np.sqrt(1000))  # in points; the paper has 1,000 models
+    assert found["error"].tolist() == pytest.approx([error] * 2)
+    beyond = abs(2.0 - (printed[0.0] - printed[0.5])) - 2 * ROUNDING
+    assert found.loc[0.5, "z"] == pytest.approx(beyond / error) and abs(found.loc[0.8, "z"]) < 1e-6
+    without = pruning_losses(rows[rows["level"] > 0], CELLS)
+    assert without.empty and pruning_losses(rows.assign(method="vd"), CELLS).empty
+
+
 def test_settings_are_not_findings(comparison):
     design = comparison[comparison["by_design"]]
     assert set(design["metric"]) == {"sparsity"} and not ((design["table"] == 6) | (design["table"] == 7)).any()
@@ -757,7 +812,11 @@ def test_every_deliberate_error_shows():
         and (usps["within a point"] <= usps["tested"]).all()
     )
     assert usps.loc["as it is", "within a point"] > usps.loc["an eighth of the models", "within a point"]
-    assert len(figure_disturbances(scores.reset_index()).axes) == 2
+    assert usps["applies"].tolist() == [name not in ("as it is", "one activation left out") for name in DISTURBANCES]
+    drawn = figure_disturbances(scores.reset_index()).axes
+    said = [text.get_text() for text in drawn[0].texts]
+    assert len(drawn) == 2 and said[list(DISTURBANCES).index("one activation left out")] == "does not apply"
+    assert said.count("does not apply") == 1 and said[0].endswith(f" of {usps.loc['as it is', 'tested']}")
 
 
 def test_deliberate_errors_are_what_they_say():
@@ -1228,7 +1287,11 @@ def test_the_smallest_error_is_read_from_the_bounds_of_the_rule():
         + rows("w", 0, 4.925 / 1.96) + rows("v", 0, 4.975 / 1.96),
         columns=["zoo", "verdict", "difference", "unit", "error", "df", "metric"],
     )
-    apart = [cells.iloc[:1].assign(df=np.inf), cells.iloc[:1].assign(verdict="doubtful")]
+    cells["calibrated"] = False
+    apart = [
+        cells.iloc[:1].assign(df=np.inf), cells.iloc[:1].assign(verdict="doubtful"), cells.iloc[:1].assign(
+            calibrated=True, error=100.0),
+    ]
     found = smallest_error(pd.concat([cells, *apart], ignore_index=True))
     assert found.index.tolist() == ["z", "y", "x", "d", "w", "v"] and found["cells"].tolist() == [1, 1, 5, 1, 1, 1]
     assert found["standard deviations"].tolist() == pytest.approx([0.85, 0.85, 0.55, 0.05, 5.0, np.inf])

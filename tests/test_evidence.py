@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from zootwins.claims import CLAIMS, tables_of
-from zootwins.comparison import COMPARED, TESTED, beside_print, compare, headline, side_by_side
+from zootwins.comparison import COMPARED, TESTED, beside_print, compare, distinct_states, headline, side_by_side
 from zootwins.core import UserError, read_json
 from zootwins.kept import TOLD, Kept, fact, fill, refill, written
 from zootwins.metrics import read_metrics
@@ -198,15 +198,20 @@ def test_readme_counts_the_cells_that_differ(comparison):
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     off = comparison[(comparison["verdict"] == "different") & ~comparison["calibrated"].astype(bool)]
     of_fmnist = off.query("zoo == 'fmnist_seed' and metric == 'ggap' and method == 'mp' and epoch == 15")
-    said = re.search(r"The (\d+) cells that are different are (\d+) correlations.*?, (\d+) agreements, (\d+) gen", text)
+    said = re.search(
+        r"The (\d+) cells that are different are (\d+) numbers.*?: (\d+) correlations.*?, (\d+) generalisation gaps, "
+        r"(\d+) agreements, (\d+) accuracies and (\d+) sparsities", text,
+    )
     gaps = re.search(r"Of the gaps, (\d+) are of FMNIST Seed after fine-tuning.*? The other (\d+) are of CIFAR", text)
     of_large = off.query("zoo == 'cifar10_large_seed' and metric == 'ggap' and epoch == 15")
-    pruned = (off["table"] == 2) & (off["method"] == "mp")
-    agreements = off["metric"] == "agreement"
+    pruned, counts = (off["table"] == 2) & (off["method"] == "mp"), off.groupby("metric").apply(distinct_states)
     assert said and tuple(map(int, said.groups())) == (
-        len(off), pruned.sum(), agreements.sum(), (off["metric"] == "ggap").sum())
-    assert gaps and (int(gaps[1]), int(gaps[2])) == (len(of_fmnist), len(of_large))
-    assert len(of_fmnist) + len(of_large) == (off["metric"] == "ggap").sum()
+        len(off), distinct_states(off), pruned.sum(),
+        *counts[["ggap", "agreement", "test_acc", "sparsity"]],
+    )
+    assert gaps and (int(gaps[1]), int(gaps[2])) == (distinct_states(of_fmnist), distinct_states(of_large))
+    assert int(gaps[1]) + int(gaps[2]) == counts["ggap"] and pruned.sum() + counts.drop(
+        ["pearson", "kendall"]).sum() == distinct_states(off)
 
 
 @pytest.fixture(scope="module")

@@ -236,8 +236,8 @@ def test_figure_4_joins_zoos_of_different_architectures():
     zoos = pd.concat([run(3, "usps_seed"), run(4, "cifar10_large_seed")], ignore_index=True)
     axes = figure_4(zoos).axes
     small, large = (line.get_xdata() for line in axes[0].lines[:2])
-    assert small == pytest.approx(np.array([200, 1200, 96, 720, 200]) / 1.08**0.5) and large == pytest.approx(
-        np.array([432, 4608, 4320, 1200, 200]) * 1.08**0.5
+    assert small == pytest.approx(np.array([200, 1200, 96, 720, 200]) / 1.04**0.5) and large == pytest.approx(
+        np.array([432, 4608, 4320, 1200, 200]) * 1.04**0.5
     )
     profile = layer_profile(zoos[(zoos["method"] == "vd") & (zoos["epoch"] == 5)])
     assert sum(len(line.get_xdata()) for line in axes[0].lines[:2]) == len(profile)

@@ -9,10 +9,10 @@ __all__ = [
     'regenerated', 'reached', 'match', 'as_samples', 'contrasts', 'grid_mean', 'as_designs', 'both_tests',
     'compare_means', 'compare_correlations', 'by_design', 'calibrated', 'within', 'judge', 'first_rule', 'adjusted',
     'compare', 'state_label', 'labelled', 'model_note', 'side_by_side', 'beside_print', 'distinct_states', 'scorecard',
-    'worst', 'moved_verdicts', 'shifted_verdicts', 'smallest_error', 'headline', 'disturbed_scores', 'draw_shares',
-    'figure_disturbances', 'lasting_spread', 'compare_layer_spread', 'window_of', 'compare_windows', 'share_grid',
-    'write_counts', 'figure_scorecard', 'records_of', 'our_originals', 'beside_recorded', 'matched_models',
-    'recorded_by_factor', 'recorded_epochs', 'draw_recorded', 'figure_recorded',
+    'worst', 'equivalent_at', 'moved_verdicts', 'shifted_verdicts', 'smallest_error', 'headline', 'disturbed_scores',
+    'draw_shares', 'figure_disturbances', 'lasting_spread', 'compare_layer_spread', 'window_of', 'compare_windows',
+    'share_grid', 'write_counts', 'figure_scorecard', 'pruning_losses', 'records_of', 'our_originals',
+    'beside_recorded', 'matched_models', 'recorded_by_factor', 'recorded_epochs', 'draw_recorded', 'figure_recorded',
 ]
 
 # %% ../nbs/33_comparison.ipynb #a82f0276
@@ -23,6 +23,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import stats
@@ -398,7 +399,7 @@ COMPARISON = [
 def adjusted(
     p: pd.Series,  # with missing values
 ) -> pd.Series:    # likewise
-    """Adjust the p values of one zoo by Benjamini and Hochberg's procedure.
+    """Adjust the p values of a zoo's predicted or calibrated cells by Benjamini and Hochberg's procedure.
 
     Args:
         p: with missing values
@@ -423,10 +424,12 @@ def compare(
     Returns:
         pd.DataFrame: COMPARISON, one row per printed cell of Tables 1, 2, 5 to 9; in %, points
     """
-    metrics = own_selector(metrics)
+    metrics, cells = own_selector(metrics), read_reported() if cells is None else cells
     if (metrics["method"] == "original").all():  # the paper prints nothing of originals alone
         return pd.DataFrame(columns=COMPARISON)
-    both = match(metrics, read_reported() if cells is None else cells)
+    if (of_paper := metrics["zoo"].isin(cells["zoo"])).any():
+        metrics = metrics[of_paper]  # "All" in Table 5 means the paper's zoos
+    both = match(metrics, cells)
     coefficient = both["metric"].isin(["pearson", "kendall"])
     printed_over_models = both["paper_std"].where(both["layer"] == "")
     both = as_designs(
@@ -442,7 +445,7 @@ def compare(
     ]))
     both["spread"] = both["ours_std"] / printed_over_models.where(printed_over_models > 0)
     tested = both["p"].where(~(both["by_design"] & within(both, NEAR)) & (both["doubtful"] == ""))
-    both["p_adjusted"] = tested.groupby(both["zoo"], group_keys=False).apply(adjusted)
+    both["p_adjusted"] = tested.groupby([both["zoo"], both["calibrated"]], group_keys=False).apply(adjusted)
     both["verdict"] = judge(both)
     return both.assign(first=first_rule(both))[COMPARISON]
 
@@ -611,6 +614,27 @@ def worst(
     off = comparison[comparison["verdict"].isin(["undecided", "different"])]
     return off.sort_values("effect", key=np.abs, ascending=False).head(n)
 
+# %% ../nbs/33_comparison.ipynb #b2c0de61
+def equivalent_at(
+    tested: pd.DataFrame,         # tested cells of a comparison
+    multiple: float,              # bound in the paper's standard deviations; that of correlations is scaled alike
+    rounding: float = ROUNDING,   # points by which rounding widens the bound of means; negative: narrows it
+) -> pd.Series:                   # bool
+    """Which cells would be equivalent within another bound.
+
+    Args:
+        tested: tested cells of a comparison
+        multiple: bound in the paper's standard deviations; that of correlations is scaled alike
+        rounding: points by which rounding widens the bound of means; negative: narrows it
+
+    Returns:
+        pd.Series: bool
+    """
+    half, means = stats.t.ppf(0.95, tested["df"]) * tested["error"], np.isfinite(tested["df"])
+    points = tested["difference"].abs() + half * (tested["unit"] + ROUNDING) <= multiple * tested["unit"] + rounding
+    scale = multiple / EQUIVALENT["mean"]
+    return points.where(means, tested["effect"].abs() + half <= scale * EQUIVALENT["correlation"])
+
 # %% ../nbs/33_comparison.ipynb #b2c0de2c
 SUCCESSOR = {"agrees": "equivalent", "differs": "different"}  # verdict of the first rule -> that of the present one
 
@@ -659,7 +683,7 @@ def shifted_verdicts(
 def smallest_error(
     comparison: pd.DataFrame,  # from compare
 ) -> pd.DataFrame:             # index zoo: cells, smallest error caught in standard deviations, and in accuracy points
-    """The smallest common error caught in four cells of five; infinite beyond five standard deviations.
+    """The smallest common error caught in four predicted cells of five; infinite beyond five standard deviations.
 
     Args:
         comparison: from compare
@@ -667,8 +691,8 @@ def smallest_error(
     Returns:
         pd.DataFrame: index zoo: cells, smallest error caught in standard deviations, and in accuracy points
     """
-    tested = comparison[comparison["verdict"].isin(TESTED) & np.isfinite(comparison["df"])]
-    found = {}
+    predicted = comparison["verdict"].isin(TESTED) & ~comparison["calibrated"]
+    tested, found = comparison[predicted & np.isfinite(comparison["df"])], {}
     caught = lambda cells, shift: min(
         (shifted_verdicts(cells, sign * shift) == "different").mean() for sign in (-1, 1)
     ) >= 0.8
@@ -763,7 +787,7 @@ DISTURBANCES: dict[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
 def disturbed_scores(
     metrics: pd.DataFrame,              # tidy metrics of registered zoos
     cells: pd.DataFrame | None = None,  # printed cells; None: from reported.read_reported
-) -> pd.DataFrame:                      # zoo, disturbance, tested, cells with each of TESTED, within a point, and lost
+) -> pd.DataFrame:  # zoo, disturbance, applies (it changes a number), tested, each of TESTED, within a point, lost
     """Judge the same runs as they are and with each deliberate error; lost: equivalent only without the error.
 
     Args:
@@ -771,43 +795,43 @@ def disturbed_scores(
         cells: printed cells; None: from reported.read_reported
 
     Returns:
-        pd.DataFrame: zoo, disturbance, tested, cells with each of TESTED, within a point, and lost
+        pd.DataFrame: zoo, disturbance, applies (it changes a number), tested, each of TESTED, within a point, lost
     """
     rows = []
     for zoo, of_zoo in own_selector(metrics).groupby("zoo", sort=False):
-        before = compare(of_zoo, cells).query("zoo != ''")["verdict"] == "equivalent"
+        before = compare(of_zoo, cells).query("zoo != ''")
         for name, disturb in DISTURBANCES.items():
             found = compare(disturb(of_zoo), cells).query("zoo != ''")
             tested = found["verdict"].isin(TESTED)
             counts = {verdict: (found["verdict"] == verdict).sum() for verdict in TESTED}
-            lost = (before & (found["verdict"] != "equivalent")).sum()
+            lost = ((before["verdict"] == "equivalent") & (found["verdict"] != "equivalent")).sum()
             rows.append({
-                "zoo": zoo, "disturbance": name, "tested": tested.sum(), **counts,
-                "within a point": (found["within_point"] & tested).sum(), "lost": lost,
+                "zoo": zoo, "disturbance": name, "applies": not found[SIDES[:3]].equals(before[SIDES[:3]]),
+                "tested": tested.sum(), **counts, "within a point": (found["within_point"] & tested).sum(),
+                "lost": lost,
             })
     return pd.DataFrame(rows)
 
 # %% ../nbs/33_comparison.ipynb #b2c0de29
 def draw_shares(
     ax: Axes,              # a zoo's panel
-    of_zoo: pd.DataFrame,  # one row per bar: tested, and a column for each of TESTED
+    of_zoo: pd.DataFrame,  # one row per bar, the first without an error: applies, tested, and each of TESTED
 ) -> None:
     """Draw the shares of the verdicts as bars, with the numbers of equivalent and tested cells.
 
     Args:
         ax: a zoo's panel
-        of_zoo: one row per bar: tested, and a column for each of TESTED
+        of_zoo: one row per bar, the first without an error: applies, tested, and each of TESTED
     """
-    shares = of_zoo[TESTED].div(of_zoo["tested"].where(of_zoo["tested"] > 0), axis=0).fillna(0)
-    left = np.zeros(len(of_zoo))
+    drawn = of_zoo["applies"] | (np.arange(len(of_zoo)) == 0)
+    shares = of_zoo[TESTED].div(of_zoo["tested"].where(drawn & (of_zoo["tested"] > 0)), axis=0).fillna(0)
+    left, outlined = np.zeros(len(of_zoo)), [patheffects.withStroke(linewidth=2, foreground="white")]
     for verdict, colour in zip(TESTED, (BLUE, "#d0d0d0", ORANGE)):
         ax.barh(range(len(of_zoo)), shares[verdict], left=left, color=colour, label=verdict, height=0.75)
         left += shares[verdict].to_numpy()
     for place, (equivalent, tested) in enumerate(of_zoo[["equivalent", "tested"]].to_numpy()):
-        ax.text(
-            0.03, place, f"{equivalent:.0f} of {tested:.0f}", va="center", fontsize=7.5,
-            color="white" if equivalent > 0.45 * tested else "black",
-        )
+        text = f"{equivalent:.0f} of {tested:.0f}" if drawn.iloc[place] else "does not apply"
+        ax.text(0.03, place, text, va="center", fontsize=7.5, path_effects=outlined)
 
 # %% ../nbs/33_comparison.ipynb #398c8d94
 @styled
@@ -1019,6 +1043,37 @@ def figure_scorecard(
     bar = fig.colorbar(image, ax=ax, shrink=0.8, pad=0.015, format=percent, label="share that is equivalent")
     bar.outline.set_visible(False)
     return fig
+
+# %% ../nbs/33_comparison.ipynb #b2c0de71
+def pruning_losses(
+    metrics: pd.DataFrame,              # tidy metrics of one or more zoos
+    cells: pd.DataFrame | None = None,  # printed cells; None: from reported.read_reported
+) -> pd.DataFrame:  # zoo, level, models, ours (in points of accuracy), error, printed, z (beyond rounding)
+    """What pruning costs after fine-tuning, model by model, next to Table 5.
+
+    Args:
+        metrics: tidy metrics of one or more zoos
+        cells: printed cells; None: from reported.read_reported
+
+    Returns:
+        pd.DataFrame: zoo, level, models, ours (in points of accuracy), error, printed, z (beyond rounding)
+    """
+    cells, found = read_reported() if cells is None else cells, []
+    printed = cells[(cells["table"] == 5) & (cells["metric"] == "test_acc") & (cells["doubtful"] == "")]
+    for zoo, rows in own_selector(metrics).query("method == 'mp'").groupby("zoo", sort=False):
+        last = get_zoo(zoo).mp_epochs
+        theirs = printed[(printed["zoo"] == zoo) & (printed["epoch"] == last)].set_index("level")["mean"]
+        tuned = 100 * rows[rows["epoch"] == last].pivot(index="model", columns="level", values="test_acc")
+        tuned.columns, theirs.index = tuned.columns.astype(float).round(3), theirs.index.astype(float).round(3)
+        factors = model_table(get_zoo(zoo)).set_index("model")
+        both = tuned.columns.intersection(theirs.index)
+        for level in both[both > 0] if 0 in both else ():
+            loss, paper = (tuned[0] - tuned[level]).dropna(), theirs[0] - theirs[level]
+            mean, error, _, spread = grid_mean(loss.to_numpy(), factors.loc[loss.index], zoo)
+            error = np.hypot(error, spread / printed_models(5, zoo) ** 0.5)
+            z = np.sign(mean - paper) * max(0, abs(mean - paper) - 2 * ROUNDING) / error
+            found.append([zoo, level, len(loss), mean, error, paper, z])
+    return pd.DataFrame(found, columns=["zoo", "level", "models", "ours", "error", "printed", "z"])
 
 # %% ../nbs/33_comparison.ipynb #b2c0de41
 RECORDED_EPOCH = 49  # epoch of the records

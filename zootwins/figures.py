@@ -21,6 +21,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
@@ -304,7 +305,7 @@ def draw_sizes(
         printed: cells from reported.read_reported, drawn as rings
     """
     for i, (zoo, rows) in enumerate(profile.groupby("zoo", sort=False, observed=True)):
-        aside = 1.08 ** (i - (profile["zoo"].nunique() - 1) / 2)
+        aside = 1.04 ** (i - (profile["zoo"].nunique() - 1) / 2)
         ax.plot(aside * rows["size"], rows["mean"], linestyle="", alpha=0.75, markersize=4, **looks[zoo])
         for layer in rows.itertuples() if printed is not None else ():
             found = printed_means(printed, zoo, "vd", "sparsity", layer.layer).query("index == @layer.epoch")
@@ -318,7 +319,8 @@ def draw_sizes(
     ax.margins(x=0.1)
     ax.set_yscale("log", nonpositive="clip")
     tau = kendalltau(profile["size"], profile["mean"])[0] if profile["size"].nunique() > 1 else np.nan
-    ax.text(0.97, 0.03, f"Kendall's τ = {tau:.2f}", transform=ax.transAxes, ha="right")
+    outlined = [patheffects.withStroke(linewidth=3, foreground="white")]
+    ax.text(0.97, 0.03, f"Kendall's τ = {tau:.2f}", transform=ax.transAxes, ha="right", path_effects=outlined)
 
 # %% ../nbs/31_figures.ipynb #b9cf3fcd
 def size_ticks(
@@ -329,7 +331,7 @@ def size_ticks(
     Args:
         ax: whose axes all panels share
     """
-    log_ticks(ax.xaxis, (100, 300, 1000, 3000, 10000), "{:,.0f}".format)
+    log_ticks(ax.xaxis, (100, 300, 1000, 3000), "{:,.0f}".format)
     low, high = ax.get_ylim()
     places = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1) if high > 5 * low else np.arange(1, 11) / 10
     log_ticks(ax.yaxis, places, "{:.0%}".format)
@@ -368,7 +370,7 @@ def figure_4(
     bins = Line2D([], [], **BIN_LOOK, label="layers of similar size: mean, std")
     heading(
         fig,
-        "Variational dropout: every layer of every zoo; τ: rank correlation of size and sparsity over these layers",
+        "Every layer of every zoo, zoos moved apart sideways; τ: rank correlation of size and sparsity over the layers",
     )
     fig.legend(handles=[*zoos, bins, *printed_handles(fig)], loc="outside lower center", ncols=min(4, len(zoos) + 1))
     return fig
@@ -448,7 +450,7 @@ def draw_twins(
             ax.fill_between(curve["sparsity"], curve["low"], curve["high"], **shade)
         if printed is not None and name in ("", own_name(metrics["zoo"].iloc[0])):
             found = printed_curve(printed, metrics["zoo"].iloc[0], method)
-            draw_printed(ax, found["sparsity"], found)
+            draw_printed(ax, found["sparsity"], found, **{name: look[name] for name in ("color",) if name in look})
 
 # %% ../nbs/31_figures.ipynb #34e9c0d1
 def spaced(
@@ -522,7 +524,7 @@ def explain_zoos(
     Returns:
         list[Line2D]: for a legend: the methods' lines
     """
-    heading(fig, "Mean accuracy of the twins over their mean sparsity; each zoo is named where its longer curve ends")
+    heading(fig, "Mean accuracy over mean sparsity, by level or epoch; each zoo is named where its longer curve ends")
     return [
         Line2D([], [], color=GREY, linestyle=LOOKS[method]["linestyle"], label=title)
         for method, title in METHOD_TITLES.items()

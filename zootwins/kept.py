@@ -30,8 +30,8 @@ from matplotlib.patches import Rectangle
 
 from .claims import dropped_at, latent_space_wins, pruned
 from zootwins.comparison import (
-    beside_print, beside_recorded, compare, figure_recorded, figure_scorecard, headline, labelled, matched_models,
-    recorded_by_factor,
+    TESTED, beside_print, beside_recorded, compare, equivalent_at, figure_recorded, figure_scorecard, headline,
+    labelled, matched_models, recorded_by_factor,
 )
 from .core import UserError, atomic_path, check_name, read_json
 from .figures import FIGURES, RINGED, figure_3, figure_individuals
@@ -353,17 +353,17 @@ def draw_verdicts(
 # %% ../nbs/37_kept.ipynb #44ca3a1a
 @styled
 def figure_verdicts(
-    claims: pd.DataFrame,  # a zoo's or several zoos' numbers: claim, zoo, verdict
+    claims: pd.DataFrame,  # a zoo's or several zoos' numbers: claim, zoo, value, verdict
 ) -> Figure:
     """Which statements of the paper hold in which zoos.
 
     Args:
-        claims: a zoo's or several zoos' numbers: claim, zoo, verdict
+        claims: a zoo's or several zoos' numbers: claim, zoo, value, verdict
     """
     statements = list(claims["claim"].unique())
     zoos = [zoo for zoo in ZOOS if zoo in set(claims["zoo"])]
     fig, ax = plt.subplots(figsize=(WIDTH, 0.17 * len(statements) + 0.75), layout="constrained")
-    for (statement, zoo), of_zoo in claims.groupby(["claim", "zoo"]):
+    for (statement, zoo), of_zoo in claims.dropna(subset="value").groupby(["claim", "zoo"]):
         draw_verdicts(ax, statements.index(statement), zoos.index(zoo), list(of_zoo["verdict"]))
     ax.set(xlim=(-0.5, len(zoos) - 0.5), ylim=(len(statements) - 0.5, -0.5))
     names = [zoo_title(zoo).replace(" ", "\n") + (" †" if zoo in CALIBRATED else "") for zoo in zoos]
@@ -373,7 +373,7 @@ def figure_verdicts(
     ax.grid(False)
     ax.spines[:].set_visible(False)
     heading(fig, "; ".join(f"{sign} {verdict}" for verdict, sign in SIGNS.items())
-            + "; several signs: several numbers; † calibrated")
+            + "; blank: no such twins; several signs: several numbers; † calibrated")
     return fig
 
 # %% ../nbs/37_kept.ipynb #7bf3e14b
@@ -479,6 +479,12 @@ def _score(kept: Kept, zoos: str, column: str) -> int:
     return int(lines.loc[kinds.get(zoos, lines.index == zoos), column].astype(int).sum())
 
 
+def _gate(kept: Kept, multiple: str) -> int:
+    "How many predicted cells would be equivalent within another multiple of the printed standard deviation."
+    cells = kept.comparison[kept.comparison["verdict"].isin(TESTED) & ~kept.comparison["calibrated"]]
+    return int(equivalent_at(cells[cells["zoo"] != ""], float(multiple)).sum())
+
+
 def _wins(kept: Kept) -> pd.Series:
     "Whether a hyper-representation beats the layers' statistics, property by property."
     return latent_space_wins(kept_table_3(kept).numbers)["wins"]
@@ -526,6 +532,7 @@ _OF_RESULTS: dict[str, Callable] = {
     "unseen": lambda kept, zoo: kept.table(zoo, "hyper_representations/table_3")["models"].iloc[0],
     "learned": lambda kept, zoo: read_json(kept.folder / zoo / "hyper_representations" / "run.json")["n_models"],
     "score": _score,
+    "gate": _gate,
     "counted": _counted,
     "recorded": lambda kept, zoo, column: beside_recorded(kept.metrics).loc[(zoo, "ours"), column],
     "matched": lambda kept, zoo, column: recorded_by_factor(matched_models(kept.metrics)).loc[(zoo, "all", ""), column],

@@ -260,6 +260,7 @@ def draw_printed(
     ax: Axes,              # where to draw
     x: Sequence[float],    # where the numbers belong
     found: pd.DataFrame,   # value and doubtful, as from printed_means
+    color: str = RINGS["printed 2023"],  # such as the zoo's, where several share a panel
 ) -> None:
     """Draw printed means as hollow rings, paler where another table contradicts them.
 
@@ -267,10 +268,12 @@ def draw_printed(
         ax: where to draw
         x: where the numbers belong
         found: value and doubtful, as from printed_means
+        color: such as the zoo's, where several share a panel
     """
-    for (label, colour), chosen in zip(RINGS.items(), (~found["doubtful"], found["doubtful"])):
+    kinds = zip(RINGS, (color, RINGS["printed, but contradicted"]), (~found["doubtful"], found["doubtful"]))
+    for label, edge, chosen in kinds:
         if chosen.any():
-            ax.plot(np.asarray(x, float)[chosen], found["value"][chosen], **RING, markeredgecolor=colour, gid=label)
+            ax.plot(np.asarray(x, float)[chosen], found["value"][chosen], **RING, markeredgecolor=edge, gid=label)
 
 
 def printed_handles(
