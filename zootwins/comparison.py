@@ -244,6 +244,8 @@ def both_tests(
     error: pd.Series,       # its standard error
     df: pd.Series,          # degrees of freedom
     unit: pd.Series,        # the paper's standard deviation
+    multiple: float = EQUIVALENT["mean"],  # bound of equivalence in these
+    rounding: float = ROUNDING,            # points by which rounding widens the bound; negative: narrows it
 ) -> pd.DataFrame:          # p of "no difference", equivalent, within_point
     """Test differences against zero and against both bounds of equivalence, granting rounding.
 
@@ -252,6 +254,8 @@ def both_tests(
         error: its standard error
         df: degrees of freedom
         unit: the paper's standard deviation
+        multiple: bound of equivalence in these
+        rounding: points by which rounding widens the bound; negative: narrows it
 
     Returns:
         pd.DataFrame: p of "no difference", equivalent, within_point
@@ -259,7 +263,7 @@ def both_tests(
     reach = difference.abs() + stats.t.ppf(0.95, df) * error
     return pd.DataFrame({
         "p": 2 * stats.t.sf((difference.abs() - ROUNDING).clip(lower=0) / error, df),
-        "equivalent": reach <= EQUIVALENT["mean"] * unit + ROUNDING, "within_point": reach <= POINT,
+        "equivalent": reach <= multiple * unit + rounding, "within_point": reach <= POINT,
     }, index=difference.index)
 
 
@@ -630,10 +634,11 @@ def equivalent_at(
     Returns:
         pd.Series: bool
     """
-    half, means = stats.t.ppf(0.95, tested["df"]) * tested["error"], np.isfinite(tested["df"])
-    points = tested["difference"].abs() + half * (tested["unit"] + ROUNDING) <= multiple * tested["unit"] + rounding
-    scale = multiple / EQUIVALENT["mean"]
-    return points.where(means, tested["effect"].abs() + half <= scale * EQUIVALENT["correlation"])
+    error = tested["error"] * (tested["unit"] + ROUNDING)
+    means = both_tests(tested["difference"], error, tested["df"], tested["unit"], multiple, rounding)["equivalent"]
+    bound = multiple / EQUIVALENT["mean"] * EQUIVALENT["correlation"]
+    correlations = tested["effect"].abs() + stats.norm.ppf(0.95) * tested["error"] <= bound
+    return means.where(np.isfinite(tested["df"]), correlations)
 
 # %% ../nbs/33_comparison.ipynb #b2c0de2c
 SUCCESSOR = {"agrees": "equivalent", "differs": "different"}  # verdict of the first rule -> that of the present one

@@ -35,7 +35,7 @@ from .correlation import correlate, correlation, paired_accuracy
 from .individuals import accuracy_changes, describe_model, individuals, varied_factors
 from .layers import layer_profile, layer_sizes
 from .metrics import one_selector, own_name, with_selectors
-from .style import COLOURS, GREY, HEIGHT, LOOKS, MARKERS, WIDTH, draw_printed, draw_spread, first_drawn, heading
+from .style import COLOURS, GREY, HEIGHT, LOOKS, MARKERS, RINGS, WIDTH, draw_printed, draw_spread, first_drawn, heading
 from zootwins.style import (
     log_ticks, marker_steps, no_data, percent_axis, printed_handles, printed_means, spread_note, styled, zoo_looks,
 )
@@ -450,7 +450,7 @@ def draw_twins(
             ax.fill_between(curve["sparsity"], curve["low"], curve["high"], **shade)
         if printed is not None and name in ("", own_name(metrics["zoo"].iloc[0])):
             found = printed_curve(printed, metrics["zoo"].iloc[0], method)
-            draw_printed(ax, found["sparsity"], found, **{name: look[name] for name in ("color",) if name in look})
+            draw_printed(ax, found["sparsity"], found, look.get("color", RINGS["printed 2023"]))
 
 # %% ../nbs/31_figures.ipynb #34e9c0d1
 def spaced(
