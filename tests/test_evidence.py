@@ -161,7 +161,8 @@ def wrong_cells(text, rows, metrics):
         elif heading[0] in titles and any(name.startswith("accuracy") for name in heading):
             zoo = titles[heading[0]]
             wrong += [
-                name for name in heading if "models" in name and f"{metrics[zoo]['model'].nunique()} models" not in name
+                name for name in heading
+                if "models" in name and f"{metrics[zoo]['model'].nunique():,} models" not in name
             ]
             for label, *cells in lines:
                 wanted = [*state_cell(zoo, label, "test_acc", metrics), *state_cell(zoo, label, "ggap", metrics)]
@@ -385,7 +386,9 @@ def test_numbers_keep_their_form(kept, tmp_path):
         "and **no<!-- claim usps_seed 'agreement is high' VD verdict -->**."
     )
     filled = fill(kept, text)
-    assert fill(kept, filled) == filled and "holds<!--" in filled and "88.7<!--" in filled
+    assert fill(kept, filled) == filled and "holds<!--" in filled
+    tuned = kept.metrics.query("zoo == 'usps_seed' and method == 'mp' and epoch == 15 and abs(level - 0.8) < 1e-6")
+    assert f"It is {100 * tuned['test_acc'].mean():.1f}<!--" in filled
     path = tmp_path / "some.ipynb"
     path.write_text(
         json.dumps(

@@ -792,7 +792,7 @@ DISTURBANCES: dict[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
 def disturbed_scores(
     metrics: pd.DataFrame,              # tidy metrics of registered zoos
     cells: pd.DataFrame | None = None,  # printed cells; None: from reported.read_reported
-) -> pd.DataFrame:  # zoo, disturbance, applies (it changes a number), tested, each of TESTED, within a point, lost
+) -> pd.DataFrame:  # zoo, disturbance, applies (it changes numbers), tested, each of TESTED, within a point, lost
     """Judge the same runs as they are and with each deliberate error; lost: equivalent only without the error.
 
     Args:
@@ -800,18 +800,19 @@ def disturbed_scores(
         cells: printed cells; None: from reported.read_reported
 
     Returns:
-        pd.DataFrame: zoo, disturbance, applies (it changes a number), tested, each of TESTED, within a point, lost
+        pd.DataFrame: zoo, disturbance, applies (it changes numbers), tested, each of TESTED, within a point, lost
     """
     rows = []
     for zoo, of_zoo in own_selector(metrics).groupby("zoo", sort=False):
-        before = compare(of_zoo, cells).query("zoo != ''")
-        for name, disturb in DISTURBANCES.items():
-            found = compare(disturb(of_zoo), cells).query("zoo != ''")
+        judged = {name: compare(disturb(of_zoo), cells).query("zoo != ''") for name, disturb in DISTURBANCES.items()}
+        before = judged["as it is"]
+        for name, found in judged.items():
             tested = found["verdict"].isin(TESTED)
             counts = {verdict: (found["verdict"] == verdict).sum() for verdict in TESTED}
             lost = ((before["verdict"] == "equivalent") & (found["verdict"] != "equivalent")).sum()
             rows.append({
-                "zoo": zoo, "disturbance": name, "applies": not found[SIDES[:3]].equals(before[SIDES[:3]]),
+                "zoo": zoo, "disturbance": name,
+                "applies": found is before or not found[SIDES[:3]].equals(before[SIDES[:3]]),
                 "tested": tested.sum(), **counts, "within a point": (found["within_point"] & tested).sum(),
                 "lost": lost,
             })
@@ -820,22 +821,22 @@ def disturbed_scores(
 # %% ../nbs/33_comparison.ipynb #b2c0de29
 def draw_shares(
     ax: Axes,              # a zoo's panel
-    of_zoo: pd.DataFrame,  # one row per bar, the first without an error: applies, tested, and each of TESTED
+    of_zoo: pd.DataFrame,  # one row per bar: applies, tested, and each of TESTED
 ) -> None:
     """Draw the shares of the verdicts as bars, with the numbers of equivalent and tested cells.
 
     Args:
         ax: a zoo's panel
-        of_zoo: one row per bar, the first without an error: applies, tested, and each of TESTED
+        of_zoo: one row per bar: applies, tested, and each of TESTED
     """
-    drawn = of_zoo["applies"] | (np.arange(len(of_zoo)) == 0)
-    shares = of_zoo[TESTED].div(of_zoo["tested"].where(drawn & (of_zoo["tested"] > 0)), axis=0).fillna(0)
+    of_bars = of_zoo["tested"].where(of_zoo["applies"] & (of_zoo["tested"] > 0))
+    shares = of_zoo[TESTED].div(of_bars, axis=0).fillna(0)
     left, outlined = np.zeros(len(of_zoo)), [patheffects.withStroke(linewidth=2, foreground="white")]
     for verdict, colour in zip(TESTED, (BLUE, "#d0d0d0", ORANGE)):
         ax.barh(range(len(of_zoo)), shares[verdict], left=left, color=colour, label=verdict, height=0.75)
         left += shares[verdict].to_numpy()
     for place, (equivalent, tested) in enumerate(of_zoo[["equivalent", "tested"]].to_numpy()):
-        text = f"{equivalent:.0f} of {tested:.0f}" if drawn.iloc[place] else "does not apply"
+        text = f"{equivalent:.0f} of {tested:.0f}" if of_zoo["applies"].iloc[place] else "does not apply"
         ax.text(0.03, place, text, va="center", fontsize=7.5, path_effects=outlined)
 
 # %% ../nbs/33_comparison.ipynb #398c8d94
