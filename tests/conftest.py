@@ -1,11 +1,18 @@
 """What several tests share: models that were trained once."""
 import shutil
+import signal
 
 import pytest
 
 from small import IMAGES, small_plan
 from zootwins.published import write_zoo
 from zootwins.twins import load_metrics, load_stage, make_twins
+
+
+def pytest_configure():
+    "A shell lets its background jobs ignore Ctrl-C, and what they start with them; the tests send it."
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
