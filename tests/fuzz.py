@@ -194,7 +194,7 @@ def population(folder: Path) -> Reader:
 
 def write_metrics(path: Path) -> None:
     rows = [
-        ("z", "original", "", np.nan, model, epoch, *(0.1 * i for i in range(len(METRIC_COLUMNS) - 6)))
+        ("z", "original", "", np.nan, model, epoch, *(0.05 * i for i in range(len(METRIC_COLUMNS) - 6)))
         for model in range(50)
         for epoch in range(5)
     ]
@@ -236,7 +236,7 @@ def store(folder: Path) -> Reader:
     )
     models.models["level"] = later.models["level"] = np.nan
     rows = [
-        ("z", "vd", "", np.nan, model, epoch, *(0.1 * i for i in range(len(METRIC_COLUMNS) - 6)))
+        ("z", "vd", "", np.nan, model, epoch, *(0.05 * i for i in range(len(METRIC_COLUMNS) - 6)))
         for model in range(3)
         for epoch in (0, 1)
     ]

@@ -21,7 +21,8 @@ from zootwins.comparison import (
 from zootwins.layers import FREQUENCY_COLUMNS, layer_sizes
 from zootwins.metrics import LAYERS, METRIC_COLUMNS, with_selectors
 from zootwins.reported import (
-    ROUNDING, layer_average, read_recorded, read_recorded_curves, read_reported, recorded_factors, shifted_windows,
+    ROUNDING, layer_average, printed_models, read_recorded, read_recorded_curves, read_reported, recorded_factors,
+    shifted_windows,
 )
 from zootwins.zoos import FACTORS, ZOOS, get_zoo, model_table
 
@@ -429,6 +430,9 @@ def test_another_bound_is_the_rule_scaled(comparison):
     assert equivalent_at(one, 0.5, 0).tolist() == [False, False] and equivalent_at(one, 0.6, 0).all()
     q = pd.DataFrame({"difference": 9.0, "unit": np.nan, "error": 0.0, "df": np.inf, "effect": [0.2, 0.21, -0.21]})
     assert equivalent_at(q, 0.5).tolist() == [True, False, False] and equivalent_at(q, 0.55).all()
+    wide = one.assign(difference=0.5, error=[0.0288, 0.03])  # errors of 1.05 points: 0.5498 and 0.5518 in all
+    assert equivalent_at(wide, 0.5).tolist() == [True, False]
+    assert equivalent_at(q.assign(error=0.01, effect=[0.18, 0.19, -0.19]), 0.5).tolist() == [True, False, False]
 
 
 def test_losses_are_measured_model_by_model():
@@ -454,6 +458,12 @@ def test_losses_are_measured_model_by_model():
     assert found.loc[0.5, "z"] == pytest.approx(beyond / error) and abs(found.loc[0.8, "z"]) < 1e-6
     without = pruning_losses(rows[rows["level"] > 0], CELLS)
     assert without.empty and pruning_losses(rows.assign(method="vd"), CELLS).empty
+    both = pruning_losses(pd.concat([rows, rows.assign(zoo="mnist_seed")], ignore_index=True))
+    assert both["zoo"].tolist() == ["usps_seed"] * 2 + ["mnist_seed"] * 2  # as they come
+    pd.testing.assert_frame_equal(both[:2].set_index("level"), found)
+    assert both["error"][2:].tolist() == pytest.approx([error] * 2, rel=1e-9)  # Table 5 has all 1,000, Table 6 996
+    assert printed_models(6, "mnist_seed") == 996
+    assert both["z"][2] > 0 > both["z"][3]  # MNIST is printed to lose 1.2 and 10.8 points
 
 
 def test_settings_are_not_findings(comparison):

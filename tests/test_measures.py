@@ -92,8 +92,9 @@ def test_tidy_rows_survive_parquet(tmp_path):
     assert list(again.columns) == METRIC_COLUMNS and not again.duplicated(KEYS).any()
     assert again["level"].isna().tolist() == [True, True, False, False]
     assert again["agreement"].tolist() == [1] * 4
-    both = read_metrics(tmp_path / "metrics.parquet", tmp_path / "metrics.parquet")
-    assert both.index.tolist() == list(range(8))
+    rows.assign(zoo="mnist_seed").to_parquet(tmp_path / "other.parquet")
+    both = read_metrics(tmp_path / "metrics.parquet", tmp_path / "other.parquet")
+    assert both.index.tolist() == list(range(8)) and both["zoo"].nunique() == 2
     rows.drop(columns="selector").to_parquet(tmp_path / "older.parquet")
     assert read_metrics(tmp_path / "older.parquet")["selector"].tolist() == ["", "", "global", "global"]
 
@@ -121,10 +122,27 @@ def test_what_is_no_metrics_file_is_said_so(tmp_path):
         (rows.assign(test_acc="0.9"), "test_acc are not numbers"), (rows.drop(columns="agreement"),
             "agreement are miss"),
         (rows.drop(columns="epoch"), "epoch are missing"), (rows.drop(columns="zoo"), "zoo are missing"),
+        (rows.assign(test_acc=[90.0, 80.0]), "test_acc are not between 0 and 1"),
+        (rows.assign(train_acc=[0.9, 1.001]), "train_acc are not"),
+        (rows.assign(agreement=[-0.001, 1]), "agreement are not"),
+        (rows.assign(sparsity_fc1=[0.5, 50]), "sparsity_fc1 are not"), (pd.concat([rows, rows[1:]]), "there twice"),
     ):
         frame.to_parquet(tmp_path / "wrong.parquet")
         with pytest.raises(UserError, match=problem):
             read_metrics(tmp_path / "wrong.parquet")
+    rows.assign(test_acc=[0, 1.0], train_acc=[1, np.nan], ggap=-1, test_loss=9.0).to_parquet(tmp_path / "good.parquet")
+    assert len(read_metrics(tmp_path / "good.parquet")) == 2
+
+
+def test_a_model_counts_once(tmp_path):
+    "Two runs of one zoo are refused if they share a model's state, and read if they do not."
+    rows = epoch_rows("original", None, 50, [0.9, 0.8, 0.7])
+    rows[:2].to_parquet(tmp_path / "first.parquet")
+    rows[1:].to_parquet(tmp_path / "shared.parquet")
+    rows[2:].to_parquet(tmp_path / "more.parquet")
+    assert read_metrics(tmp_path / "first.parquet", tmp_path / "more.parquet")["model"].tolist() == [0, 1, 2]
+    with pytest.raises(UserError, match="of usps_seed are there twice, in .*first.*shared.*one run of each zoo"):
+        read_metrics(tmp_path / "first.parquet", tmp_path / "shared.parquet")
 
 
 def pruned_rows(zoo, *selectors, method="mp"):

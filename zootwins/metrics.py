@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = [
     'METHODS', 'KEYS', 'BASIC_MEASURES', 'LAYERS', 'METRIC_COLUMNS', 'generalisation_gap', 'sparsity', 'tidy',
-    'own_name', 'with_selectors', 'own_selector', 'one_selector', 'read_metrics', 'measure_columns', 'summarise',
+    'own_name', 'with_selectors', 'own_selector', 'one_selector', 'check_metrics', 'read_metrics', 'measure_columns',
+    'summarise',
 ]
 
 # %% ../nbs/20_metrics.ipynb #9e303599
@@ -174,10 +175,31 @@ def one_selector(
     return known[(known["method"] != "mp") | (known["selector"] == known["zoo"].astype(object).map(chosen))]
 
 # %% ../nbs/20_metrics.ipynb #a8178b0d
+def check_metrics(
+    rows: pd.DataFrame,  # of a file
+    path: Path | str,    # of that file, for the error
+) -> None:
+    """Raise `UserError` if a tidy frame lacks columns, or if measures are no numbers or shares not between 0 and 1.
+
+    Args:
+        rows: of a file
+        path: of that file, for the error
+    """
+    advice = "choose the metrics.parquet of a run."
+    if missing := [name for name in [*KEYS, *BASIC_MEASURES, "agreement"] if name not in {*rows.columns, "selector"}]:
+        raise UserError(f"{path} holds no metrics: the columns {', '.join(missing)} are missing; {advice}")
+    numbers = rows.drop(columns=["zoo", "method", "selector"], errors="ignore")
+    if wrong := [name for name in numbers if numbers[name].dtype.kind not in "fiu"]:
+        raise UserError(f"{path} holds no metrics: {', '.join(wrong)} are not numbers; {advice}")
+    shares = numbers[[name for name in numbers if name.endswith(("_acc", "agreement")) or name.startswith("sparsity")]]
+    if wrong := [name for name in shares if shares[name].min() < 0 or shares[name].max() > 1]:
+        raise UserError(f"{path} holds no metrics: {', '.join(wrong)} are not between 0 and 1; {advice}")
+
+
 def read_metrics(
     *paths: Path | str,  # parquet files, one per zoo
 ) -> pd.DataFrame:       # their rows, one file after the other
-    """Read tidy metrics; raises `UserError` if a file is missing, unreadable or lacks columns.
+    """Read tidy metrics; raises `UserError` if a file is missing or holds no metrics, or if a model is there twice.
 
     Args:
         *paths: parquet files, one per zoo
@@ -192,14 +214,12 @@ def read_metrics(
         except UserError as error:
             cause = one_line(error.__cause__ or error)
             raise UserError(f"{path} is not a readable metrics file ({cause}): run the zoo to make it.") from error
-        there = {*frames[-1].columns, "selector"}
-        advice = "choose the metrics.parquet of a run."
-        if missing := [name for name in [*KEYS, *BASIC_MEASURES, "agreement"] if name not in there]:
-            raise UserError(f"{path} holds no metrics: the columns {', '.join(missing)} are missing; {advice}")
-        numbers = frames[-1].drop(columns=["zoo", "method", "selector"], errors="ignore")
-        if wrong := [name for name in numbers if numbers[name].dtype.kind not in "fiu"]:
-            raise UserError(f"{path} holds no metrics: {', '.join(wrong)} are not numbers; {advice}")
-    return with_selectors(pd.concat(frames, ignore_index=True))
+        check_metrics(frames[-1], path)
+    found = with_selectors(pd.concat(frames, ignore_index=True))
+    if (twice := found.duplicated(KEYS)).any():
+        zoos = ", ".join(found.loc[twice, "zoo"].astype(str).unique())
+        raise UserError(f"Models of {zoos} are there twice, in {', '.join(map(str, paths))}: read one run of each zoo.")
+    return found
 
 # %% ../nbs/20_metrics.ipynb #0933f070
 def measure_columns(
