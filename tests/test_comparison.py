@@ -18,6 +18,7 @@ from zootwins.comparison import (
     recorded_by_factor, recorded_epochs, records_of, regenerated, scorecard, share_grid, shifted_verdicts,
     side_by_side, smallest_error, within, worst, write_counts,
 )
+from zootwins.core import UserError
 from zootwins.layers import FREQUENCY_COLUMNS, layer_sizes
 from zootwins.metrics import LAYERS, METRIC_COLUMNS, with_selectors
 from zootwins.reported import (
@@ -801,6 +802,11 @@ def test_a_shift_is_judged_as_the_rule_would(comparison):
         by_design=False, ours_mean=1.0,
     )
     assert judge(found).equals(shifted_verdicts(tested, 0.45).rename(None))
+
+
+def test_errors_are_made_in_registered_zoos():
+    with pytest.raises(UserError, match="my_zoo.*usps_seed"):
+        disturbed_scores(drawn_zoo(n=2).assign(zoo="my_zoo"))
 
 
 def test_every_deliberate_error_shows():

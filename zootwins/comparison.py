@@ -771,7 +771,7 @@ def _raised(rows: pd.DataFrame) -> pd.DataFrame:
 # %% ../nbs/33_comparison.ipynb #91a99902
 def _without_tanh(rows: pd.DataFrame) -> pd.DataFrame:
     "A grid without the models of its first activation; a seed zoo unchanged."
-    zoo = ZOOS[rows["zoo"].iloc[0]]
+    zoo = get_zoo(rows["zoo"].iloc[0])
     left = (
         model_table(zoo).query("activation != @zoo.activation[0]")["model"] if len(zoo.activation) > 1
         else rows["model"]
@@ -790,13 +790,13 @@ DISTURBANCES: dict[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
 
 # %% ../nbs/33_comparison.ipynb #b2c0de27
 def disturbed_scores(
-    metrics: pd.DataFrame,              # tidy metrics of registered zoos
+    metrics: pd.DataFrame,              # tidy metrics of registered zoos; UserError for others
     cells: pd.DataFrame | None = None,  # printed cells; None: from reported.read_reported
 ) -> pd.DataFrame:  # zoo, disturbance, applies (it changes numbers), tested, each of TESTED, within a point, lost
     """Judge the same runs as they are and with each deliberate error; lost: equivalent only without the error.
 
     Args:
-        metrics: tidy metrics of registered zoos
+        metrics: tidy metrics of registered zoos; UserError for others
         cells: printed cells; None: from reported.read_reported
 
     Returns:
