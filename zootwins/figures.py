@@ -35,8 +35,8 @@ from .correlation import correlate, correlation, paired_accuracy
 from .individuals import accuracy_changes, describe_model, individuals, varied_factors
 from .layers import layer_profile, layer_sizes
 from .metrics import one_selector, own_name, with_selectors
-from .style import COLOURS, GREY, HEIGHT, LOOKS, MARKERS, RINGS, WIDTH, draw_printed, draw_spread, first_drawn, heading
 from zootwins.style import (
+    COLOURS, GREY, HEIGHT, LOOKS, MARKERS, RINGS, WIDTH, draw_printed, draw_spread, first_drawn, heading,
     log_ticks, marker_steps, no_data, percent_axis, printed_handles, printed_means, spread_note, styled, zoo_looks,
 )
 from .states import TABLE_1_STATES, TABLE_2_STATES, choose_states, last_epoch, rows_of_states

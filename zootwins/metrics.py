@@ -174,7 +174,7 @@ def one_selector(
     chosen = named.sort_values("other", kind="stable").drop_duplicates("zoo").set_index("zoo")["selector"]
     return known[(known["method"] != "mp") | (known["selector"] == known["zoo"].astype(object).map(chosen))]
 
-# %% ../nbs/20_metrics.ipynb #a8178b0d
+# %% ../nbs/20_metrics.ipynb #a8178b0e
 def check_metrics(
     rows: pd.DataFrame,  # of a file
     path: Path | str,    # of that file, for the error
@@ -195,7 +195,7 @@ def check_metrics(
     if wrong := [name for name in shares if shares[name].min() < 0 or shares[name].max() > 1]:
         raise UserError(f"{path} holds no metrics: {', '.join(wrong)} are not between 0 and 1; {advice}")
 
-
+# %% ../nbs/20_metrics.ipynb #a8178b0d
 def read_metrics(
     *paths: Path | str,  # parquet files, one per zoo
 ) -> pd.DataFrame:       # their rows, one file after the other
